@@ -1,0 +1,40 @@
+"""kvprune: pruning policies for the cross-attention KV cache of vision-language and encoder-decoder models.
+
+Importing it loads no plugin, changes nothing in torch or transformers, and starts nothing.
+"""
+
+from __future__ import annotations
+
+from kvprune import errors, scoring
+from kvprune.errors import KVPruneError
+from kvprune.hookspecs import hookimpl
+from kvprune.policy import CrossKVPolicy, ScoringPolicy, onward_decision
+from kvprune.registry import get_policy, list_policies
+from kvprune.report import CompressionReport
+from kvprune.selection import Budget, Decision, Selection
+from kvprune.session import Compression, compress
+from kvprune.spec import PolicySpec
+from kvprune.view import LayerView
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "Compression",
+    "CompressionReport",
+    "CrossKVPolicy",
+    "Decision",
+    "KVPruneError",
+    "LayerView",
+    "PolicySpec",
+    "ScoringPolicy",
+    "Selection",
+    "__version__",
+    "compress",
+    "errors",
+    "get_policy",
+    "hookimpl",
+    "list_policies",
+    "onward_decision",
+    "scoring",
+]

@@ -1,0 +1,158 @@
+"""What an adapter is: the only code that knows a model family, and how it meets the cache manager."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kvprune.errors import IncompatibleTransformersError
+from kvprune.manager import CrossKVManager
+
+__all__ = ["ModelAdapter", "Probe", "gather_features", "named_arguments", "probe_signatures"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One thing that an adapter relies on in the installed transformers, and whether it holds."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class ModelAdapter(ABC):
+    """Translates the forward calls of one model family into calls of the manager.
+
+    An adapter hooks modules of one model and restores it to the last attribute (KV12). It neither decides
+    nor stores: decisions are the policy's, state is the cache layer's.
+
+    Class attributes:
+        family: What the family is called, for messages and tables.
+        model_classes: Names of the transformers classes that it supports.
+    """
+
+    family: ClassVar[str]
+    model_classes: ClassVar[tuple[str, ...]]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._handles: list[RemovableHandle] = []
+        self._restore: list[Callable[[], None]] = []
+
+    @classmethod
+    def matches(cls, model: object) -> bool:
+        """Whether this adapter supports a model: one of its classes, or a class derived from one."""
+        return any(base.__name__ in cls.model_classes for base in type(model).__mro__)
+
+    @classmethod
+    @abstractmethod
+    def probe(cls) -> list[Probe]:
+        """Check what the adapter relies on in the installed transformers, without a model."""
+
+    @property
+    @abstractmethod
+    def layer_indices(self) -> Sequence[int]:
+        """Indices of the cross-attention layers in the decoder, in order."""
+
+    @abstractmethod
+    def attach(self, manager: CrossKVManager) -> None:
+        """Hook the model, so that the manager learns of each prefill and decoding reads what it kept."""
+
+    def detach(self) -> None:
+        """Undo `attach` completely; harmless if nothing is attached."""
+        while self._handles:
+            self._handles.pop().remove()
+        while self._restore:
+            self._restore.pop()()
+
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Run ``hook(module, args, kwargs)`` before a module; detached with the rest."""
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+        """Run ``hook(module, args, kwargs, output)`` after a module, with ``always`` also if it raised."""
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+
+    def override(self, module: nn.Module, attribute: str, value: object) -> None:
+        """Set an attribute on one module instance until `detach`, which restores what was there."""
+        missing = object()
+        before = module.__dict__.get(attribute, missing)
+
+        def restore() -> None:
+            if before is missing:
+                del module.__dict__[attribute]
+            else:
+                module.__dict__[attribute] = before
+
+        module.__dict__[attribute] = value
+        self._restore.append(restore)
+
+    @classmethod
+    def require_probes(cls) -> None:
+        """Raise if the installed transformers lacks something that the adapter relies on.
+
+        Raises:
+            IncompatibleTransformersError: Naming each probe that failed.
+        """
+        failed = [probe for probe in cls.probe() if not probe.ok]
+        if failed:
+            details = "; ".join(f"{probe.name}: {probe.detail}" for probe in failed)
+            raise IncompatibleTransformersError(
+                f"the installed transformers does not offer what the {cls.family} adapter relies on: {details}. "
+                "A wrong number would be worse than none; run `kvprune doctor`"
+            )
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward call by name, those given by position included."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    named: dict[str, Any] = dict(bound.arguments)
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and name in named:
+            named.update(named.pop(name))
+    return named
+
+
+def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> list[Probe]:
+    """Check that a module has classes whose ``forward`` takes the parameters that hooks read or replace.
+
+    Args:
+        module_name: Dotted name of a modeling file of transformers.
+        wanted: Parameters of ``forward`` by class name.
+    """
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        return [Probe(module_name, False, f"cannot be imported ({error})")]
+    probes = []
+    for name, parameters in wanted.items():
+        found = getattr(module, name, None)
+        if found is None:
+            probes.append(Probe(name, False, f"is gone from {module_name}"))
+            continue
+        known = inspect.signature(inspect.unwrap(found.forward)).parameters
+        missing = [parameter for parameter in parameters if parameter not in known]
+        detail = f"forward lacks {', '.join(missing)}" if missing else f"forward takes {', '.join(parameters)}"
+        probes.append(Probe(name, not missing, detail))
+    return probes
+
+
+def gather_features(features: Tensor, indices: Tensor) -> Tensor:
+    """Return the features of chosen columns.
+
+    Args:
+        features: ``[B, S, C]``.
+        indices: int64 ``[B, K]``.
+    """
+    index = indices.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
+    return torch.gather(features, 1, index)

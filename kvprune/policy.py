@@ -1,0 +1,215 @@
+"""What a policy's author writes: `CrossKVPolicy`, and `ScoringPolicy` for policies that rank tokens.
+
+A policy is a pure function from a read-only view to a decision. It holds options and nothing else: a
+frozen keyword-only dataclass whose fields are its options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from kvprune import scoring
+from kvprune.errors import PolicyOptionError, ScoreError
+from kvprune.selection import Budget, Decision, Selection
+from kvprune.spec import OptionValue, PolicySpec, check_option, parse_option, suggestion
+from kvprune.view import LayerView
+
+__all__ = ["CrossKVPolicy", "ScoringPolicy", "onward_decision"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossKVPolicy(ABC):
+    """Decides which encoder tokens the cross-attention caches of a model keep.
+
+    ``select`` is asked once for each cross-attention layer in each prefill, in layer order, right after the
+    layer's attention. It answers with a `Decision` about this layer's cache and about what later layers
+    still receive. Whatever it decides, columns that decoding cannot see are evicted unless they were
+    selected by name.
+
+    Class attributes:
+        name: The name in specs.
+        version: Raised whenever the same seed and input would select other tokens than before.
+        paper: Where the method comes from, or "".
+        fidelity: "faithful", "adapted", "inspired-by", or "baseline".
+        cost: What one decision costs, in words.
+        ranks_tokens: Whether a larger budget keeps a superset (KV14).
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = ""
+    fidelity: ClassVar[str] = "baseline"
+    cost: ClassVar[str] = ""
+    ranks_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        hints = self.option_types()
+        for option in dataclasses.fields(self):
+            check_option(self.name, option.name, hints[option.name], getattr(self, option.name))
+
+    @abstractmethod
+    def select(self, view: LayerView) -> Decision:
+        """Decide at one layer. Pure: neither writes to the view's tensors nor keeps references to them."""
+
+    @property
+    def needs(self) -> frozenset[Literal["queries", "raw_keys"]]:
+        """What must be captured beyond keys and values: "queries", "raw_keys". Nothing by default."""
+        return frozenset()
+
+    @property
+    def spec(self) -> PolicySpec:
+        """The spec that builds this policy again: every option that differs from its default."""
+        options: dict[str, OptionValue] = {}
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.default is dataclasses.MISSING or value != option.default:
+                options[option.name] = value
+        return PolicySpec(self.name, options, self.version)
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """Return the type annotation of each option by its name."""
+        hints = typing.get_type_hints(cls)
+        return {option.name: hints[option.name] for option in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_options(cls, options: typing.Mapping[str, OptionValue]) -> Self:
+        """Build the policy from option values, reading those that are text by the type of their field.
+
+        Raises:
+            PolicyOptionError: If an option is unknown or its value is wrong; lists what would be right.
+        """
+        types = cls.option_types()
+        for option in options:
+            if option not in types:
+                known = ", ".join(sorted(types)) or "none"
+                raise PolicyOptionError(
+                    f"policy {cls.name!r} has no option {option!r}{suggestion(option, types)} (options: {known})"
+                )
+        values = {
+            option: parse_option(cls.name, option, types[option], value) if isinstance(value, str) else value
+            for option, value in options.items()
+        }
+        return cls(**values)
+
+    @classmethod
+    def check_class(cls) -> None:
+        """Raise unless the class can be used as a policy: concrete, named, a frozen dataclass.
+
+        Raises:
+            TypeError: With the class and what is missing.
+        """
+        where = f"{cls.__module__}.{cls.__qualname__}"
+        if inspect.isabstract(cls):
+            missing = ", ".join(sorted(cls.__abstractmethods__))
+            raise TypeError(f"{where} is abstract: it does not define {missing}")
+        if not isinstance(getattr(cls, "name", None), str):
+            raise TypeError(f'{where} has no name; add the class attribute `name = "..."`')
+        PolicySpec(cls.name)
+        if isinstance(cls.version, bool) or not isinstance(cls.version, int):
+            raise TypeError(f"{where} has the version {cls.version!r}; a version is a whole number")
+        own = cls.__dict__.get("__dataclass_params__")
+        if own is None or not own.frozen:
+            raise TypeError(f"{where} is no frozen dataclass; decorate it with @dataclass(frozen=True, kw_only=True)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringPolicy(CrossKVPolicy):
+    """Keeps the tokens that score highest, exactly as many as the budget says.
+
+    Args:
+        keep_ratio: Fraction of visible tokens kept, in (0, 1]; 0.5 if neither this nor keep_tokens is given.
+        keep_tokens: Number of visible tokens kept, instead of a fraction.
+        reach: What the scores decide about. "layer": each layer scores its own tokens after its attention
+            and prunes its own cache, so prefill, and with it the first generated token, is untouched; heads
+            may keep different tokens. "onward": the first cross-attention layer decides for itself and for
+            all later ones, which then project, attend to and store only survivors; scores are averaged over
+            heads.
+    """
+
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    reach: Literal["layer", "onward"] = "layer"
+
+    ranks_tokens: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is None and self.keep_tokens is None:
+            object.__setattr__(self, "keep_ratio", 0.5)
+        super().__post_init__()
+        self.budget  # noqa: B018  raises on an impossible budget
+
+    @property
+    def budget(self) -> Budget:
+        """The budget that the options state."""
+        return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Tensor:
+        """Return scores ``[B, Hkv, S]`` or ``[B, 1, S]``, higher = keep; columns nobody sees do not matter."""
+
+    @typing.final
+    def select(self, view: LayerView) -> Decision:
+        """Keep the columns with the highest scores (KV02: exactly the budget, for each sample and head)."""
+        if self.reach == "onward":
+            if view.rank > 0:
+                return Decision()
+            scores = scoring.pool_heads(self._checked_scores(view, view.strata))
+            return onward_decision(view, self._keep(scores, view.strata, view))
+        strata = torch.where(view.strata == 0, 0, -1)  # only what decoding can see
+        return Decision(cache=Selection.from_mask(self._keep(self._checked_scores(view, strata), strata, view)))
+
+    def _keep(self, scores: Tensor, strata: Tensor, view: LayerView) -> Tensor:
+        return scoring.keep_top(scores, strata, scoring.limits(self.budget, strata), view.visibility)
+
+    def _checked_scores(self, view: LayerView, strata: Tensor) -> Tensor:
+        """Score, and refuse what cannot rank tokens; columns of stratum -1 are set to the lowest value."""
+        scores = self.score(view)
+        batch, heads, columns, _ = view.keys.shape
+        where = f"policy {self.name!r} at layer {view.layer_idx}"
+        if not isinstance(scores, Tensor):
+            raise ScoreError(
+                f"{where}: score returned {type(scores).__name__}, expected a tensor "
+                f"[{batch}, {heads} or 1, {columns}]"
+            )
+        if scores.shape not in ((batch, heads, columns), (batch, 1, columns)):
+            raise ScoreError(
+                f"{where}: score returned shape {list(scores.shape)}, expected [{batch}, {heads} or 1, {columns}]"
+            )
+        if scores.is_complex():
+            raise ScoreError(f"{where}: score returned {scores.dtype}, which has no order")
+        if scores.dtype not in (torch.float32, torch.float64):
+            scores = scores.double() if not scores.is_floating_point() else scores.float()
+        # Unseen columns may hold anything, NaN included.
+        scores = scores.masked_fill((strata < 0)[:, None], -torch.inf)
+        if bool(scores.isnan().any()):
+            raise ScoreError(
+                f"{where}: score returned NaN for {int(scores.isnan().sum())} visible tokens, "
+                f"expected numbers of shape [{batch}, {heads} or 1, {columns}]"
+            )
+        # Finite, so that averages over heads never meet inf - inf.
+        return scores.clamp(torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max)
+
+
+def onward_decision(view: LayerView, kept: Tensor, *, crop_here: bool = True) -> Decision:
+    """Return the decision that later layers receive only ``kept`` columns.
+
+    Args:
+        view: What the decision was made from.
+        kept: bool ``[B, 1, S]``.
+        crop_here: Whether the cache of the deciding layer keeps only these, too (those that decoding sees).
+    """
+    onward = Selection.from_mask(kept)
+    if not crop_here:
+        return Decision(onward=onward)
+    decode = view.visible[:, None]
+    here = kept & (decode | ~decode.any(-1, keepdim=True))
+    return Decision(cache=Selection.from_mask(here), onward=onward)

@@ -1,0 +1,157 @@
+"""Pure tensor mathematics that policies share: attention mass, ranks within strata, keeping the top.
+
+Nothing here knows a model or a cache. Ties are always broken by position, so results do not depend on the
+device, and nothing ever holds a [B, H, T, S] tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvprune.selection import Budget
+from kvprune.visibility import Visibility
+
+__all__ = ["attention_mass", "keep_top", "limits", "pool_heads", "rank_within", "stratum_sizes"]
+
+_ROWS_PER_CHUNK = 64
+_ELEMENTS_PER_CHUNK = 2**21  # 8 MiB of float32 attention weights alive at a time
+
+
+def attention_mass(
+    queries: Tensor, keys: Tensor, visibility: Visibility, scaling: float, rows: Tensor | None = None
+) -> Tensor:
+    """Return how much attention each column receives from text rows, by query head.
+
+    The softmax of each row runs over the columns that the row may attend, in float32 (float64 for float64
+    inputs), because logits in bfloat16 change which columns rank highest. Live rows are gathered sample
+    by sample, so a sample's scores do not depend on the padding that its batch happens to need.
+
+    Args:
+        queries: ``[B, Hq, T, D]`` as they enter the attention product.
+        keys: ``[B, Hkv, S, D]``; Hq is a multiple of Hkv.
+        visibility: Of the columns of ``keys``.
+        scaling: Factor on the logits, usually D ** -0.5.
+        rows: bool ``[B, T]``, rows to add up; all live rows by default. Rows that are not live never count.
+
+    Returns:
+        ``[B, Hq, S]``, float32 or float64. The sum over S is the number of rows that were added up.
+
+    Cost: one product of queries and keys. Alive at a time: 64 rows of one KV head's query heads, about
+    13 MiB at S = 6404 with four query heads to a KV head. One host transfer per sample.
+    """
+    batch, query_heads, _, _ = queries.shape
+    kv_heads, columns = keys.shape[1], keys.shape[2]
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    counted = visibility.live if rows is None else visibility.live & rows
+    mass = torch.zeros(batch, kv_heads, query_heads // kv_heads, columns, dtype=dtype, device=keys.device)
+    units = visibility.units.expand(batch, -1)
+    grouped = rearrange(queries, "b (h g) t d -> b h g t d", h=kv_heads)
+    for sample in range(batch):
+        chosen = counted[sample].nonzero().squeeze(1)
+        if len(chosen) == 0:
+            continue
+        heads_per_chunk = max(
+            1, _ELEMENTS_PER_CHUNK // max(1, grouped.shape[2] * min(len(chosen), _ROWS_PER_CHUNK) * columns)
+        )
+        seen = visibility.rows[sample].expand(queries.shape[2], -1)
+        for rows_now in chosen.split(_ROWS_PER_CHUNK):
+            visible = seen[rows_now][:, units[sample]]  # [rows, S]
+            if visibility.exists is not None:
+                visible &= visibility.exists[sample]
+            for first in range(0, kv_heads, heads_per_chunk):
+                heads = slice(first, first + heads_per_chunk)
+                packed = rearrange(grouped[sample, heads][:, :, rows_now], "h g t d -> h (g t) d")
+                logits = packed.to(dtype).mul_(scaling) @ keys[sample, heads].to(dtype).mT
+                weights = rearrange(logits, "h (g t) s -> h g t s", t=len(rows_now))
+                # In place: the softmax must not double what is alive.
+                weights.masked_fill_(~visible, -torch.inf)
+                weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+                weights.div_(weights.sum(-1, keepdim=True))
+                mass[sample, heads] += weights.sum(2)
+    return rearrange(mass, "b h g s -> b (h g) s")
+
+
+def rank_within(scores: Tensor, strata: Tensor, first: Tensor | None = None) -> Tensor:
+    """Return the rank of each column among the columns of its stratum, 0 for the highest score.
+
+    Args:
+        scores: ``[B, H, S]``, higher is better; equal scores are ordered by position.
+        strata: int64 ``[B, S]``, the set in which a column competes.
+        first: bool ``[B, H, S]``, columns that rank before all others of their stratum.
+
+    Returns:
+        int64 ``[B, H, S]``. Columns of stratum -1 have ranks among themselves, which mean nothing.
+    """
+    # Stable sorts from the least to the most significant key: position, score, first, stratum.
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    if first is not None:
+        order = order.gather(-1, (~first).to(torch.uint8).gather(-1, order).argsort(dim=-1, stable=True))
+    by_head = strata[:, None].expand_as(scores)
+    if not bool((strata == strata[:, :1]).all()):
+        order = order.gather(-1, by_head.gather(-1, order).argsort(dim=-1, stable=True))
+    sorted_strata = by_head.gather(-1, order)
+    start = torch.searchsorted(sorted_strata, sorted_strata)
+    positions = torch.arange(scores.shape[-1], device=scores.device) - start
+    return torch.empty_like(order).scatter_(-1, order, positions)
+
+
+def stratum_sizes(strata: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return how many columns the stratum of each column has, int64 ``[B, S]``; 0 for stratum -1.
+
+    Args:
+        strata: int64 ``[B, S]``.
+        counted: bool ``[B, S]``, count only these columns.
+    """
+    sizes, present = _sizes(strata, counted)
+    return torch.where(strata < 0, 0, sizes.gather(-1, present))
+
+
+def _sizes(strata: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the size of each stratum ``[B, strata]``, and the index of each column into it."""
+    counts = (strata >= 0) if counted is None else counted & (strata >= 0)
+    present = strata.clamp(min=0)
+    sizes = torch.zeros(strata.shape[0], int(present.max()) + 1, dtype=torch.int64, device=strata.device)
+    return sizes.scatter_add_(-1, present, counts.to(torch.int64)), present
+
+
+def limits(budget: Budget, strata: Tensor) -> Tensor:
+    """Return how many columns of its stratum a budget keeps, for each column, int64 ``[B, S]``.
+
+    Exact: each stratum's size goes through `Budget.resolve`. 0 for columns of stratum -1.
+    """
+    sizes, present = _sizes(strata)
+    kept = torch.tensor([budget.resolve_all(row) for row in sizes.tolist()], device=strata.device)
+    return torch.where(strata < 0, 0, kept.gather(-1, present))
+
+
+def keep_top(scores: Tensor, strata: Tensor, limit: Tensor, visibility: Visibility) -> Tensor:
+    """Keep the highest-scoring columns of each stratum, but starve no visibility group.
+
+    The best column of each visibility group comes first (KV03, KV05); the others follow by score until the
+    stratum's limit is reached. Where there are more groups than the limit allows, one of each stays.
+
+    Args:
+        scores: ``[B, H, S]``, higher is better.
+        strata: int64 ``[B, S]``; columns of stratum -1 are never kept.
+        limit: int64 ``[B, S]``, how many columns of the column's stratum are kept (see `limits`).
+        visibility: Of the same columns.
+
+    Returns:
+        bool ``[B, H, S]``, the kept columns.
+    """
+    eligible = (strata >= 0)[:, None]
+    first = None
+    if visibility.has_several_groups:
+        groups = torch.where(strata >= 0, visibility.groups, -1)
+        first = (rank_within(scores, groups) == 0) & (groups >= 0)[:, None]
+    kept = (rank_within(scores, strata, first) < limit[:, None]) & eligible
+    if first is not None:
+        kept |= first
+    return kept
+
+
+def pool_heads(scores: Tensor) -> Tensor:
+    """Average scores over heads, ``[B, H, S]`` to ``[B, 1, S]``, for selections that heads share."""
+    return (scores / scores.shape[1]).sum(1, keepdim=True)  # divided first: the sum must not overflow

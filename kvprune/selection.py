@@ -1,0 +1,208 @@
+"""How many tokens to keep (`Budget`), which ones (`Selection`), and what follows (`Decision`).
+
+All arithmetic on budgets is exact: ``keep_ratio=0.1`` of ten tokens is one token on every platform.
+A `Selection` is checked when it is made, so whoever holds one may rely on the invariants KV01 and KV03.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import BudgetError, SelectionError
+
+__all__ = ["Budget", "Decision", "Selection"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many visible tokens a policy keeps: a fraction of them, or a number of them.
+
+    Args:
+        keep_ratio: Fraction of visible tokens to keep, in (0, 1]. The decimal that was written is what
+            counts: ``0.1`` is one tenth, not the binary number nearest to it.
+        keep_tokens: Number of tokens to keep, at least 1.
+
+    Raises:
+        BudgetError: If neither or both are given, or one is out of range.
+    """
+
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.keep_ratio is None) == (self.keep_tokens is None):
+            raise BudgetError(
+                "a budget is either keep_ratio or keep_tokens, "
+                f"got keep_ratio={self.keep_ratio!r} and keep_tokens={self.keep_tokens!r}"
+            )
+        ratio, tokens = self.keep_ratio, self.keep_tokens
+        if ratio is not None and (
+            isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1
+        ):
+            raise BudgetError(
+                f"keep_ratio is the fraction of visible tokens kept and lies in (0, 1], got {ratio!r}"
+            )
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+            raise BudgetError(f"keep_tokens is a whole number of tokens, at least 1, got {tokens!r}")
+
+    def resolve(self, visible: int) -> int:
+        """Return the number of tokens kept out of ``visible`` ones.
+
+        The ratio is rounded up, so at least one token stays as long as one is visible (KV03).
+        """
+        if self.keep_tokens is not None:
+            return min(self.keep_tokens, visible)
+        assert self.keep_ratio is not None
+        return math.ceil(Fraction(str(self.keep_ratio)) * visible)
+
+    def resolve_all(self, visible: Iterable[int]) -> list[int]:
+        """Apply `resolve` to each number of visible tokens."""
+        return [self.resolve(count) for count in visible]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The columns of a cross-attention cache that are kept.
+
+    Args:
+        indices: int64 ``[B, H or 1, K]``, strictly increasing columns of the unpruned cache, H being the
+            number of KV heads. One row serves all heads where the second axis is 1.
+        valid: bool, same shape. Rows of a ragged batch are padded to the longest one by repeating their
+            last index; padding is not valid, and valid entries come first.
+        columns: Width S of the unpruned cache, in tokens.
+
+    Raises:
+        SelectionError: If any of this does not hold (KV01), or a row keeps nothing (KV03).
+    """
+
+    indices: Tensor
+    valid: Tensor
+    columns: int
+
+    def __post_init__(self) -> None:
+        indices, valid = self.indices, self.valid
+        if indices.dtype != torch.int64 or indices.ndim != 3:
+            raise SelectionError(
+                f"KV01: indices are int64 [B, H or 1, K], got {indices.dtype} {list(indices.shape)}"
+            )
+        if valid.dtype != torch.bool or valid.shape != indices.shape:
+            raise SelectionError(
+                f"KV01: valid is bool with the shape of indices {list(indices.shape)}, "
+                f"got {valid.dtype} {list(valid.shape)}"
+            )
+        if valid.device != indices.device:
+            raise SelectionError(
+                f"KV01: indices are on {indices.device}, but valid is on {valid.device}; they share a device"
+            )
+        if indices.shape[-1] == 0:
+            raise SelectionError("KV03: a selection keeps at least one token per row, got K = 0")
+        steps, valid_steps = indices.diff(dim=-1), valid[..., 1:]
+        # One transfer for all questions: this runs once per prefill, never in decode.
+        empty, out_of_range, unordered, holes, loose_padding = torch.stack(
+            [
+                ~valid.any(-1).all(),
+                ((indices < 0) | (indices >= self.columns)).any(),
+                ((steps <= 0) & valid_steps).any(),
+                (valid_steps & ~valid[..., :-1]).any(),
+                ((steps != 0) & ~valid_steps).any(),
+            ]
+        ).tolist()
+        if empty:
+            raise SelectionError("KV03: a selection keeps at least one token per row; a row keeps none")
+        if out_of_range:
+            raise SelectionError(
+                f"KV01: indices lie in [0, {self.columns}), "
+                f"got values from {int(indices.min())} to {int(indices.max())}"
+            )
+        if holes:
+            raise SelectionError("KV01: valid entries come first in each row, got padding before one")
+        if unordered:
+            raise SelectionError("KV01: indices are strictly increasing in each row; a row is not")
+        if loose_padding:
+            raise SelectionError("KV01: padding repeats the last index of its row; a row does not")
+
+    @classmethod
+    def from_mask(cls, kept: Tensor) -> Selection:
+        """Return the selection of the columns where ``kept`` (bool ``[B, H or 1, S]``) is true."""
+        if kept.dtype != torch.bool or kept.ndim != 3:
+            raise SelectionError(
+                f"KV01: a mask of kept columns is bool [B, H or 1, S], got {kept.dtype} {list(kept.shape)}"
+            )
+        counts = kept.sum(-1, keepdim=True)
+        width = int(counts.max())
+        if width == 0:
+            raise SelectionError("KV03: a selection keeps at least one token per row, got none at all")
+        # A stable sort of "dropped" moves kept columns to the front and leaves them in order.
+        indices = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
+        valid = torch.arange(width, device=kept.device) < counts
+        last = indices.gather(-1, (counts - 1).clamp(min=0))
+        return cls(torch.where(valid, indices, last), valid, kept.shape[-1])
+
+    @classmethod
+    def all(cls, batch: int, columns: int, device: torch.device | str = "cpu") -> Selection:
+        """Return the selection that keeps each of ``columns`` columns in each of ``batch`` samples."""
+        indices = torch.arange(columns, device=device).expand(batch, 1, columns)
+        return cls(indices, torch.ones(1, device=device, dtype=torch.bool).expand_as(indices), columns)
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of kept tokens, int64 ``[B, H or 1]``."""
+        return self.valid.sum(-1)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some row is padded."""
+        return not bool(self.valid.all())
+
+    def to_mask(self) -> Tensor:
+        """Return the kept columns as bool ``[B, H or 1, S]``."""
+        kept = torch.zeros(*self.indices.shape[:2], self.columns, dtype=torch.bool, device=self.indices.device)
+        # Padding repeats a valid index, so writing True everywhere marks exactly the kept columns.
+        return kept.scatter_(-1, self.indices, True)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Selection):
+            return NotImplemented
+        return (
+            self.columns == other.columns
+            and torch.equal(self.indices, other.indices)
+            and torch.equal(self.valid, other.valid)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        batch, heads, kept = self.indices.shape
+        return f"Selection(batch={batch}, heads={heads}, kept={kept}, columns={self.columns})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a policy wants at one cross-attention layer; an empty one changes nothing.
+
+    Args:
+        cache: Columns of this layer's view that its cache keeps for decoding; None leaves all columns that
+            decoding can see.
+        onward: Columns of this layer's view that later cross-attention layers still receive: they project,
+            attend to and store only these. None leaves them as they are. The heads of different layers do
+            not correspond, so this one is shared by heads (second axis 1).
+
+    Raises:
+        SelectionError: If ``onward`` differs by head.
+    """
+
+    cache: Selection | None = None
+    onward: Selection | None = None
+
+    def __post_init__(self) -> None:
+        if self.onward is not None and self.onward.indices.shape[1] != 1:
+            raise SelectionError(
+                "KV01: what later layers receive is shared by heads, indices [B, 1, K], "
+                f"got {list(self.onward.indices.shape)}"
+            )

@@ -1,0 +1,223 @@
+"""Policies as text and JSON: the grammar ``name:key=value,key=value`` and the typing of its values.
+
+A spec is data: it names a policy and its options. Turning it into a policy is the registry's business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvprune.errors import PolicyOptionError, SpecError
+
+__all__ = ["OptionValue", "PolicySpec", "check_option", "describe_type", "parse_option", "suggestion"]
+
+OptionValue = bool | int | float | str | None
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy's name, its options as written, and the version of the policy if one is demanded.
+
+    Args:
+        name: Lower-case letters, digits, ``.``, ``_`` and ``-``.
+        options: Values by option name: text from a spec string, or typed values from Python and JSON.
+        version: If given, the installed policy must have this version.
+
+    Raises:
+        SpecError: If the name, an option's name or a value cannot be part of a spec.
+    """
+
+    name: str
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    version: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise SpecError(
+                f"{self.name!r} is no policy name; names are lower-case letters, digits and '.', '_', '-'"
+            )
+        if self.version is not None and (isinstance(self.version, bool) or not isinstance(self.version, int)):
+            raise SpecError(f"the version of a spec is a whole number, got {self.version!r}")
+        if not isinstance(self.options, Mapping):
+            raise SpecError(f"options of a spec are a mapping of names to values, got {self.options!r}")
+        for key, value in self.options.items():
+            if not isinstance(key, str) or not _KEY.fullmatch(key):
+                raise SpecError(f"{key!r} is no option name in the spec of {self.name!r}")
+            if not isinstance(value, bool | int | float | str | None):
+                raise SpecError(
+                    f"option {key!r} of {self.name!r} is text, a number, true, false or none, got {value!r}"
+                )
+        object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
+
+    @classmethod
+    def parse(cls, text: str) -> PolicySpec:
+        """Read ``name`` or ``name:key=value,key=value``; ``;`` works like ``,``.
+
+        Raises:
+            SpecError: If the text does not follow the grammar; the message says where.
+        """
+        if not isinstance(text, str):
+            raise SpecError(f"a spec is text such as 'trim:k_ratio=0.25', got {text!r}")
+        name, colon, rest = text.strip().partition(":")
+        options: dict[str, OptionValue] = {}
+        if colon:
+            for part in re.split("[,;]", rest):
+                key, equals, value = (piece.strip() for piece in part.partition("="))
+                if not equals or not key or not value:
+                    raise SpecError(f"expected key=value in spec {text!r}, got {part.strip()!r}")
+                if key in options:
+                    raise SpecError(f"option {key!r} is given twice in spec {text!r}")
+                options[key] = value
+        return cls(name.strip(), options)
+
+    def __str__(self) -> str:
+        written = ",".join(f"{key}={_written(value)}" for key, value in self.options.items())
+        return f"{self.name}:{written}" if written else self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as JSON-ready data; `from_dict` reads it back."""
+        data: dict[str, Any] = {"name": self.name, "options": dict(self.options)}
+        if self.version is not None:
+            data["version"] = self.version
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PolicySpec:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            SpecError: If a key is missing or unknown, or a value has the wrong type.
+        """
+        if not isinstance(data, Mapping) or "name" not in data:
+            raise SpecError(f"a spec in JSON is an object with a 'name', got {data!r}")
+        unknown = sorted(set(data) - {"name", "options", "version"})
+        if unknown:
+            raise SpecError(f"unknown keys {unknown} in spec {dict(data)!r}; name, options and version are known")
+        return cls(data["name"], data.get("options", {}), data.get("version"))
+
+    def to_json(self) -> str:
+        """Return `to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> PolicySpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SpecError: If the text is not JSON or not a spec.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"a spec in JSON does not parse ({error}): {text!r}") from error
+        return cls.from_dict(data)
+
+
+def _written(value: OptionValue) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def suggestion(wrong: str, right: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest of the right names, or nothing."""
+    close = difflib.get_close_matches(wrong, list(right), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def describe_type(annotation: Any) -> str:
+    """Return an option's type as users read it, such as ``float or none`` or ``values | keys``."""
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(choice) for choice in typing.get_args(annotation))
+    if annotation is type(None):
+        return "none"
+    return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(
+        annotation, str(annotation)
+    )
+
+
+def check_option(policy: str, option: str, annotation: Any, value: object) -> None:
+    """Raise unless a typed value fits the annotation of an option's field.
+
+    Raises:
+        PolicyOptionError: With the policy, the option, the value and what would be right.
+    """
+    if not _fits(annotation, value):
+        raise PolicyOptionError(
+            f"option {option!r} of policy {policy!r} must be {describe_type(annotation)}, got {value!r}"
+        )
+
+
+def parse_option(policy: str, option: str, annotation: Any, text: str) -> OptionValue:
+    """Read an option's value from spec text by the annotation of its field.
+
+    Raises:
+        PolicyOptionError: If no type of the annotation can be read from the text.
+    """
+    for choice in _choices(annotation):
+        try:
+            value = _read(choice, text)
+        except ValueError:
+            continue
+        if _fits(choice, value):
+            return value
+    raise PolicyOptionError(
+        f"option {option!r} of policy {policy!r} must be {describe_type(annotation)}, got {text!r}"
+    )
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _fits(annotation: Any, value: object) -> bool:
+    for choice in _choices(annotation):
+        if typing.get_origin(choice) is Literal:
+            if any(value == wanted and type(value) is type(wanted) for wanted in typing.get_args(choice)):
+                return True
+        elif choice is float:
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                return True
+        elif choice is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return True
+        elif isinstance(value, choice):
+            return True
+    return False
+
+
+def _read(choice: Any, text: str) -> OptionValue:
+    """Read text as one type; raise ValueError if it is not of that type."""
+    if typing.get_origin(choice) is Literal:
+        for wanted in typing.get_args(choice):
+            if text == _written(wanted):
+                return typing.cast(OptionValue, wanted)
+        raise ValueError(text)
+    if choice is bool:
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
+    if choice is type(None):
+        return None if text.lower() == "none" else _fail(text)
+    if choice is int:
+        return int(text)
+    if choice is float:
+        return float(text)
+    return text
+
+
+def _fail(text: str) -> OptionValue:
+    raise ValueError(text)

@@ -1,0 +1,43 @@
+"""`norm`: rank tokens by the length of their values or keys, without looking at queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from kvprune import LayerView, ScoringPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(ScoringPolicy):
+    """Keep the tokens whose values (or keys) have the highest (or lowest) L2 norm.
+
+    Args:
+        of: "values"; "keys" as they are cached; "raw_keys" as they were before ``k_norm``. Mllama caches
+            keys after an RMS norm per head, so their lengths carry almost no information.
+        keep: Which end of the ranking stays, "high" or "low".
+
+    The defaults are the best of the six combinations on the embedded demo (see docs/policies.md).
+    """
+
+    of: Literal["values", "keys", "raw_keys"] = "values"
+    keep: Literal["high", "low"] = "high"
+
+    name: ClassVar[str] = "norm"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "arXiv 2406.11430 (low key norm, self-attention)"
+    fidelity: ClassVar[str] = "adapted"
+    cost: ClassVar[str] = "one pass over values or keys, no attention weights"
+
+    @property
+    def needs(self) -> frozenset[Literal["queries", "raw_keys"]]:
+        """Raw keys are captured only if they are asked for."""
+        return frozenset({"raw_keys"}) if self.of == "raw_keys" else frozenset()
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return signed norms ``[B, Hkv, S]``."""
+        tensor = {"values": lambda: view.values, "keys": lambda: view.keys, "raw_keys": lambda: view.raw_keys}
+        norms = tensor[self.of]().float().norm(dim=-1)
+        return norms if self.keep == "high" else -norms

@@ -1,0 +1,34 @@
+"""`uniform`: every n-th visible token, the simplest content-blind baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvprune import LayerView, ScoringPolicy, scoring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(ScoringPolicy):
+    """Keep visible tokens at equal distances in reading order (image, tile, patch row).
+
+    The stride depends on the budget, so a larger budget does not keep a superset (KV14 does not apply).
+    """
+
+    name: ClassVar[str] = "uniform"
+    version: ClassVar[int] = 1
+    cost: ClassVar[str] = "one cumulative sum over columns"
+    ranks_tokens: ClassVar[bool] = False
+
+    def score(self, view: LayerView) -> Tensor:
+        """Score 1 for the tokens on the stride and 0 for the others, ``[B, 1, S]``."""
+        strata = view.strata
+        order = scoring.rank_within(torch.zeros_like(strata, dtype=torch.float32)[:, None], strata)[:, 0]
+        kept = scoring.limits(self.budget, strata)
+        size = scoring.stratum_sizes(strata).clamp(min=1)
+        # Whole numbers: the i-th of n tokens is on the stride where i * kept / n passes a whole number.
+        on_stride = (order + 1) * kept // size > order * kept // size
+        return on_stride[:, None].float()
