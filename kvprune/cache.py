@@ -27,11 +27,15 @@ class CrossKVLayer(DynamicLayer):
         columns: Columns seen so far, S: what stock transformers would hold.
         slots: int64 ``[B, H or 1, K]``, the column each entry came from; None while all S are held.
         valid: bool, same shape; false where an entry only pads a ragged batch. None while ``slots`` is None.
-        ragged: Whether some entry is not valid, known without asking the device.
+        ragged: Whether some entry may be invalid, known without asking the device.
     """
 
+    # Optional in the base class; here they are read only once they are filled.
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.columns = 0
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
@@ -42,9 +46,10 @@ class CrossKVLayer(DynamicLayer):
     def adopt(cls, layer: DynamicLayer) -> CrossKVLayer:
         """Return a cache layer that holds what an ordinary one holds."""
         adopted = cls()
-        if layer.is_initialized and layer.keys.numel():
-            adopted.lazy_initialization(layer.keys, layer.values)
-            adopted.keys, adopted.values, adopted.columns = layer.keys, layer.values, layer.keys.shape[-2]
+        keys, values = layer.keys, layer.values
+        if keys is not None and values is not None and keys.numel():
+            adopted.lazy_initialization(keys, values)
+            adopted.keys, adopted.values, adopted.columns = keys, values, keys.shape[-2]
         return adopted
 
     @property
@@ -55,8 +60,14 @@ class CrossKVLayer(DynamicLayer):
     @property
     def selection(self) -> Selection:
         """The columns that are held, as a `Selection` over all columns seen."""
-        slots, valid = self._slots_and_valid()
+        slots, valid = self.entries()
         return Selection(slots, valid, self.columns)
+
+    def held_columns(self) -> Tensor:
+        """Return which columns are held, bool ``[B, H or 1, S]``."""
+        slots, _ = self.entries()
+        held = torch.zeros(*slots.shape[:2], self.columns, dtype=torch.bool, device=slots.device)
+        return held.scatter_(-1, slots, True)  # padding repeats a column that is held
 
     @property
     def bytes_held(self) -> int:
@@ -90,7 +101,7 @@ class CrossKVLayer(DynamicLayer):
             arriving = Selection.all(self.slots.shape[0], columns, self.slots.device)
         if not self.is_filled:
             return arriving.indices, arriving.valid
-        slots, valid = self._slots_and_valid()
+        slots, valid = self.entries()
         heads = slots.shape[1]
         new_slots = (arriving.indices + self.columns).to(slots.device).expand(-1, heads, -1)
         new_valid = arriving.valid.to(valid.device).expand(-1, heads, -1)
@@ -128,7 +139,7 @@ class CrossKVLayer(DynamicLayer):
         if bool(kept.all()):
             return
         positions = Selection.from_mask(kept)
-        slots, _ = self._slots_and_valid()
+        slots, _ = self.entries()
         if slots.shape[1] != positions.indices.shape[1]:
             slots = slots.expand(-1, positions.indices.shape[1], -1)
         index = positions.indices[..., None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
@@ -168,7 +179,8 @@ class CrossKVLayer(DynamicLayer):
         if self.slots is not None and self.valid is not None:
             self.slots, self.valid = move(self.slots), move(self.valid)
 
-    def _slots_and_valid(self) -> tuple[Tensor, Tensor]:
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Return the column each entry came from and its validity, ``[B, H or 1, K]``, also if all are held."""
         if self.slots is not None and self.valid is not None:
             return self.slots, self.valid
         everything = Selection.all(self.keys.shape[0], self.columns, self.keys.device)

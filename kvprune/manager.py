@@ -94,9 +94,9 @@ class CrossKVManager:
         prefill = self._running()
         if layer.columns != prefill.first_new:
             raise UnsupportedCacheError(
-                f"the mask covers {prefill.visibility.columns} columns, of which {prefill.new_columns} arrive now, "
-                f"but layer {self.layer_indices[rank]} has seen {layer.columns} before; pass a cross-attention "
-                "mask over all images of the conversation, and features of the new ones only"
+                f"the mask covers {prefill.visibility.columns} columns, of which {prefill.new_columns} arrive "
+                f"now, but layer {self.layer_indices[rank]} has seen {layer.columns} before; pass a "
+                "cross-attention mask over all images of the conversation, and features of the new ones only"
             )
         layer.announce(prefill.onward)
         return prefill.onward
@@ -130,7 +130,7 @@ class CrossKVManager:
             captured_queries=None if queries is None else queries[:, :, : arriving.live.shape[1]],
             captured_raw_keys=raw_keys,
         )
-        attended = None if layer.slots is None else layer.selection
+        attended = None if layer.slots is None else Selection.from_mask(layer.held_columns())
         with torch.no_grad():
             decision = self.policy.select(view)
             _check(decision, view, self.policy.name)
@@ -164,9 +164,7 @@ class CrossKVManager:
             seen = visible.to(selection.indices.device)[:, None].expand(-1, selection.indices.shape[1], -1)
             counted = (seen.gather(-1, selection.indices) & selection.valid).sum(-1)
             kept.append(counted.double().mean(-1).to(visible.device))
-        self.report.add_prefill(
-            receipts, kept=torch.stack(kept).tolist(), visible=visible.sum(-1).tolist()
-        )
+        self.report.add_prefill(receipts, kept=torch.stack(kept).tolist(), visible=visible.sum(-1).tolist())
 
     def snapshot(self) -> tuple[Mapping[int, Selection], Mapping[int, Selection | None]]:
         """Return copies of the latest selections and prefill selections, by layer index."""
@@ -186,16 +184,12 @@ class CrossKVManager:
         """Return which entries of a layer stay, bool ``[B, H or 1, W]``."""
         device = layer.keys.device
         decodable = prefill.visibility.decode_units
-        if decision.cache is None:
-            new = arriving.by_column(decodable)[:, None]
-        else:
-            new = decision.cache.to_mask()
-        new = new.to(device)
+        unselected = arriving.by_column(decodable)[:, None]
+        new = (unselected if decision.cache is None else decision.cache.to_mask()).to(device)
         if first == 0:
             return new
         # Entries of earlier images stay as long as decoding can see them.
-        selection = layer.selection
-        slots = selection.indices[..., :first].to(prefill.visibility.units.device)
+        slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)
         batch, heads, _ = slots.shape
         all_units = prefill.visibility.units[:, None].expand(batch, heads, -1)
         units = all_units.gather(-1, slots)

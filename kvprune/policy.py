@@ -92,7 +92,8 @@ class CrossKVPolicy(ABC):
             if option not in types:
                 known = ", ".join(sorted(types)) or "none"
                 raise PolicyOptionError(
-                    f"policy {cls.name!r} has no option {option!r}{suggestion(option, types)} (options: {known})"
+                    f"policy {cls.name!r} has no option {option!r}{suggestion(option, types)} "
+                    f"(options: {known})"
                 )
         values = {
             option: parse_option(cls.name, option, types[option], value) if isinstance(value, str) else value
@@ -118,7 +119,7 @@ class CrossKVPolicy(ABC):
             raise TypeError(f"{where} has the version {cls.version!r}; a version is a whole number")
         own = cls.__dict__.get("__dataclass_params__")
         if own is None or not own.frozen:
-            raise TypeError(f"{where} is no frozen dataclass; decorate it with @dataclass(frozen=True, kw_only=True)")
+            raise TypeError(f"{where} is no frozen dataclass; add @dataclass(frozen=True, kw_only=True)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,8 @@ class ScoringPolicy(CrossKVPolicy):
         keep_ratio: Fraction of visible tokens kept, in (0, 1]; 0.5 if neither this nor keep_tokens is given.
         keep_tokens: Number of visible tokens kept, instead of a fraction.
         reach: What the scores decide about. "layer": each layer scores its own tokens after its attention
-            and prunes its own cache, so prefill, and with it the first generated token, is untouched; heads
-            may keep different tokens. "onward": the first cross-attention layer decides for itself and for
+            and prunes its own cache, so prefill and the first generated token are untouched; heads may keep
+            different tokens. "onward": the first cross-attention layer decides for itself and for
             all later ones, which then project, attend to and store only survivors; scores are averaged over
             heads.
     """
@@ -165,7 +166,8 @@ class ScoringPolicy(CrossKVPolicy):
             scores = scoring.pool_heads(self._checked_scores(view, view.strata))
             return onward_decision(view, self._keep(scores, view.strata, view))
         strata = torch.where(view.strata == 0, 0, -1)  # only what decoding can see
-        return Decision(cache=Selection.from_mask(self._keep(self._checked_scores(view, strata), strata, view)))
+        scores = self._checked_scores(view, strata)
+        return Decision(cache=Selection.from_mask(self._keep(scores, strata, view)))
 
     def _keep(self, scores: Tensor, strata: Tensor, view: LayerView) -> Tensor:
         return scoring.keep_top(scores, strata, scoring.limits(self.budget, strata), view.visibility)
@@ -182,7 +184,8 @@ class ScoringPolicy(CrossKVPolicy):
             )
         if scores.shape not in ((batch, heads, columns), (batch, 1, columns)):
             raise ScoreError(
-                f"{where}: score returned shape {list(scores.shape)}, expected [{batch}, {heads} or 1, {columns}]"
+                f"{where}: score returned shape {list(scores.shape)}, "
+                f"expected [{batch}, {heads} or 1, {columns}]"
             )
         if scores.is_complex():
             raise ScoreError(f"{where}: score returned {scores.dtype}, which has no order")

@@ -129,7 +129,6 @@ class Registry:
             )
         return cls.from_options(spec.options)
 
-
     def adapter_for(self, model: object) -> type[ModelAdapter]:
         """Return the adapter class for a model.
 
@@ -263,7 +262,8 @@ def _call(
         for cls in returned:
             if not isinstance(cls, type) or not issubclass(cls, base):
                 raise PluginError(
-                    f"hook {hook} of plugin {name!r} returned {cls!r}, expected classes derived from {base.__name__}"
+                    f"hook {hook} of plugin {name!r} returned {cls!r}, "
+                    f"expected classes derived from {base.__name__}"
                 )
             classes.append(cls)
     return classes

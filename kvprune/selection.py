@@ -162,7 +162,9 @@ class Selection:
 
     def to_mask(self) -> Tensor:
         """Return the kept columns as bool ``[B, H or 1, S]``."""
-        kept = torch.zeros(*self.indices.shape[:2], self.columns, dtype=torch.bool, device=self.indices.device)
+        kept = torch.zeros(
+            *self.indices.shape[:2], self.columns, dtype=torch.bool, device=self.indices.device
+        )
         # Padding repeats a valid index, so writing True everywhere marks exactly the kept columns.
         return kept.scatter_(-1, self.indices, True)
 

@@ -103,7 +103,7 @@ class PolicySpec:
             raise SpecError(f"a spec in JSON is an object with a 'name', got {data!r}")
         unknown = sorted(set(data) - {"name", "options", "version"})
         if unknown:
-            raise SpecError(f"unknown keys {unknown} in spec {dict(data)!r}; name, options and version are known")
+            raise SpecError(f"unknown keys {unknown} in spec {dict(data)!r}; known: name, options, version")
         return cls(data["name"], data.get("options", {}), data.get("version"))
 
     def to_json(self) -> str:
@@ -209,7 +209,9 @@ def _read(choice: Any, text: str) -> OptionValue:
                 return typing.cast(OptionValue, wanted)
         raise ValueError(text)
     if choice is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
+        return (
+            {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
+        )
     if choice is type(None):
         return None if text.lower() == "none" else _fail(text)
     if choice is int:

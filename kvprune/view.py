@@ -117,7 +117,7 @@ class LayerView:
     def _captured(self, tensor: Tensor | None, what: str) -> Tensor:
         if tensor is None:
             raise PolicyOptionError(
-                f"policy {self.policy_name!r} reads view.{what} at layer {self.layer_idx} without declaring it; "
-                f'add a property `needs` that returns frozenset({{"{what}"}})'
+                f"policy {self.policy_name!r} reads view.{what} at layer {self.layer_idx} without declaring "
+                f'it; add a property `needs` that returns frozenset({{"{what}"}})'
             )
         return tensor

@@ -106,7 +106,7 @@ class ModelAdapter(ABC):
         if failed:
             details = "; ".join(f"{probe.name}: {probe.detail}" for probe in failed)
             raise IncompatibleTransformersError(
-                f"the installed transformers does not offer what the {cls.family} adapter relies on: {details}. "
+                f"the installed transformers lacks what the {cls.family} adapter relies on: {details}. "
                 "A wrong number would be worse than none; run `kvprune doctor`"
             )
 
@@ -142,7 +142,9 @@ def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> l
             continue
         known = inspect.signature(inspect.unwrap(found.forward)).parameters
         missing = [parameter for parameter in parameters if parameter not in known]
-        detail = f"forward lacks {', '.join(missing)}" if missing else f"forward takes {', '.join(parameters)}"
+        detail = (
+            f"forward lacks {', '.join(missing)}" if missing else f"forward takes {', '.join(parameters)}"
+        )
         probes.append(Probe(name, not missing, detail))
     return probes
 

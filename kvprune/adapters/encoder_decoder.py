@@ -91,7 +91,9 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._masks = {}
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), named.get("past_key_values")
-        if states is None or (isinstance(cache, EncoderDecoderCache) and all(map(cache.is_updated.get, self.layer_indices))):
+        if states is None or (
+            isinstance(cache, EncoderDecoderCache) and all(map(cache.is_updated.get, self.layer_indices))
+        ):
             return
         batch, columns = states.shape[:2]
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
@@ -111,7 +113,8 @@ class EncoderDecoderAdapter(ModelAdapter):
             units = (encoder_mask == 0).to(torch.int64)
         else:
             raise UnsupportedCacheError(
-                f"the encoder's attention mask is [B, S] = [{batch}, {columns}] here, got {list(encoder_mask.shape)}"
+                f"the encoder's attention mask is [B, S] = [{batch}, {columns}] here, "
+                f"got {list(encoder_mask.shape)}"
             )
         live = torch.ones(batch, tokens.shape[1], dtype=torch.bool, device=states.device)
         if decoder_mask is not None and decoder_mask.ndim == 2:
@@ -143,10 +146,11 @@ class EncoderDecoderAdapter(ModelAdapter):
             return None
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise UnsupportedCacheError(
-                f"cross-attention of {self.family} is cached in an EncoderDecoderCache, got {type(cache).__name__}"
+                f"cross-attention of {self.family} is cached in an EncoderDecoderCache, "
+                f"got {type(cache).__name__}"
             )
-        cross = require_cache(None if cache is None else cache.cross_attention_cache)
-        layer = open_layer(cross, module.layer_idx)
+        layer = open_layer(require_cache(cache and cache.cross_attention_cache), module.layer_idx)
+        assert cache is not None
         heads = module.num_heads
         if cache.is_updated.get(module.layer_idx):
             mask = self._held_mask(named.get(self.mask), layer.slots, layer.valid, layer.ragged, heads)
@@ -154,7 +158,9 @@ class EncoderDecoderAdapter(ModelAdapter):
         received = self._manager.before_layer(module.layer_idx, layer)
         if received is None:
             return None
-        mask = self._held_mask(named.get(self.mask), received.indices, received.valid, received.is_ragged, heads)
+        mask = self._held_mask(
+            named.get(self.mask), received.indices, received.valid, received.is_ragged, heads
+        )
         states = gather_features(states, received.indices[:, 0])
         return (), {**named, self.states: states, self.mask: mask}
 

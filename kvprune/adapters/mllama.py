@@ -56,7 +56,9 @@ class _Call:
             return None
         return self.rows.any(-1)[:, None, :, None].to(self.dtype)
 
-    def attention_mask(self, slots: Tensor | None, valid: Tensor | None, ragged: bool, heads: int) -> Tensor | None:
+    def attention_mask(
+        self, slots: Tensor | None, valid: Tensor | None, ragged: bool, heads: int
+    ) -> Tensor | None:
         """Additive mask over held columns, ``[B, 1 or heads, T, K]``; the same for layers that hold the same.
 
         Args:
@@ -80,7 +82,7 @@ class _Call:
         if self.rows is None:
             assert valid is not None
             return valid[:, :, None]
-        # In stock transformers a row that sees nothing attends to everything; so it does here, to what is held.
+        # In stock transformers a row that sees nothing attends to everything; here, to all that is held.
         sees = self.rows | ~self.rows.any(-1, keepdim=True)
         if slots is None or valid is None:
             return sees.repeat_interleave(self.patches, dim=-1)[:, None]
@@ -99,7 +101,7 @@ class MllamaAdapter(ModelAdapter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         # The outer model holds the inner one as `.model`; the inner one holds vision and language models.
-        self._inner: Any = model if hasattr(model, "language_model") else model.model
+        self._inner: Any = model if hasattr(model, "language_model") else model.get_submodule("model")
         self._text: Any = self._inner.language_model
         self._drafts = 0
         self._call: _Call | None = None
@@ -152,15 +154,18 @@ class MllamaAdapter(ModelAdapter):
         self._call = _Call(rows, patches, self._inner.dtype)
         pixels, states = named.get("pixel_values"), named.get("cross_attention_states")
         if pixels is not None or states is not None:
+            if named.get("past_key_values") is not None:
+                require_cache(named["past_key_values"])  # refuse before any layer has run
             self._begin(batch, length, drafts, pixels, states, named.get("attention_mask"))
         # Named now, so that positional arguments and the mask's removal go together.
         return (), {**named, "cross_attention_mask": None}
 
     def _rows(self, mask: Tensor, length: int, cache: Any) -> Tensor:
-        """Which tiles of which image each of the ``length`` rows may attend, bool ``[B, T, images * tiles]``."""
+        """Return which tile of which image each of the ``length`` rows may attend, bool ``[B, T, U]``."""
         if mask.ndim != 4:
             raise UnsupportedCacheError(
-                f"cross_attention_mask is [B, T, images, tiles] as the processor makes it, got {list(mask.shape)}"
+                "cross_attention_mask is [B, T, images, tiles] as the processor makes it, "
+                f"got {list(mask.shape)}"
             )
         if mask.shape[1] != length:  # a plain forward call may pass the rows of the whole conversation
             seen = int(cache.get_seq_length()) if cache is not None else 0
@@ -177,7 +182,8 @@ class MllamaAdapter(ModelAdapter):
         attention_mask: Tensor | None,
     ) -> None:
         """Tell the manager that an image arrives, and what each text row may attend."""
-        assert self._call is not None and self._manager is not None
+        assert self._call is not None
+        assert self._manager is not None
         source = pixels if pixels is not None else states
         assert source is not None
         tiles = self._inner.vision_model.max_num_tiles
@@ -204,7 +210,9 @@ class MllamaAdapter(ModelAdapter):
             images=units // tiles,
             live=live,
         )
-        per_sample = source if source.shape[0] == batch else rearrange(source, "(b i) p c -> b i p c", b=batch)
+        per_sample = (
+            source if source.shape[0] == batch else rearrange(source, "(b i) p c -> b i p c", b=batch)
+        )
         self._manager.begin(visibility, new_units * patches, fingerprint(per_sample))
 
     def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -230,12 +238,12 @@ class MllamaAdapter(ModelAdapter):
         heads = module.cross_attn.num_heads
         if states is None:
             layer = kwargs["past_key_values"].layers[module.layer_idx]
-            if not isinstance(layer, CrossKVLayer):  # filled before the compression began: adopt what is there
+            if not isinstance(layer, CrossKVLayer):  # filled before the compression began
                 layer = open_layer(require_cache(kwargs["past_key_values"]), module.layer_idx)
             if call.rows is not None and call.rows.shape[-1] * call.patches != layer.columns:
                 raise UnsupportedCacheError(
-                    f"cross_attention_mask covers {call.rows.shape[-1]} tiles ({call.rows.shape[-1] * call.patches} "
-                    f"columns), but the cache has seen {layer.columns} columns; pass a mask over all images so far"
+                    f"cross_attention_mask covers {call.rows.shape[-1]} tiles of {call.patches} columns, but the "
+                    f"cache has seen {layer.columns} columns; pass a mask over all images so far"
                 )
             mask = call.attention_mask(layer.slots, layer.valid, layer.ragged, heads)
             return args, {**kwargs, "cross_attention_mask": mask}

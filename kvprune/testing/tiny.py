@@ -71,7 +71,9 @@ def tiny_mllama(
     return model.to(dtype)
 
 
-def mllama_inputs(layouts: Sequence[str], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def mllama_inputs(
+    layouts: Sequence[str], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Return the inputs that a processor would make for conversations sketched by letters.
 
     Args:
@@ -153,7 +155,9 @@ def tiny_bart(seed: int = 0, *, dtype: torch.dtype = torch.float32, attn_impleme
     return _endless(model).to(dtype)
 
 
-def tiny_whisper(seed: int = 0, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> Any:
+def tiny_whisper(
+    seed: int = 0, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> Any:
     """Return a random ``WhisperForConditionalGeneration`` of 50 encoder columns, in eval mode."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from kvprune import LayerView, ScoringPolicy
@@ -38,6 +39,7 @@ class Norm(ScoringPolicy):
 
     def score(self, view: LayerView) -> Tensor:
         """Return signed norms ``[B, Hkv, S]``."""
-        tensor = {"values": lambda: view.values, "keys": lambda: view.keys, "raw_keys": lambda: view.raw_keys}
-        norms = tensor[self.of]().float().norm(dim=-1)
+        # One attribute only: raw_keys exist only where they were asked for.
+        tensor: Tensor = getattr(view, self.of)
+        norms: Tensor = torch.linalg.vector_norm(tensor.float(), dim=-1)
         return norms if self.keep == "high" else -norms

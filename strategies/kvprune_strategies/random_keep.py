@@ -1,4 +1,7 @@
-"""`random`: the control that every method has to beat. (Not random.py: that would shadow the stdlib's.)"""
+"""`random`: the control that every method has to beat.
+
+The file is not called random.py, which would shadow the standard library's module.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Trim(CrossKVPolicy):
 
     name: ClassVar[str] = "trim"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "arXiv 2504.00557 (Efficient LLaMA-3.2-Vision by Trimming Cross-attended Visual Features)"
+    paper: ClassVar[str] = "arXiv 2504.00557 (Trimmed Llama)"
     fidelity: ClassVar[str] = "faithful"
     cost: ClassVar[str] = "one product of queries and keys in one layer, 64 rows at a time"
     ranks_tokens: ClassVar[bool] = True
