@@ -180,7 +180,7 @@ class CrossKVLayer(DynamicLayer):
             self.slots, self.valid = move(self.slots), move(self.valid)
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """Return the column each entry came from and its validity, ``[B, H or 1, K]``, also if all are held."""
+        """Return the column and the validity of each entry, ``[B, H or 1, K]``, also if all are held."""
         if self.slots is not None and self.valid is not None:
             return self.slots, self.valid
         everything = Selection.all(self.keys.shape[0], self.columns, self.keys.device)

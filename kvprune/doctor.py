@@ -1,4 +1,4 @@
-"""Is this installation sound? Versions, plugins, what adapters rely on in transformers, and the demo model."""
+"""Is this installation sound? Versions, plugins, what adapters rely on, and the demo model."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def _optional() -> Iterator[Check]:
             importlib.import_module(module)
         except ModuleNotFoundError:
             missing.append(module)
-    detail = "all there" if not missing else f'not installed: {", ".join(missing)} (pip install "kvprune[demo]")'
+    detail = (
+        "all there" if not missing else f'not installed: {", ".join(missing)} (pip install "kvprune[demo]")'
+    )
     yield Check(section="versions", name="for the demo and compare", ok=None, detail=detail)
 
 
@@ -126,7 +128,7 @@ def _plugins() -> Iterator[Check]:
             name="policies",
             ok=False,
             detail="no installed plugin provides any",
-            remedy=f"run `pip install -e .` in the repository, and look at the variable {registry.PLUGINS_VARIABLE}",
+            remedy=f"run `pip install -e .` in the repository; is {registry.PLUGINS_VARIABLE} set?",
         )
 
 

@@ -13,7 +13,7 @@ Decoding never comes here: it reads what the cache layers hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,7 +36,7 @@ class _Prefill:
 
     visibility: Visibility
     first_new: int
-    fingerprints: Tensor
+    fingerprints: Callable[[], Tensor]
     onward: Selection | None = None
     layers: dict[int, CrossKVLayer] = field(default_factory=dict)
 
@@ -64,8 +64,9 @@ class CrossKVManager:
         self.seed = seed
         self.layer_indices = tuple(layer_indices)
         self.report = CompressionReport(policy=policy.spec, seed=seed)
-        self.selections: dict[int, Selection] = {}
-        self.prefill_selections: dict[int, Selection | None] = {}
+        # Columns and validity of the entries that the latest prefill left, by layer index.
+        self._held: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._attended: dict[int, Selection | None] = {}
         self._prefill: _Prefill | None = None
 
     @property
@@ -73,13 +74,23 @@ class CrossKVManager:
         """Whether a forward call that brings encoder states is running."""
         return self._prefill is not None
 
-    def begin(self, visibility: Visibility, new_columns: int, fingerprints: Tensor) -> None:
+    @property
+    def selections(self) -> Mapping[int, Selection]:
+        """Columns that decoding uses since the latest prefill, by layer index."""
+        return {layer_idx: Selection(*held) for layer_idx, held in self._held.items()}
+
+    @property
+    def prefill_selections(self) -> Mapping[int, Selection | None]:
+        """Columns that the latest prefill attended to, by layer index; None for all there were."""
+        return dict(self._attended)
+
+    def begin(self, visibility: Visibility, new_columns: int, fingerprints: Callable[[], Tensor]) -> None:
         """Open a prefill.
 
         Args:
             visibility: Of all columns, those of earlier images included.
             new_columns: How many of the last columns arrive in this call.
-            fingerprints: int64 ``[B]``, what random policies are seeded with (see `kvprune.seeding`).
+            fingerprints: Returns int64 ``[B]``, what random policies are seeded with (`kvprune.seeding`).
         """
         self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
@@ -94,8 +105,8 @@ class CrossKVManager:
         prefill = self._running()
         if layer.columns != prefill.first_new:
             raise UnsupportedCacheError(
-                f"the mask covers {prefill.visibility.columns} columns, of which {prefill.new_columns} arrive "
-                f"now, but layer {self.layer_indices[rank]} has seen {layer.columns} before; pass a "
+                f"the mask covers {prefill.visibility.columns} columns, {prefill.new_columns} of them new, "
+                f"but layer {self.layer_indices[rank]} has seen {layer.columns} before; pass a "
                 "cross-attention mask over all images of the conversation, and features of the new ones only"
             )
         layer.announce(prefill.onward)
@@ -134,11 +145,12 @@ class CrossKVManager:
         with torch.no_grad():
             decision = self.policy.select(view)
             _check(decision, view, self.policy.name)
-            layer.retain(self._kept(prefill, decision, arriving, layer, first))
+            if decision.cache is not None or not self.policy.keeps_invisible:
+                layer.retain(self._kept(prefill, decision, arriving, layer, first))
             if decision.onward is not None:
                 prefill.onward = _compose(received, decision.onward)
-        self.prefill_selections[view.layer_idx] = attended
-        self.selections[view.layer_idx] = layer.selection
+        self._attended[view.layer_idx] = attended
+        self._held[view.layer_idx] = (*layer.entries(), layer.columns)
         prefill.layers[rank] = layer
 
     def end(self, *, completed: bool) -> None:
@@ -160,15 +172,11 @@ class CrossKVManager:
                     bytes_of_bookkeeping=layer.bytes_of_bookkeeping,
                 )
             )
-            selection = self.selections[self.layer_indices[rank]]
-            seen = visible.to(selection.indices.device)[:, None].expand(-1, selection.indices.shape[1], -1)
-            counted = (seen.gather(-1, selection.indices) & selection.valid).sum(-1)
+            slots, valid = layer.entries()
+            seen = visible.to(slots.device)[:, None].expand(-1, slots.shape[1], -1)
+            counted = (seen.gather(-1, slots) & valid).sum(-1)
             kept.append(counted.double().mean(-1).to(visible.device))
         self.report.add_prefill(receipts, kept=torch.stack(kept).tolist(), visible=visible.sum(-1).tolist())
-
-    def snapshot(self) -> tuple[Mapping[int, Selection], Mapping[int, Selection | None]]:
-        """Return copies of the latest selections and prefill selections, by layer index."""
-        return dict(self.selections), dict(self.prefill_selections)
 
     def _running(self) -> _Prefill:
         if self._prefill is None:

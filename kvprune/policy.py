@@ -31,8 +31,7 @@ class CrossKVPolicy(ABC):
 
     ``select`` is asked once for each cross-attention layer in each prefill, in layer order, right after the
     layer's attention. It answers with a `Decision` about this layer's cache and about what later layers
-    still receive. Whatever it decides, columns that decoding cannot see are evicted unless they were
-    selected by name.
+    still receive. What decoding cannot see is evicted besides, unless the class says otherwise.
 
     Class attributes:
         name: The name in specs.
@@ -41,6 +40,8 @@ class CrossKVPolicy(ABC):
         fidelity: "faithful", "adapted", "inspired-by", or "baseline".
         cost: What one decision costs, in words.
         ranks_tokens: Whether a larger budget keeps a superset (KV14).
+        keeps_invisible: Whether caches about which the policy decides nothing also keep what decoding
+            cannot see (padding tiles, earlier images).
     """
 
     name: ClassVar[str]
@@ -49,6 +50,7 @@ class CrossKVPolicy(ABC):
     fidelity: ClassVar[str] = "baseline"
     cost: ClassVar[str] = ""
     ranks_tokens: ClassVar[bool] = False
+    keeps_invisible: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = self.option_types()
@@ -155,7 +157,7 @@ class ScoringPolicy(CrossKVPolicy):
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
-        """Return scores ``[B, Hkv, S]`` or ``[B, 1, S]``, higher = keep; columns nobody sees do not matter."""
+        """Return scores ``[B, Hkv, S]`` or ``[B, 1, S]``, higher = keep; unseen columns do not matter."""
 
     @typing.final
     def select(self, view: LayerView) -> Decision:

@@ -194,8 +194,8 @@ def load() -> Registry:
         for cls in found:
             if cls.name in policies:
                 raise NameClashError(
-                    f"policy {cls.name!r} is provided by plugin {policies[cls.name].plugin!r} "
-                    f"({policies[cls.name].distribution}) and by plugin {entry_point.name!r} ({distribution}); "
+                    f"policy {cls.name!r} is provided by plugin {policies[cls.name].plugin!r} of "
+                    f"{policies[cls.name].distribution} and by {entry_point.name!r} of {distribution}; "
                     f"rename one, uninstall one, or restrict {PLUGINS_VARIABLE}"
                 )
             policies[cls.name] = PolicyEntry(cls.name, cls, entry_point.name, distribution, cls.version)

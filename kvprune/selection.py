@@ -135,20 +135,30 @@ class Selection:
                 f"KV01: a mask of kept columns is bool [B, H or 1, S], got {kept.dtype} {list(kept.shape)}"
             )
         counts = kept.sum(-1, keepdim=True)
-        width = int(counts.max())
-        if width == 0:
-            raise SelectionError("KV03: a selection keeps at least one token per row, got none at all")
+        fewest, width = torch.stack(counts.aminmax()).tolist()
+        if fewest == 0:
+            raise SelectionError("KV03: a selection keeps at least one token per row; a row keeps none")
         # A stable sort of "dropped" moves kept columns to the front and leaves them in order.
         indices = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
         valid = torch.arange(width, device=kept.device) < counts
         last = indices.gather(-1, (counts - 1).clamp(min=0))
-        return cls(torch.where(valid, indices, last), valid, kept.shape[-1])
+        return cls._trusted(torch.where(valid, indices, last), valid, kept.shape[-1])
 
     @classmethod
     def all(cls, batch: int, columns: int, device: torch.device | str = "cpu") -> Selection:
         """Return the selection that keeps each of ``columns`` columns in each of ``batch`` samples."""
         indices = torch.arange(columns, device=device).expand(batch, 1, columns)
-        return cls(indices, torch.ones(1, device=device, dtype=torch.bool).expand_as(indices), columns)
+        return cls._trusted(
+            indices, torch.ones(1, device=device, dtype=torch.bool).expand_as(indices), columns
+        )
+
+    @classmethod
+    def _trusted(cls, indices: Tensor, valid: Tensor, columns: int) -> Selection:
+        """Return a selection that is right by construction, without the checks and their host transfer."""
+        selection = object.__new__(cls)
+        for name, value in (("indices", indices), ("valid", valid), ("columns", columns)):
+            object.__setattr__(selection, name, value)
+        return selection
 
     @property
     def counts(self) -> Tensor:

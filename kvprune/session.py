@@ -74,12 +74,12 @@ class Compression:
     @property
     def selections(self) -> Mapping[int, Selection]:
         """Columns that decoding uses, by layer index, as the latest prefill left them."""
-        return self._manager.snapshot()[0]
+        return self._manager.selections
 
     @property
     def prefill_selections(self) -> Mapping[int, Selection | None]:
         """Columns that each layer's latest prefill attended to, by layer index; None for all there were."""
-        return self._manager.snapshot()[1]
+        return self._manager.prefill_selections
 
     @property
     def is_attached(self) -> bool:

@@ -5,7 +5,8 @@ Views are read-only by contract: a policy neither writes to their tensors nor ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -34,7 +35,7 @@ class LayerView:
         num_layers: Number of cross-attention layers L.
         scaling: Factor on attention logits.
         seed: The seed that was given to ``compress``.
-        fingerprints: int64 ``[B]``, digest of what the encoder read for each sample.
+        fingerprints: Returns an int64 ``[B]`` digest of what the encoder read for each sample.
         policy_name: For messages.
         captured_queries: ``[B, Hq, T, D]``, present if the policy needs "queries".
         captured_raw_keys: ``[B, Hkv, S, D]`` before any key norm, present if the policy needs "raw_keys".
@@ -48,7 +49,7 @@ class LayerView:
     num_layers: int
     scaling: float
     seed: int = 0
-    fingerprints: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    fingerprints: Callable[[], Tensor] = lambda: torch.zeros(1, dtype=torch.int64)
     policy_name: str = "?"
     captured_queries: Tensor | None = None
     captured_raw_keys: Tensor | None = None
@@ -102,7 +103,7 @@ class LayerView:
         They differ by seed, layer and sample, and are the same on any device and in any batch (KV10).
         """
         batch, _, columns, _ = self.keys.shape
-        fingerprints = self.fingerprints.expand(batch)
+        fingerprints = self.fingerprints().expand(batch)
         return seeding.uniform(self.seed, self.rank, fingerprints, heads, columns).to(self.keys.device)
 
     @cached_property

@@ -200,7 +200,9 @@ def test_kv09_the_order_of_kept_tokens_is_irrelevant(batch, spec, random):
     step = {
         "input_ids": torch.full((size[0], 1), 9),
         "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(size[0], 1, dtype=torch.long)], 1),
-        "cross_attention_mask": inputs["cross_attention_mask"][:, -1:],
+        "cross_attention_mask": torch.cat(
+            [inputs["cross_attention_mask"], inputs["cross_attention_mask"][:, -1:]], 1
+        ),
     }
     with kvprune.compress(model, spec), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
@@ -383,7 +385,7 @@ def test_kv11_tensors_and_selection_move_together(sequence, data):
 
 
 def fingerprint_of(model):
-    """Everything that an attachment could change: hooks, instance attributes, parameters, attention tables."""
+    """Everything that an attachment could change: hooks, attributes, parameters, attention tables."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     hooks = (

@@ -45,6 +45,7 @@ class ModelAdapter(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._handles: list[RemovableHandle] = []
+        self._call_handles: list[RemovableHandle] = []
         self._restore: list[Callable[[], None]] = []
 
     @classmethod
@@ -68,18 +69,33 @@ class ModelAdapter(ABC):
 
     def detach(self) -> None:
         """Undo `attach` completely; harmless if nothing is attached."""
+        self.end_of_call()
         while self._handles:
             self._handles.pop().remove()
         while self._restore:
             self._restore.pop()()
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Run ``hook(module, args, kwargs)`` before a module; detached with the rest."""
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def end_of_call(self) -> None:
+        """Remove the hooks that were made for one forward call."""
+        while self._call_handles:
+            self._call_handles.pop().remove()
 
-    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+    def before(self, module: nn.Module, hook: Callable[..., Any], *, for_one_call: bool = False) -> None:
+        """Run ``hook(module, args, kwargs)`` before a module, until `detach` or `end_of_call`."""
+        handles = self._call_handles if for_one_call else self._handles
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        *,
+        for_one_call: bool = False,
+        always: bool = False,
+    ) -> None:
         """Run ``hook(module, args, kwargs, output)`` after a module, with ``always`` also if it raised."""
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+        handles = self._call_handles if for_one_call else self._handles
+        handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
 
     def override(self, module: nn.Module, attribute: str, value: object) -> None:
         """Set an attribute on one module instance until `detach`, which restores what was there."""

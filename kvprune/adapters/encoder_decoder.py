@@ -55,7 +55,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._encoder: Any = model.get_encoder()  # type: ignore[operator]
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]
         self._manager: CrossKVManager | None = None
-        self._fingerprints: Tensor | None = None
+        self._encoded: Tensor | None = None  # what the encoder read last
         self._queries: Tensor | None = None
         # Masks of one decoder call, keyed by the identity of the slots, which are held beside the mask.
         self._masks: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -84,7 +84,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         if ids is not None and named.get("attention_mask") is not None:
             ids = ids * named["attention_mask"]
         source = ids if ids is not None else named.get("input_features", named.get("inputs_embeds"))
-        self._fingerprints = None if source is None else fingerprint(source)
+        self._encoded = source
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._manager is not None
@@ -100,7 +100,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         visibility = self._visibility(
             tokens, states, named.get("encoder_attention_mask"), named.get("attention_mask")
         )
-        self._manager.begin(visibility, columns, self._sample_fingerprints(states, batch))
+        self._manager.begin(visibility, columns, lambda: self._sample_fingerprints(states, batch))
 
     def _visibility(
         self, tokens: Tensor, states: Tensor, encoder_mask: Tensor | None, decoder_mask: Tensor | None
@@ -126,10 +126,10 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _sample_fingerprints(self, states: Tensor, batch: int) -> Tensor:
         """Fingerprints for the decoder's batch, whose samples may be repeated for beams."""
-        known = self._fingerprints
-        if known is None or batch % known.shape[0]:
+        source = self._encoded
+        if source is None or batch % source.shape[0]:  # encoder_outputs that were made elsewhere
             return fingerprint(states)
-        return known.repeat_interleave(batch // known.shape[0])
+        return fingerprint(source).repeat_interleave(batch // source.shape[0])
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         assert self._manager is not None

@@ -8,17 +8,16 @@ The hooks, in the order in which they run in a forward call (`docs/hooks.md` has
 1. before the whole model: how many rows at the end are draft tokens;
 2. before ``MllamaModel``: keep the raw mask from being expanded to one column per patch, and begin a prefill
    if an image comes along;
-3. before ``MllamaTextModel``: put back the row mask that step 2 left out;
-4. before each cross-attention layer: put our cache layer in place, pass on only features that survived,
+3. before each cross-attention layer: put our cache layer in place, pass on only features that survived,
    and give it a mask as wide as what it holds;
-5. after each cross-attention layer in prefill: the manager decides.
+4. after each cross-attention layer in prefill: the manager decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -47,14 +46,19 @@ class _Call:
     rows: Tensor | None  # bool [B, T, U]: which tiles each text row may attend; None without a mask
     patches: int  # columns per tile
     dtype: torch.dtype
+    row_mask: Tensor | None = field(init=False)  # [B, 1, T, 1], gates the MLP branch of rows that see no tile
+    bias: Tensor | None = field(init=False)  # additive mask by tile, [B, T, U]
     # Keyed by the identity of the slots, which are held beside the mask so that no identity is used twice.
     masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
-    def row_mask(self) -> Tensor | None:
-        """Rows that see some tile, ``[B, 1, T, 1]`` in the model's dtype: gates the layer's MLP branch."""
-        if self.rows is None:
-            return None
-        return self.rows.any(-1)[:, None, :, None].to(self.dtype)
+    def __post_init__(self) -> None:
+        self.row_mask = self.bias = None
+        if self.rows is not None:
+            sees = self.rows.any(-1, keepdim=True)
+            self.row_mask = sees[:, None].to(self.dtype)
+            # In stock transformers a row that sees nothing attends to everything; here, to all that is held.
+            bias = torch.zeros(self.rows.shape, dtype=self.dtype, device=self.rows.device)
+            self.bias = bias.masked_fill_(sees & ~self.rows, torch.finfo(self.dtype).min)
 
     def attention_mask(
         self, slots: Tensor | None, valid: Tensor | None, ragged: bool, heads: int
@@ -67,29 +71,29 @@ class _Call:
             ragged: Whether some entry is not valid.
             heads: Number of query heads.
         """
-        if self.rows is None and not ragged:
+        if self.bias is None and not ragged:
             return None
         if id(slots) not in self.masks:
-            allowed = self._allowed(slots, valid)
-            if allowed.shape[1] not in (1, heads):
-                allowed = allowed.repeat_interleave(heads // allowed.shape[1], dim=1)
-            bias = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
-            self.masks[id(slots)] = slots, bias.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+            mask = self._mask(slots, valid, ragged)
+            if mask.shape[1] not in (1, heads):
+                mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
+            self.masks[id(slots)] = slots, mask
         return self.masks[id(slots)][1]
 
-    def _allowed(self, slots: Tensor | None, valid: Tensor | None) -> Tensor:
-        """Which held columns each row attends, bool ``[B, H or 1, T, K]``."""
-        if self.rows is None:
-            assert valid is not None
-            return valid[:, :, None]
-        # In stock transformers a row that sees nothing attends to everything; here, to all that is held.
-        sees = self.rows | ~self.rows.any(-1, keepdim=True)
+    def _mask(self, slots: Tensor | None, valid: Tensor | None, ragged: bool) -> Tensor:
+        """Additive mask over held columns by KV head, ``[B, H or 1, T, K]``."""
         if slots is None or valid is None:
-            return sees.repeat_interleave(self.patches, dim=-1)[:, None]
-        tiles = (slots // self.patches).to(sees.device)
-        spread = sees[:, None].expand(-1, tiles.shape[1], -1, -1)
-        index = tiles[:, :, None].expand(-1, -1, sees.shape[1], -1)
-        return spread.gather(-1, index) & valid[:, :, None].to(sees.device)
+            assert self.bias is not None
+            return self.bias[:, None, :, :, None].expand(*[-1] * 4, self.patches).flatten(3)
+        if self.bias is None:
+            mask = torch.zeros_like(valid, dtype=self.dtype)[:, :, None]
+        else:
+            tiles = (slots // self.patches).to(self.bias.device)[:, :, None]
+            by_head = self.bias[:, None].expand(-1, tiles.shape[1], -1, -1)
+            mask = by_head.gather(-1, tiles.expand(-1, -1, by_head.shape[2], -1))
+        if ragged:
+            mask = mask.masked_fill(~valid[:, :, None].to(mask.device), torch.finfo(self.dtype).min)
+        return mask
 
 
 class MllamaAdapter(ModelAdapter):
@@ -101,8 +105,9 @@ class MllamaAdapter(ModelAdapter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         # The outer model holds the inner one as `.model`; the inner one holds vision and language models.
-        self._inner: Any = model if hasattr(model, "language_model") else model.get_submodule("model")
-        self._text: Any = self._inner.language_model
+        self._inner = cast(Any, model if hasattr(model, "language_model") else model.get_submodule("model"))
+        self._text = cast(Any, self._inner.language_model)
+        self._layer_indices: list[int] = sorted(self._text.config.cross_attention_layers)
         self._drafts = 0
         self._call: _Call | None = None
         self._queries: Tensor | None = None
@@ -112,27 +117,30 @@ class MllamaAdapter(ModelAdapter):
     @property
     def layer_indices(self) -> Sequence[int]:
         """Indices of the cross-attention layers (3, 8, 13, ... in Llama-3.2-11B-Vision)."""
-        return sorted(self._text.config.cross_attention_layers)
+        return self._layer_indices
 
     def attach(self, manager: CrossKVManager) -> None:
         """Hook the model's forward calls (see the head of this file)."""
         self._manager = manager
-        needs = manager.policy.needs
         if self._inner is not self.model:
             self.before(self.model, self._before_outer)
         self.before(self._inner, self._before_inner)
         self.after(self._inner, self._after_inner, always=True)
-        self.before(self._text, self._before_text)
-        for layer_idx in self.layer_indices:
+        for layer_idx in self._layer_indices:
             layer = self._text.layers[layer_idx]
             self.before(layer, self._before_layer)
-            self.after(layer, self._after_layer)
             # Without it, SDPA takes a missing mask to mean causal attention over image columns.
             self.override(layer.cross_attn, "is_causal", False)
+
+    def _hook_prefill(self, needs: frozenset[str]) -> None:
+        """Add the hooks that only prefill needs: decoding, which runs for each token, does without them."""
+        for layer_idx in self._layer_indices:
+            layer = self._text.layers[layer_idx]
+            self.after(layer, self._after_layer, for_one_call=True)
             if "queries" in needs:
-                self.after(layer.cross_attn.q_norm, self._after_q_norm)
+                self.after(layer.cross_attn.q_norm, self._after_q_norm, for_one_call=True)
             if "raw_keys" in needs:
-                self.before(layer.cross_attn.k_norm, self._before_k_norm)
+                self.before(layer.cross_attn.k_norm, self._before_k_norm, for_one_call=True)
 
     def _before_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep = named_arguments(module, args, kwargs).get("logits_to_keep", 0)
@@ -151,7 +159,8 @@ class MllamaAdapter(ModelAdapter):
         batch, length = tokens.shape[:2]
         patches = self._inner.vision_model.num_patches
         rows = None if mask is None else self._rows(mask, length, named.get("past_key_values"))
-        self._call = _Call(rows, patches, self._inner.dtype)
+        # The dtype of one weight: asking the model for its dtype walks over all of them.
+        self._call = _Call(rows, patches, self._text.embed_tokens.weight.dtype)
         pixels, states = named.get("pixel_values"), named.get("cross_attention_states")
         if pixels is not None or states is not None:
             if named.get("past_key_values") is not None:
@@ -169,8 +178,11 @@ class MllamaAdapter(ModelAdapter):
             )
         if mask.shape[1] != length:  # a plain forward call may pass the rows of the whole conversation
             seen = int(cache.get_seq_length()) if cache is not None else 0
+            missing = seen + length - mask.shape[1]
+            if missing > 0:  # draft tokens in older releases; new rows repeat the last one, as in generate
+                mask = torch.cat([mask, mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
             mask = mask[:, seen : seen + length]
-        return rearrange(mask == 1, "b t i tiles -> b t (i tiles)")
+        return (mask == 1).flatten(2)
 
     def _begin(
         self,
@@ -213,19 +225,16 @@ class MllamaAdapter(ModelAdapter):
         per_sample = (
             source if source.shape[0] == batch else rearrange(source, "(b i) p c -> b i p c", b=batch)
         )
-        self._manager.begin(visibility, new_units * patches, fingerprint(per_sample))
+        self._manager.begin(visibility, new_units * patches, lambda: fingerprint(per_sample))
+        self._hook_prefill(self._manager.policy.needs)
 
     def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         assert self._manager is not None
-        self._manager.end(completed=output is not None)
-        self._call = self._queries = self._raw_keys = None
-
-    def _before_text(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._call is None or self._call.rows is None:
-            return None
-        return args, {**kwargs, "full_text_row_masked_out_mask": self._call.row_mask()}
+        self._call = None
+        if self._manager.in_prefill:
+            self._queries = self._raw_keys = None
+            self.end_of_call()
+            self._manager.end(completed=output is not None)
 
     def _before_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -242,13 +251,14 @@ class MllamaAdapter(ModelAdapter):
                 layer = open_layer(require_cache(kwargs["past_key_values"]), module.layer_idx)
             if call.rows is not None and call.rows.shape[-1] * call.patches != layer.columns:
                 raise UnsupportedCacheError(
-                    f"cross_attention_mask covers {call.rows.shape[-1]} tiles of {call.patches} columns, but the "
-                    f"cache has seen {layer.columns} columns; pass a mask over all images so far"
+                    f"cross_attention_mask covers {call.rows.shape[-1]} tiles of {call.patches} columns, but "
+                    f"the cache has seen {layer.columns} columns; pass a mask over all images so far"
                 )
             mask = call.attention_mask(layer.slots, layer.valid, layer.ragged, heads)
-            return args, {**kwargs, "cross_attention_mask": mask}
+            masks = {"cross_attention_mask": mask, "full_text_row_masked_out_mask": call.row_mask}
+            return args, {**kwargs, **masks}
         layer = open_layer(require_cache(kwargs["past_key_values"]), module.layer_idx)
-        received = manager.before_layer(self.layer_indices.index(module.layer_idx), layer)
+        received = manager.before_layer(self._layer_indices.index(module.layer_idx), layer)
         states = self._per_sample(states, args[0].shape[0])
         new_columns = states.shape[1]
         if received is not None:
@@ -257,7 +267,8 @@ class MllamaAdapter(ModelAdapter):
         slots, valid = expected if expected is not None else (None, None)
         ragged = layer.ragged or (received is not None and received.is_ragged)
         mask = call.attention_mask(slots, valid, ragged, heads)
-        return args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
+        masks = {"cross_attention_mask": mask, "full_text_row_masked_out_mask": call.row_mask}
+        return args, {**kwargs, "cross_attention_states": states, **masks}
 
     def _per_sample(self, states: Tensor, batch: int) -> Tensor:
         """Fold images and tiles into columns: ``[B * images, tiles * patches, C]`` to ``[B, S, C]``."""
@@ -266,24 +277,20 @@ class MllamaAdapter(ModelAdapter):
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         manager = self._manager
         assert manager is not None
-        if manager.in_prefill and kwargs.get("cross_attention_states") is not None:
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
-            manager.after_layer(
-                self.layer_indices.index(module.layer_idx),
-                layer,
-                scaling=module.cross_attn.scaling,
-                queries=self._queries,
-                raw_keys=self._raw_keys,
-            )
+        manager.after_layer(
+            self._layer_indices.index(module.layer_idx),
+            kwargs["past_key_values"].layers[module.layer_idx],
+            scaling=module.cross_attn.scaling,
+            queries=self._queries,
+            raw_keys=self._raw_keys,
+        )
         self._queries = self._raw_keys = None
 
     def _after_q_norm(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if self._manager is not None and self._manager.in_prefill:
-            self._queries = output
+        self._queries = output
 
     def _before_k_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        if self._manager is not None and self._manager.in_prefill:
-            self._raw_keys = args[0]
+        self._raw_keys = args[0]
 
     @classmethod
     def probe(cls) -> list[Probe]:

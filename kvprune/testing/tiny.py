@@ -30,7 +30,7 @@ def tiny_mllama(
     num_heads: int = 4,
     num_kv_heads: int = 2,
 ) -> Any:
-    """Return a random ``MllamaForConditionalGeneration`` of 20 columns an image, gates filled, in eval mode."""
+    """Return a random ``MllamaForConditionalGeneration`` with 20 columns an image and filled gates."""
     from transformers import MllamaConfig, MllamaForConditionalGeneration
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvprune import CrossKVPolicy, Decision, LayerView, Selection
+from kvprune import CrossKVPolicy, Decision, LayerView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,8 @@ class Full(CrossKVPolicy):
     name: ClassVar[str] = "full"
     version: ClassVar[int] = 1
     cost: ClassVar[str] = "none"
+    keeps_invisible: ClassVar[bool] = True
 
     def select(self, view: LayerView) -> Decision:
-        """Select all columns by name, so that not even invisible ones are evicted."""
-        batch, _, columns, _ = view.keys.shape
-        return Decision(cache=Selection.all(batch, columns, view.keys.device))
+        """Decide nothing, and evict nothing either."""
+        return Decision()

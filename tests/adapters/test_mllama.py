@@ -16,6 +16,11 @@ from kvprune.errors import PolicyNeverRanError, UnsupportedCacheError
 from kvprune.testing import masked_oracle, mllama_inputs
 
 
+def one_row_more(mask: torch.Tensor) -> torch.Tensor:
+    """Repeat the last row for a new token, as generate does; all rows, because older releases need them."""
+    return torch.cat([mask, mask[:, -1:]], dim=1)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layouts", LAYOUTS, ids="+".join)
 @pytest.mark.parametrize("spec", POLICIES)
@@ -136,7 +141,7 @@ def test_a_cache_filled_before_the_block_is_adopted():
     model, inputs = mllama(), mllama_inputs(("tt4ttt", "t1tt"))
     step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
     step["attention_mask"][1, :2] = 0
-    step["cross_attention_mask"] = inputs["cross_attention_mask"][:, -1:]
+    step["cross_attention_mask"] = one_row_more(inputs["cross_attention_mask"])
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         expected = model(**step, past_key_values=copy.deepcopy(cache)).logits
@@ -148,7 +153,7 @@ def test_a_cache_filled_before_the_block_is_adopted():
 def test_a_deep_copy_of_the_cache_serves_two_continuations():
     model, inputs = mllama(), mllama_inputs(("tt4ttt",))
     step = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
-    step["cross_attention_mask"] = inputs["cross_attention_mask"][:, -1:]
+    step["cross_attention_mask"] = one_row_more(inputs["cross_attention_mask"])
     with kvprune.compress(model, "norm:keep_ratio=0.3"), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         twin = copy.deepcopy(cache)
@@ -274,9 +279,9 @@ def test_a_mask_over_the_wrong_images_is_refused():
             model(**again, past_key_values=cache)
         step = {
             "input_ids": torch.tensor([[5]]),
-            "cross_attention_mask": whole["cross_attention_mask"][:, -1:],
+            "cross_attention_mask": one_row_more(whole["cross_attention_mask"]),
         }
-        with pytest.raises(UnsupportedCacheError, match="covers 8 tiles of 5 columns.*has seen 20 columns"):
+        with pytest.raises(UnsupportedCacheError, match=r"covers 8 tiles of 5 columns.*has seen 20 columns"):
             model(**step, past_key_values=cache)
 
 
