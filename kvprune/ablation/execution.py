@@ -1,0 +1,150 @@
+"""What a comparison does to a claimed folder: answers what is not answered, times what is not timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import kvprune
+from kvprune.ablation.answers import Answer, to_row
+from kvprune.ablation.data import Example, is_correct, normalise
+from kvprune.ablation.generation import Generator, resolve_device
+from kvprune.ablation.grid import REFERENCE, Configuration
+from kvprune.ablation.results import ResultsFolder
+from kvprune.ablation.settings import Progress, Settings
+from kvprune.ablation.summary import Summary, summarise
+from kvprune.ablation.timing import measure, read_laps
+from kvprune.errors import ResultsError
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One run of a comparison over a claimed folder: what is done, what is left, the model when needed."""
+
+    def __init__(
+        self,
+        folder: ResultsFolder,
+        configurations: Sequence[Configuration],
+        examples: Sequence[Example],
+        settings: Settings,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._folder, self._settings = folder, settings
+        self._configurations, self._examples = configurations, examples
+        self._specs = [one.spec for one in configurations]
+        self._answers = folder.answers(self._specs, [example.id for example in examples])
+        rows = folder.timings.recover()
+        self._laps = read_laps(str(folder.timings.path), rows, self._specs)
+        size = settings.batch_size
+        self._batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        self._repetitions = [number for number in range(settings.repetitions) if number not in self._laps]
+        self._generator: Generator | None = None
+        self._on_progress = on_progress
+        answered = sum(not self._open(batch, one) for batch in self._batches for one in configurations)
+        round_ = len(configurations) + 1
+        timed = round_ * len(self._laps)
+        to_time = round_ * (len(self._repetitions) + 1) if self._repetitions else 0
+        self._done = answered + timed
+        self._total = len(self._batches) * len(configurations) + timed + to_time
+        self._report("starting" if self._done < self._total else "nothing left to do")
+
+    def answer(self) -> None:
+        """Answer every example under every configuration, batch by batch, the full cache first."""
+        for batch in self._batches:
+            pending = [one for one in self._configurations if self._open(batch, one)]
+            if not pending:
+                continue
+            inputs = self._model().encode(batch)
+            for one in pending:
+                fresh = self._ask(batch, inputs, one)
+                self._folder.results.append([to_row(answer) for answer in fresh])
+                self._answers.update({(answer.spec, answer.id): answer for answer in fresh})
+                self._done += 1
+                self._report("answering")
+
+    def time(self) -> None:
+        """Time what is not timed yet, on one batch spread over the data."""
+        if not self._repetitions:
+            return
+        size = min(self._settings.batch_size, len(self._examples))
+        spread = [self._examples[number * len(self._examples) // size] for number in range(size)]
+        rows = measure(
+            self._model(),
+            self._model().encode(spread),
+            self._configurations,
+            repetitions=self._repetitions,
+            seed=self._settings.seed,
+            on_lap=self._lap,
+        )
+        for row in rows:
+            self._folder.timings.append([row])
+            self._laps.update(read_laps("timing", [row], self._specs))
+
+    def summary(self) -> Summary:
+        """Summarise what is finished."""
+        return summarise(
+            self._configurations,
+            self._examples,
+            self._answers,
+            {number: lap for number, lap in self._laps.items() if self._settings.repetitions},
+            batch_size=min(self._settings.batch_size, len(self._examples)),
+            device=resolve_device(self._settings.device),
+        )
+
+    def _ask(self, batch: Sequence[Example], inputs: Mapping[str, Any], one: Configuration) -> list[Answer]:
+        """Answer a batch under one configuration; return what is not yet in the results."""
+        generator = self._model()
+        with kvprune.compress(generator.model, one.policy, seed=self._settings.seed) as run:
+            new = generator.generate(inputs)
+        kept = run.report.kept_per_sample
+        if len(kept) != len(batch) or any(math.isnan(fraction) for fraction in kept):
+            raise ResultsError(
+                f"{one.spec} reports kept fractions {kept} for {len(batch)} examples; each needs one"
+            )
+        texts, finished = generator.texts(new), generator.finished(new)
+        answers = []
+        for number, example in enumerate(batch):
+            if (one.spec, example.id) in self._answers:
+                continue
+            text = texts[number]
+            full = text if one.spec == REFERENCE else self._answers[REFERENCE, example.id].answer
+            answers.append(
+                Answer(
+                    spec=one.spec,
+                    id=example.id,
+                    task=example.task,
+                    answer=text,
+                    correct=is_correct(text, example.answers),
+                    agrees_with_full=normalise(text) == normalise(full),
+                    finished=finished[number],
+                    kept_fraction=kept[number],
+                    bytes_held=run.report.bytes_held // len(batch),
+                    bytes_full=run.report.bytes_full // len(batch),
+                )
+            )
+        return answers
+
+    def _open(self, batch: Sequence[Example], one: Configuration) -> bool:
+        return any((one.spec, example.id) not in self._answers for example in batch)
+
+    def _model(self) -> Generator:
+        """Load the model when it is needed first: a finished comparison never does."""
+        if self._generator is None:
+            settings = self._settings
+            self._generator = Generator.load(
+                settings.model,
+                device=resolve_device(settings.device),
+                dtype=settings.dtype,
+                attn_implementation=settings.attn_implementation,
+                max_new_tokens=settings.max_new_tokens,
+            )
+        return self._generator
+
+    def _lap(self) -> None:
+        self._done += 1
+        self._report("timing")
+
+    def _report(self, phase: str) -> None:
+        self._on_progress(Progress(phase, self._done, self._total))

@@ -1,0 +1,155 @@
+"""The model at work: loads it with its processor, encodes left-padded batches, decodes greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from kvprune.ablation.data import Example
+from kvprune.errors import DataError, UnsupportedModelError
+
+__all__ = ["DTYPES", "Generator", "resolve_device"]
+
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """A model and its processor, ready for batched questions about pictures.
+
+    Args:
+        model: Anything with `generate` that an adapter supports.
+        processor: With a chat template; pads on the left.
+        max_new_tokens: Limit on an answer, in tokens.
+    """
+
+    model: Any
+    processor: Any
+    max_new_tokens: int
+
+    @classmethod
+    def load(
+        cls,
+        model: str | None,
+        *,
+        device: str,
+        dtype: str,
+        attn_implementation: str | None,
+        max_new_tokens: int,
+    ) -> Generator:
+        """Load a model and its processor, and check that kvprune supports the model.
+
+        Args:
+            model: Hub id or local folder; None is the embedded demo.
+            device: A torch device such as ``cpu`` or ``cuda:0``.
+            dtype: One of `DTYPES`.
+            attn_implementation: Passed to transformers; None is its default.
+            max_new_tokens: Limit on an answer, in tokens.
+
+        Raises:
+            UnsupportedModelError: If the model cannot be loaded, no adapter knows it, or its processor has no
+                chat template.
+        """
+        from kvprune.registry import find_adapter
+
+        if model is None:
+            loaded, processor = _load_demo(device, dtype, attn_implementation)
+        else:
+            loaded, processor = _load(model, device, dtype, attn_implementation)
+        find_adapter(loaded)
+        if not getattr(processor, "chat_template", None):
+            raise UnsupportedModelError(
+                f"the processor of {model!r} has no chat template; use an instruction-tuned checkpoint"
+            )
+        return cls(model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens)
+
+    def encode(self, examples: Sequence[Example]) -> Mapping[str, Any]:
+        """Return the model's inputs for one batch of user turns, each a picture followed by its question."""
+        from PIL import Image
+
+        images, prompts = [], []
+        for example in examples:
+            with Image.open(example.image) as picture:
+                images.append([picture.convert("RGB")])
+            content = [{"type": "image"}, {"type": "text", "text": example.question}]
+            turn = [{"role": "user", "content": content}]
+            prompts.append(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+        inputs = self.processor(
+            images=images,
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,  # the chat template has written them
+            return_tensors="pt",
+        )
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        used = inputs["attention_mask"]
+        if not bool(used[:, -1].all()):
+            raise DataError(
+                "the processor does not pad on the left, so batched answers would be wrong; "
+                "use --batch-size 1"
+            )
+        return dict(inputs)
+
+    def generate(self, inputs: Mapping[str, Any], tokens: int | None = None) -> torch.Tensor:
+        """Return new tokens, int64 ``[B, new]``, decoded greedily.
+
+        Args:
+            inputs: What `encode` returned.
+            tokens: Exact number of new tokens, whatever the model says; None ends answers as the model wants.
+        """
+        length = {"max_new_tokens": self.max_new_tokens}
+        if tokens is not None:
+            length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        with torch.inference_mode():
+            # Sampling options of a checkpoint's generation config would only cause warnings here.
+            out = self.model.generate(
+                **inputs, **length, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None
+            )
+        new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
+        return new
+
+    def texts(self, new: torch.Tensor) -> list[str]:
+        """Return the answers as text."""
+        decoded: list[str] = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
+
+    def finished(self, new: torch.Tensor) -> list[bool]:
+        """Return for each answer whether the model ended it itself."""
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=new.device)
+        done: list[bool] = torch.isin(new, ends).any(-1).tolist()
+        return done
+
+
+def resolve_device(device: str | None) -> str:
+    """Return `device`, or the first CUDA device, or the CPU where there is none."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load_demo(device: str, dtype: str, attn_implementation: str | None) -> tuple[Any, Any]:
+    from kvprune import demo
+
+    return demo.load(
+        dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=attn_implementation or "sdpa",
+        device=device,
+    )
+
+
+def _load(model: str, device: str, dtype: str, attn_implementation: str | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            model, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **extra
+        )
+        return cast("torch.nn.Module", loaded).to(device), processor
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"cannot load model {model!r} on {device!r}: {reason}") from error

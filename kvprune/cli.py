@@ -1,0 +1,262 @@
+"""The command line: parses, calls the library and prints; what is computed is computed elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f'kvprune: the command line needs {missing.name}, which is not installed: pip install "kvprune[demo]"'
+    ) from missing
+
+from kvprune import registry
+from kvprune.errors import KVPruneError, PolicyOptionError
+from kvprune.spec import describe_type
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="kvprune",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Prune the cross-attention KV cache of vision-language models, and compare how well that works.",
+)
+
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_WIDTH = 120
+"""Columns of a table where standard output is no terminal."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvprune {metadata.version('kvprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_policies(debug: _Debug = False) -> None:
+    """List installed policies, and plugins that could not be loaded."""
+    with _one_line_errors(debug):
+        found = registry.load()
+        table = _table("policy", "version", "plugin (distribution)", "what it does")
+        for entry in found.policies.values():
+            claim = " ".join(inspect.cleandoc(entry.cls.__doc__ or "").partition("\n\n")[0].split())
+            table.add_row(entry.name, str(entry.version), f"{entry.plugin} ({entry.distribution})", claim)
+        _console().print(table)
+        for broken in found.broken:
+            problem = f"{type(broken.error).__name__}: {broken.error}"
+            _say(f"broken plugin {broken.name} ({broken.distribution}): {problem}")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A policy's name, as `kvprune list` prints it.")],
+    debug: _Debug = False,
+) -> None:
+    """Explain one policy: what it does, its options, where it comes from and what it costs."""
+    with _one_line_errors(debug):
+        found = registry.load()
+        policy = found.policy_class(name)
+        entry = found.policies[name]
+        text, meanings = _read_docstrings(policy)
+        print(
+            f"{name}, version {entry.version}, from plugin {entry.plugin} ({entry.distribution})\n\n{text}\n"
+        )
+        for fact in ("paper", "fidelity", "cost"):
+            print(f"{fact + ':':<10}{getattr(policy, fact) or '-'}")
+        types = policy.option_types()
+        table = _table("option", "type", "default", "meaning")
+        for option in dataclasses.fields(policy):
+            default = "required" if option.default is dataclasses.MISSING else str(option.default).lower()
+            table.add_row(
+                option.name, describe_type(types[option.name]), default, meanings.get(option.name, "-")
+            )
+        print()
+        if types:
+            _console().print(table)
+        else:
+            print("It has no options.")
+
+
+@app.command()
+def doctor(debug: _Debug = False) -> None:
+    """Check versions, plugins, what adapters rely on in transformers, and the demo model."""
+    from kvprune.doctor import examine
+
+    with _one_line_errors(debug):
+        _quieten_transformers()
+        checks = examine()
+    section = ""
+    for check in checks:
+        if check.section != section:
+            section = check.section
+            print(section)
+        mark = {True: "ok", False: "FAIL", None: "-"}[check.ok]
+        print(f"  {mark:<5} {check.name}: {check.detail}")
+        if check.ok is False:
+            print(f"        to do: {check.remedy}")
+    failed = sum(check.ok is False for check in checks)
+    print(f"{failed} of {len(checks)} checks failed." if failed else "All is well.")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def compare(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Spec such as trim or random:keep_tokens=32; repeatable. One that states no budget is "
+            "crossed with --keep-ratios. Default: lossless, trim, and uniform, random and norm with "
+            "reach=onward. The full cache is always compared, too."
+        ),
+    ] = None,
+    keep_ratios: Annotated[
+        str, typer.Option(help="Fractions of visible tokens kept, separated by commas.")
+    ] = "0.5,0.25,0.1,0.05",
+    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the embedded demo.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="JSON-lines file of questions. Default: the embedded demo's.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks, separated by commas. Default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Examples per task. Default: all of --data, 64 of the demo.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For policies that draw, and for the demo's questions.")] = 0,
+    output: Annotated[Path, typer.Option(help="Results folder. The same command resumes in it.")] = Path(
+        "kvprune-results"
+    ),
+    batch_size: Annotated[int, typer.Option(help="Examples per call of generate.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Limit on an answer, in tokens.")] = 16,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (as stored), float32, float64, bfloat16 or float16.")
+    ] = "auto",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="eager, sdpa, ... Default: what transformers chooses.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Repetitions of the timing; 0 times nothing.")] = 5,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print summary.json on standard output, and nothing else there.")
+    ] = False,
+    debug: _Debug = False,
+) -> None:
+    """Compare policies and budgets: accuracy, kept tokens, bytes and speed, on the same questions."""
+    with _one_line_errors(debug):
+        from kvprune.ablation import DEFAULT_POLICIES, Settings
+        from kvprune.ablation import compare as run
+        from kvprune.ablation.console import progress_bar, show_summary
+
+        settings = Settings(
+            model=model,
+            data=data,
+            tasks=None if tasks is None else tuple(part.strip() for part in tasks.split(",")),
+            limit=limit,
+            seed=seed,
+            output=output,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            repetitions=repetitions,
+        )
+        _quieten_transformers()
+        ratios = [_ratio(part) for part in re.split("[,;]", keep_ratios)]
+        with progress_bar() as on_progress:
+            summary = run(policy or DEFAULT_POLICIES, ratios, settings, on_progress)
+        if json_output:
+            print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
+        else:
+            show_summary(summary, output, _console())
+
+
+@contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn errors that the user can do something about into one line and exit code 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues where this one stopped")
+        raise typer.Exit(130) from None
+    except (KVPruneError, ModuleNotFoundError) as error:
+        if debug:
+            raise
+        _say(f"error: {error}")
+        raise typer.Exit(2) from None
+
+
+def _quieten_transformers() -> None:
+    """Keep its bars for loading weights from breaking what this command prints."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise PolicyOptionError(
+            f"keep ratio {text.strip()!r} is no number; expected fractions such as 0.5,0.25"
+        ) from None
+
+
+def _read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
+    """Return a class's docstring without its arguments, and each argument's meaning, inherited or not."""
+    meanings: dict[str, str] = {}
+    for cls in reversed(policy.__mro__):
+        arguments = _ARGUMENTS.search(inspect.cleandoc(cls.__doc__ or ""))
+        for name, meaning in _ARGUMENT.findall(arguments[1] if arguments else ""):
+            meanings[name] = " ".join(meaning.split())
+    text = _ARGUMENTS.sub("", inspect.cleandoc(policy.__doc__ or ""))
+    return re.sub("\n{3,}", "\n\n", text).strip(), meanings
+
+
+_ARGUMENTS = re.compile(r"^(?:Args|Attributes):\n((?:[ ]+\S.*\n?|\n(?=[ ]))*)", re.MULTILINE)
+_ARGUMENT = re.compile(r"^ {4}(\w+)(?: \([^)]*\))?:((?:.*)(?:\n {5,}.*)*)", re.MULTILINE)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    return console if console.is_terminal else Console(width=_WIDTH, highlight=False, markup=False)
+
+
+def _say(text: str) -> None:
+    print(f"kvprune: {text}", file=sys.stderr)

@@ -1,0 +1,57 @@
+"""Fixtures that tests of comparisons share: data files, configurations, a summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparison_helpers import answer, example
+from PIL import Image
+
+from kvprune.ablation.grid import Configuration, expand
+from kvprune.ablation.summary import Summary, summarise
+from kvprune.ablation.timing import Lap
+
+Rows = list[Any]
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[[Rows], Path]:
+    """Write rows (strings as they are, anything else as JSON) beside a good picture named good.png."""
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "good.png")
+
+    def write(rows: Rows) -> Path:
+        path = tmp_path / "data.jsonl"
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def configurations() -> tuple[Configuration, ...]:
+    return expand(["lossless", "random:reach=onward", "trim"], [0.5, 0.1])
+
+
+@pytest.fixture
+def summary(configurations: tuple[Configuration, ...]) -> Summary:
+    """Ten examples of two tasks; every second answer of everything but full and lossless is wrong."""
+    examples = [example(number, "read" if number < 6 else "count") for number in range(10)]
+    answers = {}
+    for one in configurations:
+        for number, asked in enumerate(examples):
+            wrong = one.budget and number % 2
+            kept = one.keep_ratio or 1.0
+            answers[one.spec, asked.id] = answer(one.spec, asked, "8" if wrong else "7", kept=kept)
+    laps = {
+        repetition: {
+            None: Lap(0.9, 1.65),
+            **{one.spec: Lap(1.0 if one.spec == "full" else 0.5, 2.5) for one in configurations},
+        }
+        for repetition in range(3)
+    }
+    return summarise(configurations, examples, answers, laps, batch_size=4, device="cpu")

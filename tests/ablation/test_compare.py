@@ -1,0 +1,244 @@
+"""A whole comparison on the embedded demo: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import kvprune
+from kvprune.ablation import Progress, Settings, Summary, compare
+from kvprune.ablation.data import read_examples
+from kvprune.ablation.generation import Generator
+from kvprune.errors import (
+    DataError,
+    KVPruneError,
+    PolicyOptionError,
+    ResultsError,
+    UnknownPolicyError,
+    UnsupportedModelError,
+)
+
+demo = pytest.importorskip("kvprune.demo")
+pytestmark = pytest.mark.skipif(not hasattr(demo, "load"), reason="the demo model is not there yet")
+
+POLICIES = ("trim", "norm:reach=onward", "lossless")
+RATIOS = (0.25,)
+SPECS = ("full", "trim:keep_ratio=0.25", "norm:keep_ratio=0.25,reach=onward", "lossless")
+
+
+def settings(output: Path, **changes: Any) -> Settings:
+    small = {"tasks": ("read", "count"), "limit": 2, "batch_size": 3, "max_new_tokens": 3, "repetitions": 0}
+    return Settings(output=output, **{**small, **changes})
+
+
+def run(output: Path, on_progress: Callable[[Progress], None] = lambda _: None, **changes: Any) -> Summary:
+    return compare(POLICIES, RATIOS, settings(output, **changes), on_progress)
+
+
+def lines(folder: Path) -> list[str]:
+    return sorted((folder / "results.jsonl").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    folder = tmp_path_factory.mktemp("finished") / "results"
+    return folder, run(folder, repetitions=2)
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded although nothing was left to do")
+
+    monkeypatch.setattr(Generator, "load", refuse)
+
+
+def test_results_folder_is_complete(finished: tuple[Path, Summary]) -> None:
+    folder, summary = finished
+    names = {
+        "results.jsonl",
+        "timings.jsonl",
+        "summary.json",
+        "manifest.json",
+        "accuracy_vs_kept.png",
+        "data",
+    }
+    assert {one.name for one in folder.iterdir()} == names
+    rows = [json.loads(line) for line in lines(folder)]
+    assert {(row["spec"], row["id"]) for row in rows} == {
+        (spec, f"{task}-000{number}") for spec in SPECS for task in ("read", "count") for number in (0, 1)
+    }
+    assert len(rows) == 16
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary.to_dict()))
+    assert Image.open(folder / "accuracy_vs_kept.png").format == "PNG"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [policy["spec"] for policy in manifest["run"]["policies"]] == list(SPECS)
+    assert manifest["run"]["versions"]["torch"] == torch.__version__
+    assert manifest["run"]["model_digest"].startswith("sha256:")
+
+
+def test_summary_counts_what_was_measured(finished: tuple[Path, Summary]) -> None:
+    folder, summary = finished
+    assert [row.spec for row in summary.rows] == list(SPECS)
+    full, trim, norm, lossless = summary.rows
+    assert full.kept_fraction == lossless.kept_fraction == 1.0
+    assert full.bytes_held == full.bytes_full > trim.bytes_held
+    assert 0.25 <= trim.kept_fraction < 0.27
+    assert trim.kept_fraction == norm.kept_fraction
+    assert full.agreement.hits == lossless.agreement.hits == summary.examples == 4
+    rights = {one.id: one.answers for one in read_examples(folder / "data" / "data.jsonl")}
+    by_hand = [json.loads(line) for line in lines(folder)]
+    hits = sum(row["spec"] == "full" and row["answer"].lower() in rights[row["id"]] for row in by_hand)
+    assert full.accuracy.hits == hits
+    assert summary.repetitions == 2
+    assert all(row.speed is not None and row.speed.prefill_ms > 0 for row in summary.rows)
+    assert full.speed is not None
+    assert full.speed.prefill_ratio.median == 1.0
+
+
+def test_same_command_again_generates_nothing(
+    finished: tuple[Path, Summary], tmp_path: Path, no_model: None
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    seen: list[Progress] = []
+    again = run(folder, seen.append, repetitions=2)
+    assert again == finished[1]
+    assert (folder / "summary.json").read_bytes() == (finished[0] / "summary.json").read_bytes()
+    assert [(one.phase, one.done == one.total) for one in seen] == [("nothing left to do", True)]
+
+
+def test_interrupted_run_resumes_to_the_same_results(finished: tuple[Path, Summary], tmp_path: Path) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", interrupt)
+    kept = lines(tmp_path / "out")
+    assert len(kept) == 9, "three configurations of the first batch of three"
+    seen: list[Progress] = []
+    run(tmp_path / "out", seen.append)
+    assert (seen[0].done, seen[-1].done, seen[-1].total) == (3, 8, 8)
+    assert set(kept) < set(lines(tmp_path / "out"))
+    assert lines(tmp_path / "out") == lines(finished[0])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.97])
+def test_truncated_results_are_completed(
+    finished: tuple[Path, Summary], tmp_path: Path, share: float
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    whole = (folder / "results.jsonl").read_bytes()
+    (folder / "results.jsonl").write_bytes(whole[: int(share * len(whole))])
+    (folder / "timings.jsonl").write_bytes((folder / "timings.jsonl").read_bytes()[:-9])
+    again = run(folder, repetitions=1)
+    assert lines(folder) == lines(finished[0])
+    assert [row.accuracy for row in again.rows] == [row.accuracy for row in finished[1].rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, "seed was 0 and is now 5"),
+        ({"limit": 3}, "limit was 2 and is now 3"),
+        ({"max_new_tokens": 4}, "max_new_tokens was 3 and is now 4"),
+        ({"tasks": ("read",)}, "tasks had 2 entries and now has 1"),
+    ],
+)
+def test_other_runs_are_refused(
+    finished: tuple[Path, Summary], no_model: None, changes: dict[str, Any], message: str
+) -> None:
+    before = lines(finished[0])
+    with pytest.raises(ResultsError, match=message):
+        run(finished[0], **changes)
+    assert lines(finished[0]) == before
+
+
+def test_edited_picture_is_refused(finished: tuple[Path, Summary], tmp_path: Path, no_model: None) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    Image.new("RGB", (112, 112)).save(folder / "data" / "images" / "read-0000.png")
+    with pytest.raises(ResultsError, match="data_sha256 was"):
+        run(folder)
+
+
+def test_own_data_run_like_the_demo(finished: tuple[Path, Summary], tmp_path: Path) -> None:
+    data = finished[0] / "data" / "data.jsonl"
+    own = compare((), (), settings(tmp_path / "out", data=data, limit=None))
+    assert [row.spec for row in own.rows] == ["full"]
+    assert own.rows[0].accuracy == finished[1].rows[0].accuracy
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_nothing_is_written_before_everything_is_checked(tmp_path: Path, no_model: None) -> None:
+    bad = tmp_path / "data.jsonl"
+    bad.write_text('{"image": "a.png"}\n')
+    for error, match, changes in (
+        (DataError, "line 1: field 'question' is missing", {"data": bad}),
+        (DataError, "unknown task 'raed'; did you mean 'read'", {"tasks": ("raed",)}),
+    ):
+        with pytest.raises(error, match=match):
+            run(tmp_path / "out", **changes)
+    with pytest.raises(UnknownPolicyError, match="'trimm'"):
+        compare(("trimm",), RATIOS, settings(tmp_path / "out"))
+    with pytest.raises(PolicyOptionError, match="keep ratio 2 is not"):
+        compare(POLICIES, (2,), settings(tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*")), "no file is written"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"repetitions": -1}, "repetitions is -1"),
+        ({"limit": 0}, "limit is 0"),
+        ({"dtype": "float99"}, "unknown dtype 'float99'; choose from auto, float32"),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KVPruneError, match=message):
+        settings(tmp_path, **changes)
+
+
+def test_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    model = str(tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match=r"cannot load model '.*model' on 'cpu'"):
+        run(tmp_path / "out", model=model)
+    assert run(tmp_path / "out").examples == 4, "a folder without any answer is free for the right command"
+
+
+def test_policy_that_reports_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell_nothing(self: Any, *_: Any, **__: Any) -> None:
+        self.prefills += 1
+
+    monkeypatch.setattr(kvprune.CompressionReport, "add_prefill", tell_nothing)
+    with pytest.raises(ResultsError, match=r"full reports kept fractions \(\) for 3 examples"):
+        run(tmp_path / "out")
+
+
+def test_batches_are_padded_on_the_left(finished: tuple[Path, Summary]) -> None:
+    generator = Generator.load(None, device="cpu", dtype="auto", attn_implementation=None, max_new_tokens=3)
+    examples = read_examples(finished[0] / "data" / "data.jsonl")
+    inputs = generator.encode(examples)
+    mask = inputs["attention_mask"]
+    assert not mask.all(), "questions of different length are padded"
+    assert mask[:, -1].all()
+    together = generator.texts(generator.generate(inputs))
+    alone = [generator.texts(generator.generate(generator.encode([one])))[0] for one in examples]
+    assert together == alone
+
+
+def test_missing_package_is_named_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r'matplotlib, .*pip install "kvprune\[demo\]"'):
+        run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

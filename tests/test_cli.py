@@ -1,0 +1,216 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import kvprune
+from kvprune import registry
+from kvprune.ablation import sources
+from kvprune.cli import app
+
+runner = CliRunner()
+
+
+def kvprune_command(*arguments: str, code: int = 0) -> str:
+    """Run a command and return its standard output, and its standard error where it must fail."""
+    result = runner.invoke(app, list(arguments), env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+def test_version() -> None:
+    assert kvprune_command("--version") == f"kvprune {metadata.version('kvprune')}\n"
+
+
+def test_list_names_every_policy_with_its_claim() -> None:
+    out = kvprune_command("list")
+    for name in kvprune.list_policies():
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
+        assert "builtin (kvprune)" in line
+    assert "Keep tokens drawn at random" in out
+
+
+class _Broken:
+    """An entry point whose module cannot be imported."""
+
+    name = "shiny"
+    dist = SimpleNamespace(name="kvprune-shiny")
+
+    def load(self) -> None:
+        raise ImportError("no module named shinylib")
+
+
+@pytest.fixture
+def broken_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.entry_points
+    monkeypatch.setattr(metadata, "entry_points", lambda **k: [*real(**k), _Broken()])
+
+
+def test_list_names_broken_plugins_and_goes_on(broken_plugin: None) -> None:
+    result = runner.invoke(app, ["list"])
+    assert result.exit_code == 0
+    assert "trim" in result.stdout
+    assert "broken plugin shiny (kvprune-shiny): ImportError: no module named shinylib" in result.stderr
+
+
+def test_doctor_fails_for_a_broken_plugin(broken_plugin: None) -> None:
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "FAIL  shiny (kvprune-shiny): ImportError: no module named shinylib" in result.stdout
+    assert "to do: repair, update or uninstall kvprune-shiny" in result.stdout
+
+
+def test_show_explains_a_policy() -> None:
+    out = kvprune_command("show", "norm")
+    assert "norm, version 1, from plugin builtin (kvprune)" in out
+    assert "highest (or lowest) L2 norm" in out
+    assert "2406.11430" in out
+    assert "fidelity: adapted" in out
+    assert "cost:     one pass over values" in out
+    assert "Args:" not in out
+    options = {line.split()[0]: line for line in out.splitlines() if line and not line.startswith(" ")}
+    assert "values | keys | raw_keys" in options["of"]
+    assert "high | low" in options["keep"]
+    assert "Fraction of visible tokens kept" in options["keep_ratio"], "meanings are inherited"
+
+
+def test_show_every_installed_policy() -> None:
+    for name in kvprune.list_policies():
+        out = kvprune_command("show", name)
+        for option in registry.load().policy_class(name).option_types():
+            (line,) = (line for line in out.splitlines() if line.startswith(f"{option} "))
+            assert not line.rstrip().endswith(" -"), f"option {option} of {name} has no documented meaning"
+    assert "It has no options." in kvprune_command("show", "full")
+
+
+def test_errors_are_one_line_with_code_2() -> None:
+    err = kvprune_command("show", "nrom", code=2)
+    assert err.startswith("kvprune: error: unknown policy 'nrom'; did you mean 'norm'?")
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = runner.invoke(app, ["show", "nrom", "--debug"])
+    assert isinstance(result.exception, kvprune.errors.UnknownPolicyError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "trimm"], "unknown policy 'trimm'; did you mean 'trim'"),
+        (["--policy", "trim:keep=1"], "policy 'trim' has no option 'keep'"),
+        (["--keep-ratios", "0.5,half"], "keep ratio 'half' is no number"),
+        (["--keep-ratios", "0.5,1.5"], "keep ratio 1.5 is not a fraction in (0, 1]"),
+        (["--tasks", "reed"], "unknown task 'reed'; did you mean 'read'?"),
+        (["--data", "nowhere.jsonl"], "no data file at nowhere.jsonl"),
+        (["--dtype", "int3"], "unknown dtype 'int3'"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--output", "taken"], "taken is no results folder: it holds 'novel.txt'"),
+    ],
+)
+def test_compare_refuses_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "novel.txt").write_text("chapter one")
+    err = kvprune_command("compare", *arguments, code=2)
+    last = err.splitlines()[-1]
+    assert last.startswith("kvprune: error: ")
+    assert message in last
+    assert (tmp_path / "taken" / "novel.txt").read_text() == "chapter one"
+
+
+def test_unknown_flags_are_refused() -> None:
+    assert "No such option" in kvprune_command("compare", "--keep-ratoi", "0.5", code=2)
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvprune.ablation.compare", interrupted)
+    err = kvprune_command("compare", "--output", str(tmp_path), code=130)
+    assert "interrupted; the same command continues where this one stopped" in err
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a small comparison that has been run once."""
+    demo = pytest.importorskip("kvprune.demo")
+    if not hasattr(demo, "load"):
+        pytest.skip("the demo model is not there yet")
+    arguments = ["compare", "--output", str(tmp_path_factory.mktemp("cli") / "out"), "--policy", "trim"]
+    arguments += ["--keep-ratios", "0.5;0.1", "--tasks", "read, count", "--limit", "1", "--seed", "3"]
+    arguments += ["--max-new-tokens", "2", "--repetitions", "1"]
+    kvprune_command(*arguments)
+    return arguments
+
+
+def test_compare_prints_table_notes_and_folder(compared: list[str]) -> None:
+    out = kvprune_command(*compared)
+    rows = [line for line in out.splitlines() if line.startswith(("full", "trim"))]
+    assert [line.split()[0] for line in rows[:3]] == ["full", "trim", "trim"]
+    assert " 10 % " in rows[2]
+    assert "2 examples (read 1, count 1); 95 % Wilson intervals" in out
+    assert f"Everything is in {compared[2]}" in out
+
+
+def test_compare_json_is_all_of_standard_output(compared: list[str]) -> None:
+    out = kvprune_command(*compared, "--json")
+    assert json.loads(out) == json.loads((Path(compared[2]) / "summary.json").read_text())
+
+
+def test_module_runs_and_list_needs_no_optional_package() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'scipy', 'sklearn', 'PIL'], None));"
+        "sys.argv = ['kvprune', 'list']; import runpy; runpy.run_module('kvprune', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "trim" in done.stdout
+
+
+def test_missing_typer_is_one_line() -> None:
+    code = "import sys; sys.modules['typer'] = None; import kvprune.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr == (
+        'kvprune: the command line needs typer, which is not installed: pip install "kvprune[demo]"\n'
+    )
+
+
+def test_documentation_names_every_option_of_compare() -> None:
+    import typer
+
+    page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    command = typer.main.get_command(app).commands["compare"]  # type: ignore[attr-defined]
+    for parameter in command.params:
+        for flag in parameter.opts:
+            if flag != "--help":
+                assert f"`{flag}" in page, f"docs/compare.md does not explain {flag}"
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    import typer
+
+    from kvprune.ablation import DEFAULT_KEEP_RATIOS, Settings
+
+    command = typer.main.get_command(app).commands["compare"]  # type: ignore[attr-defined]
+    defaults = {parameter.name: parameter.default for parameter in command.params}
+    assert defaults.pop("keep_ratios") == ",".join(map(str, DEFAULT_KEEP_RATIOS))
+    settings = Settings()
+    for name in ("seed", "output", "batch_size", "max_new_tokens", "dtype", "repetitions", "limit"):
+        assert str(defaults[name]) == str(getattr(settings, name)), name
+    help_texts = {parameter.name: parameter.help for parameter in command.params}
+    assert str(sources.DEFAULT_LIMIT) in help_texts["limit"]
