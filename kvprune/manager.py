@@ -192,8 +192,10 @@ class CrossKVManager:
         """Return which entries of a layer stay, bool ``[B, H or 1, W]``."""
         device = layer.keys.device
         decodable = prefill.visibility.decode_units
-        unselected = arriving.by_column(decodable)[:, None]
-        new = (unselected if decision.cache is None else decision.cache.to_mask()).to(device)
+        new = arriving.by_column(decodable)[:, None].to(device)
+        if decision.cache is not None:
+            # A sample to which no image came selects a placeholder of what it cannot see; that goes here.
+            new = new & decision.cache.to_mask().to(device)
         if first == 0:
             return new
         # Entries of earlier images stay as long as decoding can see them.

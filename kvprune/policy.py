@@ -19,7 +19,7 @@ from torch import Tensor
 from kvprune import scoring
 from kvprune.errors import PolicyOptionError, ScoreError
 from kvprune.selection import Budget, Decision, Selection
-from kvprune.spec import OptionValue, PolicySpec, check_option, parse_option, suggestion
+from kvprune.spec import OptionValue, PolicySpec, check_option, is_option_type, parse_option, suggestion
 from kvprune.view import LayerView
 
 __all__ = ["CrossKVPolicy", "ScoringPolicy", "onward_decision"]
@@ -53,6 +53,7 @@ class CrossKVPolicy(ABC):
     keeps_invisible: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        self.check_class()
         hints = self.option_types()
         for option in dataclasses.fields(self):
             check_option(self.name, option.name, hints[option.name], getattr(self, option.name))
@@ -97,6 +98,14 @@ class CrossKVPolicy(ABC):
                     f"policy {cls.name!r} has no option {option!r}{suggestion(option, types)} "
                     f"(options: {known})"
                 )
+        required = [
+            option.name
+            for option in dataclasses.fields(cls)
+            if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
+        ]
+        missing = [option for option in required if option not in options]
+        if missing:
+            raise PolicyOptionError(f"policy {cls.name!r} needs option {missing[0]!r}, got {dict(options)!r}")
         values = {
             option: parse_option(cls.name, option, types[option], value) if isinstance(value, str) else value
             for option, value in options.items()
@@ -122,6 +131,17 @@ class CrossKVPolicy(ABC):
         own = cls.__dict__.get("__dataclass_params__")
         if own is None or not own.frozen:
             raise TypeError(f"{where} is no frozen dataclass; add @dataclass(frozen=True, kw_only=True)")
+        for option, annotation in cls.option_types().items():
+            if option in ("name", "version"):
+                raise TypeError(
+                    f"{where} annotates {option!r}, which makes it an option; "
+                    f"leave the annotation out, or write {option}: ClassVar[...]"
+                )
+            if not is_option_type(annotation):
+                raise TypeError(
+                    f"{where} has the option {option!r} of type {annotation!r}; options are bool, int, "
+                    "float, str, None, Literal, or a union of these, so that a spec can hold them"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

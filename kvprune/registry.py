@@ -206,26 +206,22 @@ def load() -> Registry:
 
 def _entry_points() -> list[metadata.EntryPoint]:
     """Return the entry points that may load, in the order of their names."""
-    found: dict[str, metadata.EntryPoint] = {}
+    found: dict[str, list[metadata.EntryPoint]] = {}
     for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        known = found.setdefault(entry_point.name, entry_point)
-        # One distribution may be listed twice on sys.path; two distributions must not share a name.
-        if _distribution(known) != _distribution(entry_point):
-            raise NameClashError(
-                f"plugin {entry_point.name!r} is provided by {_distribution(known)} and by "
-                f"{_distribution(entry_point)}; uninstall one"
-            )
+        found.setdefault(entry_point.name, []).append(entry_point)
     wanted = os.environ.get(PLUGINS_VARIABLE)
-    if wanted is None:
-        return [found[name] for name in sorted(found)]
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    names = sorted(found) if wanted is None else [name.strip() for name in wanted.split(",") if name.strip()]
     for name in names:
         if name not in found:
             raise PluginError(
                 f"{PLUGINS_VARIABLE}={wanted!r} names the plugin {name!r}, which is not installed"
                 f"{suggestion(name, found)} (installed: {', '.join(sorted(found)) or 'none'})"
             )
-    return [found[name] for name in sorted(set(names))]
+        # One distribution may be listed twice on sys.path; two distributions must not share a name.
+        owners = sorted({_distribution(entry_point) for entry_point in found[name]})
+        if len(owners) > 1:
+            raise NameClashError(f"plugin {name!r} is provided by {' and by '.join(owners)}; uninstall one")
+    return [found[name][0] for name in sorted(set(names))]
 
 
 def _distribution(entry_point: metadata.EntryPoint) -> str:
@@ -258,7 +254,11 @@ def _call(
     others = [other for other in manager.get_plugins() if other is not plugin]
     caller: Callable[[], list[Any]] = manager.subset_hook_caller(hook, others)
     classes: list[type[Any]] = []
-    for returned in caller():
+    results = caller()
+    implemented = {one.name for one in manager.get_hookcallers(plugin) or []}
+    if hook in implemented and not results:  # pluggy leaves None out
+        raise PluginError(f"hook {hook} of plugin {name!r} returned None, expected a list of classes")
+    for returned in results:
         for cls in returned:
             if not isinstance(cls, type) or not issubclass(cls, base):
                 raise PluginError(

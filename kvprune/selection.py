@@ -87,6 +87,11 @@ class Selection:
 
     def __post_init__(self) -> None:
         indices, valid = self.indices, self.valid
+        if not isinstance(indices, Tensor) or not isinstance(valid, Tensor):
+            raise SelectionError(
+                "KV01: indices and valid are tensors, "
+                f"got {type(indices).__name__} and {type(valid).__name__}"
+            )
         if indices.dtype != torch.int64 or indices.ndim != 3:
             raise SelectionError(
                 f"KV01: indices are int64 [B, H or 1, K], got {indices.dtype} {list(indices.shape)}"
@@ -130,7 +135,9 @@ class Selection:
     @classmethod
     def from_mask(cls, kept: Tensor) -> Selection:
         """Return the selection of the columns where ``kept`` (bool ``[B, H or 1, S]``) is true."""
-        if kept.dtype != torch.bool or kept.ndim != 3:
+        if not isinstance(kept, Tensor):
+            raise SelectionError(f"KV01: a mask of kept columns is a tensor, got {type(kept).__name__}")
+        if kept.dtype != torch.bool or kept.ndim != 3 or kept.numel() == 0:
             raise SelectionError(
                 f"KV01: a mask of kept columns is bool [B, H or 1, S], got {kept.dtype} {list(kept.shape)}"
             )
@@ -147,6 +154,8 @@ class Selection:
     @classmethod
     def all(cls, batch: int, columns: int, device: torch.device | str = "cpu") -> Selection:
         """Return the selection that keeps each of ``columns`` columns in each of ``batch`` samples."""
+        if columns < 1:
+            raise SelectionError(f"KV03: a selection keeps at least one token per row, got {columns} columns")
         indices = torch.arange(columns, device=device).expand(batch, 1, columns)
         return cls._trusted(
             indices, torch.ones(1, device=device, dtype=torch.bool).expand_as(indices), columns

@@ -17,7 +17,15 @@ from typing import Any, Literal
 
 from kvprune.errors import PolicyOptionError, SpecError
 
-__all__ = ["OptionValue", "PolicySpec", "check_option", "describe_type", "parse_option", "suggestion"]
+__all__ = [
+    "OptionValue",
+    "PolicySpec",
+    "check_option",
+    "describe_type",
+    "is_option_type",
+    "parse_option",
+    "suggestion",
+]
 
 OptionValue = bool | int | float | str | None
 
@@ -58,7 +66,20 @@ class PolicySpec:
                 raise SpecError(
                     f"option {key!r} of {self.name!r} is text, a number, true, false or none, got {value!r}"
                 )
+            if isinstance(value, str) and (not value or value != value.strip() or re.search("[,;]", value)):
+                raise SpecError(
+                    f"option {key!r} of {self.name!r} holds the text {value!r}; text in a spec is not empty, "
+                    "has no blanks at its ends, and neither ',' nor ';'"
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SpecError(f"option {key!r} of {self.name!r} must be a finite number, got {value!r}")
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
+
+    def __reduce__(self) -> tuple[type[PolicySpec], tuple[str, dict[str, OptionValue], int | None]]:
+        return PolicySpec, (self.name, dict(self.options), self.version)  # a read-only view cannot be pickled
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.options.items(), key=str)), self.version))
 
     @classmethod
     def parse(cls, text: str) -> PolicySpec:
@@ -119,7 +140,7 @@ class PolicySpec:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, TypeError) as error:
             raise SpecError(f"a spec in JSON does not parse ({error}): {text!r}") from error
         return cls.from_dict(data)
 
@@ -149,6 +170,12 @@ def describe_type(annotation: Any) -> str:
     )
 
 
+def is_option_type(annotation: Any) -> bool:
+    """Whether an option may have this type: bool, int, float, str, None, Literal, or a union of these."""
+    plain = (bool, int, float, str, type(None))
+    return all(choice in plain or typing.get_origin(choice) is Literal for choice in _choices(annotation))
+
+
 def check_option(policy: str, option: str, annotation: Any, value: object) -> None:
     """Raise unless a typed value fits the annotation of an option's field.
 
@@ -167,7 +194,8 @@ def parse_option(policy: str, option: str, annotation: Any, text: str) -> Option
     Raises:
         PolicyOptionError: If no type of the annotation can be read from the text.
     """
-    for choice in _choices(annotation):
+    # "none" means none wherever that is allowed, also beside text.
+    for choice in sorted(_choices(annotation), key=lambda choice: choice is not type(None)):
         try:
             value = _read(choice, text)
         except ValueError:
@@ -191,7 +219,7 @@ def _fits(annotation: Any, value: object) -> bool:
             if any(value == wanted and type(value) is type(wanted) for wanted in typing.get_args(choice)):
                 return True
         elif choice is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            if isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
                 return True
         elif choice is int:
             if isinstance(value, int) and not isinstance(value, bool):
@@ -214,11 +242,18 @@ def _read(choice: Any, text: str) -> OptionValue:
         )
     if choice is type(None):
         return None if text.lower() == "none" else _fail(text)
-    if choice is int:
-        return int(text)
-    if choice is float:
-        return float(text)
+    if choice in (int, float):
+        if "_" in text or not text.isascii():  # Python would read 1_0 as ten
+            raise ValueError(text)
+        return int(text) if choice is int else float(text)
     return text
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _fail(text: str) -> OptionValue:

@@ -113,19 +113,30 @@ class Visibility:
         if first == 0:
             return self
         exists = None if self.exists is None else self.exists[:, first:]
-        return replace(self, units=self.units[:, first:], exists=exists)
+        return self._of_columns(self.units[:, first:], exists)
 
     def at(self, indices: Tensor, valid: Tensor) -> Visibility:
         """Return the visibility of chosen columns, ``indices`` int64 and ``valid`` bool ``[B, K]``."""
         exists = valid if self.exists is None else valid & self.exists.gather(-1, indices)
-        return replace(self, units=self.units.expand(self.batch, -1).gather(-1, indices), exists=exists)
+        return self._of_columns(self.units.expand(self.batch, -1).gather(-1, indices), exists)
+
+    def _of_columns(self, units: Tensor, exists: Tensor | None) -> Visibility:
+        """Return the visibility of other columns; rows that see none of them are not live there."""
+        part = replace(self, units=units, exists=exists)
+        return replace(part, live=self.live & (self.rows & part._present[:, None]).any(-1))
 
     @cached_property
     def _live_rows(self) -> Tensor:
-        """Rows by units without the rows that do not count, bool ``[B, T or 1, U]``."""
-        if self.rows.shape[1] == 1:
-            return self.rows & self.live.any(1)[:, None, None]
-        return self.rows & self.live[..., None]
+        """What live rows see of the units that have columns here, bool ``[B, T or 1, U]``."""
+        counted = self.live.any(1, keepdim=True) if self.rows.shape[1] == 1 else self.live
+        return self.rows & counted[..., None] & self._present[:, None]
+
+    @cached_property
+    def _present(self) -> Tensor:
+        """Units that have columns here, bool ``[B, U]``."""
+        units = self.units.expand(self.batch, -1)
+        counted = torch.ones_like(units) if self.exists is None else self.exists.to(units.dtype)
+        return torch.zeros_like(self.rows[:, 0], dtype=units.dtype).scatter_add(-1, units, counted) > 0
 
     @cached_property
     def _last_live_row(self) -> Tensor:

@@ -74,13 +74,13 @@ class Trim(CrossKVPolicy):
         # Columns that nobody sees must not take up ranks.
         best_rank = scoring.rank_within(mass, view.strata).amin(1)  # [B, S]
         limit = scoring.limits(self.budget, view.strata)
-        if self.k_ratio is not None:
-            # Everything below k is kept: as many columns of each stratum as that are.
-            limit = scoring.stratum_sizes(view.strata, best_rank < limit)
-        # Best rank first; equal ranks by total attention: two keys folded into one rank.
+        # Best rank first; equal ranks by total attention: two keys folded into one number.
         by_mass = scoring.rank_within(mass.sum(1, keepdim=True), view.strata)[:, 0]
-        order = best_rank * view.keys.shape[2] + by_mass
-        scores = -order[:, None].to(torch.float64)
-        return onward_decision(
-            view, scoring.keep_top(scores, view.strata, limit, view.visibility), crop_here=self.crop_first
-        )
+        scores = -(best_rank * view.keys.shape[2] + by_mass)[:, None].to(torch.float64)
+        if self.k_ratio is None:
+            kept = scoring.keep_top(scores, view.strata, limit, view.visibility)
+        else:
+            union = (best_rank < limit) & (view.strata >= 0)
+            one_per_group = scoring.keep_top(scores, view.strata, torch.zeros_like(limit), view.visibility)
+            kept = union[:, None] | one_per_group
+        return onward_decision(view, kept, crop_here=self.crop_first)

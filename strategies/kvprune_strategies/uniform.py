@@ -29,6 +29,7 @@ class Uniform(ScoringPolicy):
         order = scoring.rank_within(torch.zeros_like(strata, dtype=torch.float32)[:, None], strata)[:, 0]
         kept = scoring.limits(self.budget, strata)
         size = scoring.stratum_sizes(strata).clamp(min=1)
-        # Whole numbers: the i-th of n tokens is on the stride where i * kept / n passes a whole number.
-        on_stride = (order + 1) * kept // size > order * kept // size
+        # The i-th of n tokens is on the stride where i * kept / n + 1/2 passes a whole number.
+        half = size // 2
+        on_stride = ((order + 1) * kept + half) // size > (order * kept + half) // size
         return on_stride[:, None].float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -291,3 +292,52 @@ def test_a_policy_that_never_ran_raises(monkeypatch):
     monkeypatch.setattr(type(run._manager), "after_layer", lambda *args, **kwargs: None)
     with pytest.raises(PolicyNeverRanError, match="lossless never ran"), run:
         model(**inputs, use_cache=True)
+
+
+def test_text_before_a_second_image_does_not_spoil_its_ranking():
+    """Rows of turn 2 that still look at the first image say nothing about the second one."""
+    model = mllama()
+    whole = mllama_inputs(("t4tttt4tt",))
+    first = {name: whole[name][:, :4] for name in ("input_ids", "attention_mask")}
+    first["cross_attention_mask"] = whole["cross_attention_mask"][:, :4, :1]
+    second = dict(whole)
+    for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+        first[name], second[name] = whole[name][:, :1], whole[name][:, 1:]
+    seen = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watching(type(kvprune.get_policy("trim"))):
+        def select(self, view):
+            seen.append(view.attention_mass())
+            return super().select(view)
+
+    with kvprune.compress(model, Watching(keep_ratio=0.2)) as run, torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        generate(model, second, past_key_values=cache, steps=2)
+    assert all(mass.isfinite().all() for mass in seen)
+    assert seen[3].sum(-1).unique().round().tolist() == [3.0]  # the image token and two text rows see it
+    assert run.selections[1].counts.tolist() == [[4]]
+
+
+@pytest.mark.parametrize("spec", POLICIES)
+def test_a_batch_of_which_one_sample_gets_a_second_image_equals_the_oracle(spec):
+    model = mllama()
+    whole = mllama_inputs(("t4ttt4tt", "t4tttttt"))
+    first = {name: whole[name][:, :5] for name in ("input_ids", "attention_mask")}
+    first["cross_attention_mask"] = whole["cross_attention_mask"][:, :5, :1]
+    second = dict(whole)
+    for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+        first[name], second[name] = whole[name][:, :1], whole[name][:, 1:]
+    with kvprune.compress(model, spec) as run, torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        turn_1 = run.selections, run.prefill_selections
+        _, logits, _ = generate(model, second, past_key_values=cache)
+    with masked_oracle(model, *turn_1), torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+    with masked_oracle(model, run.selections, run.prefill_selections):
+        _, expected, _ = generate(model, second, past_key_values=cache)
+    assert (logits - expected).abs().max() <= TOLERANCE[torch.float32]
+    if spec != "full":
+        kept = run.selections[1].to_mask()
+        assert not kept[0, :, :20].any()  # sample 0 looks at its second image only
+        assert not kept[1, :, 20:].any()  # sample 1 has none
