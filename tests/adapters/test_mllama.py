@@ -315,7 +315,7 @@ def test_text_before_a_second_image_does_not_spoil_its_ranking():
         cache = model(**first, use_cache=True).past_key_values
         generate(model, second, past_key_values=cache, steps=2)
     assert all(mass.isfinite().all() for mass in seen)
-    assert seen[3].sum(-1).unique().round().tolist() == [3.0]  # the image token and two text rows see it
+    assert seen[3].sum(-1).round().unique().tolist() == [3.0]  # the image token and two text rows see it
     assert run.selections[1].counts.tolist() == [[4]]
 
 
