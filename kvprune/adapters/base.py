@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvprune.errors import IncompatibleTransformersError
 from kvprune.manager import CrossKVManager
 
-__all__ = ["ModelAdapter", "Probe", "gather_features", "named_arguments", "probe_signatures"]
+__all__ = ["ModelAdapter", "Probe", "gather_features", "named_arguments", "probe_cache", "probe_signatures"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,20 @@ def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> l
         )
         probes.append(Probe(name, not missing, detail))
     return probes
+
+
+def probe_cache() -> Probe:
+    """Check that the default cache is made of layers whose place ours can take."""
+    cache = DynamicCache()
+    wanted = {
+        "layers that are DynamicLayer": cache.layer_class_to_replicate is DynamicLayer,
+        "the list `layers`": isinstance(cache.layers, list),
+        "the flag `offloading`": hasattr(cache, "offloading"),
+    }
+    missing = [what for what, there in wanted.items() if not there]
+    return Probe(
+        "DynamicCache", not missing, f"{'lacks' if missing else 'has'} {', '.join(missing or wanted)}"
+    )
 
 
 def gather_features(features: Tensor, indices: Tensor) -> Tensor:

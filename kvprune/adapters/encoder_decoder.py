@@ -20,6 +20,7 @@ from kvprune.adapters.base import (
     Probe,
     gather_features,
     named_arguments,
+    probe_cache,
     probe_signatures,
 )
 from kvprune.cache import CrossKVLayer, open_layer, require_cache
@@ -231,6 +232,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         missing = [name for name in ("is_updated", "cross_attention_cache") if name not in cache]
         detail = f"lacks {', '.join(missing)}" if missing else "has is_updated and cross_attention_cache"
         return [
+            probe_cache(),
             Probe("EncoderDecoderCache", not missing, detail),
             *probe_signatures(
                 cls.modeling_module, {cls.attention_class: (cls.states, cls.mask, "past_key_values")}

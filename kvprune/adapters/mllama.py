@@ -28,6 +28,7 @@ from kvprune.adapters.base import (
     Probe,
     gather_features,
     named_arguments,
+    probe_cache,
     probe_signatures,
 )
 from kvprune.cache import CrossKVLayer, open_layer, require_cache
@@ -295,7 +296,7 @@ class MllamaAdapter(ModelAdapter):
     @classmethod
     def probe(cls) -> list[Probe]:
         """Check the names and signatures that the hooks rely on."""
-        return probe_signatures(
+        signatures = probe_signatures(
             "transformers.models.mllama.modeling_mllama",
             {
                 "MllamaForConditionalGeneration": ("logits_to_keep", "cross_attention_mask", "pixel_values"),
@@ -309,3 +310,4 @@ class MllamaAdapter(ModelAdapter):
                 "MllamaTextCrossAttention": ("cross_attention_states", "attention_mask", "past_key_values"),
             },
         )
+        return [probe_cache(), *signatures]

@@ -28,8 +28,8 @@ class Norm(ScoringPolicy):
 
     name: ClassVar[str] = "norm"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "arXiv 2406.11430 (low key norm, self-attention)"
-    fidelity: ClassVar[str] = "adapted"
+    paper: ClassVar[str] = "arXiv 2406.11430 (lowest key norm, in self-attention)"
+    fidelity: ClassVar[str] = "inspired-by"
     cost: ClassVar[str] = "one pass over values or keys, no attention weights"
 
     @property
