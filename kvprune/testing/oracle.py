@@ -78,8 +78,9 @@ def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, module: A
     if dropped.shape[1] > 1:
         dropped = dropped.repeat_interleave(heads // dropped.shape[1], dim=1)
     if mask is None:
-        mask = torch.zeros(hidden.shape[0], 1, hidden.shape[1], selection.columns, dtype=hidden.dtype)
+        shape = (hidden.shape[0], 1, hidden.shape[1], selection.columns)
+        mask = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)
     lowest = torch.finfo(hidden.dtype).min
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, lowest)
-    return mask.masked_fill(dropped[:, :, None], lowest)
+        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, lowest)
+    return mask.masked_fill(dropped[:, :, None].to(mask.device), lowest)
