@@ -79,6 +79,11 @@ class EncoderDecoderAdapter(ModelAdapter):
             if "queries" in manager.policy.needs:
                 self.after(getattr(attention, self.query), self._after_query)
 
+    def detach(self) -> None:
+        """Undo `attach`, and let go of what the encoder read."""
+        super().detach()
+        self._encoded = None
+
     def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = named_arguments(module, args, kwargs)
         ids = named.get("input_ids")

@@ -61,14 +61,7 @@ def tiny_mllama(
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
-    config._attn_implementation = attn_implementation
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = MllamaForConditionalGeneration(config).eval()
-        _enliven(model)
-    model.generation_config.pad_token_id = PAD_TOKEN
-    model.generation_config.eos_token_id = None
-    return model.to(dtype)
+    return _random(MllamaForConditionalGeneration, config, seed, dtype, attn_implementation)
 
 
 def mllama_inputs(
@@ -147,12 +140,7 @@ def tiny_bart(seed: int = 0, *, dtype: torch.dtype = torch.float32, attn_impleme
         decoder_start_token_id=2,
         forced_eos_token_id=None,
     )
-    config._attn_implementation = attn_implementation
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = BartForConditionalGeneration(config).eval()
-        _enliven(model)
-    return _endless(model).to(dtype)
+    return _random(BartForConditionalGeneration, config, seed, dtype, attn_implementation)
 
 
 def tiny_whisper(
@@ -180,12 +168,20 @@ def tiny_whisper(
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )
+    return _random(WhisperForConditionalGeneration, config, seed, dtype, attn_implementation)
+
+
+def _random(cls: Any, config: Any, seed: int, dtype: torch.dtype, attn_implementation: str) -> Any:
+    """Build a model from a seed, lively, in eval mode, and generating up to its length limit."""
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = WhisperForConditionalGeneration(config).eval()
+        model = cls(config).eval()
         _enliven(model)
-    return _endless(model).to(dtype)
+    settings = model.generation_config
+    settings.eos_token_id = settings.forced_eos_token_id = None
+    settings.pad_token_id = PAD_TOKEN
+    return model.to(dtype)
 
 
 def _enliven(model: torch.nn.Module) -> None:
@@ -198,11 +194,3 @@ def _enliven(model: torch.nn.Module) -> None:
                 parameter.normal_(std=0.25 if "embed" not in name else 0.5)
             elif "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
-
-
-def _endless(model: Any) -> Any:
-    """Let generation run to its length limit, so that equal lengths are compared."""
-    model.generation_config.eos_token_id = None
-    model.generation_config.forced_eos_token_id = None
-    model.generation_config.pad_token_id = PAD_TOKEN
-    return model
