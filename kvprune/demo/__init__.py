@@ -1,0 +1,49 @@
+"""A small trained Mllama and questions about pictures of handwriting, to try a policy offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvprune.demo.examples import Example, examples, write_dataset
+from kvprune.demo.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import MllamaForConditionalGeneration, ProcessorMixin
+
+__all__ = ["TASKS", "Example", "examples", "load", "model_path", "write_dataset"]
+
+
+def model_path() -> Path:
+    """Folder of the embedded model, to give to any `from_pretrained`."""
+    return Path(__file__).resolve().parent / "model"
+
+
+def load(
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    device: str | torch.device = "cpu",
+    path: str | Path | None = None,
+) -> tuple[MllamaForConditionalGeneration, ProcessorMixin]:
+    """Load the embedded model and its processor, without any network access.
+
+    Args:
+        dtype: of the weights.
+        attn_implementation: "sdpa", "eager" or any other that transformers knows.
+        device: where to put the model.
+        path: another folder to load from.
+
+    Returns:
+        The model, in evaluation mode, and the processor.
+    """
+    import transformers
+
+    hf: Any = transformers  # its loading functions are not fully typed
+    folder = str(path if path is not None else model_path())
+    processor = hf.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model = hf.MllamaForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
+    )
+    return model.to(device).eval(), processor

@@ -1,0 +1,188 @@
+"""The demo model from scratch: tokenizer, processor and an untrained Mllama for two cores."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvprune.demo.pictures import COLOURS, TILE
+
+if TYPE_CHECKING:
+    from transformers import MllamaForConditionalGeneration, PreTrainedTokenizerFast, ProcessorMixin
+    from transformers.models.mllama.modeling_mllama import MllamaVisionModel
+
+PATCH = 14
+"""Side of a patch in pixels: 64 patches a tile."""
+
+MAX_TILES = 4
+
+TILINGS = tuple((down, across) for down in range(1, 5) for across in range(1, MAX_TILES // down + 1))
+"""Tiles (down, across) that the processor knows; the aspect ratio id of each is 1 + its position here."""
+
+_SPECIAL = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|eot_id|>",
+    "pad_token": "<|finetune_right_pad_id|>",
+    "unk_token": "<unk>",
+}
+_MORE_SPECIAL = (
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|python_tag|>",
+)
+_IMAGE = "<|image|>"
+_WORDS = "system user assistant which digit is how many digits are read the from left to right ? ."
+
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {%- if message['content'] is string %}
+        {{- message['content'] }}
+    {%- else %}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'image' %}
+                {{- '<|image|>' }}
+            {%- elif part['type'] == 'text' %}
+                {{- part['text'] }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; the image token's id is the vocabulary size, as in Llama-3.2-Vision."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = [*_SPECIAL.values(), *_MORE_SPECIAL, *"0123456789", *COLOURS, *dict.fromkeys(_WORDS.split())]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=_SPECIAL["unk_token"]))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer: PreTrainedTokenizerFast = _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **_SPECIAL,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [*_MORE_SPECIAL, _IMAGE]})
+    return tokenizer
+
+
+def build_processor() -> ProcessorMixin:
+    """A `MllamaProcessor` for tiles of 112 pixels, at most four, with the chat template."""
+    hf = _transformers()
+    images = hf.MllamaImageProcessorPil(
+        size={"height": TILE, "width": TILE},
+        max_image_tiles=MAX_TILES,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    processor: ProcessorMixin = hf.MllamaProcessor(
+        image_processor=images, tokenizer=build_tokenizer(), chat_template=CHAT_TEMPLATE
+    )
+    return processor
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGeneration:
+    """An untrained model, initialised so that it learns within minutes.
+
+    Mllama's own initialisation closes the gates through which pictures reach the text; here they start half
+    open. Queries of the cross-attention layers start large, so that attention is selective from the start.
+
+    Args:
+        tokenizer: gives the vocabulary size and the ids of special tokens.
+    """
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+
+    hf = _transformers()
+    names = [_IMAGE, _SPECIAL["eos_token"], "<|end_of_text|>", "<|eom_id|>"]
+    image_id, *ends = (tokenizer.get_vocab()[name] for name in names)
+    width, intermediate = 128, [1]
+    vision: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": 4,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "intermediate_size": 4 * width,
+        "vision_output_dim": width * (1 + len(intermediate)),
+        "image_size": TILE,
+        "patch_size": PATCH,
+        "max_num_tiles": MAX_TILES,
+        "intermediate_layers_indices": intermediate,
+    }
+    text = MllamaTextConfig(
+        vocab_size=image_id,
+        hidden_size=128,
+        num_hidden_layers=6,
+        cross_attention_layers=[1, 3, 5],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = hf.MllamaConfig(
+        vision_config=MllamaVisionConfig(**vision), text_config=text, image_token_index=image_id
+    )
+    model: MllamaForConditionalGeneration = hf.MllamaForConditionalGeneration(config)
+    with torch.no_grad():
+        _open(model)
+        _lay_waves(model.model.vision_model)
+    model.generation_config = hf.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=16,
+    )
+    return model
+
+
+def _transformers() -> Any:
+    """The transformers package, whose constructors are not fully typed."""
+    import transformers
+
+    return transformers
+
+
+def _open(model: MllamaForConditionalGeneration) -> None:
+    """Open the gates, sharpen cross-attention and spread the token embeddings."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate", "gate_attn", "gate_ffn")):
+            parameter.fill_(0.5)
+        elif name.endswith("cross_attn.q_norm.weight"):
+            parameter.fill_(3.0)
+        elif name.endswith("embed_tokens.weight"):
+            parameter.normal_(0.0, 0.2)
+    embedding: Any = model.get_input_embeddings()
+    embedding.weight[embedding.padding_idx] = 0.0
+
+
+def _lay_waves(vision: MllamaVisionModel) -> None:
+    """Start the vision tower with waves that tell where each patch is in the whole picture."""
+    place: Any = vision.gated_positional_embedding
+    width, side = vision.hidden_size, TILE // PATCH
+    place.embedding.mul_(0.1)
+    place.tile_embedding.weight.zero_()
+    table = place.tile_embedding.weight.view(-1, MAX_TILES, side * side + 1, width)
+    waves = torch.exp(torch.linspace(math.log(2 * math.pi / 3), math.log(2 * math.pi / 48), width // 4))
+    for number, (down, across) in enumerate(TILINGS, start=1):
+        for tile in range(down * across):
+            rows = torch.arange(side).repeat_interleave(side) + side * (tile // across)
+            columns = torch.arange(side).repeat(side) + side * (tile % across)
+            phases = torch.cat([rows[:, None] * waves, columns[:, None] * waves], dim=1)
+            table[number, tile, 1:] = 1.5 * torch.cat([phases.sin(), phases.cos()], dim=1)

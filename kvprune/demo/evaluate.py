@@ -1,0 +1,74 @@
+"""Exact-match accuracy of the demo with plain greedy `generate`: `python -m kvprune.demo.evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvprune.demo.examples import Example, examples
+from kvprune.demo.prompts import prompt
+from kvprune.demo.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import MllamaForConditionalGeneration, ProcessorMixin
+
+
+def encode(processor: ProcessorMixin, batch: Sequence[Example]) -> Any:
+    """Model inputs for a batch of examples, padded on the left."""
+    texts = [prompt(processor, example.question) for example in batch]
+    images = [[example.image] for example in batch]
+    return processor(text=texts, images=images, padding=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def answer(
+    model: MllamaForConditionalGeneration, processor: ProcessorMixin, batch: Sequence[Example]
+) -> list[str]:
+    """The model's answers, greedily decoded, without special tokens."""
+    inputs = encode(processor, batch).to(model.device)
+    generator: Any = model  # its `generate` is typed for another base class
+    output = generator.generate(**inputs, max_new_tokens=12, do_sample=False)
+    tokenizer: Any = processor.tokenizer
+    decoded = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [str(text).strip() for text in decoded]
+
+
+def accuracy(
+    model: MllamaForConditionalGeneration,
+    processor: ProcessorMixin,
+    questions: Sequence[Example],
+    batch_size: int = 32,
+) -> float:
+    """Share of examples answered with exactly one of their right answers, 0..1."""
+    right = 0
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        given = answer(model, processor, batch)
+        right += sum(text in example.answers for text, example in zip(given, batch, strict=True))
+    return right / len(questions)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print held-out accuracy per task."""
+    from kvprune.demo import load, model_path
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=model_path(), help="default: the embedded model")
+    parser.add_argument("--count", type=int, default=500, help="examples a task")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the examples")
+    parser.add_argument(
+        "--split", default="held-out", choices=("held-out", "train"), help="whose handwriting"
+    )
+    options = parser.parse_args(arguments)
+    model, processor = load(path=options.model)
+    for task in TASKS:
+        chosen = examples(task, options.count, seed=options.seed, split=options.split)
+        print(f"{task:6} {accuracy(model, processor, chosen):6.1%} of {len(chosen)}")
+
+
+if __name__ == "__main__":
+    main()

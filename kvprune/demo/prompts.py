@@ -1,0 +1,83 @@
+"""Questions as the chat template words them, and how training packs them with their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvprune.demo.tasks import Query
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Independent questions with their answers, side by side in one row a picture.
+
+    No question sees another one and each starts at position 0, so that each is read as if it stood alone.
+
+    Attributes:
+        input_ids: [B, T], filled up on the right.
+        position_ids: [B, T], from 0 in each question.
+        labels: [B, T], `input_ids` where an answer and its end stand, -100 elsewhere.
+        attention_mask: bool [B, 1, T, T], who sees whom.
+        cross_attention_mask: [B, T, 1, 4], who sees which tiles.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    cross_attention_mask: torch.Tensor
+
+
+def chat(question: str) -> list[dict[str, Any]]:
+    """One user turn: a picture and a question about it."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+def prompt(processor: ProcessorMixin, question: str) -> str:
+    """The text to give the processor together with a picture."""
+    return str(processor.apply_chat_template(chat(question), add_generation_prompt=True))
+
+
+def pack(processor: ProcessorMixin, queries: Sequence[Sequence[Query]], tiles: Sequence[int]) -> Packed:
+    """Tokenise questions with their answers for training.
+
+    Args:
+        processor: gives the chat template and the tokenizer.
+        queries: for each picture, what is asked about it.
+        tiles: for each picture, how many tiles it has.
+    """
+    tokenizer: Any = processor.tokenizer
+    image_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    texts = [
+        [(tokenizer(prompt(processor, q.question)).input_ids, tokenizer(q.answer).input_ids) for q in asked]
+        for asked in queries
+    ]
+    longest = max(sum(len(head) + len(tail) + 1 for head, tail in row) for row in texts)
+    shape = (len(texts), longest)
+    input_ids = torch.full(shape, tokenizer.pad_token_id)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    owner = torch.full(shape, -1)
+    cross = torch.zeros(*shape, 1, 4, dtype=torch.long)
+    for row, questions in enumerate(texts):
+        start = 0
+        for number, (head, tail) in enumerate(questions):
+            tail = [*tail, tokenizer.eos_token_id]
+            answer, end = start + len(head), start + len(head) + len(tail)
+            input_ids[row, start:end] = torch.tensor(head + tail)
+            position_ids[row, start:end] = torch.arange(end - start)
+            labels[row, answer:end] = torch.tensor(tail)
+            owner[row, start:end] = number
+            cross[row, start + head.index(image_id) : end, 0, : tiles[row]] = 1
+            start = end
+    together = (owner[:, :, None] == owner[:, None, :]).tril()
+    return Packed(input_ids, position_ids, labels, together[:, None], cross)
