@@ -52,6 +52,7 @@ def test_a_full_size_picture_has_260_columns_in_the_cache(demo):
 def test_prompts_begin_with_text_rows_that_see_no_image(demo):
     _, processor = demo
     example = examples("read", 1)[0]
+    assert prompt(processor, example.question).startswith("<|begin_of_text|><|start_header_id|>user")
     inputs = encode(processor, [example])
     text = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     assert text[:5] == ["<|begin_of_text|>", "<|start_header_id|>", "user", "<|end_header_id|>", "<|image|>"]
@@ -85,6 +86,7 @@ def test_packed_questions_are_the_prompts_of_evaluation(demo):
         before = slice(start - length, start)
         assert packed.input_ids[0, before].tolist() == inputs["input_ids"][row, -length:].tolist()
         assert (packed.cross_attention_mask[0, before] == inputs["cross_attention_mask"][row, -length:]).all()
+        assert packed.position_ids[0, before].tolist() == list(range(length))
         said = packed.input_ids[0, start : start + 2].tolist()
         assert said == processor.tokenizer(queries[row].answer + "<|eot_id|>").input_ids
         assert packed.labels[0, start : start + 2].tolist() == said
