@@ -2,7 +2,7 @@
 
 First the vision tower learns to see: from the features that the text layers will read, throw-away heads tell
 what each patch shows. Then everything learns to answer, one question a prompt as in evaluation, while the
-patch losses fade out.
+patch losses fade out. Last it is polished: the same, at lower rates, without the patch losses.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ _MIX = ("row", "count", "row", "read")  # pictures of the second stage; the hard
 
 @dataclass(frozen=True)
 class Recipe:
-    """All numbers of a training run; `see_steps` and `answer_steps` are the two stages.
+    """All numbers of a training run; `see_steps`, `answer_steps` and `polish_steps` are its stages.
 
-    `first_look` is the share of questions for which the first cross-attention layer speaks while training.
-    Where it is silent, later layers have to find the answer in the picture themselves. Without this, the
-    first layer alone reads most answers, and a benchmark of what later layers still see tells nothing.
+    `first_look` and `polish_look` are the shares of questions for which the first cross-attention layer
+    speaks while the model learns to answer, and while it is polished. Where it is silent, later layers have
+    to find the answer in the picture themselves. Without this, the first layer alone reads most answers, and
+    a benchmark of what later layers still see tells nothing.
     """
 
     seed: int = 0
@@ -59,11 +60,14 @@ class Recipe:
     weight_decay: float = 0.02
     warm_up: int = 50
     first_look: float = 0.3
+    polish_steps: int = 1500
+    polish_look: float = 0.7
+    polish_rate: float = 0.5
 
     @property
     def steps(self) -> int:
-        """Steps of both stages."""
-        return self.see_steps + self.answer_steps
+        """Steps of all stages."""
+        return self.see_steps + self.answer_steps + self.polish_steps
 
 
 @dataclass(frozen=True)
@@ -238,14 +242,20 @@ def _optimizers(
 
 
 def _rate(recipe: Recipe) -> Callable[[int], float]:
-    """Warm up and stay while learning to see; warm up again, then fall as a cosine to nothing."""
+    """Warm up and stay while learning to see; then, twice, warm up and fall as a cosine to nothing."""
+
+    def fall(step: int, steps: int) -> float:
+        done = min(step / max(steps, 1), 1.0)
+        return min(1.0, (step + 1) / recipe.warm_up) * (0.5 + 0.5 * float(np.cos(np.pi * done)))
 
     def factor(step: int) -> float:
         answered = step - recipe.see_steps
+        polished = answered - recipe.answer_steps
         if answered < 0:
             return min(1.0, (step + 1) / recipe.warm_up)
-        done = min(answered / max(recipe.answer_steps, 1), 1.0)
-        return min(1.0, (answered + 1) / recipe.warm_up) * (0.5 + 0.5 * float(np.cos(np.pi * done)))
+        if polished < 0:
+            return fall(answered, recipe.answer_steps)
+        return recipe.polish_rate * fall(polished, recipe.polish_steps)
 
     return factor
 
@@ -287,7 +297,9 @@ class Training:
             losses = self.heads(features, batch.labels)
             loss = _fade(self.recipe, self.step) * sum(losses.values())
             if batch.text is not None:
-                with _silenced(self.first_cross, _speaks(batch.text, self.recipe.first_look)):
+                polishing = self.step >= self.recipe.see_steps + self.recipe.answer_steps
+                share = self.recipe.polish_look if polishing else self.recipe.first_look
+                with _silenced(self.first_cross, _speaks(batch.text, share)):
                     losses["answers"] = _answer_loss(self.model, features, batch.text)
                 loss = loss + losses["answers"]
         for optimizer in self.optimizers:
@@ -417,11 +429,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--answer-steps", type=int, default=Recipe.answer_steps, help="steps of the second stage"
     )
+    parser.add_argument(
+        "--polish-steps", type=int, default=Recipe.polish_steps, help="steps of the third stage"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=200, help="steps between two saves")
     parser.add_argument("--state", type=Path, help="file to keep the whole state in, and to go on from")
     options = parser.parse_args(arguments)
-    recipe = Recipe(seed=options.seed, see_steps=options.see_steps, answer_steps=options.answer_steps)
+    recipe = Recipe(
+        seed=options.seed,
+        see_steps=options.see_steps,
+        answer_steps=options.answer_steps,
+        polish_steps=options.polish_steps,
+    )
     train(recipe, options.output, options.threads, options.save_every, options.state)
 
 

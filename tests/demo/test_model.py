@@ -137,7 +137,8 @@ def test_options_of_load_are_honoured():
 
 def test_the_training_record_tells_how_to_train_again():
     record = json.loads((model_path() / "training.json").read_text(encoding="utf-8"))
-    assert record["steps"] == record["recipe"]["see_steps"] + record["recipe"]["answer_steps"]
+    stages = ("see_steps", "answer_steps", "polish_steps")
+    assert record["steps"] == sum(record["recipe"][stage] for stage in stages)
     assert set(record["held_out_accuracy"]) == set(TASKS)
     assert min(record["held_out_accuracy"].values()) >= 0.9
     assert record["minutes"] < 60
