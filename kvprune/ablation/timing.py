@@ -17,7 +17,7 @@ from kvprune.errors import ResultsError
 
 __all__ = ["TIMED_TOKENS", "Lap", "Ratio", "Speed", "measure", "read_laps", "speeds"]
 
-TIMED_TOKENS = 16
+TIMED_TOKENS = 64
 """Tokens of a timed answer: the first one is prefill, the others are decoding."""
 
 
