@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,8 +77,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Time the untouched model and every configuration, one row for timings.jsonl per repetition.
 
-    Within a repetition all take turns, starting with another one each time, so slow drifts of the machine
-    hit all alike. One round that is not counted comes first.
+    Within a repetition all take turns, in an order drawn anew each time, so drifts of the machine and what a
+    neighbour leaves behind hit all alike. One round that is not counted comes first.
 
     Args:
         generator: The model.
@@ -90,8 +91,7 @@ def measure(
     runners: list[Configuration | None] = [None, *configurations]
     for repetition in [None, *repetitions] if repetitions else []:
         laps: dict[str | None, Lap] = {}
-        start = (repetition or 0) % len(runners)
-        for runner in runners[start:] + runners[:start]:
+        for runner in random.Random(repetition).sample(runners, len(runners)):
             if runner is None:
                 laps[None] = _lap(generator, inputs)
             else:
