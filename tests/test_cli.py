@@ -75,7 +75,7 @@ def test_show_explains_a_policy() -> None:
     assert "norm, version 1, from plugin builtin (kvprune)" in out
     assert "highest (or lowest) L2 norm" in out
     assert "2406.11430" in out
-    assert "fidelity: adapted" in out
+    assert "fidelity: inspired-by" in out
     assert "cost:     one pass over values" in out
     assert "Args:" not in out
     options = {line.split()[0]: line for line in out.splitlines() if line and not line.startswith(" ")}

@@ -17,10 +17,10 @@ class Norm(ScoringPolicy):
 
     Args:
         of: "values"; "keys" as they are cached; "raw_keys" as they were before ``k_norm``. Mllama caches
-            keys after an RMS norm per head, so their lengths carry almost no information.
+            keys after an RMS norm per head, so their lengths differ little.
         keep: Which end of the ranking stays, "high" or "low".
 
-    The defaults are the best of the six combinations on the embedded demo (see docs/policies.md).
+    No combination did better than the defaults on the embedded demo (see docs/policies.md).
     """
 
     of: Literal["values", "keys", "raw_keys"] = "values"
