@@ -44,7 +44,7 @@ def attention_mass(
     batch, query_heads, _, _ = queries.shape
     kv_heads, columns = keys.shape[1], keys.shape[2]
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    counted = visibility.live if rows is None else visibility.live & rows
+    counted = visibility.seeing if rows is None else visibility.seeing & rows
     mass = torch.zeros(batch, kv_heads, query_heads // kv_heads, columns, dtype=dtype, device=keys.device)
     units = visibility.units.expand(batch, -1)
     grouped = rearrange(queries, "b (h g) t d -> b h g t d", h=kv_heads)
@@ -130,7 +130,8 @@ def keep_top(scores: Tensor, strata: Tensor, limit: Tensor, visibility: Visibili
     """Keep the highest-scoring columns of each stratum, but starve no visibility group.
 
     The best column of each visibility group comes first (KV03, KV05); the others follow by score until the
-    stratum's limit is reached. Where there are more groups than the limit allows, one of each stays.
+    stratum's limit is reached. Where there are more groups than the limit allows, one of each stays. A
+    sample without an eligible column keeps column 0 as a placeholder; the cache manager evicts it again.
 
     Args:
         scores: ``[B, H, S]``, higher is better.
@@ -149,6 +150,7 @@ def keep_top(scores: Tensor, strata: Tensor, limit: Tensor, visibility: Visibili
     kept = (rank_within(scores, strata, first) < limit[:, None]) & eligible
     if first is not None:
         kept |= first
+    kept[..., 0] |= ~eligible.any(-1)
     return kept
 
 

@@ -93,9 +93,10 @@ class Visibility:
 
         Stratum 0 holds what decoding can see. Columns that only prefill can see (earlier images of an
         interleaved chat) form one stratum for each visibility group, numbered from 1. -1: seen by no one.
-        Stock lets the rows of a sample without an image attend to everything, so there all is stratum 0.
+        Where no live row sees any of them, all is stratum 0: stock lets the rows of a sample without an image
+        attend to everything.
         """
-        blind = ~self._live_rows.any((1, 2))[:, None]
+        blind = ~self.prefill.any(-1, keepdim=True)
         if self.exists is not None:
             blind = blind & self.exists
         seen_early = torch.where(self.groups < 0, -1, self.groups + 1)
@@ -113,30 +114,26 @@ class Visibility:
         if first == 0:
             return self
         exists = None if self.exists is None else self.exists[:, first:]
-        return self._of_columns(self.units[:, first:], exists)
+        return replace(self, units=self.units[:, first:], exists=exists)
 
     def at(self, indices: Tensor, valid: Tensor) -> Visibility:
         """Return the visibility of chosen columns, ``indices`` int64 and ``valid`` bool ``[B, K]``."""
         exists = valid if self.exists is None else valid & self.exists.gather(-1, indices)
-        return self._of_columns(self.units.expand(self.batch, -1).gather(-1, indices), exists)
+        return replace(self, units=self.units.expand(self.batch, -1).gather(-1, indices), exists=exists)
 
-    def _of_columns(self, units: Tensor, exists: Tensor | None) -> Visibility:
-        """Return the visibility of other columns; rows that see none of them are not live there."""
-        part = replace(self, units=units, exists=exists)
-        return replace(part, live=self.live & (self.rows & part._present[:, None]).any(-1))
+    @cached_property
+    def seeing(self) -> Tensor:
+        """Live rows that see some of these columns, bool ``[B, T]``: in a later turn, not all do."""
+        units = self.units.expand(self.batch, -1)
+        counted = torch.ones_like(units) if self.exists is None else self.exists.to(units.dtype)
+        present = torch.zeros_like(self.rows[:, 0], dtype=units.dtype).scatter_add(-1, units, counted) > 0
+        return self.live & (self.rows & present[:, None]).any(-1)
 
     @cached_property
     def _live_rows(self) -> Tensor:
-        """What live rows see of the units that have columns here, bool ``[B, T or 1, U]``."""
+        """Rows by units without the rows that do not count, bool ``[B, T or 1, U]``."""
         counted = self.live.any(1, keepdim=True) if self.rows.shape[1] == 1 else self.live
-        return self.rows & counted[..., None] & self._present[:, None]
-
-    @cached_property
-    def _present(self) -> Tensor:
-        """Units that have columns here, bool ``[B, U]``."""
-        units = self.units.expand(self.batch, -1)
-        counted = torch.ones_like(units) if self.exists is None else self.exists.to(units.dtype)
-        return torch.zeros_like(self.rows[:, 0], dtype=units.dtype).scatter_add(-1, units, counted) > 0
+        return self.rows & counted[..., None]
 
     @cached_property
     def _last_live_row(self) -> Tensor:
