@@ -57,12 +57,6 @@ class CrossKVLayer(DynamicLayer):
         """Whether anything is held."""
         return self.columns > 0
 
-    @property
-    def selection(self) -> Selection:
-        """The columns that are held, as a `Selection` over all columns seen."""
-        slots, valid = self.entries()
-        return Selection(slots, valid, self.columns)
-
     def held_columns(self) -> Tensor:
         """Return which columns are held, bool ``[B, H or 1, S]``."""
         slots, _ = self.entries()

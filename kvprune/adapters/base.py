@@ -17,7 +17,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from kvprune.errors import IncompatibleTransformersError
 from kvprune.manager import CrossKVManager
 
-__all__ = ["ModelAdapter", "Probe", "gather_features", "named_arguments", "probe_cache", "probe_signatures"]
+__all__ = [
+    "ModelAdapter",
+    "Probe",
+    "gather_features",
+    "named_arguments",
+    "probe_cache",
+    "probe_signatures",
+    "to_query_heads",
+]
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,13 @@ def probe_cache() -> Probe:
     return Probe(
         "DynamicCache", not missing, f"{'lacks' if missing else 'has'} {', '.join(missing or wanted)}"
     )
+
+
+def to_query_heads(mask: Tensor, heads: int) -> Tensor:
+    """Repeat a mask by KV head ``[B, Hkv, T, K]`` for each query head; one that heads share stays."""
+    if mask.shape[1] in (1, heads):
+        return mask
+    return mask.repeat_interleave(heads // mask.shape[1], dim=1)
 
 
 def gather_features(features: Tensor, indices: Tensor) -> Tensor:

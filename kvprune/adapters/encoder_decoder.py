@@ -22,6 +22,7 @@ from kvprune.adapters.base import (
     named_arguments,
     probe_cache,
     probe_signatures,
+    to_query_heads,
 )
 from kvprune.cache import CrossKVLayer, open_layer, require_cache
 from kvprune.errors import UnsupportedCacheError
@@ -205,7 +206,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             cut = cut & allowed
         else:
             cut = cut.masked_fill(~allowed, torch.finfo(cut.dtype).min)
-        return cut if cut.shape[1] in (1, heads) else cut.repeat_interleave(heads // cut.shape[1], dim=1)
+        return to_query_heads(cut, heads)
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         manager = self._manager

@@ -30,6 +30,7 @@ from kvprune.adapters.base import (
     named_arguments,
     probe_cache,
     probe_signatures,
+    to_query_heads,
 )
 from kvprune.cache import CrossKVLayer, open_layer, require_cache
 from kvprune.errors import UnsupportedCacheError
@@ -75,10 +76,7 @@ class _Call:
         if self.bias is None and not ragged:
             return None
         if id(slots) not in self.masks:
-            mask = self._mask(slots, valid, ragged)
-            if mask.shape[1] not in (1, heads):
-                mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
-            self.masks[id(slots)] = slots, mask
+            self.masks[id(slots)] = slots, to_query_heads(self._mask(slots, valid, ragged), heads)
         return self.masks[id(slots)][1]
 
     def _mask(self, slots: Tensor | None, valid: Tensor | None, ragged: bool) -> Tensor:
@@ -213,7 +211,6 @@ class MllamaAdapter(ModelAdapter):
         if attention_mask is not None and attention_mask.ndim == 2:
             live &= attention_mask[:, -length:].to(live.device).bool()
         if drafts:
-            live[:, length - drafts :] = False
             rows = rows[:, : length - drafts] if rows.shape[1] > 1 else rows
             live = live[:, : length - drafts]
         units = torch.arange(rows.shape[-1], device=rows.device)
@@ -260,7 +257,8 @@ class MllamaAdapter(ModelAdapter):
             return args, {**kwargs, **masks}
         layer = open_layer(require_cache(kwargs["past_key_values"]), module.layer_idx)
         received = manager.before_layer(self._layer_indices.index(module.layer_idx), layer)
-        states = self._per_sample(states, args[0].shape[0])
+        # Images and tiles become columns: [B * images, tiles * patches, C] to [B, S, C].
+        states = states.reshape(args[0].shape[0], -1, states.shape[-1])
         new_columns = states.shape[1]
         if received is not None:
             states = gather_features(states, received.indices[:, 0])
@@ -270,10 +268,6 @@ class MllamaAdapter(ModelAdapter):
         mask = call.attention_mask(slots, valid, ragged, heads)
         masks = {"cross_attention_mask": mask, "full_text_row_masked_out_mask": call.row_mask}
         return args, {**kwargs, "cross_attention_states": states, **masks}
-
-    def _per_sample(self, states: Tensor, batch: int) -> Tensor:
-        """Fold images and tiles into columns: ``[B * images, tiles * patches, C]`` to ``[B, S, C]``."""
-        return states.reshape(batch, -1, states.shape[-1])
 
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         manager = self._manager
