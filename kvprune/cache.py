@@ -3,32 +3,65 @@
 State has one owner. Keys, values, the columns they came from and their validity live in one object inside
 the model's ordinary cache, so whatever transformers does to a cache (reorder for beams, expand, select,
 reset, deep copy, hand back in the next turn) happens to all of them together (KV11).
+
+Beams and return sequences of one sample see one image. Their rows are held once: R rows stand for
+B = R x copies rows of the batch, each ``copies`` in a row. `kvprune.caches` decides which cache may hold us.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from kvprune.errors import UnsupportedCacheError
 from kvprune.selection import Selection
 
-__all__ = ["CrossKVLayer", "open_layer", "require_cache"]
+__all__ = ["CrossKVLayer", "Twins"]
+
+
+class Twins:
+    """How many consecutive rows of the batch are held as one; shared by the layers of one prefill.
+
+    Args:
+        copies: Rows of the batch for each row that is held, at least 1.
+    """
+
+    def __init__(self, copies: int = 1) -> None:
+        self.copies = copies
+        self._asked: tuple[Tensor, int] | None = None
+        self._answer = True
+
+    def stay(self, beam_idx: Tensor) -> bool:
+        """Whether a reordering moves rows only among copies of the same sample, as beam search does.
+
+        Asks the device once for all layers that are reordered alike.
+        """
+        if self.copies == 1:
+            return False
+        if self._asked is None or self._asked[0] is not beam_idx or self._asked[1] != beam_idx._version:
+            places = torch.arange(len(beam_idx), device=beam_idx.device)
+            self._answer = torch.equal(beam_idx // self.copies, places // self.copies)
+            self._asked = beam_idx, beam_idx._version
+        return self._answer
 
 
 class CrossKVLayer(DynamicLayer):
     """Kept keys and values of one cross-attention layer.
 
     Attributes:
-        keys, values: ``[B, Hkv, K, D]``.
+        keys, values: ``[R, Hkv, K, D]``, R being the batch B divided by `copies`.
         columns: Columns seen so far, S: what stock transformers would hold.
-        slots: int64 ``[B, H or 1, K]``, the column each entry came from; None while all S are held.
+        slots: int64 ``[R, H or 1, K]``, the column each entry came from; None while all S are held.
         valid: bool, same shape; false where an entry only pads a ragged batch. None while ``slots`` is None.
         ragged: Whether some entry may be invalid, known without asking the device.
+        twins: Which rows of the batch are held as one.
     """
+
+    # Shapes do not change while decoding, and nothing is read from the device.
+    is_compileable = True
 
     # Optional in the base class; here they are read only once they are filled.
     keys: Tensor
@@ -40,10 +73,11 @@ class CrossKVLayer(DynamicLayer):
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
         self.ragged = False
+        self.twins = Twins()
         self._announced: Selection | None = None
 
     @classmethod
-    def adopt(cls, layer: DynamicLayer) -> CrossKVLayer:
+    def adopt(cls, layer: DynamicLayer) -> Self:
         """Return a cache layer that holds what an ordinary one holds."""
         adopted = cls()
         keys, values = layer.keys, layer.values
@@ -57,8 +91,18 @@ class CrossKVLayer(DynamicLayer):
         """Whether anything is held."""
         return self.columns > 0
 
+    @property
+    def copies(self) -> int:
+        """Consecutive rows of the batch for which each row that is held stands."""
+        return self.twins.copies
+
+    @property
+    def width(self) -> int:
+        """Entries held per row and KV head, K."""
+        return self.keys.shape[-2] if self.is_filled else 0
+
     def held_columns(self) -> Tensor:
-        """Return which columns are held, bool ``[B, H or 1, S]``."""
+        """Return which columns are held, bool ``[R, H or 1, S]``."""
         slots, _ = self.entries()
         held = torch.zeros(*slots.shape[:2], self.columns, dtype=torch.bool, device=slots.device)
         return held.scatter_(-1, slots, True)  # padding repeats a column that is held
@@ -70,17 +114,34 @@ class CrossKVLayer(DynamicLayer):
 
     @property
     def bytes_full(self) -> int:
-        """Bytes of keys and values that stock transformers would hold."""
-        return self.bytes_held // self.keys.shape[-2] * self.columns if self.is_filled else 0
+        """Bytes of keys and values that stock transformers would hold, for each row of the batch."""
+        return self.bytes_held // self.width * self.columns * self.copies if self.is_filled else 0
+
+    @property
+    def bytes_behind(self) -> int:
+        """Bytes of memory behind the keys and values: more than `bytes_held` if they are views of more."""
+        buffers = {
+            storage.data_ptr(): storage.nbytes()
+            for storage in (tensor.untyped_storage() for tensor in (self.keys, self.values))
+        }
+        return sum(buffers.values()) if self.is_filled else 0
 
     @property
     def bytes_of_bookkeeping(self) -> int:
         """Bytes of the column numbers and validity flags beside the keys and values."""
         return sum(tensor.nbytes for tensor in (self.slots, self.valid) if tensor is not None)
 
-    def announce(self, arriving: Selection | None) -> None:
-        """Say which of the new columns the next `update` brings; None means all of them."""
+    def announce(self, arriving: Selection | None, twins: Twins | None = None) -> None:
+        """Say what the next `update` brings.
+
+        Args:
+            arriving: Which of the new columns, for each row that will be held; None means all of them.
+            twins: Which of the batch's rows are equal, so that one of each may be held. A layer that is
+                filled already takes them only if it holds the same ones as one; else it holds all rows.
+        """
         self._announced = arriving
+        if not self.is_filled:
+            self.twins = twins or Twins()
 
     def expected(self, columns: int) -> tuple[Tensor, Tensor] | None:
         """Return slots and validity after the announced update of ``columns`` new columns.
@@ -104,29 +165,39 @@ class CrossKVLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of newly arrived columns and return all that are held."""
+        """Append the keys and values of newly arrived columns and return all that there are.
+
+        Args:
+            key_states: ``[B, Hkv, new, D]``, for each row of the batch.
+            value_states: Likewise.
+            args: Not used.
+            kwargs: Not used.
+        """
         arriving = self._announced
         columns = key_states.shape[-2] if arriving is None else arriving.columns
         expected = self.expected(columns)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.is_filled:
-            self.keys = torch.cat([self.keys, key_states], dim=-2)
-            self.values = torch.cat([self.values, value_states], dim=-2)
+            keys = self.keys = torch.cat([self.keys, key_states], dim=-2)
+            values = self.values = torch.cat([self.values, value_states], dim=-2)
         else:  # one copy, as in stock, whose concatenation also makes the projections contiguous
-            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+            keys, values = key_states.contiguous(), value_states.contiguous()
+            self.keys, self.values = keys, values
+            if self.copies > 1:  # cloned: a view would keep the rows alive that it leaves out
+                self.keys, self.values = keys[:: self.copies].clone(), values[:: self.copies].clone()
         self.columns += columns
         if expected is not None:
             self.slots, self.valid = expected
             self.ragged = self.ragged or (arriving is not None and arriving.is_ragged)
         self._announced = None
-        return self.keys, self.values
+        return keys, values
 
     def retain(self, kept: Tensor) -> None:
         """Drop what is not kept, and free its memory.
 
         Args:
-            kept: bool ``[B, H or 1, W]`` over the W entries that are held now.
+            kept: bool ``[R, H or 1, K]`` over the entries that are held now.
         """
         if self.valid is not None:
             kept = kept & self.valid
@@ -142,6 +213,34 @@ class CrossKVLayer(DynamicLayer):
         self.slots, self.valid = slots.gather(-1, positions.indices), positions.valid
         self.ragged = positions.is_ragged
 
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values for each row of the batch, ``[B, Hkv, K, D]``.
+
+        Without a copy if no rows are held as one, or if all of them are (one sample with its beams);
+        otherwise a copy that lives as long as the caller holds it.
+        """
+        return self._spread(self.keys), self._spread(self.values)
+
+    def spread_entries(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return `slots` and `valid` for each row of the batch; None while all columns are held."""
+        if self.slots is None or self.valid is None:
+            return None, None
+        return self._spread(self.slots), self._spread(self.valid)
+
+    def _spread(self, tensor: Tensor) -> Tensor:
+        if self.copies == 1:
+            return tensor
+        if tensor.shape[0] == 1:
+            return tensor.expand(self.copies, *tensor.shape[1:])
+        return tensor.repeat_interleave(self.copies, dim=0)
+
+    def separate(self) -> None:
+        """Hold each row of the batch on its own from now on."""
+        if self.copies > 1:
+            rows = torch.arange(self.keys.shape[0] * self.copies, device=self.keys.device) // self.copies
+            self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+            self.twins = Twins()
+
     def get_seq_length(self) -> int:
         """Number of columns seen, as stock would answer: kept or not, they were part of the sequence."""
         return self.columns
@@ -153,79 +252,43 @@ class CrossKVLayer(DynamicLayer):
         """Forget everything that is held."""
         super().reset()
         self.columns, self.slots, self.valid, self.ragged, self._announced = 0, None, None, False, None
+        self.twins = Twins()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder samples, for beam search."""
-        self._over_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        """Reorder the batch, for beam search: nothing moves where beams of a sample are held as one."""
+        if self.is_filled and not self.twins.stay(beam_idx):
+            self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sample."""
-        self._over_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        """Repeat each row of the batch: what is held does not grow."""
+        if self.is_filled:
+            self.twins = Twins(self.copies * repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some samples."""
-        self._over_batch(lambda tensor: tensor[indices.to(tensor.device)])
+        """Keep only some rows of the batch, each on its own."""
+        if self.is_filled:
+            rows = torch.arange(self.keys.shape[0] * self.copies, device=indices.device)[indices]
+            rows = rows // self.copies
+            self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+            self.twins = Twins()
 
-    def _over_batch(self, move: Any) -> None:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move what is held to a device, and keys and values to a dtype."""
         if not self.is_filled:
             return
+        self._over_rows(lambda tensor: tensor.to(device) if device is not None else tensor)
+        if dtype is not None:
+            self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+
+    def _over_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = move(self.keys), move(self.values)
         if self.slots is not None and self.valid is not None:
             self.slots, self.valid = move(self.slots), move(self.valid)
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """Return the column and the validity of each entry, ``[B, H or 1, K]``, also if all are held."""
+        """Return the column and the validity of each entry, ``[R, H or 1, K]``, also if all are held."""
         if self.slots is not None and self.valid is not None:
             return self.slots, self.valid
         everything = Selection.all(self.keys.shape[0], self.columns, self.keys.device)
         return everything.indices, everything.valid
-
-
-def require_cache(cache: object) -> Cache:
-    """Return the cache, or raise because there is none that could be compressed.
-
-    Raises:
-        UnsupportedCacheError: If there is no cache, or it offloads its layers.
-    """
-    if cache is None:
-        raise UnsupportedCacheError(
-            "kvprune compresses the cross-attention cache, but the model was called without one "
-            "(past_key_values=None, use_cache=False); call it with use_cache=True"
-        )
-    if not isinstance(cache, Cache):
-        raise UnsupportedCacheError(
-            f"kvprune knows the caches of transformers (DynamicCache), got {type(cache).__name__}"
-        )
-    if cache.offloading:
-        raise UnsupportedCacheError(
-            f"{type(cache).__name__} offloads its layers, which transformers does not do correctly for "
-            "cross-attention; use the default DynamicCache"
-        )
-    return cache
-
-
-def open_layer(cache: Cache, layer_idx: int) -> CrossKVLayer:
-    """Return our layer at an index of a cache, taking the place of an ordinary dynamic one.
-
-    Raises:
-        UnsupportedCacheError: If the layer there is of another kind (static, quantized, sliding).
-    """
-    while len(cache.layers) <= layer_idx:  # DynamicCache() without a config grows as it is used
-        if cache.layer_class_to_replicate is None:
-            raise UnsupportedCacheError(
-                f"{type(cache).__name__} has {len(cache.layers)} layers, but layer {layer_idx} is a "
-                "cross-attention layer; build the cache from the model's config"
-            )
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, CrossKVLayer):
-        return layer
-    if type(layer) is not DynamicLayer:
-        raise UnsupportedCacheError(
-            f"{type(cache).__name__} holds a {type(layer).__name__} at cross-attention layer {layer_idx}; "
-            "kvprune compresses DynamicLayer: generate with the default cache "
-            "(no cache_implementation, or a DynamicCache)"
-        )
-    ours = CrossKVLayer.adopt(layer)
-    cache.layers[layer_idx] = ours
-    return ours

@@ -14,8 +14,10 @@ __all__ = [
     "NameClashError",
     "NestedCompressionError",
     "PluginError",
+    "PolicyFailedError",
     "PolicyNeverRanError",
     "PolicyOptionError",
+    "ReceiptError",
     "ResultsError",
     "ScoreError",
     "SelectionError",
@@ -92,3 +94,11 @@ class DataError(KVPruneError):
 
 class ResultsError(KVPruneError):
     """A results folder is not one, is damaged, or belongs to another run."""
+
+
+class PolicyFailedError(KVPruneError):
+    """A policy raised an error of its own while it decided; that error is the cause."""
+
+
+class ReceiptError(KVPruneError):
+    """What a receipt says is not what the live cache holds, or the cache is gone."""

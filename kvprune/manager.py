@@ -9,20 +9,25 @@ a layer is about to run, that it has run, and that the prefill is over:
     end()                                   the receipt is written
 
 Decoding never comes here: it reads what the cache layers hold.
+
+Rows of the batch that are copies of one sample (its beams, its return sequences) are decided about once and
+held once. Here and in views, R counts the rows that differ; what users read counts the batch B again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvprune.cache import CrossKVLayer
-from kvprune.errors import SelectionError, UnsupportedCacheError
+from kvprune.cache import CrossKVLayer, Twins
+from kvprune.errors import KVPruneError, PolicyFailedError, UnsupportedCacheError
+from kvprune.judgement import check_decision
 from kvprune.policy import CrossKVPolicy
-from kvprune.report import CompressionReport, LayerReceipt
+from kvprune.receipts import PrefillRecord, Stopwatch
+from kvprune.report import CompressionReport
 from kvprune.selection import Decision, Selection
 from kvprune.view import LayerView
 from kvprune.visibility import Visibility
@@ -37,8 +42,10 @@ class _Prefill:
     visibility: Visibility
     first_new: int
     fingerprints: Callable[[], Tensor]
+    twins: Twins
+    cached: bool
+    record: PrefillRecord
     onward: Selection | None = None
-    layers: dict[int, CrossKVLayer] = field(default_factory=dict)
 
     @property
     def new_columns(self) -> int:
@@ -48,6 +55,15 @@ class _Prefill:
         """Visibility of the columns that arrive at a layer: all new ones, or the survivors among them."""
         new = self.visibility.from_column(self.first_new)
         return new if received is None else new.at(received.indices[:, 0], received.valid[:, 0])
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a layer's latest prefill attended to and left, by R rows."""
+
+    attended: Selection | None
+    kept: Selection
+    copies: int
 
 
 class CrossKVManager:
@@ -63,10 +79,8 @@ class CrossKVManager:
         self.policy = policy
         self.seed = seed
         self.layer_indices = tuple(layer_indices)
-        self.report = CompressionReport(policy=policy.spec, seed=seed)
-        # Columns and validity of the entries that the latest prefill left, by layer index.
-        self._held: dict[int, tuple[Tensor, Tensor, int]] = {}
-        self._attended: dict[int, Selection | None] = {}
+        self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
+        self._held: dict[int, _Held] = {}
         self._prefill: _Prefill | None = None
 
     @property
@@ -77,27 +91,42 @@ class CrossKVManager:
     @property
     def selections(self) -> Mapping[int, Selection]:
         """Columns that decoding uses since the latest prefill, by layer index."""
-        return {layer_idx: Selection(*held) for layer_idx, held in self._held.items()}
+        return {layer_idx: held.kept.repeat(held.copies) for layer_idx, held in self._held.items()}
 
     @property
     def prefill_selections(self) -> Mapping[int, Selection | None]:
         """Columns that the latest prefill attended to, by layer index; None for all there were."""
-        return dict(self._attended)
+        return {
+            layer_idx: None if held.attended is None else held.attended.repeat(held.copies)
+            for layer_idx, held in self._held.items()
+        }
 
-    def begin(self, visibility: Visibility, new_columns: int, fingerprints: Callable[[], Tensor]) -> None:
+    def begin(
+        self,
+        visibility: Visibility,
+        new_columns: int,
+        fingerprints: Callable[[], Tensor],
+        *,
+        twins: Twins | None = None,
+        cached: bool = True,
+    ) -> None:
         """Open a prefill.
 
         Args:
-            visibility: Of all columns, those of earlier images included.
+            visibility: Of all columns, those of earlier images included, for R rows.
             new_columns: How many of the last columns arrive in this call.
-            fingerprints: Returns int64 ``[B]``, what random policies are seeded with (`kvprune.seeding`).
+            fingerprints: Returns int64 ``[R]``, what random policies are seeded with (`kvprune.seeding`).
+            twins: How many consecutive rows of the batch are copies of one; none by default.
+            cached: Whether there is a cache; without one, decisions reach later layers only.
         """
         self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
-        self._prefill = _Prefill(visibility, first_new, fingerprints)
+        self._prefill = _Prefill(
+            visibility, first_new, fingerprints, twins or Twins(), cached, PrefillRecord(cached=cached)
+        )
 
     def before_layer(self, rank: int, layer: CrossKVLayer) -> Selection | None:
-        """Announce to a cache layer what arrives, and return it: None for all new columns.
+        """Announce to a cache layer what arrives, and return it for R rows: None for all new columns.
 
         Raises:
             UnsupportedCacheError: If the mask covers other columns than the cache has seen.
@@ -109,7 +138,9 @@ class CrossKVManager:
                 f"but layer {self.layer_indices[rank]} has seen {layer.columns} before; pass a "
                 "cross-attention mask over all images of the conversation, and features of the new ones only"
             )
-        layer.announce(prefill.onward)
+        layer.separate()
+        prefill.record.arrives(self.layer_indices[rank], layer)
+        layer.announce(prefill.onward, prefill.twins)
         return prefill.onward
 
     def after_layer(
@@ -121,16 +152,31 @@ class CrossKVManager:
         queries: Tensor | None = None,
         raw_keys: Tensor | None = None,
     ) -> None:
-        """Let the policy decide about a layer that has just attended, and apply the decision."""
+        """Let the policy decide about a layer that has just attended, and apply the decision.
+
+        Args:
+            rank: Of the layer among the cross-attention layers.
+            layer: The cache layer, updated.
+            scaling: Factor on attention logits.
+            queries: ``[B, Hq, T, D]``, if the policy needs them; draft rows included.
+            raw_keys: ``[B, Hkv, new, D]``, likewise.
+
+        Raises:
+            SelectionError: If the decision breaks an invariant.
+            PolicyFailedError: If the policy raises an error of its own.
+            UnsupportedCacheError: If there is no cache, but the policy prunes nothing else.
+        """
         prefill = self._running()
+        layer_idx, copies = self.layer_indices[rank], layer.copies
+        prefill.record.attended(layer_idx, layer)
         received = prefill.onward
         arriving = prefill.arriving(received)
-        first = layer.keys.shape[-2] - arriving.columns
+        first = layer.width - arriving.columns
         view = LayerView(
             keys=layer.keys[..., first:, :],
             values=layer.values[..., first:, :],
             visibility=arriving,
-            layer_idx=self.layer_indices[rank],
+            layer_idx=layer_idx,
             rank=rank,
             num_layers=len(self.layer_indices),
             scaling=scaling,
@@ -138,45 +184,49 @@ class CrossKVManager:
             fingerprints=prefill.fingerprints,
             policy_name=self.policy.name,
             # Draft rows come last; visibility does not have them.
-            captured_queries=None if queries is None else queries[:, :, : arriving.live.shape[1]],
-            captured_raw_keys=raw_keys,
+            captured_queries=None if queries is None else queries[::copies, :, : arriving.live.shape[1]],
+            captured_raw_keys=None if raw_keys is None else raw_keys[::copies],
         )
         attended = None if layer.slots is None else Selection.from_mask(layer.held_columns())
         with torch.no_grad():
-            decision = self.policy.select(view)
-            _check(decision, view, self.policy.name)
-            if decision.cache is not None or not self.policy.keeps_invisible:
+            with Stopwatch(layer.keys.device) as watch:
+                decision = self._ask(view)
+            check_decision(decision, view, self.policy.name)
+            if not prefill.cached:
+                self._require_onward(decision, layer_idx)
+            elif decision.cache is not None or not self.policy.keeps_invisible:
                 layer.retain(self._kept(prefill, decision, arriving, layer, first))
             if decision.onward is not None:
                 prefill.onward = _compose(received, decision.onward)
-        self._attended[view.layer_idx] = attended
-        self._held[view.layer_idx] = (*layer.entries(), layer.columns)
-        prefill.layers[rank] = layer
+        slots, valid = layer.entries()
+        self._held[layer_idx] = _Held(attended, Selection.trusted(slots, valid, layer.columns), copies)
+        prefill.record.decided(layer_idx, layer, watch, visible=prefill.visibility.decode)
 
     def end(self, *, completed: bool) -> None:
         """Close a prefill; write its receipt if it came to its end."""
         prefill, self._prefill = self._prefill, None
-        if prefill is None or not completed or not prefill.layers:
-            return
-        visible = prefill.visibility.decode
-        receipts = []
-        kept = []
-        for rank, layer in sorted(prefill.layers.items()):
-            receipts.append(
-                LayerReceipt(
-                    layer_idx=self.layer_indices[rank],
-                    columns=layer.columns,
-                    width=layer.keys.shape[-2],
-                    bytes_held=layer.bytes_held,
-                    bytes_full=layer.bytes_full,
-                    bytes_of_bookkeeping=layer.bytes_of_bookkeeping,
-                )
+        if prefill is not None and completed and not prefill.record.is_empty:
+            prefill.record.write(self.report, prefill.visibility.decode, self.policy.exact_budget)
+
+    def _ask(self, view: LayerView) -> Decision:
+        try:
+            return self.policy.select(view)
+        except (KVPruneError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise PolicyFailedError(
+                f"policy {self.policy.name!r} raised {type(error).__name__} at layer {view.layer_idx}: "
+                f"{str(error)[:500]}"
+            ) from error
+
+    def _require_onward(self, decision: Decision, layer_idx: int) -> None:
+        if decision.cache is not None and decision.onward is None:
+            raise UnsupportedCacheError(
+                f"policy {self.policy.spec} prunes the cache of layer {layer_idx} after its attention, but "
+                "the model was called without a cache (use_cache=False, or gradient checkpointing), so "
+                "nothing would be pruned; call it with use_cache=True, or choose a policy that decides "
+                "onward (trim, or reach=onward)"
             )
-            slots, valid = layer.entries()
-            seen = visible.to(slots.device)[:, None].expand(-1, slots.shape[1], -1)
-            counted = (seen.gather(-1, slots) & valid).sum(-1)
-            kept.append(counted.double().mean(-1).to(visible.device))
-        self.report.add_prefill(receipts, kept=torch.stack(kept).tolist(), visible=visible.sum(-1).tolist())
 
     def _running(self) -> _Prefill:
         if self._prefill is None:
@@ -189,7 +239,7 @@ class CrossKVManager:
     def _kept(
         self, prefill: _Prefill, decision: Decision, arriving: Visibility, layer: CrossKVLayer, first: int
     ) -> Tensor:
-        """Return which entries of a layer stay, bool ``[B, H or 1, W]``."""
+        """Return which entries of a layer stay, bool ``[R, H or 1, K]``."""
         device = layer.keys.device
         decodable = prefill.visibility.decode_units
         new = arriving.by_column(decodable)[:, None].to(device)
@@ -210,64 +260,6 @@ class CrossKVManager:
 
 def _compose(received: Selection | None, onward: Selection) -> Selection:
     """Express a selection among received columns in terms of all new columns."""
-    if received is None:
-        return onward
-    return Selection(received.indices.gather(-1, onward.indices), onward.valid, received.columns)
-
-
-def _check(decision: object, view: LayerView, policy: str) -> None:
-    """Refuse a decision that breaks KV01, KV03, KV04 or KV05, naming the policy and the layer.
-
-    Raises:
-        SelectionError: Citing the invariant.
-    """
-    where = f"policy {policy!r} at layer {view.layer_idx}"
-    if not isinstance(decision, Decision):
-        raise SelectionError(
-            f"{where}: select returned {type(decision).__name__}, expected a Decision(cache=..., onward=...)"
-        )
-    batch, heads, columns, _ = view.keys.shape
-    for what, selection, visible in (
-        ("cache", decision.cache, view.visible),
-        ("onward", decision.onward, view.visible_in_prefill),
-    ):
-        if selection is None:
-            continue
-        shape = list(selection.indices.shape)
-        if selection.columns != columns or shape[0] != batch or shape[1] not in (1, heads):
-            raise SelectionError(
-                f"KV01: {where}: {what} selects {shape} out of {selection.columns} columns, expected "
-                f"[{batch}, {heads} or 1, K] out of {columns}"
-            )
-        kept = selection.to_mask()
-        visible = visible.to(kept.device)[:, None]
-        sees = visible.any(-1, keepdim=True)
-        hidden_kept = kept & ~visible & sees
-        visible_dropped = visible & ~kept
-        padding, starved = torch.stack(
-            [
-                (hidden_kept.any(-1) & visible_dropped.any(-1)).any(),
-                _starved(view, kept, visible),
-            ]
-        ).tolist()
-        if padding:
-            raise SelectionError(
-                f"KV04: {where}: {what} keeps columns that no row can see while it drops visible ones; "
-                "select from view.visible (this layer's cache) or view.visible_in_prefill (onward)"
-            )
-        if starved:
-            raise SelectionError(
-                f"KV03: {where}: {what} keeps no column of a visibility group (an image that some text row "
-                "attends to); keep at least one column of each group in view.groups, as scoring.keep_top does"
-            )
-
-
-def _starved(view: LayerView, kept: Tensor, visible: Tensor) -> Tensor:
-    """Return whether some visibility group with visible columns keeps none of them (a bool scalar)."""
-    groups = torch.where(visible[:, 0], view.groups.to(kept.device), -1)
-    width = int(groups.max()) + 2
-    slots = (groups + 1)[:, None].expand_as(kept)
-    zeros = torch.zeros(*kept.shape[:2], width, dtype=torch.int64, device=kept.device)
-    present = zeros.scatter_add(-1, slots, torch.ones_like(slots))
-    survivors = zeros.scatter_add(-1, slots, kept.to(torch.int64))
-    return ((present > 0) & (survivors == 0))[..., 1:].any()
+    if received is None:  # a copy: what later layers receive must not change with the policy's own tensors
+        return Selection.trusted(onward.indices.clone(), onward.valid.clone(), onward.columns)
+    return Selection.trusted(received.indices.gather(-1, onward.indices), onward.valid, received.columns)

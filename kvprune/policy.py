@@ -68,6 +68,22 @@ class CrossKVPolicy(ABC):
         return frozenset()
 
     @property
+    def exact_budget(self) -> Budget | None:
+        """The budget that what each sample keeps meets exactly (KV02); None where a method has none."""
+        return None
+
+    @property
+    def requested(self) -> typing.Mapping[str, float | int]:
+        """What the options ask to keep, by name, for receipts: that of `exact_budget` unless overridden."""
+        budget = self.exact_budget
+        if budget is None:
+            return {}
+        if budget.keep_tokens is not None:
+            return {"keep_tokens": budget.keep_tokens}
+        assert budget.keep_ratio is not None
+        return {"keep_ratio": budget.keep_ratio}
+
+    @property
     def spec(self) -> PolicySpec:
         """The spec that builds this policy again: every option that differs from its default."""
         options: dict[str, OptionValue] = {}
@@ -174,6 +190,11 @@ class ScoringPolicy(CrossKVPolicy):
     def budget(self) -> Budget:
         """The budget that the options state."""
         return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
+
+    @property
+    def exact_budget(self) -> Budget:
+        """The budget that the options state."""
+        return self.budget
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:

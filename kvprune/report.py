@@ -1,14 +1,24 @@
-"""Receipts: what was really kept and held, measured from the tensors in the cache and never estimated."""
+"""The receipt of a compression: what was asked, what was really kept and held, what it cost.
+
+Everything is measured from the tensors in the cache and never estimated. `CompressionReport.to_dict` has a
+documented schema (docs/receipts.md), and `CompressionReport.verify` looks at the live cache again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvprune.cache import CrossKVLayer
+from kvprune.errors import ReceiptError
 from kvprune.spec import PolicySpec
 
-__all__ = ["CompressionReport", "LayerReceipt"]
+__all__ = ["SCHEMA", "CompressionReport", "LayerReceipt"]
+
+SCHEMA = 2
+"""Version of what `CompressionReport.to_dict` returns; raised when a field changes its meaning or goes."""
 
 _MIB = 1024 * 1024
 
@@ -24,6 +34,8 @@ class LayerReceipt:
         bytes_held: Bytes of keys and values that are held.
         bytes_full: Bytes of keys and values that stock transformers would hold.
         bytes_of_bookkeeping: Bytes of column numbers and validity flags.
+        decisions: How often the policy has decided about this layer so far.
+        seconds: What its latest decision took.
     """
 
     layer_idx: int
@@ -32,39 +44,68 @@ class LayerReceipt:
     bytes_held: int
     bytes_full: int
     bytes_of_bookkeeping: int
+    decisions: int = 1
+    seconds: float = 0.0
 
 
 @dataclass
 class CompressionReport:
     """What one compression did so far.
 
-    Byte counts and layers are those of the latest prefill; kept fractions are averaged over all of them.
+    Byte counts and layers are those of the latest prefill; kept fractions are averaged over all of them,
+    and seconds are added up.
 
     Attributes:
         policy: The spec that ran.
         seed: The seed it ran with.
+        requested: What the policy's options ask to keep, by name, such as ``{"keep_ratio": 0.25}``.
         encoder_inputs: Forward calls that brought encoder states (an image).
         prefills: Those of them after which the policy's decisions were applied.
         layers: One receipt per cross-attention layer.
         kept_per_sample: Tokens that decoding keeps / tokens it could see, for each sample of the latest
             prefill, averaged over layers and heads. NaN for samples that see no image.
+        kept_of_stored: Tokens that decoding keeps / tokens that stock transformers holds, padding tiles
+            included; mean over samples, layers and heads of the latest prefill.
+        bytes_peak: Most bytes of cross-attention keys and values alive at once in the latest prefill.
+        seconds: Time that the policy took to decide, over all prefills.
+        warnings: What a user should know, each once, in the order in which it came up.
     """
 
     policy: PolicySpec
     seed: int
+    requested: Mapping[str, float | int] = field(default_factory=dict)
     encoder_inputs: int = 0
     prefills: int = 0
     layers: tuple[LayerReceipt, ...] = ()
     kept_per_sample: tuple[float, ...] = ()
+    kept_of_stored: float = float("nan")
+    bytes_peak: int = 0
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
+    _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": ()}  # a copy or a pickle has no cache
 
     def count_encoder_input(self) -> None:
         """Note that encoder states arrived."""
         self.encoder_inputs += 1
 
+    def warn(self, text: str) -> None:
+        """Add a warning, once."""
+        if text not in self.warnings:
+            self.warnings = (*self.warnings, text)
+
     def add_prefill(
-        self, layers: Sequence[LayerReceipt], kept: Sequence[Sequence[float]], visible: Sequence[int]
+        self,
+        layers: Sequence[LayerReceipt],
+        kept: Sequence[Sequence[float]],
+        visible: Sequence[int],
+        *,
+        bytes_peak: int = 0,
+        live: Sequence[weakref.ref[CrossKVLayer]] = (),
     ) -> None:
         """Add the receipts of one prefill.
 
@@ -72,9 +113,12 @@ class CompressionReport:
             layers: One receipt per layer.
             kept: Tokens kept among those that decoding could see, by layer and sample, averaged over heads.
             visible: Tokens that decoding could see, by sample.
+            bytes_peak: Most bytes of keys and values alive at once.
+            live: The cache layers themselves, for `verify`; empty if there is no cache.
         """
         self.prefills += 1
-        self.layers = tuple(layers)
+        self.layers, self.bytes_peak, self._live = tuple(layers), bytes_peak, tuple(live)
+        self.seconds += sum(layer.seconds for layer in layers)
         fractions = []
         for sample, seen in enumerate(visible):
             if seen == 0:
@@ -85,6 +129,12 @@ class CompressionReport:
             self._kept_sum += fraction
             self._kept_samples += 1
         self.kept_per_sample = tuple(fractions)
+        shares = [
+            tokens / layer.columns
+            for layer, by_sample in zip(layers, kept, strict=True)
+            for tokens in by_sample
+        ]
+        self.kept_of_stored = sum(shares) / len(shares) if shares else float("nan")
 
     @property
     def kept_fraction(self) -> float:
@@ -109,38 +159,95 @@ class CompressionReport:
         """Bytes of column numbers and validity flags beside the keys and values."""
         return sum(layer.bytes_of_bookkeeping for layer in self.layers)
 
+    def verify(self) -> int:
+        """Count the bytes in the live cache again, and compare them with the receipt of the latest prefill.
+
+        The memory behind the tensors is counted, too: a small view into a large buffer frees nothing.
+
+        Returns:
+            Bytes of keys and values in the live cache: `bytes_held`.
+
+        Raises:
+            ReceiptError: If the cache is gone (keep ``past_key_values``, for instance with
+                ``return_dict_in_generate=True``), or holds something else than the receipt says.
+        """
+        if not self.prefills:
+            raise ReceiptError(f"{self.policy}: nothing was compressed yet, so there is nothing to verify")
+        if not self._live:
+            raise ReceiptError(
+                f"{self.policy}: no cache belongs to this report (the model was called without one, or this "
+                "is a copy of the report)"
+            )
+        for receipt, reference in zip(self.layers, self._live, strict=True):
+            layer = reference()
+            if layer is None:
+                raise ReceiptError(
+                    f"{self.policy}: the cache is gone; keep past_key_values "
+                    "(generate(..., return_dict_in_generate=True)) and verify while it lives"
+                )
+            held = {
+                "bytes_held": layer.bytes_held,
+                "bytes_full": layer.bytes_full,
+                "width": layer.width,
+                "columns": layer.columns,
+                "bytes_of_bookkeeping": layer.bytes_of_bookkeeping,
+            }
+            for name, found in held.items():
+                if found != getattr(receipt, name):
+                    raise ReceiptError(
+                        f"{self.policy}: layer {receipt.layer_idx} has {name} {found} now, "
+                        f"but the receipt says {getattr(receipt, name)}"
+                    )
+            behind = layer.bytes_behind
+            if behind > layer.bytes_held:
+                raise ReceiptError(
+                    f"{self.policy}: layer {receipt.layer_idx} holds {layer.bytes_held} bytes of keys and "
+                    f"values, but the memory behind them is {behind} bytes: it was not freed"
+                )
+        return self.bytes_held
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready data; fractions that do not exist are null."""
+        """Return the report as JSON-ready data; numbers that do not exist are null (docs/receipts.md)."""
         return {
+            "schema": SCHEMA,
             "policy": self.policy.to_dict(),
             "spec": str(self.policy),
             "seed": self.seed,
+            "requested": dict(self.requested),
             "encoder_inputs": self.encoder_inputs,
             "prefills": self.prefills,
             "kept_fraction": _or_none(self.kept_fraction),
+            "kept_of_stored": _or_none(self.kept_of_stored),
             "kept_per_sample": [_or_none(fraction) for fraction in self.kept_per_sample],
             "bytes_held": self.bytes_held,
             "bytes_full": self.bytes_full,
+            "bytes_peak": self.bytes_peak,
             "bytes_of_bookkeeping": self.bytes_of_bookkeeping,
+            "seconds": self.seconds,
+            "warnings": list(self.warnings),
             "layers": [asdict(layer) for layer in self.layers],
         }
 
     def __str__(self) -> str:
         if not self.prefills:
             return f"{self.policy}: nothing compressed yet ({self.encoder_inputs} encoder inputs seen)"
-        share = self.bytes_held / self.bytes_full
+        held, full = self.bytes_held / _MIB, self.bytes_full / _MIB
+        share = f" ({held / full:.1%})" if full else ""
+        asked = ", ".join(f"{name} {value}" for name, value in self.requested.items()) or "no budget"
         lines = [
-            f"{self.policy}  seed {self.seed}  prefills {self.prefills}",
-            f"kept {self.kept_fraction:.1%} of visible tokens; cross-attention cache "
-            f"{self.bytes_held / _MIB:.2f} MiB of {self.bytes_full / _MIB:.2f} MiB stock ({share:.1%})",
-            f"{'layer':>5}  {'held':>6}  {'stock':>6}  {'MiB held':>9}  {'MiB stock':>9}",
+            f"{self.policy}  seed {self.seed}  prefills {self.prefills}  decisions took {self.seconds:.3g} s",
+            f"asked: {asked}; kept {self.kept_fraction:.1%} of visible tokens, "
+            f"{self.kept_of_stored:.1%} of those that stock holds",
+            f"cross-attention cache {held:.2f} MiB of {full:.2f} MiB stock{share}; "
+            f"at most {self.bytes_peak / _MIB:.2f} MiB in prefill",
+            f"{'layer':>5}  {'decided':>7}  {'held':>6}  {'stock':>6}  {'MiB held':>9}  {'MiB stock':>9}",
         ]
         lines += [
-            f"{layer.layer_idx:>5}  {layer.width:>6}  {layer.columns:>6}  "
+            f"{layer.layer_idx:>5}  {layer.decisions:>7}  {layer.width:>6}  {layer.columns:>6}  "
             f"{layer.bytes_held / _MIB:>9.3f}  {layer.bytes_full / _MIB:>9.3f}"
             for layer in self.layers
         ]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 
 
 def _or_none(value: float) -> float | None:

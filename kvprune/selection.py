@@ -149,7 +149,7 @@ class Selection:
         indices = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
         valid = torch.arange(width, device=kept.device) < counts
         last = indices.gather(-1, (counts - 1).clamp(min=0))
-        return cls._trusted(torch.where(valid, indices, last), valid, kept.shape[-1])
+        return cls.trusted(torch.where(valid, indices, last), valid, kept.shape[-1])
 
     @classmethod
     def all(cls, batch: int, columns: int, device: torch.device | str = "cpu") -> Selection:
@@ -157,13 +157,19 @@ class Selection:
         if columns < 1:
             raise SelectionError(f"KV03: a selection keeps at least one token per row, got {columns} columns")
         indices = torch.arange(columns, device=device).expand(batch, 1, columns)
-        return cls._trusted(
+        return cls.trusted(
             indices, torch.ones(1, device=device, dtype=torch.bool).expand_as(indices), columns
         )
 
     @classmethod
-    def _trusted(cls, indices: Tensor, valid: Tensor, columns: int) -> Selection:
-        """Return a selection that is right by construction, without the checks and their host transfer."""
+    def trusted(cls, indices: Tensor, valid: Tensor, columns: int) -> Selection:
+        """Return a selection that is right by construction, without the checks and their host transfer.
+
+        Args:
+            indices: See the class.
+            valid: See the class.
+            columns: See the class.
+        """
         selection = object.__new__(cls)
         for name, value in (("indices", indices), ("valid", valid), ("columns", columns)):
             object.__setattr__(selection, name, value)
@@ -186,6 +192,13 @@ class Selection:
         )
         # Padding repeats a valid index, so writing True everywhere marks exactly the kept columns.
         return kept.scatter_(-1, self.indices, True)
+
+    def repeat(self, copies: int) -> Selection:
+        """Return the selection with each row of its batch repeated, ``[B * copies, H or 1, K]``."""
+        if copies == 1:
+            return self
+        indices, valid = (tensor.repeat_interleave(copies, dim=0) for tensor in (self.indices, self.valid))
+        return Selection.trusted(indices, valid, self.columns)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Selection):

@@ -467,7 +467,7 @@ def test_kv14_a_larger_budget_keeps_a_superset(batch, spec, one, other):
 )
 def test_a_decision_that_breaks_an_invariant_is_refused_by_its_id(invariant, kept):
     """Units: 0 and 1 are two visible images; 2 is padding (for KV04, unit 1 is the padding)."""
-    from kvprune.manager import _check
+    from kvprune.judgement import check_decision
     from kvprune.view import LayerView
 
     rows = torch.tensor([[[True, invariant == "KV03"]]])
@@ -488,4 +488,4 @@ def test_a_decision_that_breaks_an_invariant_is_refused_by_its_id(invariant, kep
     )
     decision = Decision(cache=Selection.from_mask(torch.tensor([[kept]])))
     with pytest.raises(SelectionError, match=f"{invariant}: policy 'mine' at layer 3"):
-        _check(decision, view, "mine")
+        check_decision(decision, view, "mine")

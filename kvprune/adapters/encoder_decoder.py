@@ -8,10 +8,12 @@ arguments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -24,7 +26,9 @@ from kvprune.adapters.base import (
     probe_signatures,
     to_query_heads,
 )
-from kvprune.cache import CrossKVLayer, open_layer, require_cache
+from kvprune.adapters.twins import find_twins
+from kvprune.cache import CrossKVLayer, Twins
+from kvprune.caches import OneCrossLayer, note_about, open_layer, require_cache
 from kvprune.errors import UnsupportedCacheError
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
@@ -43,6 +47,8 @@ class EncoderDecoderAdapter(ModelAdapter):
         states: Its argument for encoder states.
         mask: Its argument for the attention mask.
         query: Its attribute that projects queries, ``[B, T, Hq * D]``.
+        key: Its attribute that projects keys, ``[B, S, Hkv * D]``.
+        value: Its attribute that projects values, likewise.
     """
 
     modeling_module: ClassVar[str]
@@ -51,6 +57,8 @@ class EncoderDecoderAdapter(ModelAdapter):
     states: ClassVar[str] = "key_value_states"
     mask: ClassVar[str] = "attention_mask"
     query: ClassVar[str] = "q_proj"
+    key: ClassVar[str] = "k_proj"
+    value: ClassVar[str] = "v_proj"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -58,9 +66,11 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]
         self._manager: CrossKVManager | None = None
         self._encoded: Tensor | None = None  # what the encoder read last
-        self._queries: Tensor | None = None
-        # Masks of one decoder call, keyed by the identity of the slots, which are held beside the mask.
-        self._masks: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._prompt: int | None = None  # decoder tokens before the drafts of assisted decoding
+        self._captured: dict[str, Tensor] = {}
+        self._transient: CrossKVLayer | None = None  # stands in for a cache where there is none
+        # Masks of one decoder call: layers that hold the same slots share one.
+        self._masks: list[tuple[Tensor, Tensor | None]] = []
 
     @property
     def layer_indices(self) -> Sequence[int]:
@@ -73,12 +83,41 @@ class EncoderDecoderAdapter(ModelAdapter):
         self.before(self._encoder, self._before_encoder)
         self.before(self._decoder, self._before_decoder)
         self.after(self._decoder, self._after_decoder, always=True)
-        for layer in self._decoder.layers:
-            attention = getattr(layer, self.attention)
+        for attention in self._attentions():
             self.before(attention, self._before_attention)
-            self.after(attention, self._after_attention)
-            if "queries" in manager.policy.needs:
-                self.after(getattr(attention, self.query), self._after_query)
+        ask = getattr(self.model, "_get_candidate_generator", None)
+        if ask is not None:
+            # Draft tokens must not vote. These models are not told how many there are, but here it shows.
+            self.override(self.model, "_get_candidate_generator", self._note_prompt(ask))
+
+    def _attentions(self) -> list[Any]:
+        return [getattr(layer, self.attention) for layer in self._decoder.layers]
+
+    def _note_prompt(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            ids = inspect.signature(ask).bind(*args, **kwargs).arguments.get("input_ids")
+            self._prompt = None if ids is None else int(ids.shape[1])
+            return ask(*args, **kwargs)
+
+        return noted
+
+    def _hook_prefill(self, needs: frozenset[str], *, cached: bool) -> None:
+        """Add the hooks that only prefill needs."""
+        for attention in self._attentions():
+            self.after(attention, self._after_attention, for_one_call=True)
+            if "queries" in needs:
+                self._capture(attention, self.query, "queries")
+            if not cached:  # a cache would have told what they are
+                self._capture(attention, self.key, "keys")
+                self._capture(attention, self.value, "values")
+
+    def _capture(self, attention: Any, projection: str, name: str) -> None:
+        heads = attention.num_heads
+
+        def capture(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            self._captured[name] = rearrange(output, "b s (h d) -> b h s d", h=heads)
+
+        self.after(getattr(attention, projection), capture, for_one_call=True)
 
     def detach(self) -> None:
         """Undo `attach`, and let go of what the encoder read."""
@@ -91,11 +130,11 @@ class EncoderDecoderAdapter(ModelAdapter):
         if ids is not None and named.get("attention_mask") is not None:
             ids = ids * named["attention_mask"]
         source = ids if ids is not None else named.get("input_features", named.get("inputs_embeds"))
-        self._encoded = source
+        self._encoded, self._prompt = source, None
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._manager is not None
-        self._masks = {}
+        self._masks = []
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), named.get("past_key_values")
         if states is None or (
@@ -104,13 +143,42 @@ class EncoderDecoderAdapter(ModelAdapter):
             return
         batch, columns = states.shape[:2]
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        visibility = self._visibility(
-            tokens, states, named.get("encoder_attention_mask"), named.get("attention_mask")
+        decoder_mask = named.get("attention_mask")
+        if decoder_mask is not None and decoder_mask.ndim == 2:
+            decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # earlier text has voted
+        masks = named.get("encoder_attention_mask"), decoder_mask
+        cached = self._is_cached(named)
+        twins = Twins()
+        if cached and not torch.is_grad_enabled():
+            twins = find_twins([tokens, *masks], [states])
+        drafts = 0 if self._prompt is None else tokens.shape[1] - self._prompt
+        self._prompt = None
+        visibility = self._visibility(tokens[:, : tokens.shape[1] - drafts], states, *masks, twins.copies)
+        self._manager.begin(
+            visibility,
+            columns,
+            lambda: self._sample_fingerprints(states, batch)[:: twins.copies],
+            twins=twins,
+            cached=cached,
         )
-        self._manager.begin(visibility, columns, lambda: self._sample_fingerprints(states, batch))
+        self._hook_prefill(self._manager.policy.needs, cached=cached)
+
+    def _is_cached(self, named: dict[str, Any]) -> bool:
+        """Whether what this call projects will be read again."""
+        if self._decoder.training and any(layer.gradient_checkpointing for layer in self._decoder.layers):
+            return False  # transformers takes the cache away from checkpointed layers
+        use_cache = named.get("use_cache")
+        return named.get("past_key_values") is not None or (
+            self._decoder.config.use_cache if use_cache is None else bool(use_cache)
+        )
 
     def _visibility(
-        self, tokens: Tensor, states: Tensor, encoder_mask: Tensor | None, decoder_mask: Tensor | None
+        self,
+        tokens: Tensor,
+        states: Tensor,
+        encoder_mask: Tensor | None,
+        decoder_mask: Tensor | None,
+        copies: int,
     ) -> Visibility:
         """All rows see the same columns: unit 0 is what the encoder read, unit 1 is padding."""
         batch, columns = states.shape[:2]
@@ -125,10 +193,13 @@ class EncoderDecoderAdapter(ModelAdapter):
             )
         live = torch.ones(batch, tokens.shape[1], dtype=torch.bool, device=states.device)
         if decoder_mask is not None and decoder_mask.ndim == 2:
-            live &= decoder_mask[:, -tokens.shape[1] :].to(live.device).bool()
-        rows = torch.tensor([True, False], device=states.device).expand(batch, 1, 2)
+            live &= decoder_mask[:, : live.shape[1]].to(live.device).bool()
+        rows = torch.tensor([True, False], device=states.device).expand(batch // copies, 1, 2)
         return Visibility(
-            rows=rows, units=units, images=torch.zeros(2, dtype=torch.int64, device=states.device), live=live
+            rows=rows,
+            units=units if encoder_mask is None else units[::copies],
+            images=torch.zeros(2, dtype=torch.int64, device=states.device),
+            live=live[::copies],
         )
 
     def _sample_fingerprints(self, states: Tensor, batch: int) -> Tensor:
@@ -140,8 +211,12 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         assert self._manager is not None
-        self._manager.end(completed=output is not None)
-        self._queries, self._masks = None, {}
+        self._masks = []
+        if self._manager.in_prefill:
+            self._transient = None
+            self._captured = {}
+            self.end_of_call()
+            self._manager.end(completed=output is not None)
 
     def _before_attention(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -156,38 +231,76 @@ class EncoderDecoderAdapter(ModelAdapter):
                 f"cross-attention of {self.family} is cached in an EncoderDecoderCache, "
                 f"got {type(cache).__name__}"
             )
-        layer = open_layer(require_cache(cache and cache.cross_attention_cache), module.layer_idx)
-        assert cache is not None
-        heads = module.num_heads
-        if cache.is_updated.get(module.layer_idx):
-            mask = self._held_mask(named.get(self.mask), layer.slots, layer.valid, layer.ragged, heads)
-            return (), {**named, self.mask: mask}
+        if cache is not None and cache.is_updated.get(module.layer_idx):
+            return (), self._decode(module, cache, named)
+        return (), self._receive(module, cache, named)
+
+    def _decode(self, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]) -> dict[str, Any]:
+        """Return a layer's arguments when it reads what is held."""
+        layer = open_layer(require_cache(cache.cross_attention_cache), module.layer_idx)
+        mask = self._held_mask(
+            named.get(self.mask), layer.slots, layer.valid, layer.ragged, layer.copies, module.num_heads
+        )
+        if layer.copies > 1:
+            cache = OneCrossLayer(module.layer_idx, *layer.spread())
+        return {**named, self.mask: mask, "past_key_values": cache}
+
+    def _receive(
+        self, module: Any, cache: EncoderDecoderCache | None, named: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return a layer's arguments when encoder states come: those that survived, and a mask as wide."""
+        assert self._manager is not None
+        if cache is None:
+            layer = self._transient = CrossKVLayer()
+        else:
+            layers = require_cache(cache.cross_attention_cache).layers
+            note = note_about(layers[module.layer_idx]) if module.layer_idx < len(layers) else None
+            if note is not None:
+                self._manager.report.warn(note)
+            layer = open_layer(cache.cross_attention_cache, module.layer_idx)
         received = self._manager.before_layer(module.layer_idx, layer)
         if received is None:
-            return None
+            return named
         mask = self._held_mask(
-            named.get(self.mask), received.indices, received.valid, received.is_ragged, heads
+            named.get(self.mask),
+            received.indices,
+            received.valid,
+            received.is_ragged,
+            layer.copies,
+            module.num_heads,
         )
-        states = gather_features(states, received.indices[:, 0])
-        return (), {**named, self.states: states, self.mask: mask}
+        indices = received.repeat(layer.copies).indices[:, 0]
+        return {**named, self.states: gather_features(named[self.states], indices), self.mask: mask}
 
     def _held_mask(
-        self, mask: Tensor | None, slots: Tensor | None, valid: Tensor | None, ragged: bool, heads: int
+        self,
+        mask: Tensor | None,
+        slots: Tensor | None,
+        valid: Tensor | None,
+        ragged: bool,
+        copies: int,
+        heads: int,
     ) -> Tensor | None:
         """Cut the stock mask to the columns that are held, keeping its kind (bool, additive or none).
 
         Args:
             mask: ``[B, 1, T or 1, S]`` or None.
-            slots: int64 ``[B, H or 1, K]``; None for all columns.
+            slots: int64 ``[R, H or 1, K]``; None for all columns.
             valid: bool, same shape.
             ragged: Whether some entry is not valid.
+            copies: Rows of the batch for each of the R rows.
             heads: Number of query heads.
         """
         if slots is None or valid is None:
             return mask
-        if id(slots) not in self._masks:
-            self._masks[id(slots)] = slots, self._cut(mask, slots, valid, ragged, heads)
-        return self._masks[id(slots)][1]
+        for known, made in self._masks:
+            if known is slots:
+                return made
+        spread = slots, valid
+        if copies > 1:
+            spread = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
+        self._masks.append((slots, self._cut(mask, *spread, ragged, heads)))
+        return self._masks[-1][1]
 
     def _cut(
         self, mask: Tensor | None, slots: Tensor, valid: Tensor, ragged: bool, heads: int
@@ -209,27 +322,25 @@ class EncoderDecoderAdapter(ModelAdapter):
         return to_query_heads(cut, heads)
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        manager = self._manager
+        manager, captured = self._manager, self._captured
         assert manager is not None
-        if manager.in_prefill:
-            layer = kwargs["past_key_values"].cross_attention_cache.layers[module.layer_idx]
-            assert isinstance(layer, CrossKVLayer)
-            queries = self._queries
-            if queries is not None:
-                queries = queries.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-            manager.after_layer(
-                module.layer_idx,
-                layer,
-                scaling=module.scaling,
-                queries=queries,
-                # These families have no key norm: what is cached is what was projected.
-                raw_keys=layer.keys if "raw_keys" in manager.policy.needs else None,
-            )
-        self._queries = None
-
-    def _after_query(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if self._manager is not None and self._manager.in_prefill:
-            self._queries = output
+        if self._transient is not None:
+            layer = self._transient
+            layer.update(captured.pop("keys"), captured.pop("values"))
+        else:
+            cached = kwargs["past_key_values"].cross_attention_cache.layers[module.layer_idx]
+            assert isinstance(cached, CrossKVLayer)
+            layer = cached
+        # These families have no key norm: what is cached is what was projected.
+        raw_keys = layer.spread()[0] if "raw_keys" in manager.policy.needs else None
+        manager.after_layer(
+            module.layer_idx,
+            layer,
+            scaling=module.scaling,
+            queries=captured.pop("queries", None),
+            raw_keys=raw_keys,
+        )
+        self._transient = None
 
     @classmethod
     def probe(cls) -> list[Probe]:

@@ -16,7 +16,6 @@ The hooks, in the order in which they run in a forward call (`docs/hooks.md` has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -30,69 +29,17 @@ from kvprune.adapters.base import (
     named_arguments,
     probe_cache,
     probe_signatures,
-    to_query_heads,
 )
-from kvprune.cache import CrossKVLayer, open_layer, require_cache
+from kvprune.adapters.tile_mask import TileMask
+from kvprune.adapters.twins import find_twins
+from kvprune.cache import CrossKVLayer, Twins
+from kvprune.caches import OneLayer, note_about, open_layer, require_cache
 from kvprune.errors import UnsupportedCacheError
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
 from kvprune.visibility import Visibility
 
 __all__ = ["MllamaAdapter"]
-
-
-@dataclass
-class _Call:
-    """What one forward call of the model says about masks; shared by its layers."""
-
-    rows: Tensor | None  # bool [B, T, U]: which tiles each text row may attend; None without a mask
-    patches: int  # columns per tile
-    dtype: torch.dtype
-    row_mask: Tensor | None = field(init=False)  # [B, 1, T, 1], gates the MLP branch of rows that see no tile
-    bias: Tensor | None = field(init=False)  # additive mask by tile, [B, T, U]
-    # Keyed by the identity of the slots, which are held beside the mask so that no identity is used twice.
-    masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.row_mask = self.bias = None
-        if self.rows is not None:
-            sees = self.rows.any(-1, keepdim=True)
-            self.row_mask = sees[:, None].to(self.dtype)
-            # In stock transformers a row that sees nothing attends to everything; here, to all that is held.
-            bias = torch.zeros(self.rows.shape, dtype=self.dtype, device=self.rows.device)
-            self.bias = bias.masked_fill_(sees & ~self.rows, torch.finfo(self.dtype).min)
-
-    def attention_mask(
-        self, slots: Tensor | None, valid: Tensor | None, ragged: bool, heads: int
-    ) -> Tensor | None:
-        """Additive mask over held columns, ``[B, 1 or heads, T, K]``; the same for layers that hold the same.
-
-        Args:
-            slots: int64 ``[B, H or 1, K]``, the columns held; None for all.
-            valid: bool, same shape.
-            ragged: Whether some entry is not valid.
-            heads: Number of query heads.
-        """
-        if self.bias is None and not ragged:
-            return None
-        if id(slots) not in self.masks:
-            self.masks[id(slots)] = slots, to_query_heads(self._mask(slots, valid, ragged), heads)
-        return self.masks[id(slots)][1]
-
-    def _mask(self, slots: Tensor | None, valid: Tensor | None, ragged: bool) -> Tensor:
-        """Additive mask over held columns by KV head, ``[B, H or 1, T, K]``."""
-        if slots is None or valid is None:
-            assert self.bias is not None
-            return self.bias[:, None, :, :, None].expand(*[-1] * 4, self.patches).flatten(3)
-        if self.bias is None:
-            mask = torch.zeros_like(valid, dtype=self.dtype)[:, :, None]
-        else:
-            tiles = (slots // self.patches).to(self.bias.device)[:, :, None]
-            by_head = self.bias[:, None].expand(-1, tiles.shape[1], -1, -1)
-            mask = by_head.gather(-1, tiles.expand(-1, -1, by_head.shape[2], -1))
-        if ragged:
-            mask = mask.masked_fill(~valid[:, :, None].to(mask.device), torch.finfo(self.dtype).min)
-        return mask
 
 
 class MllamaAdapter(ModelAdapter):
@@ -108,9 +55,9 @@ class MllamaAdapter(ModelAdapter):
         self._text = cast(Any, self._inner.language_model)
         self._layer_indices: list[int] = sorted(self._text.config.cross_attention_layers)
         self._drafts = 0
-        self._call: _Call | None = None
-        self._queries: Tensor | None = None
-        self._raw_keys: Tensor | None = None
+        self._mask: TileMask | None = None  # of the forward call that runs now
+        self._captured: dict[str, Tensor] = {}
+        self._transient: CrossKVLayer | None = None  # stands in for a cache where there is none
         self._manager: CrossKVManager | None = None
 
     @property
@@ -131,7 +78,7 @@ class MllamaAdapter(ModelAdapter):
             # Without it, SDPA takes a missing mask to mean causal attention over image columns.
             self.override(layer.cross_attn, "is_causal", False)
 
-    def _hook_prefill(self, needs: frozenset[str]) -> None:
+    def _hook_prefill(self, needs: frozenset[str], *, cached: bool) -> None:
         """Add the hooks that only prefill needs: decoding, which runs for each token, does without them."""
         for layer_idx in self._layer_indices:
             layer = self._text.layers[layer_idx]
@@ -140,6 +87,9 @@ class MllamaAdapter(ModelAdapter):
                 self.after(layer.cross_attn.q_norm, self._after_q_norm, for_one_call=True)
             if "raw_keys" in needs:
                 self.before(layer.cross_attn.k_norm, self._before_k_norm, for_one_call=True)
+            if not cached:  # a cache would have told what they are
+                self.after(layer.cross_attn.k_norm, self._after_k_norm, for_one_call=True)
+                self.after(layer.cross_attn.v_proj, self._after_v_proj, for_one_call=True)
 
     def _before_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep = named_arguments(module, args, kwargs).get("logits_to_keep", 0)
@@ -159,12 +109,12 @@ class MllamaAdapter(ModelAdapter):
         patches = self._inner.vision_model.num_patches
         rows = None if mask is None else self._rows(mask, length, named.get("past_key_values"))
         # The dtype of one weight: asking the model for its dtype walks over all of them.
-        self._call = _Call(rows, patches, self._text.embed_tokens.weight.dtype)
+        self._mask = TileMask(rows, patches, self._text.embed_tokens.weight.dtype)
         pixels, states = named.get("pixel_values"), named.get("cross_attention_states")
         if pixels is not None or states is not None:
             if named.get("past_key_values") is not None:
                 require_cache(named["past_key_values"])  # refuse before any layer has run
-            self._begin(batch, length, drafts, pixels, states, named.get("attention_mask"))
+            self._begin(named, batch, length, drafts)
         # Named now, so that positional arguments and the mask's removal go together.
         return (), {**named, "cross_attention_mask": None}
 
@@ -183,31 +133,27 @@ class MllamaAdapter(ModelAdapter):
             mask = mask[:, seen : seen + length]
         return (mask == 1).flatten(2)
 
-    def _begin(
-        self,
-        batch: int,
-        length: int,
-        drafts: int,
-        pixels: Tensor | None,
-        states: Tensor | None,
-        attention_mask: Tensor | None,
-    ) -> None:
+    def _begin(self, named: dict[str, Any], batch: int, length: int, drafts: int) -> None:
         """Tell the manager that an image arrives, and what each text row may attend."""
-        assert self._call is not None
+        assert self._mask is not None
         assert self._manager is not None
-        source = pixels if pixels is not None else states
-        assert source is not None
-        tiles = self._inner.vision_model.max_num_tiles
-        patches = self._call.patches
+        pixels, states = named.get("pixel_values"), named.get("cross_attention_states")
+        source = cast(Tensor, pixels if pixels is not None else states)
+        patches, rows = self._mask.patches, self._mask.rows
         if pixels is not None:
             new_units = pixels.shape[1] * pixels.shape[2]
         else:
-            assert states is not None
-            new_units = states[..., 0].numel() // (batch * patches)
-        rows = self._call.rows
+            new_units = source[..., 0].numel() // (batch * patches)
         if rows is None:
             rows = torch.ones(batch, 1, new_units, dtype=torch.bool, device=source.device)
+        if source.shape[0] != batch:
+            source = rearrange(source, "(b i) p c -> b i p c", b=batch)
+        cached = self._is_cached(named)
+        # Later images join what is held already; gradients need each row on its own.
+        sharable = cached and rows.shape[-1] == new_units and not torch.is_grad_enabled()
+        twins = self._twins(named, source) if sharable else Twins()
         live = rows.any(-1).expand(-1, length).clone()
+        attention_mask = named.get("attention_mask")
         if attention_mask is not None and attention_mask.ndim == 2:
             live &= attention_mask[:, -length:].to(live.device).bool()
         if drafts:
@@ -215,77 +161,147 @@ class MllamaAdapter(ModelAdapter):
             live = live[:, : length - drafts]
         units = torch.arange(rows.shape[-1], device=rows.device)
         visibility = Visibility(
-            rows=rows,
+            rows=rows[:: twins.copies],
             units=units.repeat_interleave(patches)[None],
-            images=units // tiles,
-            live=live,
+            images=units // self._inner.vision_model.max_num_tiles,
+            live=live[:: twins.copies],
         )
-        per_sample = (
-            source if source.shape[0] == batch else rearrange(source, "(b i) p c -> b i p c", b=batch)
+        self._manager.begin(
+            visibility,
+            new_units * patches,
+            lambda: fingerprint(source[:: twins.copies]),
+            twins=twins,
+            cached=cached,
         )
-        self._manager.begin(visibility, new_units * patches, lambda: fingerprint(per_sample))
-        self._hook_prefill(self._manager.policy.needs)
+        self._hook_prefill(self._manager.policy.needs, cached=cached)
+
+    def _is_cached(self, named: dict[str, Any]) -> bool:
+        """Whether what this call projects will be read again."""
+        if self._text.training and any(layer.gradient_checkpointing for layer in self._text.layers):
+            return False  # transformers takes the cache away from checkpointed layers
+        use_cache = named.get("use_cache")
+        return named.get("past_key_values") is not None or (
+            self._text.config.use_cache if use_cache is None else bool(use_cache)
+        )
+
+    @staticmethod
+    def _twins(named: dict[str, Any], source: Tensor) -> Twins:
+        names = (
+            "input_ids",
+            "attention_mask",
+            "aspect_ratio_ids",
+            "aspect_ratio_mask",
+            "cross_attention_mask",
+        )
+        return find_twins([named.get(name) for name in names], [source, named.get("inputs_embeds")])
 
     def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         assert self._manager is not None
-        self._call = None
+        self._mask = None
         if self._manager.in_prefill:
-            self._queries = self._raw_keys = None
+            self._transient = None
+            self._captured = {}
             self.end_of_call()
             self._manager.end(completed=output is not None)
 
     def _before_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        call, manager = self._call, self._manager
-        assert manager is not None
-        if call is None:
-            return None
-        states = kwargs.get("cross_attention_states")
-        heads = module.cross_attn.num_heads
-        if states is None:
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
-            if not isinstance(layer, CrossKVLayer):  # filled before the compression began
-                layer = open_layer(require_cache(kwargs["past_key_values"]), module.layer_idx)
-            if call.rows is not None and call.rows.shape[-1] * call.patches != layer.columns:
-                raise UnsupportedCacheError(
-                    f"cross_attention_mask covers {call.rows.shape[-1]} tiles of {call.patches} columns, but "
-                    f"the cache has seen {layer.columns} columns; pass a mask over all images so far"
-                )
-            mask = call.attention_mask(layer.slots, layer.valid, layer.ragged, heads)
-            masks = {"cross_attention_mask": mask, "full_text_row_masked_out_mask": call.row_mask}
-            return args, {**kwargs, **masks}
-        layer = open_layer(require_cache(kwargs["past_key_values"]), module.layer_idx)
-        received = manager.before_layer(self._layer_indices.index(module.layer_idx), layer)
+        if self._mask is None:
+            if kwargs.get("cross_attention_states") is None:
+                return None
+            raise UnsupportedCacheError(
+                "a cross-attention layer received encoder states outside the model's own forward call; call "
+                "the model that was given to compress() (in a training step, leave the block after backward)"
+            )
+        if kwargs.get("cross_attention_states") is None:
+            return args, self._decode(module, args[0].shape[0], kwargs)
+        return args, self._receive(module, args[0].shape[0], kwargs)
+
+    def _decode(self, module: Any, batch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return a layer's arguments when it reads what is held."""
+        assert self._mask is not None
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        if not isinstance(layer, CrossKVLayer):  # filled before the compression began
+            layer = open_layer(require_cache(kwargs["past_key_values"]), module.layer_idx)
+        rows = self._mask.rows
+        if rows is not None and rows.shape[-1] * self._mask.patches != layer.columns:
+            raise UnsupportedCacheError(
+                f"cross_attention_mask covers {rows.shape[-1]} tiles of {self._mask.patches} columns, but "
+                f"the cache has seen {layer.columns} columns; pass a mask over all images so far"
+            )
+        if batch != layer.keys.shape[0] * layer.copies:
+            raise UnsupportedCacheError(
+                f"the cache holds {layer.keys.shape[0] * layer.copies} rows, but the batch has {batch}"
+            )
+        if layer.copies > 1:
+            kwargs = {**kwargs, "past_key_values": OneLayer.spread(module.layer_idx, layer)}
+        return self._masked(module, kwargs, self._mask.over_layer(layer, module.cross_attn.num_heads))
+
+    def _receive(self, module: Any, batch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return a layer's arguments when encoder features come: those that survived, and a mask as wide."""
+        assert self._mask is not None
+        assert self._manager is not None
+        layer = self._layer_for(module, kwargs.get("past_key_values"))
+        received = self._manager.before_layer(self._layer_indices.index(module.layer_idx), layer)
         # Images and tiles become columns: [B * images, tiles * patches, C] to [B, S, C].
-        states = states.reshape(args[0].shape[0], -1, states.shape[-1])
-        new_columns = states.shape[1]
-        if received is not None:
-            states = gather_features(states, received.indices[:, 0])
-        expected = layer.expected(new_columns)
+        states = kwargs["cross_attention_states"]
+        states = states.reshape(batch, -1, states.shape[-1])
+        expected = layer.expected(states.shape[1])
         slots, valid = expected if expected is not None else (None, None)
         ragged = layer.ragged or (received is not None and received.is_ragged)
-        mask = call.attention_mask(slots, valid, ragged, heads)
-        masks = {"cross_attention_mask": mask, "full_text_row_masked_out_mask": call.row_mask}
-        return args, {**kwargs, "cross_attention_states": states, **masks}
+        if received is not None:
+            states = gather_features(states, received.repeat(layer.copies).indices[:, 0])
+        heads = module.cross_attn.num_heads
+        mask = self._mask.over(slots, valid, ragged=ragged, copies=layer.copies, heads=heads)
+        return self._masked(module, {**kwargs, "cross_attention_states": states}, mask)
+
+    def _masked(self, module: Any, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
+        assert self._mask is not None
+        row_mask = self._mask.row_mask
+        return {**kwargs, "cross_attention_mask": mask, "full_text_row_masked_out_mask": row_mask}
+
+    def _layer_for(self, module: Any, cache: Any) -> CrossKVLayer:
+        """Return what holds a layer's keys and values: in the cache, or for this call only."""
+        if cache is None or (module.training and module.gradient_checkpointing):
+            self._transient = CrossKVLayer()
+            return self._transient
+        assert self._manager is not None
+        before = require_cache(cache).layers[module.layer_idx : module.layer_idx + 1]
+        note = note_about(before[0]) if before else None
+        if note is not None:
+            self._manager.report.warn(note)
+        return open_layer(cache, module.layer_idx)
 
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        manager = self._manager
+        manager, captured = self._manager, self._captured
         assert manager is not None
+        if self._transient is not None:
+            layer = self._transient
+            layer.update(captured.pop("keys"), captured.pop("values"))
+        else:
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
         manager.after_layer(
             self._layer_indices.index(module.layer_idx),
-            kwargs["past_key_values"].layers[module.layer_idx],
+            layer,
             scaling=module.cross_attn.scaling,
-            queries=self._queries,
-            raw_keys=self._raw_keys,
+            queries=captured.pop("queries", None),
+            raw_keys=captured.pop("raw_keys", None),
         )
-        self._queries = self._raw_keys = None
+        self._transient = None
 
     def _after_q_norm(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        self._queries = output
+        self._captured["queries"] = output
 
     def _before_k_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        self._raw_keys = args[0]
+        self._captured["raw_keys"] = args[0]
+
+    def _after_k_norm(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        self._captured["keys"] = output
+
+    def _after_v_proj(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        heads = self._text.config.num_key_value_heads
+        self._captured["values"] = rearrange(output, "b s (h d) -> b h s d", h=heads)
 
     @classmethod
     def probe(cls) -> list[Probe]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -60,6 +61,16 @@ class Trim(CrossKVPolicy):
     def budget(self) -> Budget:
         """Budget of one head (k_ratio) or of the union (keep_ratio)."""
         return Budget(keep_ratio=self.keep_ratio if self.k_ratio is None else self.k_ratio)
+
+    @property
+    def exact_budget(self) -> Budget | None:
+        """The budget of the union, in equal-budget mode."""
+        return self.budget if self.k_ratio is None else None
+
+    @property
+    def requested(self) -> Mapping[str, float | int]:
+        """What the options ask for: k_ratio counts for each head, keep_ratio for the union."""
+        return super().requested if self.k_ratio is None else {"k_ratio": self.k_ratio}
 
     @property
     def needs(self) -> frozenset[Literal["queries", "raw_keys"]]:

@@ -1,0 +1,80 @@
+"""The cross-attention mask of Mllama, kept by tile, and cut to what each layer holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvprune.adapters.base import to_query_heads
+from kvprune.cache import CrossKVLayer
+
+__all__ = ["TileMask"]
+
+
+class TileMask:
+    """What one forward call says about masks; shared by its layers.
+
+    Args:
+        rows: bool ``[B, T, U]``, which tiles each text row may attend; None where the call has no mask.
+        patches: Columns per tile.
+        dtype: Of the additive masks.
+
+    Attributes:
+        row_mask: ``[B, 1, T, 1]``, 0 for rows that see no tile, gates their MLP branch; None without a mask.
+    """
+
+    def __init__(self, rows: Tensor | None, patches: int, dtype: torch.dtype) -> None:
+        self.rows, self.patches, self.dtype = rows, patches, dtype
+        self.row_mask: Tensor | None = None
+        self._bias: Tensor | None = None  # by tile, [B, T, U]
+        # Layers that hold the same columns share a mask; found by identity, which costs the device nothing.
+        self._made: list[tuple[Tensor | None, Tensor]] = []
+        if rows is not None:
+            sees = rows.any(-1, keepdim=True)
+            self.row_mask = sees[:, None].to(dtype)
+            # In stock transformers a row that sees nothing attends to everything; here, to all that is held.
+            bias = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
+            self._bias = bias.masked_fill(sees & ~rows, torch.finfo(dtype).min)
+
+    def over(
+        self, slots: Tensor | None, valid: Tensor | None, *, ragged: bool, copies: int, heads: int
+    ) -> Tensor | None:
+        """Additive mask over held columns, ``[B, 1 or heads, T, K]``; None where all may attend to all.
+
+        Args:
+            slots: int64 ``[R, H or 1, K]``, the columns held; None for all.
+            valid: bool, same shape.
+            ragged: Whether some entry is not valid.
+            copies: Rows of the batch for each of the R rows.
+            heads: Number of query heads.
+        """
+        if self._bias is None and not ragged:
+            return None
+        for known, mask in self._made:
+            if known is slots:
+                return mask
+        made = self._all() if slots is None or valid is None else self._cut(slots, valid, ragged, copies)
+        made = to_query_heads(made, heads)
+        self._made.append((slots, made))
+        return made
+
+    def over_layer(self, layer: CrossKVLayer, heads: int) -> Tensor | None:
+        """Additive mask over what a layer holds, ``[B, 1 or heads, T, K]``."""
+        return self.over(layer.slots, layer.valid, ragged=layer.ragged, copies=layer.copies, heads=heads)
+
+    def _all(self) -> Tensor:
+        assert self._bias is not None
+        return self._bias[:, None, :, :, None].expand(-1, -1, -1, -1, self.patches).flatten(3)
+
+    def _cut(self, slots: Tensor, valid: Tensor, ragged: bool, copies: int) -> Tensor:
+        if copies > 1:
+            slots, valid = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
+        if self._bias is None:
+            mask = torch.zeros(valid.shape, dtype=self.dtype, device=valid.device)[:, :, None]
+        else:
+            tiles = (slots // self.patches).to(self._bias.device)[:, :, None]
+            by_head = self._bias[:, None].expand(-1, tiles.shape[1], -1, -1)
+            mask = by_head.gather(-1, tiles.expand(-1, -1, by_head.shape[2], -1))
+        if ragged:
+            mask = mask.masked_fill(~valid[:, :, None].to(mask.device), torch.finfo(self.dtype).min)
+        return mask

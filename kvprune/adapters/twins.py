@@ -1,0 +1,40 @@
+"""Finds rows of a batch that are copies of one sample, as beams and return sequences are in prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvprune.cache import Twins
+
+__all__ = ["find_twins"]
+
+
+def find_twins(small: Sequence[Tensor | None], large: Sequence[Tensor | None]) -> Twins:
+    """Return how many consecutive rows are equal everywhere: the largest number that fits the whole batch.
+
+    Args:
+        small: What is cheap to compare, such as token ids and masks, ``[B, ...]``; None is left out.
+        large: What is compared only where all of those are equal, such as pixels, ``[B, ...]``.
+    """
+    cheap = [tensor for tensor in small if tensor is not None]
+    batch = cheap[0].shape[0]
+    if batch == 1:
+        return Twins()
+    device = cheap[0].device
+    alike = torch.stack([_like_the_row_before(tensor).to(device) for tensor in cheap]).all(0)
+    same: list[bool] = alike.tolist()  # one host transfer; in prefill only
+    costly = [tensor for tensor in large if tensor is not None]
+    for row, so_far in enumerate(same):
+        same[row] = so_far and all(torch.equal(tensor[row], tensor[row + 1]) for tensor in costly)
+    for copies in range(batch, 1, -1):
+        if batch % copies == 0 and all(same[row - 1] for row in range(1, batch) if row % copies):
+            return Twins(copies)
+    return Twins()
+
+
+def _like_the_row_before(tensor: Tensor) -> Tensor:
+    """Whether each row but the first equals the one before it, bool ``[B - 1]``."""
+    return (tensor[1:] == tensor[:-1]).flatten(1).all(1)

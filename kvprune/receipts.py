@@ -1,0 +1,178 @@
+"""Measures one prefill: bytes before and after each decision, the time decisions take, what is kept.
+
+Everything is read off the tensors at the moment of which the receipt speaks; nothing is estimated.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kvprune.cache import CrossKVLayer
+from kvprune.report import CompressionReport, LayerReceipt
+from kvprune.selection import Budget
+
+__all__ = ["PrefillRecord", "Stopwatch"]
+
+
+class Stopwatch:
+    """Seconds that a block takes, on the device where its work is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._seconds = 0.0
+
+    def __enter__(self) -> Self:
+        if self._on_cuda:  # kernels run later than they are called: the device takes the time
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._seconds = time.perf_counter() - self._started
+        if self._events is not None:
+            self._events[1].record()
+
+    @property
+    def seconds(self) -> float:
+        """What the block took; on CUDA this waits for it to end."""
+        if self._events is None:
+            return self._seconds
+        self._events[1].synchronize()
+        milliseconds: float = self._events[0].elapsed_time(self._events[1])
+        return milliseconds / 1000
+
+
+@dataclass
+class _Layer:
+    """Bytes of one layer before the image came, while it attended and decided, and of what stays."""
+
+    reference: weakref.ref[CrossKVLayer]
+    bytes_before: int
+    bytes_attended: int = 0
+    bytes_peak: int = 0
+    bytes_after: int = 0
+    columns: int = 0
+    width: int = 0
+    bytes_full: int = 0
+    bytes_of_bookkeeping: int = 0
+    kept: Tensor | None = None
+    watch: Stopwatch | None = None
+
+
+class PrefillRecord:
+    """What one prefill did, layer by layer.
+
+    Args:
+        cached: Whether there is a cache; without one, nothing is held afterwards.
+    """
+
+    def __init__(self, *, cached: bool) -> None:
+        self.cached = cached
+        self._layers: dict[int, _Layer] = {}
+        self._copies = 1
+
+    def arrives(self, layer_idx: int, layer: CrossKVLayer) -> None:
+        """Note what a layer holds before new columns come."""
+        self._layers[layer_idx] = _Layer(weakref.ref(layer), layer.bytes_held)
+
+    def attended(self, layer_idx: int, layer: CrossKVLayer) -> None:
+        """Note what was alive while a layer attended to all that came."""
+        # Where rows are held as one, each row of the batch was projected all the same.
+        projected = layer.bytes_held * layer.copies if layer.copies > 1 else 0
+        self._layers[layer_idx].bytes_attended = layer.bytes_held
+        self._layers[layer_idx].bytes_peak = layer.bytes_held + projected
+        self._copies = layer.copies
+
+    def decided(self, layer_idx: int, layer: CrossKVLayer, watch: Stopwatch, visible: Tensor) -> None:
+        """Note what a layer holds after the decision.
+
+        Args:
+            layer_idx: Of the layer.
+            layer: The layer, pruned.
+            watch: Around the decision.
+            visible: bool ``[R, S]``, what decoding can see.
+        """
+        record = self._layers[layer_idx]
+        record.watch, record.bytes_after = watch, layer.bytes_held
+        if record.bytes_after < record.bytes_attended:  # what stays was gathered while all was alive
+            record.bytes_peak = max(record.bytes_peak, record.bytes_attended + record.bytes_after)
+        record.columns, record.width, record.bytes_full = layer.columns, layer.width, layer.bytes_full
+        record.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
+        slots, valid = layer.entries()
+        seen = visible.to(slots.device)[:, None].expand(-1, slots.shape[1], -1)
+        record.kept = (seen.gather(-1, slots) & valid).sum(-1).double().mean(-1)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no layer has decided."""
+        return all(layer.kept is None for layer in self._layers.values())
+
+    def write(self, report: CompressionReport, visible: Tensor, budget: Budget | None) -> None:
+        """Add this prefill to a report.
+
+        Args:
+            report: To add to.
+            visible: bool ``[R, S]``, what decoding can see.
+            budget: What each sample was to keep exactly, if the policy has such a budget.
+        """
+        decided = {index: layer for index, layer in self._layers.items() if layer.kept is not None}
+        before = {layer.layer_idx: layer.decisions for layer in report.layers}
+        receipts = [self._receipt(index, layer, before.get(index, 0) + 1) for index, layer in decided.items()]
+        kept = [layer.kept.to(visible.device) for layer in decided.values() if layer.kept is not None]
+        rows, seen = torch.stack(kept).tolist(), visible.sum(-1).tolist()
+        if not self.cached:
+            report.warn(
+                "no cache (use_cache=False, or gradient checkpointing): nothing is held between forward "
+                "calls, and each of them decides anew"
+            )
+        if 0 in seen:
+            report.warn("some samples see no image: stock attends to everything there, and so does decoding")
+        if budget is not None and any(
+            round(fraction) > budget.resolve(total)
+            for by_sample in rows
+            for fraction, total in zip(by_sample, seen, strict=True)
+            if total
+        ):
+            report.warn("the budget was exceeded where one token of each visibility group had to stay (KV03)")
+        report.add_prefill(
+            receipts,
+            [[tokens for tokens in by_sample for _ in range(self._copies)] for by_sample in rows],
+            [total for total in seen for _ in range(self._copies)],
+            bytes_peak=self._peak(),
+            live=[layer.reference for layer in decided.values()] if self.cached else (),
+        )
+
+    def _receipt(self, layer_idx: int, record: _Layer, decisions: int) -> LayerReceipt:
+        assert record.watch is not None
+        return LayerReceipt(
+            layer_idx=layer_idx,
+            columns=record.columns,
+            width=record.width,
+            bytes_held=record.bytes_after if self.cached else 0,
+            bytes_full=record.bytes_full if self.cached else 0,
+            bytes_of_bookkeeping=record.bytes_of_bookkeeping if self.cached else 0,
+            decisions=decisions,
+            seconds=record.watch.seconds,
+        )
+
+    def _peak(self) -> int:
+        """Most bytes of keys and values that were alive at once."""
+        layers: Sequence[_Layer] = list(self._layers.values())
+        peak = 0
+        for number, layer in enumerate(layers):
+            held = sum(earlier.bytes_after for earlier in layers[:number]) if self.cached else 0
+            held += sum(later.bytes_before for later in layers[number + 1 :])
+            peak = max(peak, held + layer.bytes_peak)
+        return peak
