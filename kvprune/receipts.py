@@ -139,11 +139,16 @@ class PrefillRecord:
             )
         if 0 in seen:
             report.warn("some samples see no image: stock attends to everything there, and so does decoding")
-        if budget is not None and any(
-            round(fraction) > budget.resolve(total)
-            for by_sample in rows
-            for fraction, total in zip(by_sample, seen, strict=True)
-            if total
+        # Without a cache, the layer that decides has attended to everything.
+        if (
+            self.cached
+            and budget is not None
+            and any(
+                round(fraction) > budget.resolve(total)
+                for by_sample in rows
+                for fraction, total in zip(by_sample, seen, strict=True)
+                if total
+            )
         ):
             report.warn("the budget was exceeded where one token of each visibility group had to stay (KV03)")
         report.add_prefill(

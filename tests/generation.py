@@ -63,7 +63,7 @@ def generate(
     out = model.generate(
         **inputs, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True, **options
     )
-    return out["sequences"], torch.stack(list(out["logits"])), out["past_key_values"]
+    return out["sequences"], torch.stack(list(out["logits"])), out.get("past_key_values")
 
 
 def difference_to_oracle(model: Any, inputs: dict[str, Any], spec: str, **options: Any) -> float:

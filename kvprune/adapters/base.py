@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kvprune.errors import IncompatibleTransformersError
+from kvprune.errors import IncompatibleTransformersError, UnsupportedCacheError
 from kvprune.manager import CrossKVManager
 
 __all__ = [
@@ -188,9 +188,25 @@ def probe_cache() -> Probe:
     )
 
 
-def to_query_heads(mask: Tensor, heads: int) -> Tensor:
-    """Repeat a mask by KV head ``[B, Hkv, T, K]`` for each query head; one that heads share stays."""
-    if mask.shape[1] in (1, heads):
+def to_query_heads(mask: Tensor, module: Any) -> Tensor:
+    """Repeat a mask by KV head ``[B, Hkv, T, K]`` for each query head; one that heads share stays.
+
+    Args:
+        mask: ``[B, 1 or Hkv, T, K]``.
+        module: The attention module that will use it.
+
+    Raises:
+        UnsupportedCacheError: If its attention cannot tell heads apart.
+    """
+    heads: int = module.num_heads
+    if mask.shape[1] == 1:
+        return mask
+    if module.config._attn_implementation == "flex_attention":
+        raise UnsupportedCacheError(
+            "heads keep different tokens, but flex attention in transformers applies the mask of the first "
+            "head to all of them; use attn_implementation='sdpa', or a policy whose heads share tokens"
+        )
+    if mask.shape[1] == heads:
         return mask
     return mask.repeat_interleave(heads // mask.shape[1], dim=1)
 

@@ -24,12 +24,12 @@ from kvprune.adapters.base import (
     named_arguments,
     probe_cache,
     probe_signatures,
-    to_query_heads,
 )
+from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.caches import OneCrossLayer, note_about, open_layer, require_cache
-from kvprune.errors import UnsupportedCacheError
+from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
 from kvprune.visibility import Visibility
@@ -69,8 +69,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._prompt: int | None = None  # decoder tokens before the drafts of assisted decoding
         self._captured: dict[str, Tensor] = {}
         self._transient: CrossKVLayer | None = None  # stands in for a cache where there is none
-        # Masks of one decoder call: layers that hold the same slots share one.
-        self._masks: list[tuple[Tensor, Tensor | None]] = []
+        self._mask = ColumnMask(self._decoder.dtype)  # of the decoder call that runs now
 
     @property
     def layer_indices(self) -> Sequence[int]:
@@ -134,7 +133,7 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._manager is not None
-        self._masks = []
+        self._mask = ColumnMask(self._decoder.embed_tokens.weight.dtype)
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), named.get("past_key_values")
         if states is None or (
@@ -166,7 +165,10 @@ class EncoderDecoderAdapter(ModelAdapter):
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether what this call projects will be read again."""
         if self._decoder.training and any(layer.gradient_checkpointing for layer in self._decoder.layers):
-            return False  # transformers takes the cache away from checkpointed layers
+            raise UnsupportedModelError(
+                f"gradient checkpointing of {self.family} runs the hooks on its attention again in backward, "
+                "when the selection is gone; train without it (gradient_checkpointing_disable)"
+            )
         use_cache = named.get("use_cache")
         return named.get("past_key_values") is not None or (
             self._decoder.config.use_cache if use_cache is None else bool(use_cache)
@@ -211,7 +213,6 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         assert self._manager is not None
-        self._masks = []
         if self._manager.in_prefill:
             self._transient = None
             self._captured = {}
@@ -238,8 +239,13 @@ class EncoderDecoderAdapter(ModelAdapter):
     def _decode(self, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments when it reads what is held."""
         layer = open_layer(require_cache(cache.cross_attention_cache), module.layer_idx)
-        mask = self._held_mask(
-            named.get(self.mask), layer.slots, layer.valid, layer.ragged, layer.copies, module.num_heads
+        mask = self._mask.over(
+            named.get(self.mask),
+            layer.slots,
+            layer.valid,
+            ragged=layer.ragged,
+            copies=layer.copies,
+            module=module,
         )
         if layer.copies > 1:
             cache = OneCrossLayer(module.layer_idx, *layer.spread())
@@ -261,65 +267,16 @@ class EncoderDecoderAdapter(ModelAdapter):
         received = self._manager.before_layer(module.layer_idx, layer)
         if received is None:
             return named
-        mask = self._held_mask(
+        mask = self._mask.over(
             named.get(self.mask),
             received.indices,
             received.valid,
-            received.is_ragged,
-            layer.copies,
-            module.num_heads,
+            ragged=received.is_ragged,
+            copies=layer.copies,
+            module=module,
         )
         indices = received.repeat(layer.copies).indices[:, 0]
         return {**named, self.states: gather_features(named[self.states], indices), self.mask: mask}
-
-    def _held_mask(
-        self,
-        mask: Tensor | None,
-        slots: Tensor | None,
-        valid: Tensor | None,
-        ragged: bool,
-        copies: int,
-        heads: int,
-    ) -> Tensor | None:
-        """Cut the stock mask to the columns that are held, keeping its kind (bool, additive or none).
-
-        Args:
-            mask: ``[B, 1, T or 1, S]`` or None.
-            slots: int64 ``[R, H or 1, K]``; None for all columns.
-            valid: bool, same shape.
-            ragged: Whether some entry is not valid.
-            copies: Rows of the batch for each of the R rows.
-            heads: Number of query heads.
-        """
-        if slots is None or valid is None:
-            return mask
-        for known, made in self._masks:
-            if known is slots:
-                return made
-        spread = slots, valid
-        if copies > 1:
-            spread = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
-        self._masks.append((slots, self._cut(mask, *spread, ragged, heads)))
-        return self._masks[-1][1]
-
-    def _cut(
-        self, mask: Tensor | None, slots: Tensor, valid: Tensor, ragged: bool, heads: int
-    ) -> Tensor | None:
-        if mask is None and not ragged:
-            return None
-        allowed = valid[:, :, None]
-        if mask is None:
-            dtype = self._decoder.dtype
-            cut = torch.zeros(allowed.shape, dtype=dtype, device=slots.device)
-        else:
-            batch, kinds = slots.shape[:2]
-            index = slots[:, :, None].expand(-1, -1, mask.shape[2], -1)
-            cut = mask.expand(batch, kinds, -1, -1).gather(-1, index)
-        if cut.dtype == torch.bool:
-            cut = cut & allowed
-        else:
-            cut = cut.masked_fill(~allowed, torch.finfo(cut.dtype).min)
-        return to_query_heads(cut, heads)
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         manager, captured = self._manager, self._captured

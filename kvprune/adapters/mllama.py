@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import transformers
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvprune.adapters.base import (
     ModelAdapter,
@@ -34,7 +36,7 @@ from kvprune.adapters.tile_mask import TileMask
 from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.caches import OneLayer, note_about, open_layer, require_cache
-from kvprune.errors import UnsupportedCacheError
+from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
 from kvprune.visibility import Visibility
@@ -178,6 +180,12 @@ class MllamaAdapter(ModelAdapter):
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether what this call projects will be read again."""
         if self._text.training and any(layer.gradient_checkpointing for layer in self._text.layers):
+            if "__call__" in GradientCheckpointingLayer.__dict__:
+                raise UnsupportedModelError(
+                    f"gradient checkpointing in transformers {transformers.__version__} runs the hooks of a "
+                    "layer again in backward, when the selection is gone; 5.23.0 does not, or train without "
+                    "it (gradient_checkpointing_disable)"
+                )
             return False  # transformers takes the cache away from checkpointed layers
         use_cache = named.get("use_cache")
         return named.get("past_key_values") is not None or (
@@ -236,7 +244,7 @@ class MllamaAdapter(ModelAdapter):
             )
         if layer.copies > 1:
             kwargs = {**kwargs, "past_key_values": OneLayer.spread(module.layer_idx, layer)}
-        return self._masked(module, kwargs, self._mask.over_layer(layer, module.cross_attn.num_heads))
+        return self._masked(module, kwargs, self._mask.over_layer(layer, module.cross_attn))
 
     def _receive(self, module: Any, batch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments when encoder features come: those that survived, and a mask as wide."""
@@ -252,8 +260,7 @@ class MllamaAdapter(ModelAdapter):
         ragged = layer.ragged or (received is not None and received.is_ragged)
         if received is not None:
             states = gather_features(states, received.repeat(layer.copies).indices[:, 0])
-        heads = module.cross_attn.num_heads
-        mask = self._mask.over(slots, valid, ragged=ragged, copies=layer.copies, heads=heads)
+        mask = self._mask.over(slots, valid, ragged=ragged, copies=layer.copies, module=module.cross_attn)
         return self._masked(module, {**kwargs, "cross_attention_states": states}, mask)
 
     def _masked(self, module: Any, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:

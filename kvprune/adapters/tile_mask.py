@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class TileMask:
             self._bias = bias.masked_fill(sees & ~rows, torch.finfo(dtype).min)
 
     def over(
-        self, slots: Tensor | None, valid: Tensor | None, *, ragged: bool, copies: int, heads: int
+        self, slots: Tensor | None, valid: Tensor | None, *, ragged: bool, copies: int, module: Any
     ) -> Tensor | None:
         """Additive mask over held columns, ``[B, 1 or heads, T, K]``; None where all may attend to all.
 
@@ -46,7 +48,7 @@ class TileMask:
             valid: bool, same shape.
             ragged: Whether some entry is not valid.
             copies: Rows of the batch for each of the R rows.
-            heads: Number of query heads.
+            module: The attention module.
         """
         if self._bias is None and not ragged:
             return None
@@ -54,13 +56,13 @@ class TileMask:
             if known is slots:
                 return mask
         made = self._all() if slots is None or valid is None else self._cut(slots, valid, ragged, copies)
-        made = to_query_heads(made, heads)
+        made = to_query_heads(made, module)
         self._made.append((slots, made))
         return made
 
-    def over_layer(self, layer: CrossKVLayer, heads: int) -> Tensor | None:
+    def over_layer(self, layer: CrossKVLayer, module: Any) -> Tensor | None:
         """Additive mask over what a layer holds, ``[B, 1 or heads, T, K]``."""
-        return self.over(layer.slots, layer.valid, ragged=layer.ragged, copies=layer.copies, heads=heads)
+        return self.over(layer.slots, layer.valid, ragged=layer.ragged, copies=layer.copies, module=module)
 
     def _all(self) -> Tensor:
         assert self._bias is not None
