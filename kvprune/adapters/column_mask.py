@@ -1,0 +1,69 @@
+"""The cross-attention mask of encoder-decoder models, cut to what each layer holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.adapters.base import to_query_heads
+
+__all__ = ["ColumnMask"]
+
+
+class ColumnMask:
+    """Cuts the stock masks of one decoder call; layers that hold the same columns share the result.
+
+    Args:
+        dtype: Of additive masks that are made where stock has none.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        # Found by the identity of the slots, which costs the device nothing.
+        self._made: list[tuple[Tensor, Tensor | None]] = []
+
+    def over(
+        self,
+        mask: Tensor | None,
+        slots: Tensor | None,
+        valid: Tensor | None,
+        *,
+        ragged: bool,
+        copies: int,
+        module: Any,
+    ) -> Tensor | None:
+        """Cut a stock mask to the columns that are held, keeping its kind (bool, additive or none).
+
+        Args:
+            mask: ``[B, 1, T or 1, S]`` or None.
+            slots: int64 ``[R, H or 1, K]``; None for all columns.
+            valid: bool, same shape.
+            ragged: Whether some entry is not valid.
+            copies: Rows of the batch for each of the R rows.
+            module: The attention module.
+        """
+        if slots is None or valid is None:
+            return mask
+        for known, made in self._made:
+            if known is slots:
+                return made
+        spread = slots, valid
+        if copies > 1:
+            spread = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
+        cut = None if mask is None and not ragged else to_query_heads(self._cut(mask, *spread), module)
+        self._made.append((slots, cut))
+        return cut
+
+    def _cut(self, mask: Tensor | None, slots: Tensor, valid: Tensor) -> Tensor:
+        allowed = valid[:, :, None]
+        if mask is None:
+            cut = torch.zeros(allowed.shape, dtype=self._dtype, device=slots.device)
+        else:
+            batch, kinds = slots.shape[:2]
+            index = slots[:, :, None].expand(-1, -1, mask.shape[2], -1)
+            cut = mask.expand(batch, kinds, -1, -1).gather(-1, index)
+        if cut.dtype == torch.bool:
+            return cut & allowed
+        return cut.masked_fill(~allowed, torch.finfo(cut.dtype).min)
