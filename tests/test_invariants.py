@@ -10,9 +10,11 @@ import dataclasses
 
 import pytest
 import torch
+from cache_machine import CacheMachine
 from generation import POLICIES, TOLERANCE, bart, difference_to_oracle, generate, mllama, whisper
-from hypothesis import HealthCheck, assume, example, given, note, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
 
 import kvprune
 from kvprune.cache import CrossKVLayer
@@ -279,109 +281,11 @@ def test_kv10_the_same_seed_draws_the_same_and_another_seed_does_not():
     assert not torch.equal(first.selections[1].indices[0], first.selections[1].indices[1])  # samples differ
 
 
-class PlainCache:
-    """What a cross-attention cache layer holds, as lists: one list of (column, key) per sample and head."""
-
-    def __init__(self, batch: int) -> None:
-        self.rows: list[list[list[tuple[int, float]]]] = [[[], []] for _ in range(batch)]
-        self.columns = 0
-
-
-@st.composite
-def operations(draw):
-    kinds = st.sampled_from(["append", "retain", "reorder", "expand", "select", "crop", "copy", "reset"])
-    return ["append", *draw(st.lists(kinds, max_size=6))]
-
-
-@settings(max_examples=60, deadline=None)
-@given(operations(), st.data())
-def test_kv11_tensors_and_selection_move_together(sequence, data):
-    """Any sequence of cache operations agrees with a model of the cache made of plain lists."""
-    layer, plain, serial = CrossKVLayer(), PlainCache(2), iter(range(10**6))
-    for operation in sequence:
-        note(operation)
-        batch = len(plain.rows)
-        if operation == "append":
-            columns = data.draw(st.integers(1, 4), "columns")
-            arriving = None
-            if data.draw(st.booleans(), "pruned"):
-                kept = torch.tensor(
-                    [
-                        data.draw(st.lists(st.booleans(), min_size=columns, max_size=columns))
-                        for _ in range(batch)
-                    ]
-                )
-                kept[:, 0] |= ~kept.any(-1)
-                arriving = Selection.from_mask(kept[:, None])
-            width = columns if arriving is None else arriving.indices.shape[-1]
-            keys = torch.tensor(
-                [[[float(next(serial)) for _ in range(width)] for _ in range(2)] for _ in range(batch)]
-            )
-            for sample in range(batch):
-                for head in range(2):
-                    for entry in range(width):
-                        if arriving is None or arriving.valid[sample, 0, entry]:
-                            column = entry if arriving is None else int(arriving.indices[sample, 0, entry])
-                            plain.rows[sample][head].append(
-                                (plain.columns + column, float(keys[sample, head, entry]))
-                            )
-            plain.columns += columns
-            layer.announce(arriving)
-            layer.update(keys[..., None], -keys[..., None])
-        elif not plain.columns:
-            continue
-        elif operation == "retain":
-            heads = data.draw(st.sampled_from([1, 2]), "heads")
-            kept = (
-                torch.rand(
-                    batch,
-                    heads,
-                    layer.keys.shape[-2],
-                    generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99), "retain")),
-                )
-                < 0.6
-            )
-            slots, valid = layer.entries()
-            kept |= valid.expand_as(kept) & (valid.cumsum(-1).expand_as(kept) == 1)  # the first entry stays
-            flags = [[{} for _ in range(2)] for _ in range(batch)]
-            for sample in range(batch):
-                for head in range(2):
-                    h, g = min(head, heads - 1), min(head, slots.shape[1] - 1)
-                    for entry in range(slots.shape[-1]):
-                        if valid[sample, g, entry]:
-                            flags[sample][head][int(slots[sample, g, entry])] = bool(kept[sample, h, entry])
-                    plain.rows[sample][head] = [
-                        pair for pair in plain.rows[sample][head] if flags[sample][head][pair[0]]
-                    ]
-            layer.retain(kept)
-        elif operation in ("reorder", "select"):
-            order = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3), operation)
-            move = layer.reorder_cache if operation == "reorder" else layer.batch_select_indices
-            move(torch.tensor(order))
-            plain.rows = [copy.deepcopy(plain.rows[index]) for index in order]
-        elif operation == "expand":
-            assume(batch < 5)
-            layer.batch_repeat_interleave(2)
-            plain.rows = [copy.deepcopy(row) for row in plain.rows for _ in range(2)]
-        elif operation == "crop":
-            layer.crop(-1)
-        elif operation == "copy":
-            layer = copy.deepcopy(layer)
-        else:
-            layer.reset()
-            plain = PlainCache(len(plain.rows))
-            assert layer.get_seq_length() == 0
-            continue
-        slots, valid = layer.entries()
-        assert layer.columns == plain.columns == layer.get_seq_length()
-        assert layer.ragged or valid.all()
-        for sample, heads in enumerate(plain.rows):
-            for head, expected in enumerate(heads):
-                flag = valid[sample, min(head, valid.shape[1] - 1)]
-                column = slots[sample, min(head, slots.shape[1] - 1)][flag].tolist()
-                key = layer.keys[sample, head, :, 0][flag].tolist()
-                assert list(zip(column, key, strict=True)) == expected
-                assert layer.values[sample, head, :, 0][flag].tolist() == [-value for value in key]
+def test_kv11_any_sequence_of_operations_keeps_tensors_and_selection_together():
+    """Fill, append, decode, retain, reorder, expand, select, crop, reset, copy, move: see cache_machine.py."""
+    run_state_machine_as_test(
+        CacheMachine, settings=settings(max_examples=200, stateful_step_count=15, deadline=None)
+    )
 
 
 def fingerprint_of(model):

@@ -28,7 +28,8 @@ def receipt(layer_idx=3, **changes):
 
 
 def new_report():
-    return CompressionReport(policy=PolicySpec("trim", {"k_ratio": 0.25}, 1), seed=7)
+    spec = PolicySpec("trim", {"k_ratio": 0.25}, 1)
+    return CompressionReport(policy=spec, seed=7, requested={"k_ratio": 0.25})
 
 
 def test_a_new_report_has_nothing_and_says_so():
@@ -121,15 +122,18 @@ def test_to_dict_is_json_with_everything_in_it():
 def test_the_printed_table_shows_the_fraction_the_bytes_and_every_layer():
     report = new_report()
     report.add_prefill([receipt(3), receipt(38, width=99)], kept=[[1], [1]], visible=[8])
-    first, summary, header, *rows = str(report).splitlines()
-    assert first.split() == ["trim:k_ratio=0.25", "seed", "7", "prefills", "1"]
-    assert "kept 12.5% of visible tokens" in summary
+    report.warn("mind this")
+    report.warn("mind this")
+    first, asked, summary, header, *rows, warning = str(report).splitlines()
+    assert first.split()[:5] == ["trim:k_ratio=0.25", "seed", "7", "prefills", "1"]
+    assert asked.startswith("asked: k_ratio 0.25; kept 12.5% of visible tokens")
     assert "2.00 MiB of 8.00 MiB stock (25.0%)" in summary
-    assert header.split()[:3] == ["layer", "held", "stock"]
+    assert header.split()[:4] == ["layer", "decided", "held", "stock"]
     assert [row.split() for row in rows] == [
-        ["3", "1601", "6404", "1.000", "4.000"],
-        ["38", "99", "6404", "1.000", "4.000"],
+        ["3", "1", "1601", "6404", "1.000", "4.000"],
+        ["38", "1", "99", "6404", "1.000", "4.000"],
     ]
+    assert warning == "warning: mind this"
     assert len({len(line) for line in (header, *rows)}) == 1
 
 

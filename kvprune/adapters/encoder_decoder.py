@@ -8,6 +8,7 @@ arguments.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -87,18 +88,18 @@ class EncoderDecoderAdapter(ModelAdapter):
         ask = getattr(self.model, "_get_candidate_generator", None)
         if ask is not None:
             # Draft tokens must not vote. These models are not told how many there are, but here it shows.
-            self.override(self.model, "_get_candidate_generator", self._note_prompt(ask))
+            # A partial, not a closure: a deep copy of the model gets one of its own.
+            noted = functools.partial(self._note_prompt, ask)
+            self.override(self.model, "_get_candidate_generator", noted)
 
     def _attentions(self) -> list[Any]:
         return [getattr(layer, self.attention) for layer in self._decoder.layers]
 
-    def _note_prompt(self, ask: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            ids = inspect.signature(ask).bind(*args, **kwargs).arguments.get("input_ids")
-            self._prompt = None if ids is None else int(ids.shape[1])
-            return ask(*args, **kwargs)
-
-        return noted
+    def _note_prompt(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the method that starts assisted decoding, which gets the tokens before the drafts."""
+        ids = inspect.signature(ask).bind(*args, **kwargs).arguments.get("input_ids")
+        self._prompt = None if ids is None else int(ids.shape[1])
+        return ask(*args, **kwargs)
 
     def _hook_prefill(self, needs: frozenset[str], *, cached: bool) -> None:
         """Add the hooks that only prefill needs."""
@@ -149,7 +150,10 @@ class EncoderDecoderAdapter(ModelAdapter):
         cached = self._is_cached(named)
         twins = Twins()
         if cached and not torch.is_grad_enabled():
-            twins = find_twins([tokens, *masks], [states])
+            # Only rows that were repeated after the encoder: Whisper repeats audio for several return
+            # sequences before it, and takes the cache apart by these rows afterwards.
+            read = None if self._encoded is None else max(1, batch // self._encoded.shape[0])
+            twins = find_twins([tokens, *masks], [states], most=read)
         drafts = 0 if self._prompt is None else tokens.shape[1] - self._prompt
         self._prompt = None
         visibility = self._visibility(tokens[:, : tokens.shape[1] - drafts], states, *masks, twins.copies)
@@ -206,10 +210,15 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _sample_fingerprints(self, states: Tensor, batch: int) -> Tensor:
         """Fingerprints for the decoder's batch, whose samples may be repeated for beams."""
+        source = self._source(batch)
+        return fingerprint(states if source is None else source)
+
+    def _source(self, batch: int) -> Tensor | None:
+        """What the encoder read for each row of the batch; None if that is not known."""
         source = self._encoded
         if source is None or batch % source.shape[0]:  # encoder_outputs that were made elsewhere
-            return fingerprint(states)
-        return fingerprint(source).repeat_interleave(batch // source.shape[0])
+            return None
+        return source.repeat_interleave(batch // source.shape[0], dim=0)
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         assert self._manager is not None

@@ -12,16 +12,21 @@ from kvprune.cache import Twins
 __all__ = ["find_twins"]
 
 
-def find_twins(small: Sequence[Tensor | None], large: Sequence[Tensor | None]) -> Twins:
+def find_twins(
+    small: Sequence[Tensor | None],
+    large: Sequence[Tensor | None],
+    most: int | None = None,
+) -> Twins:
     """Return how many consecutive rows are equal everywhere: the largest number that fits the whole batch.
 
     Args:
         small: What is cheap to compare, such as token ids and masks, ``[B, ...]``; None is left out.
         large: What is compared only where all of those are equal, such as pixels, ``[B, ...]``.
+        most: No more than this many rows are held as one.
     """
     cheap = [tensor for tensor in small if tensor is not None]
     batch = cheap[0].shape[0]
-    if batch == 1:
+    if batch == 1 or most == 1:
         return Twins()
     device = cheap[0].device
     alike = torch.stack([_like_the_row_before(tensor).to(device) for tensor in cheap]).all(0)
@@ -29,7 +34,7 @@ def find_twins(small: Sequence[Tensor | None], large: Sequence[Tensor | None]) -
     costly = [tensor for tensor in large if tensor is not None]
     for row, so_far in enumerate(same):
         same[row] = so_far and all(torch.equal(tensor[row], tensor[row + 1]) for tensor in costly)
-    for copies in range(batch, 1, -1):
+    for copies in range(min(batch, most or batch), 1, -1):
         if batch % copies == 0 and all(same[row - 1] for row in range(1, batch) if row % copies):
             return Twins(copies)
     return Twins()

@@ -68,7 +68,8 @@ def _sites(model: Any) -> Iterator[tuple[int, Any, str, str]]:
 def _is_prefill(kwargs: dict[str, Any], states: str, layer_idx: int) -> bool:
     if states == "cross_attention_states":
         return kwargs[states] is not None
-    return not kwargs["past_key_values"].is_updated.get(layer_idx)
+    cache = kwargs["past_key_values"]
+    return cache is None or not cache.is_updated.get(layer_idx)
 
 
 def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, module: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from generation import POLICIES, TOLERANCE, bart, difference_to_oracle, generate, whisper
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 import kvprune
 from kvprune.adapters.encoder_decoder import BartAdapter
@@ -112,12 +112,12 @@ def test_random_is_the_same_for_all_beams_of_a_sample():
 
 def test_other_caches_are_refused_by_name():
     model, inputs = bart(), text(padded=False)
-    static = EncoderDecoderCache(
-        DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)
+    offloading = EncoderDecoderCache(
+        DynamicCache(config=model.config), DynamicCache(config=model.config, offloading=True)
     )
-    with pytest.raises(UnsupportedCacheError, match="StaticLayer"), kvprune.compress(model, "lossless"):
-        model(**inputs, decoder_input_ids=torch.tensor([[2]] * 3), past_key_values=static)
-    with pytest.raises(UnsupportedCacheError, match="use_cache=True"), kvprune.compress(model, "lossless"):
+    with pytest.raises(UnsupportedCacheError, match="offloads"), kvprune.compress(model, "lossless"):
+        model(**inputs, decoder_input_ids=torch.tensor([[2]] * 3), past_key_values=offloading)
+    with pytest.raises(UnsupportedCacheError, match="use_cache=True"), kvprune.compress(model, "norm"):
         model(**inputs, decoder_input_ids=torch.tensor([[2]] * 3), use_cache=False)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from generation import LAYOUTS, POLICIES, TOLERANCE, difference_to_oracle, generate, mllama
-from transformers import DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import kvprune
 from kvprune.cache import CrossKVLayer
@@ -232,30 +232,40 @@ def test_prompt_lookup_equals_greedy(spec):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda model: StaticCache(config=model.config, max_cache_len=64), "StaticLayer"),
-        (lambda model: DynamicCache(config=model.config, offloading=True), "offloads"),
-    ],
-)
-def test_unsupported_caches_are_refused_by_name(make, name):
+def test_caches_that_offload_are_refused_before_any_layer_has_run():
     model, inputs = mllama(), mllama_inputs(("tt4ttt",))
-    with pytest.raises(UnsupportedCacheError, match=name), kvprune.compress(model, "lossless"):
-        model(**inputs, past_key_values=make(model), use_cache=True)
+    cache = DynamicCache(config=model.config, offloading=True)
+    with pytest.raises(UnsupportedCacheError, match="offloads"), kvprune.compress(model, "lossless"):
+        model(**inputs, past_key_values=cache, use_cache=True)
+    assert not cache.layers[0].is_initialized
 
 
-def test_a_quantized_cache_is_refused_by_name():
-    quanto = pytest.importorskip("optimum.quanto", reason="quantized caches need optimum-quanto")
-    assert quanto is not None
+def test_sliding_layers_in_the_place_of_images_are_refused_by_name():
     model, inputs = mllama(), mllama_inputs(("tt4ttt",))
-    with pytest.raises(UnsupportedCacheError, match="Quant"), kvprune.compress(model, "lossless"):
-        model(**inputs, past_key_values=QuantizedCache("quanto", model.config), use_cache=True)
+    cache = DynamicCache(config=model.config)
+    cache.layers[3] = DynamicSlidingWindowLayer(8)
+    with (
+        pytest.raises(UnsupportedCacheError, match="DynamicSlidingWindowLayer at cross-attention layer 3"),
+        kvprune.compress(model, "lossless"),
+    ):
+        model(**inputs, past_key_values=cache, use_cache=True)
 
 
-def test_generation_without_a_cache_is_refused():
+def test_a_cache_of_another_batch_size_is_refused():
+    """A single row that is held would otherwise be broadcast without a word."""
+    model = mllama(torch.float32, "sdpa", (0, 2))
+    inputs = mllama_inputs(("tt4ttt", "tt4ttt"))
+    with kvprune.compress(model, "trim"), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        step = {"input_ids": torch.full((1, 1), 9), "position_ids": torch.tensor([[6]])}
+        step["cross_attention_mask"] = inputs["cross_attention_mask"][:1, -1:]
+        with pytest.raises(UnsupportedCacheError, match="holds 2 rows, but the batch has 1"):
+            model(**step, past_key_values=cache)
+
+
+def test_without_a_cache_a_policy_that_prunes_after_attention_is_refused():
     model, inputs = mllama(), mllama_inputs(("tt4ttt",))
-    with pytest.raises(UnsupportedCacheError, match="use_cache=True"), kvprune.compress(model, "lossless"):
+    with pytest.raises(UnsupportedCacheError, match="use_cache=True"), kvprune.compress(model, "norm"):
         generate(model, inputs, use_cache=False)
 
 

@@ -1,0 +1,245 @@
+"""KV11 as a state machine: whatever is done to a cache, tensors and selection move together.
+
+Hypothesis draws any sequence of fill, append, decode, retain, reorder, expand, select, crop, reset, deep copy
+and moves of dtype and device, and compares two cache layers in a transformers cache with a model of them made
+of plain lists after every step: keys, values, columns, validity, the additive bias over them, and bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from transformers import DynamicCache
+
+from kvprune.adapters.tile_mask import TileMask
+from kvprune.cache import CrossKVLayer, Twins
+from kvprune.selection import Selection
+
+HEADS, PATCHES, LAYERS = 2, 2, 2
+
+# A row of the batch: for each KV head, the (column, key) pairs that are held, in order of columns.
+Row = list[list[tuple[int, float]]]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """A transformers cache of two of our layers beside its model made of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = DynamicCache()
+        self.plain: list[list[Row]] = []
+        self.columns = 0
+        self.serial = 0.0
+
+    @initialize(batch=st.integers(1, 3), copies=st.integers(1, 3))
+    def start(self, batch: int, copies: int) -> None:
+        self._open(batch, copies)
+
+    def _open(self, batch: int, copies: int) -> None:
+        self.cache = DynamicCache()
+        self.cache.layers = [CrossKVLayer() for _ in range(LAYERS)]
+        self.batch, self.first_copies = batch * copies, copies
+        self.plain = [[[[] for _ in range(HEADS)] for _ in range(self.batch)] for _ in range(LAYERS)]
+        self.columns = 0
+
+    @property
+    def layers(self) -> list[CrossKVLayer]:
+        return self.cache.layers
+
+    filled = precondition(lambda self: self.columns > 0)
+
+    @rule(tiles=st.integers(1, 2), data=st.data())
+    def append(self, tiles: int, data: st.DataObject) -> None:
+        """Fill the cache, or add a new image; some of its columns may not arrive."""
+        columns = tiles * PATCHES
+        twins = Twins(self.first_copies if self.columns == 0 else 1)
+        for layer, plain in zip(self.layers, self.plain, strict=True):
+            layer.separate()
+            rows = self.batch // twins.copies
+            arriving = None
+            if data.draw(st.booleans(), "some columns stay away"):
+                kept = torch.tensor(data.draw(st.lists(_bits(columns), min_size=rows, max_size=rows)))
+                kept[:, 0] |= ~kept.any(-1)
+                arriving = Selection.from_mask(kept[:, None])
+            layer.announce(arriving, twins)
+            width = columns if arriving is None else arriving.indices.shape[-1]
+            keys = torch.empty(self.batch, HEADS, width, 1)
+            for row in range(self.batch):
+                for head in range(HEADS):
+                    for entry in range(width):
+                        if row % twins.copies:  # copies of a sample hold the same
+                            keys[row, head, entry] = keys[row - 1, head, entry]
+                        else:
+                            self.serial += 1
+                            keys[row, head, entry] = self.serial
+                        column = entry
+                        if arriving is not None:
+                            if not arriving.valid[row // twins.copies, 0, entry]:
+                                continue
+                            column = int(arriving.indices[row // twins.copies, 0, entry])
+                        plain[row][head].append((self.columns + column, float(keys[row, head, entry])))
+            attended_keys, attended_values = layer.update(
+                *(side.to(layer_dtype(layer)) for side in (keys, -keys))
+            )
+            assert attended_keys.shape[0] == self.batch == attended_values.shape[0]
+        self.columns += columns
+
+    @filled
+    @rule(heads=st.sampled_from([1, HEADS]), seed=st.integers(0, 999), which=st.integers(0, LAYERS - 1))
+    def retain(self, heads: int, seed: int, which: int) -> None:
+        """Drop entries of one layer, at least one stays in each row and head."""
+        layer, plain = self.layers[which], self.plain[which]
+        slots, valid = layer.entries()
+        rows = slots.shape[0]
+        random = torch.rand(rows, heads, layer.width, generator=torch.Generator().manual_seed(seed))
+        if heads < slots.shape[1]:
+            heads = slots.shape[1]
+            random = random.expand(-1, heads, -1)
+        kept = (random < 0.6) & valid.expand(-1, heads, -1)
+        kept[..., 0] = True  # valid entries come first
+        for row in range(self.batch):
+            held = row // layer.copies
+            for head in range(HEADS):
+                flags = kept[held, min(head, heads - 1)]
+                own = valid[held, min(head, slots.shape[1] - 1)]
+                plain[row][head] = [
+                    pair for pair, stays in zip(plain[row][head], flags[own].tolist(), strict=True) if stays
+                ]
+        layer.retain(kept)
+
+    @filled
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        """Any order of rows, as generate may ask for in beam search."""
+        indices = st.integers(0, self.batch - 1)
+        order = data.draw(st.lists(indices, min_size=self.batch, max_size=self.batch))
+        self.cache.reorder_cache(torch.tensor(order))
+        self._take(order)
+
+    @filled
+    @rule(data=st.data())
+    def reorder_beams(self, data: st.DataObject) -> None:
+        """An order that beam search asks for, within each sample: nothing that is held may move."""
+        copies = self.layers[0].copies
+        order = [
+            data.draw(st.integers(first, first + copies - 1))
+            for first in range(0, self.batch, copies)
+            for _ in range(copies)
+        ]
+        before = [layer.keys.data_ptr() for layer in self.layers]
+        self.cache.reorder_cache(torch.tensor(order))
+        if copies > 1 and all(layer.copies == copies for layer in self.layers):
+            assert [layer.keys.data_ptr() for layer in self.layers] == before
+        self._take(order)
+
+    @filled
+    @precondition(lambda self: self.batch <= 6)
+    @rule(repeats=st.integers(1, 2))
+    def expand(self, repeats: int) -> None:
+        before = [layer.bytes_held for layer in self.layers]
+        self.cache.batch_repeat_interleave(repeats)
+        assert [layer.bytes_held for layer in self.layers] == before
+        self._take([row for row in range(self.batch) for _ in range(repeats)])
+
+    @filled
+    @rule(data=st.data())
+    def select(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=4))
+        self.cache.batch_select_indices(torch.tensor(chosen))
+        self._take(chosen)
+
+    def _take(self, order: list[int]) -> None:
+        self.plain = [[copy.deepcopy(plain[row]) for row in order] for plain in self.plain]
+        self.batch = len(order)
+
+    @filled
+    @rule(tokens=st.integers(1, 3))
+    def decode_and_crop(self, tokens: int) -> None:
+        """A decode step reads; crop takes back text only."""
+        for layer in self.layers:
+            keys, values = layer.spread()
+            assert keys.shape == values.shape == (self.batch, HEADS, layer.width, 1)
+        self.cache.crop(-tokens)
+
+    @rule()
+    def deep_copy(self) -> None:
+        """The copy goes on; what happens to the original does not reach it."""
+        original, self.cache = self.cache, copy.deepcopy(self.cache)
+        original.reset()
+
+    @filled
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64]))
+    def move_dtype(self, dtype: torch.dtype) -> None:
+        for layer in self.layers:
+            layer.to("cpu", dtype)
+            assert layer.keys.dtype == layer.dtype == dtype
+
+    @rule(batch=st.integers(1, 3), copies=st.integers(1, 3))
+    def reset(self, batch: int, copies: int) -> None:
+        layers = self.layers
+        self.cache.reset()
+        assert all(layer.get_seq_length() == layer.bytes_held == 0 for layer in layers)
+        reused = self.cache
+        self._open(batch, copies)
+        self.cache = reused
+
+    @invariant()
+    def agrees_with_lists(self) -> None:
+        for layer, plain in zip(self.layers, self.plain, strict=True):
+            assert layer.columns == layer.get_seq_length() == self.columns
+            if not self.columns:
+                continue
+            slots, valid = layer.entries()
+            assert layer.ragged or valid.all()
+            assert slots.shape[0] * layer.copies == self.batch
+            keys, values = layer.spread()
+            for row, heads in enumerate(plain):
+                held = row // layer.copies
+                for head, expected in enumerate(heads):
+                    own = valid[held, min(head, valid.shape[1] - 1)]
+                    columns = slots[held, min(head, slots.shape[1] - 1)][own].tolist()
+                    found = keys[row, head, :, 0][own].tolist()
+                    assert list(zip(columns, found, strict=True)) == expected
+                    assert values[row, head, :, 0][own].tolist() == [-value for value in found]
+                    assert columns == sorted(set(columns))
+            assert layer.bytes_behind <= layer.bytes_held
+            assert layer.bytes_full == self.batch * HEADS * self.columns * 2 * layer.keys.element_size()
+
+    @invariant()
+    def bias_covers_what_is_held(self) -> None:
+        """The additive mask is as wide as what is held, open where an entry is valid and its tile is seen."""
+        if not self.columns:
+            return
+        tiles = self.columns // PATCHES
+        seen = torch.arange(tiles) % 2 == 0  # every other tile
+        rows = seen.expand(self.batch, 1, tiles)
+        mask = TileMask(rows, PATCHES, torch.float32)
+        module = SimpleNamespace(num_heads=HEADS, config=SimpleNamespace(_attn_implementation="sdpa"))
+        for layer, plain in zip(self.layers, self.plain, strict=True):
+            bias = mask.over_layer(layer, module)
+            assert bias is not None
+            assert bias.shape[0] == self.batch
+            assert bias.shape[-1] == layer.width
+            for row, heads in enumerate(plain):
+                for head, expected in enumerate(heads):
+                    open_entries = int((bias[row, min(head, bias.shape[1] - 1), 0] == 0).sum())
+                    visible = sum((column // PATCHES) % 2 == 0 for column, _ in expected)
+                    assert open_entries == visible
+
+
+def layer_dtype(layer: CrossKVLayer) -> torch.dtype:
+    return layer.keys.dtype if layer.is_filled else torch.float32
+
+
+def _bits(columns: int) -> st.SearchStrategy[list[bool]]:
+    return st.lists(st.booleans(), min_size=columns, max_size=columns)
