@@ -282,7 +282,7 @@ def test_kv10_the_same_seed_draws_the_same_and_another_seed_does_not():
 
 
 def test_kv11_any_sequence_of_operations_keeps_tensors_and_selection_together():
-    """Fill, append, decode, retain, reorder, expand, select, crop, reset, copy, move: see cache_machine.py."""
+    """Fill, append, decode, retain, reorder, expand, select, crop, reset, copy, move (cache_machine.py)."""
     run_state_machine_as_test(
         CacheMachine, settings=settings(max_examples=200, stateful_step_count=15, deadline=None)
     )
