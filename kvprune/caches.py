@@ -36,6 +36,11 @@ class OneLayer(Cache):
 
     def __init__(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         self.layers = {layer_idx: SimpleNamespace(keys=keys, values=values)}  # type: ignore[assignment]
+        self._entries = keys.shape[-2]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of entries: older releases ask whether there are any."""
+        return self._entries
 
     @classmethod
     def spread(cls, layer_idx: int, layer: CrossKVLayer) -> Self:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from generation import bart, generate, mllama, whisper
 from torch import Tensor
+from transformers.models.mllama import modeling_mllama
 
 import kvprune
 from kvprune.testing import masked_oracle, mllama_inputs
@@ -15,6 +16,9 @@ MODELS = {"Mllama": mllama, "BART": bart, "Whisper": whisper}
 
 SPECS = ("full", "trim:keep_ratio=0.3", "norm:keep_ratio=0.3")
 """Nothing pruned, pruned in prefill by heads together, pruned after prefill by each head."""
+
+OLD = not hasattr(modeling_mllama, "_has_cached_cross_attention_states")
+"""Whether transformers is so old that its Mllama can neither be compiled nor use a static cache."""
 
 BATCHES = {
     "one": ["tt4ttt"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import SPECS, compressed, inputs_of, model_of, off_oracle
+from families import OLD, SPECS, compressed, inputs_of, model_of, off_oracle
 from generation import tiny_bart, tiny_mllama, tiny_whisper
 from surface_table import refused, works
 
@@ -75,6 +75,8 @@ def test_prompt_lookup(family):
     AREA, "assisted by a second model", "greedy; draft tokens do not vote. Compress an Mllama assistant, too"
 )
 def test_assisted(family):
+    if OLD and family == "Mllama":
+        pytest.skip("an Mllama assistant crashes in this release")
     model, inputs = model_of(family), inputs_of(family, "one")
     assistant = TINY[family](3, dtype=torch.float64)
     for spec in SPECS:
@@ -122,6 +124,7 @@ def test_no_cache_after_attention(family):
     "by transformers itself, with images",
     families=("Mllama",),
 )
+@pytest.mark.skipif(OLD, reason="this release ignores the option")
 def test_chunked_prefill(family):
     with pytest.raises(ValueError, match="chunk"):
         compressed(model_of(family), inputs_of(family), "trim", prefill_chunk_size=2)

@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from families import SPECS, compressed, inputs_of, model_of, off_oracle
+from families import OLD, SPECS, compressed, inputs_of, model_of
 from generation import generate, tiny_bart, tiny_mllama
 from surface_table import refused, works
-from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+)
 from transformers.cache_utils import DynamicLayer
 
 import kvprune
@@ -25,7 +32,7 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-@works(AREA, "dynamic, made by the user", "the oracle", families=("Mllama", "BART"))
+@works(AREA, "dynamic, made by the user", "the default cache, bit for bit", families=("Mllama", "BART"))
 def test_own_cache(family):
     model, inputs = model_of(family), inputs_of(family)
     for spec in SPECS:
@@ -37,28 +44,28 @@ def test_own_cache(family):
             assert torch.equal(compressed(model, inputs, spec, past_key_values=cache)[1], expected)
 
 
-@works(
-    AREA, "static (cache_implementation='static')", "the dynamic cache under the same policy, and the oracle"
-)
+@works(AREA, "static (cache_implementation='static')", "the dynamic cache under the same policy")
 def test_static(family):
     model, inputs = model_of(family), inputs_of(family)
     for spec in SPECS:
         for beams in (1, 3):
-            assert off_oracle(model, inputs, spec, cache_implementation="static", num_beams=beams) <= 1e-6
-        static = compressed(model, inputs, spec, cache_implementation="static")
-        dynamic = compressed(model, inputs, spec)
-        assert (static[1] - dynamic[1]).abs().max() <= 1e-6
-        assert static[2].report.bytes_held == dynamic[2].report.bytes_held
+            static = compressed(model, inputs, spec, num_beams=beams, cache_implementation="static")
+            dynamic = compressed(model, inputs, spec, num_beams=beams)
+            assert torch.equal(static[0], dynamic[0])
+            assert (static[1] - dynamic[1]).abs().max() <= 1e-6
+            assert static[2].report.bytes_held == dynamic[2].report.bytes_held
 
 
 @works(
     AREA,
-    "torch.compile of decoding (static cache, fullgraph)",
+    "torch.compile of decoding (static cache, fullgraph; Mllama: transformers 5.23)",
     "decoding without it; one graph, no break, no recompilation in the second call",
     families=("Mllama", "BART"),
 )
 @pytest.mark.parametrize("spec", SPECS)
 def test_compiled(family, spec):
+    if OLD and family == "Mllama":
+        pytest.skip("this release branches on the device in its cross-attention")
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -85,6 +92,7 @@ def test_compiled(family, spec):
     "the oracle with text quantized, float32 (stock transformers loses the image)",
     families=("Mllama",),
 )
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this release has no fp8 cache")
 def test_quantized(family):
     model, inputs = model_of(family, torch.float32), inputs_of(family, dtype=torch.float32)
     fp8 = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
@@ -129,7 +137,8 @@ def test_offloaded(family):
 def test_filled_before(family):
     model, inputs = model_of(family), inputs_of(family)
     step = {"input_ids": torch.full((3, 1), 9), "attention_mask": torch.ones(3, 8, dtype=torch.long)}
-    step["cross_attention_mask"] = inputs["cross_attention_mask"][:, -1:]
+    seen = inputs["cross_attention_mask"]
+    step["cross_attention_mask"] = torch.cat([seen, seen[:, -1:]], dim=1)
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         expected = model(**step, past_key_values=copy.deepcopy(cache)).logits
