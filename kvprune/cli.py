@@ -40,6 +40,14 @@ app = typer.Typer(
 
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+_TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python files that come with the model; read them first, they can do whatever you can.",
+    ),
+]
+
 _WIDTH = 120
 """Columns of a table where standard output is no terminal."""
 
@@ -166,6 +174,7 @@ def compare(
         str | None, typer.Option(help="eager, sdpa, ... Default: what transformers chooses.")
     ] = None,
     repetitions: Annotated[int, typer.Option(help="Repetitions of the timing; 0 times nothing.")] = 5,
+    trust_remote_code: _TrustRemoteCode = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print summary.json on standard output, and nothing else there.")
     ] = False,
@@ -190,6 +199,7 @@ def compare(
             dtype=dtype,
             attn_implementation=attn_implementation,
             repetitions=repetitions,
+            trust_remote_code=trust_remote_code,
         )
         _quieten_transformers()
         ratios = [_ratio(part) for part in re.split("[,;]", keep_ratios)]
@@ -199,6 +209,36 @@ def compare(
             print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
         else:
             show_summary(summary, output, _console())
+
+
+@app.command()
+def verify(
+    results: Annotated[Path, typer.Argument(help="Results folder that `kvprune compare` wrote.")],
+    sample: Annotated[
+        int, typer.Option(help="Batches under a configuration to run again; each also runs uncompressed.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Of the draw of these batches.")] = 0,
+    everything: Annotated[bool, typer.Option("--all", help="Run everything again.")] = False,
+    trust_remote_code: _TrustRemoteCode = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the verification as JSON.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Run a part of a comparison again and say whether it reproduces; changes nothing. Exit code 1: no."""
+    with _one_line_errors(debug):
+        from kvprune.ablation import verify as run
+        from kvprune.ablation.console import progress_bar
+
+        _quieten_transformers()
+        with progress_bar() as on_progress:
+            found = run(
+                results,
+                sample=None if everything else sample,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+                on_progress=on_progress,
+            )
+    print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json_output else found)
+    raise typer.Exit(0 if found.reproduces else 1)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -26,6 +27,7 @@ class Answer:
         kept_fraction: fraction of visible tokens kept for decoding.
         bytes_held: this example's share of the cross-attention cache of its batch, in bytes.
         bytes_full: the same share in stock transformers, in bytes.
+        receipt: SHA-256 of what was kept for this example; see `receipts`.
     """
 
     spec: str
@@ -38,6 +40,7 @@ class Answer:
     kept_fraction: float
     bytes_held: int
     bytes_full: int
+    receipt: str
 
 
 def to_row(answer: Answer) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def from_row(where: str, row: Mapping[str, Any]) -> Answer:
         row: The JSON object.
 
     Raises:
-        ResultsError: If a field is missing, unknown or of another type.
+        ResultsError: If a field is missing, unknown, of another type or out of range.
     """
     wanted = {field.name: str(field.type) for field in fields(Answer)}
     if set(row) != set(wanted):
@@ -65,6 +68,26 @@ def from_row(where: str, row: Mapping[str, Any]) -> Answer:
         value = row[name]
         if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool"):
             raise ResultsError(
-                f"{where} is damaged: field {name!r} is {value!r}, not a {kind}; delete this line"
+                f"{where} is damaged: field {name!r} is {_show(value)}, not a {kind}; delete this line"
             )
-    return Answer(**row)
+    answer = Answer(**row)
+    for name, good, right in (
+        ("kept_fraction", 0 <= answer.kept_fraction <= 1, "between 0 and 1"),
+        ("bytes_held", 0 <= answer.bytes_held < _MOST_BYTES, "a number of bytes"),
+        ("bytes_full", 0 <= answer.bytes_full < _MOST_BYTES, "a number of bytes"),
+        ("receipt", _RECEIPT.fullmatch(answer.receipt) is not None, "64 hexadecimal digits"),
+    ):
+        if not good:
+            raise ResultsError(
+                f"{where} is damaged: field {name!r} is {_show(row[name])}, not {right}; delete this line"
+            )
+    return answer
+
+
+_MOST_BYTES = 2**63
+_RECEIPT = re.compile("[0-9a-f]{64}")
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,9 +9,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvprune.ablation.strict import parse
 from kvprune.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEFAULT_TASK = "all"
 """Task of a row that names none."""
@@ -123,15 +127,38 @@ def closest(got: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def read_picture(path: Path) -> tuple[Image.Image, bytes]:
+    """Return a picture, decoded and in RGB, and the bytes of its file.
+
+    Raises:
+        DataError: If there is none, it is no plain file, is cut or damaged, or has more pixels than Pillow
+            takes for safe.
+    """
+    from PIL import Image
+
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is no plain file")
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            return picture.convert("RGB"), content
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"no file at {path}; paths are relative to {path.parent}") from None
+    except Exception as error:  # decoders of damaged pictures raise whatever they stumble over
+        raise DataError(f"{path} is no readable picture ({error or type(error).__name__})") from error
+
+
 def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = parse(line)
         except UnicodeDecodeError as error:
             raise DataError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except ValueError as error:
             raise DataError(
                 f"{path}, line {number}: not JSON ({error}); expected one object per line like {_ROW}"
             ) from error
@@ -180,18 +207,10 @@ def _text(where: str, row: Mapping[str, Any], field: str) -> str:
 
 
 def _image_digest(where: str, image: Path) -> str:
-    from PIL import Image
-
     try:
-        content = image.read_bytes()
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(
-            f"{where}: field 'image': no file at {image}; paths are relative to {image.parent}"
-        ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: field 'image': {image} is no readable picture ({error})") from error
+        _, content = read_picture(image)
+    except DataError as error:
+        raise DataError(f"{where}: field 'image': {error}") from error
     return hashlib.sha256(content).hexdigest()
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import kvprune
 from kvprune.ablation.answers import Answer, to_row
-from kvprune.ablation.data import Example, is_correct, normalise
+from kvprune.ablation.asking import ask, batches, load_generator
+from kvprune.ablation.data import Example
 from kvprune.ablation.generation import Generator, resolve_device
 from kvprune.ablation.grid import REFERENCE, Configuration
 from kvprune.ablation.results import ResultsFolder
 from kvprune.ablation.settings import Progress, Settings
 from kvprune.ablation.summary import Summary, summarise
 from kvprune.ablation.timing import measure, read_laps
-from kvprune.errors import ResultsError
 
 __all__ = ["Run"]
 
@@ -37,8 +35,7 @@ class Run:
         self._answers = folder.answers(self._specs, [example.id for example in examples])
         rows = folder.timings.recover()
         self._laps = read_laps(str(folder.timings.path), rows, self._specs)
-        size = settings.batch_size
-        self._batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        self._batches = batches(examples, settings.batch_size)
         self._repetitions = [number for number in range(settings.repetitions) if number not in self._laps]
         self._generator: Generator | None = None
         self._on_progress = on_progress
@@ -95,36 +92,10 @@ class Run:
 
     def _ask(self, batch: Sequence[Example], inputs: Mapping[str, Any], one: Configuration) -> list[Answer]:
         """Answer a batch under one configuration; return what is not yet in the results."""
-        generator = self._model()
-        with kvprune.compress(generator.model, one.policy, seed=self._settings.seed) as run:
-            new = generator.generate(inputs)
-        kept = run.report.kept_per_sample
-        if len(kept) != len(batch) or any(math.isnan(fraction) for fraction in kept):
-            raise ResultsError(
-                f"{one.spec} reports kept fractions {kept} for {len(batch)} examples; each needs one"
-            )
-        texts, finished = generator.texts(new), generator.finished(new)
-        answers = []
-        for number, example in enumerate(batch):
-            if (one.spec, example.id) in self._answers:
-                continue
-            text = texts[number]
-            full = text if one.spec == REFERENCE else self._answers[REFERENCE, example.id].answer
-            answers.append(
-                Answer(
-                    spec=one.spec,
-                    id=example.id,
-                    task=example.task,
-                    answer=text,
-                    correct=is_correct(text, example.answers),
-                    agrees_with_full=normalise(text) == normalise(full),
-                    finished=finished[number],
-                    kept_fraction=kept[number],
-                    bytes_held=run.report.bytes_held // len(batch),
-                    bytes_full=run.report.bytes_full // len(batch),
-                )
-            )
-        return answers
+        known = [self._answers.get((REFERENCE, example.id)) for example in batch]
+        full = {answer.id: answer.answer for answer in known if answer is not None}
+        fresh = ask(self._model(), batch, inputs, one, self._settings.seed, full)
+        return [answer for answer in fresh if (answer.spec, answer.id) not in self._answers]
 
     def _open(self, batch: Sequence[Example], one: Configuration) -> bool:
         return any((one.spec, example.id) not in self._answers for example in batch)
@@ -132,14 +103,7 @@ class Run:
     def _model(self) -> Generator:
         """Load the model when it is needed first: a finished comparison never does."""
         if self._generator is None:
-            settings = self._settings
-            self._generator = Generator.load(
-                settings.model,
-                device=resolve_device(settings.device),
-                dtype=settings.dtype,
-                attn_implementation=settings.attn_implementation,
-                max_new_tokens=settings.max_new_tokens,
-            )
+            self._generator = load_generator(self._settings)
         return self._generator
 
     def _lap(self) -> None:

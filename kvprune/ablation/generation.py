@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from kvprune.ablation.data import Example
+from kvprune.ablation.data import Example, read_picture
+from kvprune.ablation.loading import load_model
 from kvprune.errors import DataError, UnsupportedModelError
 
 __all__ = ["DTYPES", "Generator", "resolve_device"]
@@ -39,6 +40,7 @@ class Generator:
         dtype: str,
         attn_implementation: str | None,
         max_new_tokens: int,
+        trust_remote_code: bool = False,
     ) -> Generator:
         """Load a model and its processor, and check that kvprune supports the model.
 
@@ -48,17 +50,21 @@ class Generator:
             dtype: One of `DTYPES`.
             attn_implementation: Passed to transformers; None is its default.
             max_new_tokens: Limit on an answer, in tokens.
+            trust_remote_code: Let transformers run Python files that come with the model.
 
         Raises:
-            UnsupportedModelError: If the model cannot be loaded, no adapter knows it, or its processor has no
-                chat template.
+            UnsupportedModelError: If the model cannot be loaded, wants to run code of its own, no adapter
+                knows it, or its processor has no chat template.
         """
         from kvprune.registry import find_adapter
 
-        if model is None:
-            loaded, processor = _load_demo(device, dtype, attn_implementation)
-        else:
-            loaded, processor = _load(model, device, dtype, attn_implementation)
+        loaded, processor = load_model(
+            model,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
         find_adapter(loaded)
         if not getattr(processor, "chat_template", None):
             raise UnsupportedModelError(
@@ -67,13 +73,14 @@ class Generator:
         return cls(model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens)
 
     def encode(self, examples: Sequence[Example]) -> Mapping[str, Any]:
-        """Return the model's inputs for one batch of user turns, each a picture followed by its question."""
-        from PIL import Image
+        """Return the model's inputs for one batch of user turns, each a picture followed by its question.
 
+        Raises:
+            DataError: If a picture cannot be read any more, or the processor pads on the right.
+        """
         images, prompts = [], []
         for example in examples:
-            with Image.open(example.image) as picture:
-                images.append([picture.convert("RGB")])
+            images.append([read_picture(example.image)[0]])
             content = [{"type": "image"}, {"type": "text", "text": example.question}]
             turn = [{"role": "user", "content": content}]
             prompts.append(self.processor.apply_chat_template(turn, add_generation_prompt=True))
@@ -128,28 +135,3 @@ class Generator:
 def resolve_device(device: str | None) -> str:
     """Return `device`, or the first CUDA device, or the CPU where there is none."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _load_demo(device: str, dtype: str, attn_implementation: str | None) -> tuple[Any, Any]:
-    from kvprune import demo
-
-    return demo.load(
-        dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
-        attn_implementation=attn_implementation or "sdpa",
-        device=device,
-    )
-
-
-def _load(model: str, device: str, dtype: str, attn_implementation: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    try:
-        processor = AutoProcessor.from_pretrained(model)
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            model, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **extra
-        )
-        return cast("torch.nn.Module", loaded).to(device), processor
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"cannot load model {model!r} on {device!r}: {reason}") from error

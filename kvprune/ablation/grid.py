@@ -12,7 +12,15 @@ from kvprune.policy import CrossKVPolicy
 from kvprune.registry import Registry
 from kvprune.spec import PolicySpec
 
-__all__ = ["BUDGETS", "DEFAULT_KEEP_RATIOS", "DEFAULT_POLICIES", "REFERENCE", "Configuration", "expand"]
+__all__ = [
+    "BUDGETS",
+    "DEFAULT_KEEP_RATIOS",
+    "DEFAULT_POLICIES",
+    "REFERENCE",
+    "Configuration",
+    "exactly",
+    "expand",
+]
 
 REFERENCE = "full"
 """The policy that every other one is compared with; it drops nothing."""
@@ -73,6 +81,16 @@ def expand(policies: Sequence[str | PolicySpec], keep_ratios: Sequence[float]) -
             configuration = _configure(installed, one)
             found.setdefault(configuration.spec, configuration)
     return tuple(found.values())
+
+
+def exactly(specs: Sequence[str]) -> tuple[Configuration, ...]:
+    """Return one configuration per spec, as it is and in this order: how a manifest names them.
+
+    Raises:
+        KVPruneError: If a spec is damaged, or its policy is not installed or has other options now.
+    """
+    installed = registry.load()
+    return tuple(replace(_configure(installed, PolicySpec.parse(spec)), spec=spec) for spec in specs)
 
 
 def _cross(registry: Registry, spec: PolicySpec, keep_ratios: Sequence[float]) -> list[PolicySpec]:

@@ -7,18 +7,21 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvprune.ablation.grid import Configuration
+from kvprune.errors import UnsupportedModelError
 
-__all__ = ["FORMAT", "KIND", "build_manifest", "first_difference", "model_digest"]
+__all__ = ["FORMAT", "KIND", "build_manifest", "differences", "digest", "first_difference", "model_digest"]
 
-KIND, FORMAT = "kvprune comparison", 1
+KIND, FORMAT = "kvprune comparison", 2
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "config.json")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""What can change an answer: weights, settings, tokenizer, chat template, code; pickles are never read."""
 
 
 def build_manifest(
@@ -45,49 +48,82 @@ def build_manifest(
     }
 
 
-def first_difference(old: object, new: object, where: str = "") -> str | None:
+def first_difference(old: object, new: object) -> str | None:
     """Name the first value in which two JSON trees differ, or return None."""
+    return next(differences(old, new), None)
+
+
+def differences(old: object, new: object, *, tolerance: float = 0.0, where: str = "") -> Iterator[str]:
+    """Name every value in which two JSON trees differ.
+
+    Args:
+        old: One tree.
+        new: The other.
+        tolerance: Relative difference of floats that counts as none.
+        where: Path of the trees in a larger one.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             path = f"{where}.{key}" if where else str(key)
             if key not in old or key not in new:
-                return f"{path} was {_show(old.get(key))} and is now {_show(new.get(key))}"
-            difference = first_difference(old[key], new[key], path)
-            if difference is not None:
-                return difference
-        return None
-    if isinstance(old, list) and isinstance(new, list):
+                yield f"{path} was {_show(old.get(key))} and is now {_show(new.get(key))}"
+            else:
+                yield from differences(old[key], new[key], tolerance=tolerance, where=path)
+    elif isinstance(old, list) and isinstance(new, list):
         for number, (one, other) in enumerate(zip(old, new, strict=False)):
-            difference = first_difference(one, other, f"{where}[{number}]")
-            if difference is not None:
-                return difference
+            yield from differences(one, other, tolerance=tolerance, where=f"{where}[{number}]")
         if len(old) != len(new):
             longer = old if len(old) > len(new) else new
             extra = _show(longer[min(len(old), len(new))])
-            return f"{where} had {len(old)} entries and now has {len(new)} (first extra: {extra})"
-        return None
-    same = old == new and isinstance(old, bool) == isinstance(new, bool)
-    return None if same else f"{where} was {_show(old)} and is now {_show(new)}"
+            yield f"{where} had {len(old)} entries and now has {len(new)} (first extra: {extra})"
+    elif not _same(old, new, tolerance):
+        yield f"{where} was {_show(old)} and is now {_show(new)}"
 
 
 def model_digest(model: str) -> str:
-    """Return what identifies the weights: SHA-256 of local files, or a hub model's commit, or its name.
+    """Return what identifies a model: SHA-256 of local files, or a hub model's commit, or its name.
 
     Args:
         model: Local folder or hub id.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        from transformers import AutoConfig
 
-        commit = getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
-        return f"commit:{commit}" if commit else f"name:{model}"
-    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
+    Raises:
+        UnsupportedModelError: If there is no such model.
+    """
+    try:
+        return _digest_of(Path(model)) if Path(model).is_dir() else _commit_of(model)
+    except Exception as error:  # a hub's client and a file system fail in many ways
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"cannot find model {model!r}: {reason}") from error
+
+
+def digest(value: object) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(folder: Path) -> str:
     total = hashlib.sha256()
-    for file in files:
+    for file in sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()}):
         with file.open("rb") as opened:
             total.update(f"{file.name}:{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def _commit_of(model: str) -> str:
+    from transformers import PretrainedConfig
+
+    # Reads config.json and nothing else: AutoConfig would offer to run code that comes with the model.
+    found, _ = PretrainedConfig.get_config_dict(model)
+    commit = found.get("_commit_hash")
+    return f"commit:{commit}" if commit else f"name:{model}"
+
+
+def _same(old: object, new: object, tolerance: float) -> bool:
+    if isinstance(old, bool) or isinstance(new, bool):
+        return old is new
+    if isinstance(old, float | int) and isinstance(new, float | int):
+        return old == new or math.isclose(old, new, rel_tol=tolerance, abs_tol=0.0)
+    return old == new
 
 
 def _describe(configuration: Configuration) -> dict[str, Any]:

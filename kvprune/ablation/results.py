@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any
 
 from kvprune.ablation.answers import Answer, from_row
-from kvprune.ablation.journal import Journal, write_json
-from kvprune.ablation.manifest import FORMAT, KIND, first_difference
+from kvprune.ablation.journal import Journal, check_plain_file, read_plain_file, write_json
+from kvprune.ablation.manifest import FORMAT, KIND, digest, first_difference
+from kvprune.ablation.strict import parse
 from kvprune.errors import ResultsError
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "TEMPORARY",
     "TIMINGS",
     "ResultsFolder",
+    "index_answers",
+    "lock",
 ]
 
 MANIFEST, RESULTS, TIMINGS = "manifest.json", "results.jsonl", "timings.jsonl"
@@ -34,6 +37,9 @@ DATA = "data"
 
 TEMPORARY = ".kvprune-"
 """Prefix of files that an interrupted run may leave behind and that may be deleted."""
+
+_WHY = {"1": ", since format 1 has no receipts of what was kept, so its answers cannot be verified"}
+"""Why an old format is not read any more."""
 
 _REMEDY = "choose another --output, or delete this folder to start again"
 
@@ -57,8 +63,11 @@ class ResultsFolder:
         self.manifest = self._read_manifest()
 
     def __enter__(self) -> ResultsFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultsError(f"cannot make the folder {self.path}: {error.strerror or error}") from error
+        self._lock = lock(self.path)
         return self
 
     def __exit__(
@@ -74,9 +83,11 @@ class ResultsFolder:
         A folder whose run has finished nothing yet is free to be claimed by another run.
 
         Raises:
-            ResultsError: If the folder holds another run; the message names the first difference.
+            ResultsError: If the folder holds another run (the message names the first difference), or
+                something else stands where a file of the run belongs.
         """
         new = json.loads(json.dumps(manifest))
+        self._check_places()
         old = self._read_manifest()
         difference = None if old is None else first_difference(_planned(old), new["run"])
         if old is not None and difference is None:
@@ -90,7 +101,7 @@ class ResultsFolder:
         if old is not None:
             shutil.rmtree(self.path / DATA, ignore_errors=True)
         self.manifest = new
-        write_json(self.path / MANIFEST, new)
+        self._write_manifest()
 
     def pin(self, name: str, value: str) -> None:
         """Note a digest in the manifest once it is known, or check it against the one noted there.
@@ -102,7 +113,7 @@ class ResultsFolder:
         pinned = self.manifest["run"].setdefault("pinned", {})
         if name not in pinned:
             pinned[name] = value
-            write_json(self.path / MANIFEST, self.manifest)
+            self._write_manifest()
         elif pinned[name] != value:
             raise ResultsError(
                 f"{self.path} holds another run: {name} was {pinned[name]!r} and is now {value!r}. "
@@ -115,57 +126,92 @@ class ResultsFolder:
         Raises:
             ResultsError: If a line is damaged, repeated, or not part of this run.
         """
-        done: dict[tuple[str, str], Answer] = {}
-        known_specs, known_ids = set(specs), set(ids)
-        for number, row in enumerate(self.results.recover(), start=1):
-            answer = from_row(f"{self.results.path}, line {number}", row)
-            key = (answer.spec, answer.id)
-            if answer.spec not in known_specs or answer.id not in known_ids:
-                raise ResultsError(
-                    f"{self.results.path}, line {number}: spec {answer.spec!r} with example {answer.id!r} "
-                    f"is not part of this run; {_REMEDY}"
-                )
-            if key in done:
-                raise ResultsError(
-                    f"{self.results.path}, line {number}: spec {answer.spec!r} with example {answer.id!r} "
-                    "appears twice; delete one of the two lines"
-                )
-            done[key] = answer
-        return done
+        return index_answers(self.results.path, self.results.recover(), specs, ids)
+
+    def _check_places(self) -> None:
+        """Find out now, not after hours of work, that a file cannot be written where it belongs."""
+        for name in (MANIFEST, RESULTS, TIMINGS, SUMMARY, PLOT):
+            check_plain_file(self.path / name)
+        data = self.path / DATA
+        if data.is_symlink() or (data.exists() and not data.is_dir()):
+            raise ResultsError(f"{data} is no folder; move it away, or {_REMEDY}")
+
+    def _write_manifest(self) -> None:
+        assert self.manifest is not None, "there is one to write"
+        self.manifest["run_sha256"] = digest(self.manifest["run"])
+        write_json(self.path / MANIFEST, self.manifest)
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
-        if not self.path.is_dir():
-            raise ResultsError(f"{self.path} is a file; --output must name a folder")
         try:
-            text = (self.path / MANIFEST).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            foreign = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(TEMPORARY))
-            if foreign:
+            if not self.path.exists():
+                return None
+            if not self.path.is_dir():
+                raise ResultsError(f"{self.path} is a file; --output must name a folder")
+            names = sorted(one.name for one in self.path.iterdir() if not one.name.startswith(TEMPORARY))
+        except OSError as error:
+            raise ResultsError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        raw = read_plain_file(self.path / MANIFEST)
+        if raw is None:
+            if names:
                 raise ResultsError(
-                    f"{self.path} is no results folder: it holds {foreign[0]!r} but no {MANIFEST}; "
+                    f"{self.path} is no results folder: it holds {names[0]!r} but no {MANIFEST}; "
                     "choose an empty or new folder as --output"
-                ) from None
+                )
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ResultsError(f"{self.path / MANIFEST} cannot be read ({error}); {_REMEDY}") from error
         try:
-            manifest = json.loads(text)
+            manifest = parse(raw)
         except ValueError as error:
             raise ResultsError(f"{self.path / MANIFEST} is damaged ({error}); {_REMEDY}") from error
         if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
             raise ResultsError(f"{self.path / MANIFEST} is not the manifest of a {KIND}; {_REMEDY}")
         if manifest.get("format") != FORMAT:
             raise ResultsError(
-                f"{self.path / MANIFEST} has format {manifest.get('format')!r}, "
-                f"but this kvprune reads {FORMAT}; {_REMEDY}"
+                f"{self.path / MANIFEST} has format {str(manifest.get('format'))[:20]}, "
+                f"but this kvprune reads {FORMAT}{_WHY.get(str(manifest.get('format')), '')}; {_REMEDY}"
             )
-        if not isinstance(manifest.get("run"), dict):
-            raise ResultsError(
-                f"{self.path / MANIFEST} is damaged: field 'run' is {manifest.get('run')!r}; {_REMEDY}"
-            )
+        run = manifest.get("run")
+        for name, value in (
+            ("run", run),
+            ("run.pinned", run.get("pinned", {}) if isinstance(run, dict) else {}),
+        ):
+            if not isinstance(value, dict):
+                raise ResultsError(
+                    f"{self.path / MANIFEST} is damaged: field {name!r} is {str(value)[:60]}; {_REMEDY}"
+                )
         return manifest
+
+
+def index_answers(
+    path: Path, rows: Sequence[Mapping[str, Any]], specs: Sequence[str], ids: Sequence[str]
+) -> dict[tuple[str, str], Answer]:
+    """Return answers by spec and example id.
+
+    Args:
+        path: Of results.jsonl, for messages.
+        rows: Its finished lines.
+        specs: Configurations of the run.
+        ids: Examples of the run.
+
+    Raises:
+        ResultsError: If a line is damaged, repeated, or not part of the run.
+    """
+    done: dict[tuple[str, str], Answer] = {}
+    known_specs, known_ids = set(specs), set(ids)
+    for number, row in enumerate(rows, start=1):
+        answer = from_row(f"{path}, line {number}", row)
+        key = (answer.spec, answer.id)
+        if answer.spec not in known_specs or answer.id not in known_ids:
+            raise ResultsError(
+                f"{path}, line {number}: spec {answer.spec!r} with example {answer.id!r} "
+                f"is not part of this run; {_REMEDY}"
+            )
+        if key in done:
+            raise ResultsError(
+                f"{path}, line {number}: spec {answer.spec!r} with example {answer.id!r} "
+                "appears twice; delete one of the two lines"
+            )
+        done[key] = answer
+    return done
 
 
 def _planned(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,19 +219,30 @@ def _planned(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest["run"].items() if name != "pinned"}
 
 
-def _lock(folder: Path) -> int | None:
-    """Hold a lock that the system drops when the process ends; None where there are no such locks."""
+def lock(folder: Path, *, shared: bool = False) -> int | None:
+    """Hold a lock that the system drops when the process ends; None where there are no such locks.
+
+    Args:
+        folder: What to lock.
+        shared: For reading: keeps out those who write, but not others who read.
+
+    Raises:
+        ResultsError: If another process holds it, or the folder cannot be opened.
+    """
     try:
         import fcntl
     except ImportError:
         return None
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ResultsError(f"{folder} cannot be opened: {error.strerror or error}") from error
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise ResultsError(
-            f"{folder} is in use by another run of kvprune; wait for it, or choose another --output"
+            f"{folder} is in use by another run of kvprune; wait for it, or choose another folder"
         ) from None
     except OSError:  # a file system without locks: nothing keeps others out, and nothing breaks
         pass

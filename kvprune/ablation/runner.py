@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvprune.ablation import plot, sources
 from kvprune.ablation.data import Example, digest
@@ -11,7 +12,7 @@ from kvprune.ablation.execution import Run
 from kvprune.ablation.generation import resolve_device
 from kvprune.ablation.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, Configuration, expand
 from kvprune.ablation.journal import write_atomically, write_json
-from kvprune.ablation.manifest import build_manifest, model_digest
+from kvprune.ablation.record import describe
 from kvprune.ablation.results import PLOT, SUMMARY, ResultsFolder
 from kvprune.ablation.settings import Progress, Settings
 from kvprune.ablation.summary import Summary
@@ -84,23 +85,8 @@ def _claim(
     else:
         examples = sources.own_examples(settings.data, settings.tasks, limit)
         tasks = tuple(dict.fromkeys(example.task for example in examples))
-    described = {
-        "tasks": list(tasks),
-        "limit": limit,
-        "seed": settings.seed,
-        "batch_size": settings.batch_size,
-        "max_new_tokens": settings.max_new_tokens,
-        "device": resolve_device(settings.device),
-        "dtype": settings.dtype,
-        "attn_implementation": settings.attn_implementation,
-        "model_digest": model_digest(sources.weights(settings.model)),
-        "data_origin": "file" if settings.data else "demo",
-    }
-    about = {
-        "model": settings.model or "embedded demo",
-        "data": str(settings.data or "embedded demo"),
-    }
-    folder.claim(build_manifest(configurations, described, about))
+    exact = replace(settings, tasks=tasks, limit=limit, device=resolve_device(settings.device))
+    folder.claim(describe(configurations, exact))
     if examples is None:
         examples = sources.demo_examples(folder.path, tasks, limit or sources.DEFAULT_LIMIT, settings.seed)
     folder.pin("data_sha256", digest(examples))

@@ -46,6 +46,7 @@ class Settings:
         dtype: One of `DTYPES`.
         attn_implementation: Passed to transformers; None is its default.
         repetitions: Repetitions of the timing; 0 times nothing.
+        trust_remote_code: Let transformers run Python files that come with `model`.
 
     Raises:
         KVPruneError: If a value is out of range.
@@ -63,6 +64,7 @@ class Settings:
     dtype: str = "auto"
     attn_implementation: str | None = None
     repetitions: int = 5
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("repetitions", 0), ("limit", 1)):

@@ -21,6 +21,9 @@ __all__ = ["TIMED_TOKENS", "Lap", "Ratio", "Speed", "measure", "read_laps", "spe
 TIMED_TOKENS = 64
 """Tokens of a timed answer: the first one is prefill, the others are decoding."""
 
+_LONGEST = 1e9
+"""Seconds; what is longer is damage, not patience."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lap:
@@ -115,12 +118,27 @@ def read_laps(
     found: dict[int, dict[str | None, Lap]] = {}
     for number, row in enumerate(rows, start=1):
         try:
-            laps: dict[str | None, Lap] = {None: Lap(*map(float, row["stock"]))}
-            laps.update({spec: Lap(*map(float, row["policies"][spec])) for spec in specs})
-            found[int(row["repetition"])] = laps
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            repetition, policies = row["repetition"], row["policies"]
+            if isinstance(repetition, bool) or not isinstance(repetition, int) or repetition in found:
+                raise ValueError(f"repetition is {repetition!r:.40}")
+            if set(policies) != set(specs):
+                raise ValueError("it times other configurations")
+            laps: dict[str | None, Lap] = {None: _read_lap(row["stock"])}
+            found[repetition] = laps | {spec: _read_lap(policies[spec]) for spec in specs}
+        except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(f"{where}, line {number} is damaged ({error!r}); delete this line") from error
     return found
+
+
+def _read_lap(value: object) -> Lap:
+    if (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(one, float | int) and not isinstance(one, bool) for one in value)
+        and all(0 < one < _LONGEST for one in value)
+    ):
+        return Lap(*value)
+    raise ValueError(f"{value!r:.40} is no pair of seconds")
 
 
 def speeds(laps: Mapping[int, Mapping[str | None, Lap]]) -> dict[str | None, Speed]:

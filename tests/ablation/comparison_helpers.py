@@ -38,4 +38,5 @@ def answer(spec: str, of: Example, text: str, full: str = "7", kept: float = 1.0
         kept_fraction=kept,
         bytes_held=round(1000 * kept),
         bytes_full=1000,
+        receipt=f"{round(1e6 * kept):064x}",
     )

@@ -127,11 +127,11 @@ def test_leftovers_of_a_killed_start_are_no_obstacle(
     [
         (b"", "manifest.json is damaged"),
         (b'{"kind": "kvprune comp', "manifest.json is damaged .*Unterminated"),
-        (b"\xff\xfe", "manifest.json cannot be read"),
+        (b"\xff\xfe", "manifest.json is damaged .*utf-8"),
         (b"[]", "is not the manifest of a kvprune comparison"),
         (b'{"kind": "grocery list"}', "is not the manifest of a kvprune comparison"),
-        (b'{"kind": "kvprune comparison", "format": 99}', "has format 99, but this kvprune reads 1"),
-        (b'{"kind": "kvprune comparison", "format": 1, "run": 3}', "damaged: field 'run' is 3"),
+        (b'{"kind": "kvprune comparison", "format": 99}', "has format 99, but this kvprune reads 2"),
+        (b'{"kind": "kvprune comparison", "format": 2, "run": 3}', "damaged: field 'run' is 3"),
     ],
 )
 def test_damaged_manifest_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
