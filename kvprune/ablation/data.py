@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 DEFAULT_TASK = "all"
 """Task of a row that names none."""
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pictures that are data. Pillow would also open EPS, which is a program that Ghostscript runs."""
+
 _ROW = '{"image": "picture.png", "question": "...", "answers": ["..."]}'
 
 
@@ -131,8 +134,8 @@ def read_picture(path: Path) -> tuple[Image.Image, bytes]:
     """Return a picture, decoded and in RGB, and the bytes of its file.
 
     Raises:
-        DataError: If there is none, it is no plain file, is cut or damaged, or has more pixels than Pillow
-            takes for safe.
+        DataError: If there is none, it is no plain file, of another format, cut or damaged, or has more
+            pixels than Pillow takes for safe.
     """
     from PIL import Image
 
@@ -140,7 +143,9 @@ def read_picture(path: Path) -> tuple[Image.Image, bytes]:
         if path.exists() and not path.is_file():
             raise DataError(f"{path} is no plain file")
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as picture:
+        Image.init()
+        formats = [name for name in _FORMATS if name in Image.OPEN]
+        with Image.open(io.BytesIO(content), formats=formats) as picture:
             return picture.convert("RGB"), content
     except DataError:
         raise

@@ -91,6 +91,11 @@ class ResultsFolder:
         old = self._read_manifest()
         difference = None if old is None else first_difference(_planned(old), new["run"])
         if old is not None and difference is None:
+            if old.get("run_sha256") != digest(old["run"]):
+                raise ResultsError(
+                    f"{self.path / MANIFEST} is damaged: its 'run' is not what was written there "
+                    f"(run_sha256 {str(old.get('run_sha256'))[:70]!r}); restore it, or {_REMEDY}"
+                )
             self.manifest = old
             return
         if old is not None and any(journal.path.exists() for journal in (self.results, self.timings)):

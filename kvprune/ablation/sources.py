@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvprune.ablation.data import Example, choose, closest, read_examples
 from kvprune.ablation.results import DATA, TEMPORARY
-from kvprune.errors import DataError
+from kvprune.errors import DataError, ResultsError
 
 __all__ = ["DEFAULT_LIMIT", "check_demo_tasks", "demo_examples", "own_examples", "weights"]
 
@@ -50,15 +50,23 @@ def demo_examples(folder: Path, tasks: Sequence[str], limit: int, seed: int) -> 
         tasks: What `check_demo_tasks` returned.
         limit: Examples per task.
         seed: Of the pictures and questions.
+
+    Raises:
+        ResultsError: If they cannot be written.
     """
     from kvprune import demo
 
     target = folder / DATA
-    if not target.exists():
-        partial = folder / f"{TEMPORARY}{DATA}"
-        shutil.rmtree(partial, ignore_errors=True)
-        demo.write_dataset(partial, tasks=tuple(tasks), per_task=limit, seed=seed)
-        os.replace(partial, target)
+    try:
+        if not target.exists():
+            partial = folder / f"{TEMPORARY}{DATA}"
+            if partial.is_symlink() or partial.is_file():
+                partial.unlink()
+            shutil.rmtree(partial, ignore_errors=True)
+            demo.write_dataset(partial, tasks=tuple(tasks), per_task=limit, seed=seed)
+            os.replace(partial, target)
+    except OSError as error:
+        raise ResultsError(f"cannot write the demo's data to {target}: {error.strerror or error}") from error
     return read_examples(target / "data.jsonl")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from kvprune.ablation import Settings
 from kvprune.ablation.answers import Answer
 from kvprune.ablation.data import Example
 
@@ -40,3 +42,21 @@ def answer(spec: str, of: Example, text: str, full: str = "7", kept: float = 1.0
         bytes_full=1000,
         receipt=f"{round(1e6 * kept):064x}",
     )
+
+
+SMALL_POLICIES = ("trim", "random:reach=onward", "lossless")
+SMALL_RATIOS = (0.25,)
+SMALL_SPECS = ("full", "trim:keep_ratio=0.25", "random:keep_ratio=0.25,reach=onward", "lossless")
+
+
+def small_settings(output: Path, **changes: Any) -> Settings:
+    small = {"tasks": ("read", "count"), "limit": 2, "batch_size": 3, "max_new_tokens": 3, "repetitions": 1}
+    return Settings(output=output, **{**small, **changes})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file of a folder, by its path inside it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_helpers import answer, example
+from comparison_helpers import SMALL_POLICIES, SMALL_RATIOS, answer, example, small_settings
 from PIL import Image
 
+from kvprune.ablation import compare
 from kvprune.ablation.grid import Configuration, expand
 from kvprune.ablation.summary import Summary, summarise
 from kvprune.ablation.timing import Lap
@@ -55,3 +57,17 @@ def summary(configurations: tuple[Configuration, ...]) -> Summary:
         for repetition in range(3)
     }
     return summarise(configurations, examples, answers, laps, batch_size=4, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def finished_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small comparison with timings; tests copy it before they change anything."""
+    folder = tmp_path_factory.mktemp("session") / "results"
+    compare(SMALL_POLICIES, SMALL_RATIOS, small_settings(folder))
+    return folder
+
+
+@pytest.fixture
+def folder(finished_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `finished_folder` to damage."""
+    return shutil.copytree(finished_folder, tmp_path / "results")

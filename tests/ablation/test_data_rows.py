@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
+import random
 import re
+import struct
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,10 @@ def test_reads_rows_in_order_with_defaults(write_rows: Write) -> None:
         ("[1, 2]", r"line 2: a list where an object"),
         ('"text"', r"line 2: a string where an object"),
         ("null", r"line 2: a null where an object"),
+        ("[" * 100_000, r"line 2: not JSON \(nested more than 50 levels deep\)"),
+        ('{"image": "a", "image": "b"}', r"line 2: not JSON \(key 'image' appears twice in one object\)"),
+        ('{"question": "\\ud800"}', r"line 2: not JSON .*surrogates not allowed"),
+        ('{"weight": NaN}', r"line 2: not JSON \(NaN is no JSON number\)"),
         (row(image=None), r"line 2: field 'image' is missing .*the row has: question, answers"),
         (row(question=None), r"line 2: field 'question' is missing"),
         (row(answers=None, answer="red"), r"line 2: field 'answers' is missing; is 'answer' meant\?"),
@@ -136,3 +146,57 @@ def test_answers_are_compared_normalised() -> None:
     assert is_correct(" RED\n", ["blue", "red"])
     assert not is_correct("redder", ["red"])
     assert not is_correct("", ["red"])
+
+
+def picture_error(write_rows: Write, tmp_path: Path, content: bytes) -> None:
+    """Read a file of pictures; anything but success or a DataError fails the test."""
+    path = write_rows([row(image="odd")])
+    (tmp_path / "odd").write_bytes(content)
+    with suppress(DataError):
+        read_examples(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of the TIFF decoder about what was damaged
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_damaged_pictures_are_data_errors(write_rows: Write, tmp_path: Path, kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 30), 60).convert("RGB").save(buffer, kind)
+    whole, draw = buffer.getvalue(), random.Random(kind)
+    for _ in range(40):
+        picture_error(write_rows, tmp_path, whole[: draw.randrange(len(whole))])
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[draw.randrange(min(len(whole), draw.choice((40, 10**6))))] = draw.randrange(256)
+        picture_error(write_rows, tmp_path, bytes(damaged))
+
+
+def test_pictures_that_unpack_to_gigabytes_are_refused(write_rows: Write, tmp_path: Path) -> None:
+    size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", size), (b"IDAT", zlib.compress(bytes(10**6))), (b"IEND", b"")):
+        crc = struct.pack(">I", zlib.crc32(name + content))
+        bomb += struct.pack(">I", len(content)) + name + content + crc
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(DataError, match=r"line 1: field 'image': .*bomb.png .*3600000000 pixels.*bomb"):
+        read_examples(write_rows([row(image="bomb.png")]))
+
+
+def test_pictures_that_are_programs_are_refused(
+    write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import EpsImagePlugin
+
+    def run(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    Image.new("RGB", (8, 8)).save(tmp_path / "program.png", "EPS")
+    with pytest.raises(DataError, match=r"program.png is no readable picture \(.*cannot identify"):
+        read_examples(write_rows([row(image="program.png")]))
+
+
+def test_pictures_in_odd_places_are_data_errors(write_rows: Write, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", ".", "good.png/x", "a\0b", "x" * 5000):
+        with pytest.raises(DataError, match="line 1: field 'image': "):
+            read_examples(write_rows([row(image=name)]))
