@@ -15,6 +15,7 @@ from kvprune.ablation.asking import ask, batches, load_generator
 from kvprune.ablation.data import Example
 from kvprune.ablation.grid import REFERENCE, Configuration
 from kvprune.ablation.recheck import Difference, changes_since, compare_values, recheck
+from kvprune.ablation.results import SUMMARY
 from kvprune.ablation.runner import require
 from kvprune.ablation.settings import Progress
 from kvprune.ablation.stored import Stored, read_stored
@@ -132,7 +133,9 @@ def verify(
         answers=pairs,
         same_answers=same["answer"],
         same_receipts=same["receipt"],
-        differences=tuple(found),
+        differences=tuple(
+            sorted(found, key=lambda one: one.where == SUMMARY)
+        ),  # what it follows from is first
         notes=(*(f"changed since: {change}" for change in changed), *stored.notes, *notes),
     )
 
