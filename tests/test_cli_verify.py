@@ -73,7 +73,8 @@ def test_json_is_all_of_standard_output(edited: Path, compared: Path) -> None:
     assert (found["reproduces"], found["differences"], found["notes"]) == (True, [], [])
     found = json.loads(run("verify", str(edited), "--all", "--json", code=1).stdout)
     assert not found["reproduces"]
-    assert {one["example"] for one in found["differences"]} == {"read-0001", None}
+    named = {one["example"] for one in found["differences"]}
+    assert named - {None} == {"read-0001"}
 
 
 @pytest.mark.parametrize(

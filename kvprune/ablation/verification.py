@@ -126,6 +126,7 @@ def verify(
         pairs += 1
         for name in same:
             same[name] += before[name] == after[name]
+    found.sort(key=lambda one: one.where == SUMMARY)  # what a summary follows from comes first
     return Verification(
         folder=str(folder),
         lines=len(stored.answers),
@@ -133,9 +134,7 @@ def verify(
         answers=pairs,
         same_answers=same["answer"],
         same_receipts=same["receipt"],
-        differences=tuple(
-            sorted(found, key=lambda one: one.where == SUMMARY)
-        ),  # what it follows from is first
+        differences=tuple(found),
         notes=(*(f"changed since: {change}" for change in changed), *stored.notes, *notes),
     )
 
