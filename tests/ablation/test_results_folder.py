@@ -13,6 +13,7 @@ from kvprune.ablation.answers import to_row
 from kvprune.ablation.grid import Configuration
 from kvprune.ablation.manifest import build_manifest, first_difference, model_digest
 from kvprune.ablation.results import ResultsFolder
+from kvprune.ablation.timing import read_laps
 from kvprune.errors import ResultsError
 
 
@@ -131,6 +132,8 @@ def test_leftovers_of_a_killed_start_are_no_obstacle(
         (b"[]", "is not the manifest of a kvprune comparison"),
         (b'{"kind": "grocery list"}', "is not the manifest of a kvprune comparison"),
         (b'{"kind": "kvprune comparison", "format": 99}', "has format 99, but this kvprune reads 2"),
+        (b'{"kind": "kvprune comparison", "format": 1}', "reads 2, since format 1 has no receipts"),
+        (b'{"kind": "kvprune comparison", "format": 2, "run": {"pinned": 3}}', "field 'run.pinned' is 3"),
         (b'{"kind": "kvprune comparison", "format": 2, "run": 3}', "damaged: field 'run' is 3"),
     ],
 )
@@ -151,6 +154,10 @@ def test_damaged_manifest_is_refused(tmp_path: Path, content: bytes, message: st
         ({"bytes_held": True}, "line 2 is damaged: field 'bytes_held' is True, not a int"),
         ({"answer": None}, "line 2 is damaged: field 'answer' is None"),
         ({"extra": 1}, "line 2 is damaged: field 'extra' is unknown"),
+        ({"kept_fraction": 1.5}, "field 'kept_fraction' is 1.5, not between 0 and 1"),
+        ({"bytes_held": -1}, "field 'bytes_held' is -1, not a number of bytes"),
+        ({"bytes_full": 10**400}, "field 'bytes_full' is 1000.*, not a number of bytes"),
+        ({"receipt": "A" * 64}, "field 'receipt' is 'AAA.*, not 64 hexadecimal digits"),
     ],
 )
 def test_lines_that_do_not_belong_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -159,6 +166,26 @@ def test_lines_that_do_not_belong_are_refused(tmp_path: Path, change: dict[str, 
     folder.results.append([to_row(answer("full", example(0), "7")), second])
     with pytest.raises(ResultsError, match=message):
         folder.answers(["full"], ["e0", "e1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stock": [0, 1]}, r"\[0, 1\] is no pair of seconds"),
+        ({"stock": [1, 1e10]}, "is no pair of seconds"),
+        ({"stock": [1, 2, 3]}, "is no pair of seconds"),
+        ({"policies": {"full": ["1", "2"]}}, "is no pair of seconds"),
+        ({"policies": {}}, "it times other configurations"),
+        ({"policies": 3}, "not iterable"),
+        ({"repetition": 0}, "repetition is 0"),
+        ({"repetition": True}, "repetition is True"),
+    ],
+)
+def test_timings_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    first = {"repetition": 0, "stock": [1, 2.5], "policies": {"full": [1.5, 3]}}
+    assert read_laps("timings.jsonl", [first], ["full"])[0]["full"].all == 3
+    with pytest.raises(ResultsError, match=rf"timings.jsonl, line 2 is damaged \(.*{message}"):
+        read_laps("timings.jsonl", [first, {**first, "repetition": 1, **change}], ["full"])
 
 
 def test_line_without_a_field_is_refused(tmp_path: Path) -> None:
