@@ -8,10 +8,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -24,8 +24,9 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from kvprune import registry
-from kvprune.errors import KVPruneError, PolicyOptionError
+from kvprune.errors import KVPruneError, PluginError, PolicyOptionError
 from kvprune.spec import describe_type
+from kvprune.text import error_line, printable
 
 __all__ = ["app", "main"]
 
@@ -76,15 +77,15 @@ def _root(
 def list_policies(debug: _Debug = False) -> None:
     """List installed policies, and plugins that could not be loaded."""
     with _one_line_errors(debug):
-        found = registry.load()
+        found = _load_quietly()
         table = _table("policy", "version", "plugin (distribution)", "what it does")
         for entry in found.policies.values():
-            claim = " ".join(inspect.cleandoc(entry.cls.__doc__ or "").partition("\n\n")[0].split())
-            table.add_row(entry.name, str(entry.version), f"{entry.plugin} ({entry.distribution})", claim)
+            claim = " ".join(_docstring(entry.cls).partition("\n\n")[0].split())
+            plugin = f"{entry.plugin} ({entry.distribution})"
+            table.add_row(entry.name, str(entry.version), plugin, printable(claim, 400))
         _console().print(table)
         for broken in found.broken:
-            problem = f"{type(broken.error).__name__}: {broken.error}"
-            _say(f"broken plugin {broken.name} ({broken.distribution}): {problem}")
+            _say(f"broken plugin {broken.name} ({broken.distribution}): {broken.problem}")
 
 
 @app.command()
@@ -94,27 +95,42 @@ def show(
 ) -> None:
     """Explain one policy: what it does, its options, where it comes from and what it costs."""
     with _one_line_errors(debug):
-        found = registry.load()
-        policy = found.policy_class(name)
+        found = _load_quietly()
+        found.policy_class(name)
         entry = found.policies[name]
-        text, meanings = _read_docstrings(policy)
-        print(
-            f"{name}, version {entry.version}, from plugin {entry.plugin} ({entry.distribution})\n\n{text}\n"
-        )
-        for fact in ("paper", "fidelity", "cost"):
-            print(f"{fact + ':':<10}{getattr(policy, fact) or '-'}")
-        types = policy.option_types()
-        table = _table("option", "type", "default", "meaning")
-        for option in dataclasses.fields(policy):
-            default = "required" if option.default is dataclasses.MISSING else str(option.default).lower()
-            table.add_row(
-                option.name, describe_type(types[option.name]), default, meanings.get(option.name, "-")
-            )
-        print()
-        if types:
-            _console().print(table)
-        else:
-            print("It has no options.")
+        try:
+            _describe(entry)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the class is foreign code, too
+            raise PluginError(
+                f"policy {name!r} of plugin {entry.plugin!r} cannot be described: {error_line(error)}"
+            ) from error
+
+
+def _describe(entry: registry.PolicyEntry) -> None:
+    policy = entry.cls
+    text, meanings = _read_docstrings(policy)
+    print(f"{entry.name}, version {entry.version}, from plugin {entry.plugin} ({entry.distribution})\n")
+    print(printable(text, 20_000, newlines=True) + "\n")
+    for fact in ("paper", "fidelity", "cost"):
+        print(f"{fact + ':':<10}{printable(getattr(policy, fact), 400) or '-'}")
+    types = policy.option_types()
+    table = _table("option", "type", "default", "meaning")
+    for option in dataclasses.fields(policy):
+        row = option.name, describe_type(types[option.name]), _default(option), meanings.get(option.name, "-")
+        table.add_row(*(printable(cell, 400) for cell in row))
+    print()
+    if types:
+        _console().print(table)
+    else:
+        print("It has no options.")
+
+
+def _default(option: dataclasses.Field[Any]) -> str:
+    if option.default_factory is not dataclasses.MISSING:
+        return str(option.default_factory()).lower()
+    return "required" if option.default is dataclasses.MISSING else str(option.default).lower()
 
 
 @app.command()
@@ -122,7 +138,7 @@ def doctor(debug: _Debug = False) -> None:
     """Check versions, plugins, what adapters rely on in transformers, and the demo model."""
     from kvprune.doctor import examine
 
-    with _one_line_errors(debug):
+    with _one_line_errors(debug), redirect_stdout(sys.stderr):
         _quieten_transformers()
         checks = examine()
     section = ""
@@ -252,7 +268,7 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
     except (KVPruneError, ModuleNotFoundError) as error:
         if debug:
             raise
-        _say(f"error: {error}")
+        _say(f"error: {printable(str(error), newlines=True)}")
         raise typer.Exit(2) from None
 
 
@@ -272,14 +288,28 @@ def _ratio(text: str) -> float:
         ) from None
 
 
+def _load_quietly() -> registry.Registry:
+    """Load all plugins; what they print goes to standard error, which is no part of a command's answer."""
+    with redirect_stdout(sys.stderr):
+        return registry.load()
+
+
+def _docstring(cls: type) -> str:
+    """Return the docstring that an author wrote; not the signature that a dataclass makes up."""
+    text = getattr(cls, "__doc__", None)
+    if not isinstance(text, str) or text.startswith(f"{cls.__name__}("):
+        return ""
+    return inspect.cleandoc(text)
+
+
 def _read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
     """Return a class's docstring without its arguments, and each argument's meaning, inherited or not."""
     meanings: dict[str, str] = {}
     for cls in reversed(policy.__mro__):
-        arguments = _ARGUMENTS.search(inspect.cleandoc(cls.__doc__ or ""))
+        arguments = _ARGUMENTS.search(_docstring(cls))
         for name, meaning in _ARGUMENT.findall(arguments[1] if arguments else ""):
             meanings[name] = " ".join(meaning.split())
-    text = _ARGUMENTS.sub("", inspect.cleandoc(policy.__doc__ or ""))
+    text = _ARGUMENTS.sub("", _docstring(policy))
     return re.sub("\n{3,}", "\n\n", text).strip(), meanings
 
 
@@ -294,8 +324,11 @@ def _table(*columns: str) -> Table:
 
 
 def _console() -> Console:
-    console = Console(highlight=False, markup=False, soft_wrap=False)
-    return console if console.is_terminal else Console(width=_WIDTH, highlight=False, markup=False)
+    # Text of plugins is shown as it is: no markup, no :emoji:.
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if console.is_terminal:
+        return console
+    return Console(width=_WIDTH, highlight=False, markup=False, emoji=False)
 
 
 def _say(text: str) -> None:

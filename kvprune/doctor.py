@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 
 from kvprune import registry
 from kvprune.errors import KVPruneError
+from kvprune.plugins import AdapterEntry, global_hooks
+from kvprune.text import error_line, printable, shown
 
 __all__ = ["Check", "examine"]
 
@@ -38,22 +40,35 @@ class Check:
 
 
 def examine() -> tuple[Check, ...]:
-    """Look at everything; never raises because of what it finds."""
+    """Look at everything; never raises because of what it finds, and what it returns is printable."""
     checks: list[Check] = []
     for section, look in _SECTIONS:
         try:
             checks += look()
-        except Exception as error:  # whatever is broken here is the finding
-            checks.append(
-                Check(
-                    section=section,
-                    name="could not be examined",
-                    ok=False,
-                    detail=f"{type(error).__name__}: {error}",
-                    remedy="repair what the error names, then run `kvprune doctor` again",
-                )
-            )
-    return tuple(checks)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever is broken here is the finding
+            checks.append(_failure(section, error))
+    return tuple(
+        Check(
+            section=printable(check.section, 80),
+            name=printable(check.name, 200),
+            ok=check.ok,
+            detail=printable(check.detail, 1000),
+            remedy=printable(check.remedy, 400),
+        )
+        for check in checks
+    )
+
+
+def _failure(section: str, error: BaseException, subject: str = "") -> Check:
+    return Check(
+        section=section,
+        name=f"{subject} could not be examined".strip(),
+        ok=False,
+        detail=error_line(error),
+        remedy="repair what the error names, then run `kvprune doctor` again",
+    )
 
 
 def _versions() -> Iterator[Check]:
@@ -119,7 +134,7 @@ def _plugins() -> Iterator[Check]:
             section="plugins",
             name=f"{broken.name} ({broken.distribution})",
             ok=False,
-            detail=f"{type(broken.error).__name__}: {broken.error}",
+            detail=broken.problem,
             remedy=f"repair, update or uninstall {broken.distribution}",
         )
     if not found.policies:
@@ -132,21 +147,41 @@ def _plugins() -> Iterator[Check]:
         )
 
 
+def _hooks() -> Iterator[Check]:
+    hooks = [f"{table.strip('_')}: {shown(hook, 80)}" for (table, _), hook in global_hooks()]
+    yield Check(
+        section="torch",
+        name="hooks on all modules",
+        ok=not hooks,
+        detail=", ".join(hooks) or "none",
+        remedy="they change every model in this process; remove what registers them" if hooks else "",
+    )
+
+
 def _adapters() -> Iterator[Check]:
     for entry in registry.load().adapters:
-        for probe in entry.cls.probe():
-            yield Check(
-                section=f"adapter {entry.cls.family}",
-                name=probe.name,
-                ok=probe.ok,
-                detail=probe.detail,
-                remedy=""
-                if probe.ok
-                else (
-                    "install a transformers version that kvprune supports (see versions above); until then "
-                    f"compress() refuses {', '.join(entry.cls.model_classes)}"
-                ),
-            )
+        try:
+            yield from _probes(entry)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin's own code; the other adapters are still of interest
+            yield _failure(f"adapter {entry.cls.family}", error, f"{entry.cls.__name__} of {entry.plugin}")
+
+
+def _probes(entry: AdapterEntry) -> Iterator[Check]:
+    for probe in entry.cls.probe():
+        yield Check(
+            section=f"adapter {entry.cls.family}",
+            name=str(probe.name),
+            ok=bool(probe.ok),
+            detail=str(probe.detail),
+            remedy=""
+            if probe.ok
+            else (
+                "install a transformers version that kvprune supports (see versions above); until then "
+                f"compress() refuses {', '.join(entry.cls.model_classes)}"
+            ),
+        )
 
 
 def _demo() -> Iterator[Check]:
@@ -174,6 +209,7 @@ _SECTIONS: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
     ("versions", _versions),
     ("versions", _optional),
     ("plugins", _plugins),
+    ("torch", _hooks),
     ("adapters", _adapters),
     ("demo", _demo),
 )

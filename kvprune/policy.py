@@ -20,9 +20,10 @@ from kvprune import scoring
 from kvprune.errors import PolicyOptionError, ScoreError
 from kvprune.selection import Budget, Decision, Selection
 from kvprune.spec import OptionValue, PolicySpec, check_option, is_option_type, parse_option, suggestion
+from kvprune.text import shown
 from kvprune.view import LayerView
 
-__all__ = ["CrossKVPolicy", "ScoringPolicy", "onward_decision"]
+__all__ = ["CrossKVPolicy", "ScoringPolicy", "onward_decision", "require_policy_class"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class CrossKVPolicy(ABC):
             if option not in types:
                 known = ", ".join(sorted(types)) or "none"
                 raise PolicyOptionError(
-                    f"policy {cls.name!r} has no option {option!r}{suggestion(option, types)} "
+                    f"policy {cls.name!r} has no option {shown(option)}{suggestion(option, types)} "
                     f"(options: {known})"
                 )
         required = [
@@ -121,7 +122,9 @@ class CrossKVPolicy(ABC):
         ]
         missing = [option for option in required if option not in options]
         if missing:
-            raise PolicyOptionError(f"policy {cls.name!r} needs option {missing[0]!r}, got {dict(options)!r}")
+            raise PolicyOptionError(
+                f"policy {cls.name!r} needs option {missing[0]!r}, got {shown(dict(options))}"
+            )
         values = {
             option: parse_option(cls.name, option, types[option], value) if isinstance(value, str) else value
             for option, value in options.items()
@@ -135,29 +138,42 @@ class CrossKVPolicy(ABC):
         Raises:
             TypeError: With the class and what is missing.
         """
-        where = f"{cls.__module__}.{cls.__qualname__}"
-        if inspect.isabstract(cls):
-            missing = ", ".join(sorted(cls.__abstractmethods__))
-            raise TypeError(f"{where} is abstract: it does not define {missing}")
-        if not isinstance(getattr(cls, "name", None), str):
-            raise TypeError(f'{where} has no name; add the class attribute `name = "..."`')
-        PolicySpec(cls.name)
-        if isinstance(cls.version, bool) or not isinstance(cls.version, int):
-            raise TypeError(f"{where} has the version {cls.version!r}; a version is a whole number")
-        own = cls.__dict__.get("__dataclass_params__")
-        if own is None or not own.frozen:
-            raise TypeError(f"{where} is no frozen dataclass; add @dataclass(frozen=True, kw_only=True)")
-        for option, annotation in cls.option_types().items():
-            if option in ("name", "version"):
-                raise TypeError(
-                    f"{where} annotates {option!r}, which makes it an option; "
-                    f"leave the annotation out, or write {option}: ClassVar[...]"
-                )
-            if not is_option_type(annotation):
-                raise TypeError(
-                    f"{where} has the option {option!r} of type {annotation!r}; options are bool, int, "
-                    "float, str, None, Literal, or a union of these, so that a spec can hold them"
-                )
+        require_policy_class(cls)
+
+
+def require_policy_class(cls: type[CrossKVPolicy]) -> None:
+    """Raise unless a class can be used as a policy; what `CrossKVPolicy.check_class` does, not overridable.
+
+    Raises:
+        TypeError: With the class and what is missing.
+        SpecError: If its name or version cannot stand in a spec.
+    """
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise TypeError(f"{where} is abstract: it does not define {missing}")
+    if not isinstance(getattr(cls, "name", None), str):
+        raise TypeError(f'{where} has no name; add the class attribute `name = "..."`')
+    if isinstance(cls.version, bool) or not isinstance(cls.version, int):
+        raise TypeError(f"{where} has the version {shown(cls.version)}; a version is a whole number")
+    PolicySpec(cls.name, version=cls.version)
+    for fact in ("paper", "fidelity", "cost"):
+        if not isinstance(getattr(cls, fact), str):
+            raise TypeError(f"{where} has the {fact} {shown(getattr(cls, fact))}; it is text, or empty")
+    own = cls.__dict__.get("__dataclass_params__")
+    if own is None or not own.frozen:
+        raise TypeError(f"{where} is no frozen dataclass; add @dataclass(frozen=True, kw_only=True)")
+    for option, annotation in cls.option_types().items():
+        if option in ("name", "version"):
+            raise TypeError(
+                f"{where} annotates {option!r}, which makes it an option; "
+                f"leave the annotation out, or write {option}: ClassVar[...]"
+            )
+        if not is_option_type(annotation):
+            raise TypeError(
+                f"{where} has the option {option!r} of type {shown(annotation)}; options are bool, int, "
+                "float, str, None, Literal, or a union of these, so that a spec can hold them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +245,12 @@ class ScoringPolicy(CrossKVPolicy):
             raise ScoreError(
                 f"{where}: score returned shape {list(scores.shape)}, "
                 f"expected [{batch}, {heads} or 1, {columns}]"
+            )
+        # Asked before anything reads the scores: a view of one number may claim to be any number of them.
+        if scores.layout != torch.strided or scores.device != view.keys.device:
+            raise ScoreError(
+                f"{where}: score returned a {scores.layout} tensor on {scores.device}, "
+                f"expected a plain one on {view.keys.device}, where the keys are"
             )
         if scores.is_complex():
             raise ScoreError(f"{where}: score returned {scores.dtype}, which has no order")

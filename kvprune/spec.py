@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvprune.errors import PolicyOptionError, SpecError
+from kvprune.text import error_line, shown
 
 __all__ = [
     "OptionValue",
@@ -31,6 +32,10 @@ OptionValue = bool | int | float | str | None
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LONGEST_NAME = 64
+_LARGEST_VERSION = 10**9
+_MOST_BITS = 1024
+"""Of a whole number: what no float holds is no option, and Python itself refuses to write far longer ones."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class PolicySpec:
     """A policy's name, its options as written, and the version of the policy if one is demanded.
 
     Args:
-        name: Lower-case letters, digits, ``.``, ``_`` and ``-``.
+        name: Lower-case letters, digits, ``.``, ``_`` and ``-``; at most 64.
         options: Values by option name: text from a spec string, or typed values from Python and JSON.
         version: If given, the installed policy must have this version.
 
@@ -51,28 +56,33 @@ class PolicySpec:
     version: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or len(self.name) > _LONGEST_NAME or not _NAME.fullmatch(self.name):
             raise SpecError(
-                f"{self.name!r} is no policy name; names are lower-case letters, digits and '.', '_', '-'"
+                f"{shown(self.name)} is no policy name; names are lower-case letters, digits and "
+                f"'.', '_', '-', at most {_LONGEST_NAME}"
             )
-        if self.version is not None and (isinstance(self.version, bool) or not isinstance(self.version, int)):
-            raise SpecError(f"the version of a spec is a whole number, got {self.version!r}")
+        version = self.version
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
+            raise SpecError(f"the version of a spec is a whole number, got {shown(version)}")
+        if version is not None and not 0 <= version <= _LARGEST_VERSION:
+            raise SpecError(f"the version of a spec is between 0 and 10**9, got {shown(version)}")
         if not isinstance(self.options, Mapping):
-            raise SpecError(f"options of a spec are a mapping of names to values, got {self.options!r}")
+            raise SpecError(f"options of a spec are a mapping of names to values, got {shown(self.options)}")
         for key, value in self.options.items():
             if not isinstance(key, str) or not _KEY.fullmatch(key):
-                raise SpecError(f"{key!r} is no option name in the spec of {self.name!r}")
+                raise SpecError(f"{shown(key)} is no option name in the spec of {self.name!r}")
+            where = f"option {shown(key)} of {self.name!r}"
             if not isinstance(value, bool | int | float | str | None):
-                raise SpecError(
-                    f"option {key!r} of {self.name!r} is text, a number, true, false or none, got {value!r}"
-                )
+                raise SpecError(f"{where} is text, a number, true, false or none, got {shown(value)}")
             if isinstance(value, str) and (not value or value != value.strip() or re.search("[,;]", value)):
                 raise SpecError(
-                    f"option {key!r} of {self.name!r} holds the text {value!r}; text in a spec is not empty, "
+                    f"{where} holds the text {shown(value)}; text in a spec is not empty, "
                     "has no blanks at its ends, and neither ',' nor ';'"
                 )
             if isinstance(value, float) and not math.isfinite(value):
-                raise SpecError(f"option {key!r} of {self.name!r} must be a finite number, got {value!r}")
+                raise SpecError(f"{where} must be a finite number, got {value!r}")
+            if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+                raise SpecError(f"{where} must be a number that a float can hold, got {shown(value)}")
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
 
     def __reduce__(self) -> tuple[type[PolicySpec], tuple[str, dict[str, OptionValue], int | None]]:
@@ -89,16 +99,16 @@ class PolicySpec:
             SpecError: If the text does not follow the grammar; the message says where.
         """
         if not isinstance(text, str):
-            raise SpecError(f"a spec is text such as 'trim:k_ratio=0.25', got {text!r}")
+            raise SpecError(f"a spec is text such as 'trim:k_ratio=0.25', got {shown(text)}")
         name, colon, rest = text.strip().partition(":")
         options: dict[str, OptionValue] = {}
         if colon:
             for part in re.split("[,;]", rest):
                 key, equals, value = (piece.strip() for piece in part.partition("="))
                 if not equals or not key or not value:
-                    raise SpecError(f"expected key=value in spec {text!r}, got {part.strip()!r}")
+                    raise SpecError(f"expected key=value in spec {shown(text)}, got {shown(part.strip())}")
                 if key in options:
-                    raise SpecError(f"option {key!r} is given twice in spec {text!r}")
+                    raise SpecError(f"option {shown(key)} is given twice in spec {shown(text)}")
                 options[key] = value
         return cls(name.strip(), options)
 
@@ -121,10 +131,12 @@ class PolicySpec:
             SpecError: If a key is missing or unknown, or a value has the wrong type.
         """
         if not isinstance(data, Mapping) or "name" not in data:
-            raise SpecError(f"a spec in JSON is an object with a 'name', got {data!r}")
-        unknown = sorted(set(data) - {"name", "options", "version"})
+            raise SpecError(f"a spec in JSON is an object with a 'name', got {shown(data)}")
+        unknown = sorted(set(data) - {"name", "options", "version"}, key=repr)
         if unknown:
-            raise SpecError(f"unknown keys {unknown} in spec {dict(data)!r}; known: name, options, version")
+            raise SpecError(
+                f"unknown keys {shown(unknown)} in spec {shown(dict(data))}; known: name, options, version"
+            )
         return cls(data["name"], data.get("options", {}), data.get("version"))
 
     def to_json(self) -> str:
@@ -136,13 +148,22 @@ class PolicySpec:
         """Read what `to_json` wrote.
 
         Raises:
-            SpecError: If the text is not JSON or not a spec.
+            SpecError: If the text is not JSON or not a spec, or an object in it has a key twice.
         """
         try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise SpecError(f"a spec in JSON does not parse ({error}): {text!r}") from error
+            data = json.loads(text, object_pairs_hook=_unique)
+        # ValueError: no JSON, no UTF-8, or more digits than Python reads; RecursionError: nested too deep.
+        except (ValueError, TypeError, RecursionError) as error:
+            raise SpecError(f"a spec in JSON does not parse ({error_line(error)}): {shown(text)}") from error
         return cls.from_dict(data)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; JSON itself would let the last of two equal keys win."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("a key is given twice")
+    return data
 
 
 def _written(value: OptionValue) -> str:
@@ -153,6 +174,8 @@ def _written(value: OptionValue) -> str:
 
 def suggestion(wrong: str, right: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of the right names, or nothing."""
+    if not isinstance(wrong, str) or len(wrong) > _LONGEST_NAME:  # nothing is close, and looking takes long
+        return ""
     close = difflib.get_close_matches(wrong, list(right), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -177,14 +200,17 @@ def is_option_type(annotation: Any) -> bool:
 
 
 def check_option(policy: str, option: str, annotation: Any, value: object) -> None:
-    """Raise unless a typed value fits the annotation of an option's field.
+    """Raise unless a typed value fits the annotation of an option's field, and a spec can say so.
 
     Raises:
         PolicyOptionError: With the policy, the option, the value and what would be right.
     """
+    where = f"option {option!r} of policy {policy!r}"
     if not _fits(annotation, value):
+        raise PolicyOptionError(f"{where} must be {describe_type(annotation)}, got {shown(value)}")
+    if isinstance(value, str) and not isinstance(again := _read_any(annotation, value), str):
         raise PolicyOptionError(
-            f"option {option!r} of policy {policy!r} must be {describe_type(annotation)}, got {value!r}"
+            f"{where} cannot be the text {shown(value)}, which a spec would read back as {again!r}"
         )
 
 
@@ -194,17 +220,25 @@ def parse_option(policy: str, option: str, annotation: Any, text: str) -> Option
     Raises:
         PolicyOptionError: If no type of the annotation can be read from the text.
     """
+    try:
+        return _read_any(annotation, text)
+    except ValueError:
+        raise PolicyOptionError(
+            f"option {option!r} of policy {policy!r} must be {describe_type(annotation)}, got {shown(text)}"
+        ) from None
+
+
+def _read_any(annotation: Any, text: str) -> OptionValue:
+    """Read text as the first type of the annotation that fits; raise ValueError if none does."""
     # "none" means none wherever that is allowed, also beside text.
     for choice in sorted(_choices(annotation), key=lambda choice: choice is not type(None)):
         try:
             value = _read(choice, text)
-        except ValueError:
+        except ValueError:  # also what Python raises for more digits than it reads
             continue
         if _fits(choice, value):
             return value
-    raise PolicyOptionError(
-        f"option {option!r} of policy {policy!r} must be {describe_type(annotation)}, got {text!r}"
-    )
+    raise ValueError(text)
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
@@ -222,7 +256,7 @@ def _fits(annotation: Any, value: object) -> bool:
             if isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
                 return True
         elif choice is int:
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= _MOST_BITS:
                 return True
         elif isinstance(value, choice):
             return True

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
+    "text",
     "selection",
     "visibility",
     "scoring",
@@ -28,6 +29,7 @@ ORDER = [
     "receipts",
     "manager",
     "adapters",
+    "plugins",
     "registry",
     "session",
     "demo",
