@@ -159,7 +159,7 @@ def load_plugin(entry_point: metadata.EntryPoint) -> tuple[list[PolicyEntry], li
             "expected module or module:attribute"
         )
     plugin = entry_point.load()
-    # A manager of its own: what one plugin leaves half registered cannot reach another.
+    # A manager of its own: what a plugin leaves half registered (older pluggy) cannot reach another.
     manager = pluggy.PluginManager("kvprune")
     manager.add_hookspecs(hookspecs)
     _register(manager, plugin, name)

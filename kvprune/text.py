@@ -19,15 +19,17 @@ def printable(text: str, limit: int | None = None, *, newlines: bool = False) ->
         limit: Longest text that is shown in full; of a longer one the middle is left out.
         newlines: Whether newlines stay as they are.
     """
-    if limit is not None and len(text) > limit:
-        head, tail = limit * 2 // 3, limit // 3
-        text = f"{text[:head]}...({len(text) - head - tail} characters left out)...{text[-tail:]}"
-    return "".join(
-        char
-        if char.isprintable() or (newlines and char == "\n") or unicodedata.category(char) == "Zs"
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
+    if not text.isprintable():
+        text = "".join(
+            char
+            if char.isprintable() or (newlines and char == "\n") or unicodedata.category(char) == "Zs"
+            else char.encode("unicode_escape").decode()
+            for char in text
+        )
+    if limit is None or len(text) <= limit:
+        return text
+    head, tail = limit * 2 // 3, len(text) - limit // 3
+    return f"{text[:head]}...({tail - head} characters left out)...{text[tail:]}"
 
 
 def shown(value: object, limit: int = 200) -> str:

@@ -1,9 +1,12 @@
-"""Settings that every test runs under: no network, one thread, reproducible examples."""
+"""Settings of every test (no network, one thread, reproducible examples), and a fixture that tests share."""
 
+import itertools
 import os
+import textwrap
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +22,26 @@ settings.register_profile("default", max_examples=40, **_common)
 # pytest --hypothesis-profile=thorough
 settings.register_profile("thorough", max_examples=1000, **_common)
 settings.load_profile("default")
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def install(tmp_path_factory, monkeypatch):
+    """Install a distribution: ``install("dist", entry_point=source of its module, ...)``."""
+
+    def install(distribution, **sources):
+        folder = tmp_path_factory.mktemp(distribution)
+        lines = ["[kvprune]"]
+        for entry_point, source in sources.items():
+            module = f"plugin_under_test_{next(_numbers)}"
+            (folder / f"{module}.py").write_text(textwrap.dedent(source))
+            lines.append(f"{entry_point.replace('_', '-')} = {module}")
+        info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        monkeypatch.syspath_prepend(str(folder))
+        return folder
+
+    return install

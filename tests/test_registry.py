@@ -1,6 +1,5 @@
 """Plugins that are really installed: distributions with entry points, found by importlib.metadata."""
 
-import itertools
 import subprocess
 import sys
 import textwrap
@@ -42,33 +41,10 @@ HOOK = """
 """
 GOOD = POLICY + HOOK
 
-_numbers = itertools.count()
-
 
 @pytest.fixture(autouse=True)
 def all_plugins(monkeypatch):
     monkeypatch.delenv("KVPRUNE_PLUGINS", raising=False)
-
-
-@pytest.fixture
-def install(tmp_path_factory, monkeypatch):
-    """Install a distribution: ``install("dist", entry_point=source of its module, ...)``."""
-
-    def install(distribution, **sources):
-        folder = tmp_path_factory.mktemp(distribution)
-        lines = ["[kvprune]"]
-        for entry_point, source in sources.items():
-            module = f"plugin_under_test_{next(_numbers)}"
-            (folder / f"{module}.py").write_text(textwrap.dedent(source))
-            lines.append(f"{entry_point.replace('_', '-')} = {module}")
-        info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-        monkeypatch.syspath_prepend(str(folder))
-        return folder
-
-    return install
 
 
 def policy(name, version=1):
