@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import json
 import re
 import sys
@@ -55,6 +56,11 @@ _WIDTH = 120
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a docstring must not end a command on a terminal without UTF-8
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

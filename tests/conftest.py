@@ -35,7 +35,7 @@ def install(tmp_path_factory, monkeypatch):
         lines = ["[kvprune]"]
         for entry_point, source in sources.items():
             module = f"plugin_under_test_{next(_numbers)}"
-            (folder / f"{module}.py").write_text(textwrap.dedent(source))
+            (folder / f"{module}.py").write_text(textwrap.dedent(source), "utf-8")
             lines.append(f"{entry_point.replace('_', '-')} = {module}")
         info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir()

@@ -1,5 +1,6 @@
 """Plugins that misbehave: none takes others down, each is named, and no traceback reaches the user."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -357,6 +358,21 @@ def test_the_command_ends_by_itself_whatever_plugins_raise(install):
         "bad",
         "worse",
     ]
+
+
+def test_a_docstring_that_the_terminal_cannot_encode_is_printed_escaped(install):
+    folder = install("acc-prune", acc=policy(doc="Garde les jetons \u00e9loign\u00e9s \u2192 10 %."))
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom kvprune.cli import main; main()"
+    for arguments in (["list"], ["show", "odd"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert r"\xe9loign\xe9s \u2192 10 %." in done.stdout
 
 
 # building a policy
