@@ -303,9 +303,10 @@ def test_a_policy_without_a_docstring_is_listed_and_shown(install, doc):
 
 
 def test_the_signature_that_a_dataclass_makes_up_is_no_claim(install):
-    source = policy().replace('"""Keep odd tokens."""', "")
-    install("mute-prune", mute=source)
-    assert "keep_ratio: float" not in command("list").stdout
+    install("mute-prune", mute=policy().replace('"""Keep odd tokens."""', ""))
+    assert registry.load().policies["odd"].cls.__doc__.startswith("Policy(*, keep_ratio")
+    (line,) = (line for line in command("list").stdout.splitlines() if line.startswith("odd "))
+    assert line.split() == ["odd", "1", "mute", "(mute-prune)"]
 
 
 def test_defaults_that_cannot_be_printed_are_a_typed_error(install):
@@ -468,6 +469,11 @@ def test_hooks_left_on_all_modules_are_found_and_the_plugin_refused(install, sou
     (hooks,) = (check for check in doctor.examine() if check.name == "hooks on all modules")
     assert hooks.ok is False
     assert "spy" in hooks.detail
+
+
+def test_hooks_of_another_module_are_found_when_the_plugin_leaves_them(install):
+    install("spy-prune", spy=LEAVES + "register_module_forward_hook(print)\n" + policy())
+    assert "leaves hooks on all modules of torch behind: forward hook <built-in" in broken("spy").problem
 
 
 def test_hooks_of_others_are_no_plugins_fault(install):
