@@ -225,7 +225,7 @@ def compare(
         )
         _quieten_transformers()
         ratios = [_ratio(part) for part in re.split("[,;]", keep_ratios)]
-        with progress_bar() as on_progress:
+        with redirect_stdout(sys.stderr), progress_bar() as on_progress:  # plugins may print
             summary = run(policy or DEFAULT_POLICIES, ratios, settings, on_progress)
         if json_output:
             print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
@@ -251,7 +251,7 @@ def verify(
         from kvprune.ablation.console import progress_bar
 
         _quieten_transformers()
-        with progress_bar() as on_progress:
+        with redirect_stdout(sys.stderr), progress_bar() as on_progress:
             found = run(
                 results,
                 sample=None if everything else sample,

@@ -260,7 +260,7 @@ class ScoringPolicy(CrossKVPolicy):
         scores = scores.masked_fill((strata < 0)[:, None], -torch.inf)
         if bool(scores.isnan().any()):
             raise ScoreError(
-                f"{where}: score returned NaN for {int(scores.isnan().sum())} visible tokens, "
+                f"{where}: score returned NaN for {int(scores.isnan().sum())} tokens that could be kept, "
                 f"expected numbers of shape [{batch}, {heads} or 1, {columns}]"
             )
         # Finite, so that averages over heads never meet inf - inf.

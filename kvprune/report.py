@@ -235,7 +235,7 @@ class CompressionReport:
         share = f" ({held / full:.1%})" if full else ""
         asked = ", ".join(f"{name} {value}" for name, value in self.requested.items()) or "no budget"
         lines = [
-            f"{self.policy}  seed {self.seed}  prefills {self.prefills}  decisions took {self.seconds:.3g} s",
+            f"{self.policy}  seed {self.seed}  prefills {self.prefills}",
             f"asked: {asked}; kept {self.kept_fraction:.1%} of visible tokens, "
             f"{self.kept_of_stored:.1%} of those that stock holds",
             f"cross-attention cache {held:.2f} MiB of {full:.2f} MiB stock{share}; "
@@ -247,6 +247,7 @@ class CompressionReport:
             f"{layer.bytes_held / _MIB:>9.3f}  {layer.bytes_full / _MIB:>9.3f}"
             for layer in self.layers
         ]
+        lines.append(f"deciding took {self.seconds:.3g} s")
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from kvprune.adapters.base import ModelAdapter
 from kvprune.errors import CompressionStateError, NestedCompressionError, PolicyNeverRanError
 from kvprune.manager import CrossKVManager
-from kvprune.policy import CrossKVPolicy
+from kvprune.policy import CrossKVPolicy, require_policy_class
 from kvprune.registry import load
 from kvprune.report import CompressionReport
 from kvprune.selection import Selection
@@ -47,7 +47,7 @@ def compress(model: nn.Module, policy: str | PolicySpec | CrossKVPolicy, *, seed
     registry = load()
     adapter = registry.adapter_for(model)
     chosen = registry.get_policy(policy)
-    type(chosen).check_class()
+    require_policy_class(type(chosen))
     adapter.require_probes()
     return Compression(adapter(model), chosen, seed)
 

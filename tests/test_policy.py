@@ -194,7 +194,7 @@ def test_a_batch_in_which_only_one_sample_gets_a_new_image_is_decided(reach):
         (lambda view: None, "NoneType"),
         (lambda view: [[0.0] * 6], "list"),
         (lambda view: view.values.norm(dim=-1).numpy(), "ndarray"),
-        (lambda view: view.values.norm(dim=-1) * torch.nan, "NaN for 24 visible tokens"),
+        (lambda view: view.values.norm(dim=-1) * torch.nan, "NaN for 24 tokens that could be kept"),
     ],
 )
 @pytest.mark.parametrize("reach", ["layer", "onward"])
@@ -225,7 +225,7 @@ def test_one_nan_at_a_visible_token_is_refused_and_counted():
         return scores
 
     view = make_view(make_visibility([[[1, 0]]], [3, 1]))
-    with pytest.raises(ScoreError, match="NaN for 1 visible tokens"):
+    with pytest.raises(ScoreError, match="NaN for 1 tokens that could be kept"):
         answering(score).select(view)
 
 
@@ -243,7 +243,7 @@ def test_a_layer_does_not_mind_nan_at_columns_that_only_prefill_sees():
     visibility = make_visibility([[[1, 0], [0, 1]]], 2, images=[0, 1])
     scores = torch.tensor([[[math.nan, math.nan, 1.0, 2.0]]])
     assert kept_sets(answering(lambda view: scores).select(make_view(visibility)).cache) == [[{3}]]
-    with pytest.raises(ScoreError, match="NaN for 2 visible tokens"):
+    with pytest.raises(ScoreError, match="NaN for 2 tokens that could be kept"):
         answering(lambda view: scores, reach="onward").select(make_view(visibility))
 
 

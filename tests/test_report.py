@@ -124,8 +124,9 @@ def test_the_printed_table_shows_the_fraction_the_bytes_and_every_layer():
     report.add_prefill([receipt(3), receipt(38, width=99)], kept=[[1], [1]], visible=[8])
     report.warn("mind this")
     report.warn("mind this")
-    first, asked, summary, header, *rows, warning = str(report).splitlines()
-    assert first.split()[:5] == ["trim:k_ratio=0.25", "seed", "7", "prefills", "1"]
+    first, asked, summary, header, *rows, took, warning = str(report).splitlines()
+    assert took == "deciding took 0 s"
+    assert first.split() == ["trim:k_ratio=0.25", "seed", "7", "prefills", "1"]
     assert asked.startswith("asked: k_ratio 0.25; kept 12.5% of visible tokens")
     assert "2.00 MiB of 8.00 MiB stock (25.0%)" in summary
     assert header.split()[:4] == ["layer", "decided", "held", "stock"]

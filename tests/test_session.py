@@ -137,3 +137,9 @@ def test_selections_say_what_prefill_and_decode_used():
     assert run.prefill_selections[1] is None  # the deciding layer attended to all
     assert run.prefill_selections[3] == run.selections[3] == run.selections[1]
     assert torch.equal(cache.layers[3].slots, run.selections[3].indices)
+
+
+def test_a_probe_that_raises_is_a_typed_error(monkeypatch):
+    monkeypatch.setattr(MllamaAdapter, "probe", classmethod(lambda cls: 1 / 0))
+    with pytest.raises(IncompatibleTransformersError, match="probe: raised ZeroDivisionError"):
+        kvprune.compress(mllama(), "full")

@@ -127,7 +127,10 @@ class ModelAdapter(ABC):
         Raises:
             IncompatibleTransformersError: Naming each probe that failed.
         """
-        failed = [probe for probe in cls.probe() if not probe.ok]
+        try:
+            failed = [probe for probe in cls.probe() if not probe.ok]
+        except Exception as error:  # an adapter of a third party: what it could not look at is not there
+            failed = [Probe("probe", False, f"raised {type(error).__name__}: {str(error)[:200]}")]
         if failed:
             details = "; ".join(f"{probe.name}: {probe.detail}" for probe in failed)
             raise IncompatibleTransformersError(
