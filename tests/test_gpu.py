@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from generation import POLICIES, difference_to_oracle, mllama
+from generation import POLICIES, difference_to_oracle, generate, mllama, tiny_mllama
+from transformers import CompileConfig
 
 import kvprune
 from kvprune.testing import mllama_inputs
@@ -28,6 +29,34 @@ def test_the_oracle_holds(spec):
     model = copy.deepcopy(mllama(torch.float64)).cuda()
     inputs = on_gpu(mllama_inputs(LAYOUTS, dtype=torch.float64))
     assert difference_to_oracle(model, inputs, spec) <= 1e-6
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_return_sequences": 3, "do_sample": True}])
+def test_copies_of_a_sample_are_held_once(options):
+    model = copy.deepcopy(mllama(torch.float64)).cuda()
+    inputs = on_gpu(mllama_inputs(LAYOUTS, dtype=torch.float64))
+    with kvprune.compress(model, "trim") as one:
+        generate(model, inputs)
+    with kvprune.compress(model, "trim") as several:
+        cache = generate(model, inputs, **options)[2]
+    assert cache is not None
+    assert several.report.verify() == one.report.bytes_held
+
+
+def test_decoding_compiles_as_one_graph():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_mllama(1, dtype=torch.float64).cuda()
+    inputs = on_gpu(mllama_inputs(LAYOUTS, dtype=torch.float64))
+    with kvprune.compress(model, "trim"):
+        expected = generate(model, inputs)[1]
+        for _ in range(2):
+            how = CompileConfig(fullgraph=True, dynamic=False)
+            logits = generate(model, inputs, cache_implementation="static", compile_config=how)[1]
+            assert (logits - expected).abs().max() <= 1e-6
+            assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("spec", [spec for spec in POLICIES if spec not in ("full", "lossless")])
