@@ -25,7 +25,13 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from kvprune import registry
-from kvprune.errors import KVPruneError, PluginError, PolicyOptionError
+from kvprune.errors import (
+    ConformanceError,
+    KVPruneError,
+    PluginError,
+    PolicyOptionError,
+    UnknownInvariantError,
+)
 from kvprune.spec import describe_type
 from kvprune.text import error_line, printable
 
@@ -159,6 +165,58 @@ def doctor(debug: _Debug = False) -> None:
     failed = sum(check.ok is False for check in checks)
     print(f"{failed} of {len(checks)} checks failed." if failed else "All is well.")
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def check(
+    policy: Annotated[
+        str,
+        typer.Argument(
+            help="Name of an installed policy, checked with several budgets, or a spec such as "
+            "trim:k_ratio=0.1, checked as it is."
+        ),
+    ],
+    expect_failure: Annotated[
+        list[str] | None,
+        typer.Option(help="ID=REASON of an invariant that must fail; repeatable."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Invariants to check, separated by commas.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the generated problems.")] = 0,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON on standard output.")
+    ] = False,
+    debug: _Debug = False,
+) -> None:
+    """Check a policy against the invariants KV01 to KV14, on generated problems and tiny models."""
+    from kvprune.testing import check_policy
+
+    with _one_line_errors(debug):
+        try:
+            report = check_policy(
+                policy,
+                only=None if only is None else [part.strip() for part in re.split("[,;]", only)],
+                expected_failures=dict(_expected_failure(text) for text in expect_failure or []),
+                seed=seed,
+            )
+        except ConformanceError as failure:
+            report = failure.report
+    if json_output:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        table = _table("id", "what", "outcome", "problems", "seconds")
+        for result in report.results:
+            row = (result.id, result.title, result.outcome, str(result.problems), f"{result.seconds:.1f}")
+            table.add_row(*row)
+        _console().print(table)
+        print("\n".join([*report.explanations, "", report.verdict]))
+    raise typer.Exit(0 if report.passed else 1)
+
+
+def _expected_failure(text: str) -> tuple[str, str]:
+    invariant, equals, reason = (part.strip() for part in text.partition("="))
+    if not equals or not reason:
+        raise UnknownInvariantError(f"expected ID=REASON such as KV14='not nested', got {text!r}")
+    return invariant, reason
 
 
 @app.command()

@@ -5,9 +5,12 @@ A message says what was wrong, shows the value it got, and says what would be ri
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BudgetError",
     "CompressionStateError",
+    "ConformanceError",
     "DataError",
     "IncompatibleTransformersError",
     "KVPruneError",
@@ -22,6 +25,7 @@ __all__ = [
     "ScoreError",
     "SelectionError",
     "SpecError",
+    "UnknownInvariantError",
     "UnknownPolicyError",
     "UnsupportedCacheError",
     "UnsupportedModelError",
@@ -102,3 +106,15 @@ class PolicyFailedError(KVPruneError):
 
 class ReceiptError(KVPruneError):
     """What a receipt says is not what the live cache holds, or the cache is gone."""
+
+
+class ConformanceError(KVPruneError):
+    """A policy breaks invariants; ``report`` is the `kvprune.testing.ConformanceReport`."""
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class UnknownInvariantError(KVPruneError):
+    """The conformance suite was asked about an invariant that there is none of this id."""

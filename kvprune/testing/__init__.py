@@ -1,8 +1,45 @@
-"""Tools for testing policies and adapters: tiny random models and the master oracle."""
+"""Tools for testing policies and adapters: tiny random models, the master oracle, the conformance suite.
+
+`strategies` needs hypothesis and is loaded when it is first used; so is what `check_policy` needs.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kvprune.testing.conformance import (
+    SUITE_VERSION,
+    ConformanceReport,
+    Result,
+    check_policy,
+    recheck,
+)
 from kvprune.testing.oracle import masked_oracle
+from kvprune.testing.problems import LayerProblem, ModelProblem
 from kvprune.testing.tiny import mllama_inputs, tiny_bart, tiny_mllama, tiny_whisper
 
-__all__ = ["masked_oracle", "mllama_inputs", "tiny_bart", "tiny_mllama", "tiny_whisper"]
+if TYPE_CHECKING:
+    from kvprune.testing import strategies
+
+__all__ = [
+    "SUITE_VERSION",
+    "ConformanceReport",
+    "LayerProblem",
+    "ModelProblem",
+    "Result",
+    "check_policy",
+    "masked_oracle",
+    "mllama_inputs",
+    "recheck",
+    "strategies",
+    "tiny_bart",
+    "tiny_mllama",
+    "tiny_whisper",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        return importlib.import_module("kvprune.testing.strategies")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

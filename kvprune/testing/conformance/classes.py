@@ -1,0 +1,53 @@
+"""Checks of a policy's class: its options, and that its specs lead back to the same policy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+from kvprune.policy import CrossKVPolicy
+from kvprune.spec import PolicySpec
+from kvprune.testing.conformance.budgets import variants
+from kvprune.testing.conformance.report import Violation
+
+__all__ = ["check_class", "class_warnings"]
+
+
+def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
+    """Check a class, and that its policies (``made``, or variants) survive being written down."""
+    if not isinstance(cls, type) or not issubclass(cls, CrossKVPolicy):
+        raise Violation("a class derived from CrossKVPolicy", repr(cls))
+    cls.check_class()
+    for policy in made or variants(cls):
+        written = str(policy.spec)
+        if (again := cls.from_options(PolicySpec.parse(written).options)) != policy:
+            raise Violation(f"the spec {written!r} to make the same policy again", f"{again!r}")
+        as_json = policy.spec.to_json()
+        if (again := cls.from_options(PolicySpec.from_json(as_json).options)) != policy:
+            raise Violation(f"the spec {as_json} to make the same policy again", f"{again!r}")
+        if hash(copy.deepcopy(policy)) != hash(policy):
+            raise Violation("a policy that has the hash of its copy", f"two hashes of {written}")
+        if not isinstance(policy.needs, frozenset) or not policy.needs <= {"queries", "raw_keys"}:
+            raise Violation('needs to be a frozenset of "queries" and "raw_keys"', f"{policy.needs!r}")
+        try:
+            pickle.dumps(policy)
+        except (pickle.PicklingError, AttributeError) as error:
+            if "<locals>" not in cls.__qualname__:
+                raise Violation("a policy that can be pickled", f"{error}") from error
+
+
+def class_warnings(cls: type[CrossKVPolicy]) -> tuple[str, ...]:
+    """Return what is no failure but should be looked at."""
+    found = []
+    own = cls.__dict__.get("__doc__") or ""
+    if not own.strip() or own.startswith(f"{cls.__name__}("):  # what dataclass writes
+        found.append(f"{cls.__name__} has no docstring; `kvprune list` and `kvprune show` print it")
+    undocumented = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if not any(f"{field.name}:" in (base.__doc__ or "") for base in cls.__mro__)
+    ]
+    if undocumented:
+        found.append(f"options without a line under Args: {', '.join(undocumented)}")
+    return tuple(found)

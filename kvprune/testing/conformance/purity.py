@@ -1,0 +1,262 @@
+"""Purity of a policy on one layer's view: KV10, and what it leaves behind (KV06, KV12)."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from kvprune.policy import CrossKVPolicy
+from kvprune.selection import Decision, Selection
+from kvprune.testing.conformance.decisions import answer, pose
+from kvprune.testing.conformance.isolation import process_state, random_state
+from kvprune.testing.conformance.report import Violation
+from kvprune.testing.problems import LayerProblem, cut_to_sample
+from kvprune.testing.reference import kept_sets, same_by_head
+from kvprune.view import LayerView
+
+__all__ = [
+    "check_alone",
+    "check_answers_stay",
+    "check_clock",
+    "check_inputs",
+    "check_instance",
+    "check_order",
+    "check_process",
+    "check_randomness",
+    "check_references",
+    "is_exact",
+]
+
+Written = tuple[object, ...]
+
+
+def written(decision: Decision) -> Written:
+    """A decision as plain numbers, which nobody can change afterwards."""
+
+    def plain(selection: Selection | None) -> object:
+        return selection and (selection.columns, selection.indices.tolist(), selection.valid.tolist())
+
+    return plain(decision.cache), plain(decision.onward)
+
+
+def _ask(policy: CrossKVPolicy, problem: LayerProblem) -> Written:
+    return written(answer(policy, pose(policy, problem)))
+
+
+def _require_same(expected: str, first: Written, second: Written) -> None:
+    if first != second:
+        raise Violation(expected, f"first {_short(first)}, then {_short(second)}")
+
+
+def _short(decision: Written) -> str:
+    text = repr(decision)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def check_inputs(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: the view's tensors stay as they were, those derived from visibility included."""
+    view, fresh = pose(policy, problem), pose(policy, problem)
+    tensors = _tensors(view)
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    answer(policy, view)
+    after, before = _tensors(view), _tensors(fresh)
+    for name, tensor in after.items():
+        if tensor is not tensors[name] or not torch.equal(tensor, before[name]):
+            raise Violation(f"view.{name} to stay as it was", "another content")
+        if tensor._version != versions[name]:
+            raise Violation(f"no writing to view.{name}", "it was written to, and put back")
+    for name in ("visible", "visible_in_prefill", "groups", "strata"):
+        if not torch.equal(getattr(view, name), getattr(fresh, name)):
+            raise Violation(f"view.{name} to stay as it was", "another content")
+
+
+def _tensors(view: LayerView) -> dict[str, torch.Tensor]:
+    see = view.visibility
+    found = {
+        "keys": view.keys,
+        "values": view.values,
+        "queries": view.captured_queries,
+        "raw_keys": view.captured_raw_keys,
+        "visibility.rows": see.rows,
+        "visibility.units": see.units,
+        "visibility.images": see.images,
+        "visibility.live": see.live,
+        "visibility.exists": see.exists,
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def check_order(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: the same answers again, whatever was asked in between, and in another layer order."""
+    layers = [dataclasses.replace(problem, rank=rank) for rank in range(problem.num_layers)]
+    forwards = [_ask(policy, layer) for layer in layers]
+    _ask(policy, dataclasses.replace(problem, seed=problem.seed + 1))
+    backwards = [_ask(policy, layer) for layer in reversed(layers)][::-1]
+    for layer, first, second in zip(layers, forwards, backwards, strict=True):
+        _require_same(f"the same answer again at rank {layer.rank}", first, second)
+    anew = [_ask(dataclasses.replace(policy), layer) for layer in layers]
+    for layer, first, second in zip(layers, forwards, anew, strict=True):
+        _require_same(f"the same answer of an equal policy at rank {layer.rank}", first, second)
+
+
+def check_randomness(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: neither reads nor moves the global generators of torch, random and numpy."""
+    answers = []
+    for seed in (1, 2):
+        _reseed(seed)
+        before = random_state()
+        answers.append(_ask(policy, problem))
+        for name, state in random_state().items():
+            if not _same_state(state, before[name]):
+                raise Violation(
+                    f"the global generator of {name} to stay as it was (draw from view.random())",
+                    "it was moved or seeded",
+                )
+    _require_same("the same answer whatever the global generators hold", *answers)
+
+
+def _reseed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def _same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple):
+        return all(_same_state(a, b) for a, b in zip(one, other, strict=True))
+    same = one == other
+    return bool(same.all() if hasattr(same, "all") else same)
+
+
+def check_clock(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: the same answer at any time of day."""
+    answers = []
+    for shift in (0, 12_345_679):
+        with _clock_ahead(shift):
+            answers.append(_ask(policy, problem))
+    _require_same("the same answer at any time of day", *answers)
+
+
+@contextmanager
+def _clock_ahead(seconds: int) -> Iterator[None]:
+    """Let the functions of `time` run ahead."""
+    names = ("time", "monotonic", "perf_counter", "process_time")
+    real: dict[str, Callable[[], Any]] = {
+        name + unit: getattr(time, name + unit) for name in names for unit in ("", "_ns")
+    }
+
+    def ahead(function: Callable[[], Any], factor: int) -> Callable[[], Any]:
+        return lambda: function() + seconds * factor
+
+    try:
+        for name, function in real.items():
+            setattr(time, name, ahead(function, 10**9 if name.endswith("_ns") else 1))
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(time, name, function)
+
+
+def check_references(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: keeps no reference to the view or its tensors, which would keep their memory."""
+    view = pose(policy, problem)
+    watched: dict[str, Callable[[], bool]] = {}
+    for name, tensor in _tensors(view).items():
+        if not name.startswith("visibility"):
+            watched[name] = StorageWeakRef(tensor.untyped_storage()).expired
+    reference = weakref.ref(view)
+    watched["itself"] = lambda: reference() is None
+    answer(policy, view)
+    del view, tensor
+    if not all(gone() for gone in watched.values()):
+        gc.collect()  # perhaps only a cycle of an exception or a closure
+    alive = [name for name, gone in watched.items() if not gone()]
+    if alive:
+        raise Violation("no reference to the view after the call", f"still alive: {', '.join(alive)}")
+
+
+def check_instance(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: the policy and its class are the same afterwards; a policy holds options and nothing else."""
+    before = _held_by(policy)
+    answer(policy, pose(policy, problem))
+    after = _held_by(policy)
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        raise Violation("a policy that holds its options and nothing else", f"changed: {', '.join(changed)}")
+
+
+def _held_by(policy: CrossKVPolicy) -> dict[str, object]:
+    held: dict[str, object] = {f"instance attribute {name}": repr(v) for name, v in vars(policy).items()}
+    for cls in type(policy).__mro__:
+        if not cls.__module__.startswith(("kvprune.policy", "abc", "builtins")):
+            for name, value in vars(cls).items():
+                mutable = isinstance(value, list | dict | set)
+                held[f"class attribute {cls.__name__}.{name}"] = repr(value) if mutable else id(value)
+    return held
+
+
+def is_exact(problem: LayerProblem) -> bool:
+    """Whether a sample may be compared with itself in a batch: no ties that rounding could order anew."""
+    return (
+        len(problem.layouts) > 1 and problem.content == "random" and problem.dtype in ("float32", "float64")
+    )
+
+
+def check_alone(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: a sample selects alone what it selects in a batch, without the padding that the batch needs."""
+    view = pose(policy, problem)
+    together = answer(policy, view)
+    for sample in range(len(problem.layouts)):
+        alone_view = cut_to_sample(pose(policy, problem), problem, sample)
+        alone = answer(policy, alone_view)
+        for part in ("cache", "onward"):
+            in_batch, by_itself = getattr(together, part), getattr(alone, part)
+            if (in_batch is None) != (by_itself is None):
+                raise Violation(f"{part} of sample {sample} alone as in the batch", "one is None, one is not")
+            if in_batch is None:
+                continue
+            first, second = kept_sets(in_batch)[sample], kept_sets(by_itself)[0]
+            if not same_by_head(first, second):
+                raise Violation(
+                    f"{part} of sample {sample} alone as in the batch, {_listed(first)}", _listed(second)
+                )
+
+
+def _listed(by_head: list[set[int]]) -> str:
+    return "; ".join(str(sorted(kept)) for kept in by_head)
+
+
+def check_answers_stay(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV06: an answer given at one layer does not change when another layer is asked."""
+    given: list[tuple[int, Decision, Written]] = []
+    for rank in range(problem.num_layers):
+        decision = answer(policy, pose(policy, dataclasses.replace(problem, rank=rank)))
+        given.append((rank, decision, written(decision)))
+        for earlier, kept, as_given in given:
+            if written(kept) != as_given:
+                raise Violation(
+                    f"the answer given at rank {earlier} to stay as it was", f"another one after rank {rank}"
+                )
+
+
+def check_process(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV12: torch and transformers as a whole are as before."""
+    before = process_state()
+    answer(policy, pose(policy, problem))
+    after = process_state()
+    changed = [name for name in before if before[name] != after[name]]
+    if changed:
+        raise Violation("torch and transformers to be as before the call", f"changed: {', '.join(changed)}")

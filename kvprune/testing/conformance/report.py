@@ -1,0 +1,140 @@
+"""What a run of the suite found: a result for each invariant, and a report of all of them."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["SUITE_VERSION", "ConformanceReport", "Outcome", "Result", "Violation"]
+
+SUITE_VERSION = 1
+"""Raised whenever a policy that passed before may fail now."""
+
+Outcome = Literal["passed", "failed", "expected failure", "unexpectedly passed", "not applicable"]
+
+
+class Violation(Exception):  # noqa: N818  it is what a check found, and no error that users meet
+    """What a check found; the suite turns it into a failed result.
+
+    Args:
+        expected: What the invariant asks for.
+        got: What was found instead.
+    """
+
+    def __init__(self, expected: str, got: str) -> None:
+        super().__init__(f"expected {expected}; got {got}")
+        self.expected = expected
+        self.got = got
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What the suite found about one invariant.
+
+    Attributes:
+        id: "KV01" to "KV14", or "class" for the policy class itself.
+        title: What is checked, in a few words.
+        outcome: "passed", "failed", "expected failure", "unexpectedly passed" or "not applicable".
+        problems: How many problems were posed.
+        seconds: What that took.
+        detail: Expected and got of a failure; the reason where nothing could be checked.
+        reproducer: Python code that shows the failure, "" if there is none.
+    """
+
+    id: str
+    title: str
+    outcome: Outcome
+    problems: int = 0
+    seconds: float = 0.0
+    detail: str = ""
+    reproducer: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConformanceReport:
+    """What the suite found about one policy.
+
+    Attributes:
+        subject: The policy's spec, or its name where the class was checked with several options.
+        suite_version: Of the suite that ran.
+        seed: Of the generated problems.
+        results: One for each invariant that was asked for, in the order of their ids.
+        warnings: What is no failure but should be looked at.
+    """
+
+    subject: str
+    seed: int
+    results: tuple[Result, ...]
+    warnings: tuple[str, ...] = ()
+    suite_version: int = SUITE_VERSION
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed that was not expected to, and nothing passed that was expected to fail."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Result, ...]:
+        """Results that make the check fail: failed, and unexpectedly passed."""
+        return tuple(r for r in self.results if r.outcome in ("failed", "unexpectedly passed"))
+
+    @property
+    def seconds(self) -> float:
+        """What all of it took."""
+        return sum(result.seconds for result in self.results)
+
+    @property
+    def verdict(self) -> str:
+        """One line: passed or failed, and what was counted."""
+        counts: dict[str, int] = {}
+        for result in self.results:
+            counts[result.outcome] = counts.get(result.outcome, 0) + 1
+        listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        return (
+            f"{self.subject} {'passed' if self.passed else 'FAILED'}: {listed} "
+            f"({sum(result.problems for result in self.results)} problems, {self.seconds:.1f} s, "
+            f"suite version {self.suite_version}, seed {self.seed})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data."""
+        return {
+            "subject": self.subject,
+            "suite_version": self.suite_version,
+            "seed": self.seed,
+            "passed": self.passed,
+            "seconds": round(self.seconds, 3),
+            "results": [asdict(result) for result in self.results],
+            "warnings": list(self.warnings),
+        }
+
+    @property
+    def explanations(self) -> list[str]:
+        """Lines that explain every result but those that simply passed, and the warnings."""
+        lines: list[str] = []
+        told: dict[str, str] = {}
+        for result in self.results:
+            if result.outcome == "passed":
+                continue
+            if result.outcome == "not applicable":
+                lines += ["", f"{result.id} not applicable: {result.detail}"]
+                continue
+            lines += ["", f"{result.id} {result.title}: {result.outcome}"]
+            if result.detail in told:
+                lines.append(f"  as {told[result.detail]}")
+                continue
+            told[result.detail] = result.id
+            lines += textwrap.indent(result.detail, "  ").splitlines()
+            if result.reproducer:
+                lines += ["  reproduce with:", *textwrap.indent(result.reproducer, "    ").splitlines()]
+        lines += [line for warning in self.warnings for line in ("", f"warning: {warning}")]
+        return lines
+
+    def __str__(self) -> str:
+        lines = [f"{'id':<6} {'what':<42} {'outcome':<20} {'problems':>8} {'seconds':>8}"]
+        lines += [
+            f"{r.id:<6} {r.title:<42} {r.outcome:<20} {r.problems:>8} {r.seconds:>8.1f}" for r in self.results
+        ]
+        lines += self.explanations
+        return "\n".join([*lines, "", self.verdict])

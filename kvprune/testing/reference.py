@@ -1,0 +1,123 @@
+"""Slow references, written with plain loops and sets: what rows see, which columns belong together.
+
+They share no code with `kvprune.visibility` and `kvprune.scoring`, so that both can be checked against them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvprune.selection import Selection
+from kvprune.visibility import Visibility
+
+__all__ = [
+    "existing",
+    "kept_sets",
+    "live_rows",
+    "same_by_head",
+    "seen_by_row",
+    "slow_decode",
+    "slow_groups",
+    "slow_prefill",
+    "slow_strata",
+    "visibility_of",
+]
+
+
+def kept_sets(selection: Selection) -> list[list[set[int]]]:
+    """Kept columns as a list of samples, each a list of heads, each a set."""
+    return [
+        [
+            {column for column, is_valid in zip(row, flags, strict=True) if is_valid}
+            for row, flags in zip(heads, valid, strict=True)
+        ]
+        for heads, valid in zip(selection.indices.tolist(), selection.valid.tolist(), strict=True)
+    ]
+
+
+def same_by_head(one: list[set[int]], other: list[set[int]]) -> bool:
+    """Whether two samples keep the same, where one row for all heads equals the same row for each head."""
+    heads = max(len(one), len(other))
+    return all(one[min(h, len(one) - 1)] == other[min(h, len(other) - 1)] for h in range(heads))
+
+
+def existing(visibility: Visibility, sample: int) -> set[int]:
+    """Columns that do not merely pad a ragged batch."""
+    columns = range(visibility.columns)
+    if visibility.exists is None:
+        return set(columns)
+    return {column for column in columns if bool(visibility.exists[sample, column])}
+
+
+def seen_by_row(visibility: Visibility, sample: int, row: int) -> set[int]:
+    """Columns that one row may attend, live or not."""
+    rows = visibility.rows[sample].tolist()
+    units = visibility.units[0 if len(visibility.units) == 1 else sample].tolist()
+    wanted = rows[0 if len(rows) == 1 else row]
+    return {column for column in existing(visibility, sample) if wanted[units[column]]}
+
+
+def live_rows(visibility: Visibility, sample: int) -> list[int]:
+    """Rows that count: no padding, no draft, and an image in sight."""
+    return [row for row, flag in enumerate(visibility.live[sample].tolist()) if flag]
+
+
+def slow_prefill(visibility: Visibility, sample: int) -> set[int]:
+    """Columns that some live row may attend."""
+    return set().union(*(seen_by_row(visibility, sample, row) for row in live_rows(visibility, sample)))
+
+
+def slow_decode(visibility: Visibility, sample: int) -> set[int]:
+    """Columns that the last live row may attend."""
+    rows = live_rows(visibility, sample)
+    return seen_by_row(visibility, sample, rows[-1]) if rows else set()
+
+
+def slow_groups(visibility: Visibility, sample: int) -> list[set[int]]:
+    """Sets of columns of one image that exactly the same live rows see."""
+    units = visibility.units[0 if len(visibility.units) == 1 else sample].tolist()
+    watchers: dict[int, list[int]] = {}
+    for row in live_rows(visibility, sample):
+        for column in seen_by_row(visibility, sample, row):
+            watchers.setdefault(column, []).append(row)
+    groups: dict[tuple[int, tuple[int, ...]], set[int]] = {}
+    for column, rows in sorted(watchers.items()):
+        key = (int(visibility.images[units[column]]), tuple(rows))
+        groups.setdefault(key, set()).add(column)
+    return list(groups.values())
+
+
+def slow_strata(visibility: Visibility, sample: int) -> list[set[int]]:
+    """Sets of columns over which one budget is counted; the one that decoding sees comes first."""
+    if not slow_prefill(visibility, sample):
+        return [existing(visibility, sample)]
+    decode = slow_decode(visibility, sample)
+    return [decode, *(group for group in slow_groups(visibility, sample) if not group & decode)]
+
+
+def visibility_of(inputs: dict[str, Any], columns: int) -> Visibility:
+    """Return what the text rows of a model's inputs may attend, straight from the processor's masks.
+
+    Args:
+        inputs: Of an Mllama (``cross_attention_mask``), or of an encoder-decoder model (``attention_mask``).
+        columns: Number of encoder tokens S in the model's cross-attention cache.
+    """
+    if "cross_attention_mask" not in inputs:
+        mask = inputs["attention_mask"]
+        return Visibility(
+            rows=torch.tensor([[[True, False]]]).expand(len(mask), -1, -1),
+            units=1 - mask,
+            images=torch.zeros(2, dtype=torch.int64),
+            live=torch.ones(len(mask), 1, dtype=torch.bool),
+        )
+    tiles = inputs["cross_attention_mask"].shape[-1]
+    rows = inputs["cross_attention_mask"].flatten(2).bool()
+    units = torch.arange(rows.shape[-1])
+    return Visibility(
+        rows=rows,
+        units=units.repeat_interleave(columns // len(units))[None],
+        images=units // tiles,
+        live=rows.any(-1) & inputs["attention_mask"].bool(),
+    )
