@@ -1,13 +1,39 @@
-"""Hand-built visibilities and views, and slow references written with plain loops."""
+"""Hand-built visibilities and views, beside the public slow references and strategies."""
 
 import math
 from fractions import Fraction
 
 import torch
-from hypothesis import strategies as st
 
 from kvprune import LayerView
+from kvprune.testing.reference import (
+    kept_sets,
+    live_rows,
+    seen_by_row,
+    slow_decode,
+    slow_groups,
+    slow_prefill,
+    slow_strata,
+)
+from kvprune.testing.strategies import conversations, visibilities
 from kvprune.visibility import Visibility
+
+__all__ = [
+    "alone",
+    "conversations",
+    "exact_budget",
+    "kept_sets",
+    "live_rows",
+    "make_view",
+    "make_visibility",
+    "seen_by_row",
+    "slow_attention",
+    "slow_decode",
+    "slow_groups",
+    "slow_prefill",
+    "slow_strata",
+    "visibilities",
+]
 
 
 def make_visibility(rows, columns_per_unit, images=None, live=None, exists=None):
@@ -76,73 +102,9 @@ def alone(view, sample, columns=None):
     )
 
 
-def kept_sets(selection):
-    """Kept columns as a list of samples, each a list of heads, each a set."""
-    return [
-        [
-            {column for column, is_valid in zip(row, flags, strict=True) if is_valid}
-            for row, flags in zip(heads, valid, strict=True)
-        ]
-        for heads, valid in zip(selection.indices.tolist(), selection.valid.tolist(), strict=True)
-    ]
-
-
 def exact_budget(ratio, count):
     """The smallest whole number that is no less than the written decimal times the count."""
     return math.ceil(Fraction(str(ratio)) * count)
-
-
-def seen_by_row(visibility, sample, row):
-    """Columns that one row may attend, live or not."""
-    rows = visibility.rows[sample].tolist()
-    units = visibility.units[0 if len(visibility.units) == 1 else sample].tolist()
-    wanted = rows[0 if len(rows) == 1 else row]
-    return {
-        column
-        for column, unit in enumerate(units)
-        if wanted[unit] and (visibility.exists is None or bool(visibility.exists[sample, column]))
-    }
-
-
-def live_rows(visibility, sample):
-    return [row for row, flag in enumerate(visibility.live[sample].tolist()) if flag]
-
-
-def slow_prefill(visibility, sample):
-    return set().union(*(seen_by_row(visibility, sample, row) for row in live_rows(visibility, sample)))
-
-
-def slow_decode(visibility, sample):
-    rows = live_rows(visibility, sample)
-    return seen_by_row(visibility, sample, rows[-1]) if rows else set()
-
-
-def slow_groups(visibility, sample):
-    """Sets of columns of one image that exactly the same live rows see."""
-    units = visibility.units[0 if len(visibility.units) == 1 else sample].tolist()
-    watchers = {}
-    for row in live_rows(visibility, sample):
-        for column in seen_by_row(visibility, sample, row):
-            watchers.setdefault(column, []).append(row)
-    groups = {}
-    for column, rows in sorted(watchers.items()):
-        key = (int(visibility.images[units[column]]), tuple(rows))
-        groups.setdefault(key, set()).add(column)
-    return list(groups.values())
-
-
-def slow_strata(visibility, sample):
-    """Sets of columns over which one budget is counted; the one that decoding sees comes first."""
-    if not live_rows(visibility, sample):
-        return [
-            {
-                column
-                for column in range(visibility.columns)
-                if visibility.exists is None or bool(visibility.exists[sample, column])
-            }
-        ]
-    decode = slow_decode(visibility, sample)
-    return [decode, *(group for group in slow_groups(visibility, sample) if not group & decode)]
 
 
 def slow_attention(view, sample, head, counted=None):
@@ -165,54 +127,3 @@ def slow_attention(view, sample, head, counted=None):
         for column, weight in zip(columns, weights, strict=True):
             mass[column] += weight / total
     return mass
-
-
-@st.composite
-def visibilities(draw, max_batch=3, max_rows=5, max_units=4, max_columns=3, broadcast=False):
-    """Any rows, live flags, images and missing columns; every visible unit has a column that exists."""
-    batch = draw(st.integers(1, max_batch))
-    text_rows = draw(st.integers(1, max_rows))
-    unit_count = draw(st.integers(1, max_units))
-    sizes = draw(st.lists(st.integers(1, max_columns), min_size=unit_count, max_size=unit_count))
-    images = draw(st.lists(st.integers(0, 2), min_size=unit_count, max_size=unit_count))
-    columns = sum(sizes)
-
-    def bits(*shape):
-        count = math.prod(shape)
-        drawn = draw(st.lists(st.booleans(), min_size=count, max_size=count))
-        return torch.tensor(drawn, dtype=torch.bool).reshape(shape)
-
-    rows = bits(batch, 1 if broadcast else text_rows, unit_count)
-    live = bits(batch, text_rows) & rows.any(-1)
-    exists = None
-    if draw(st.booleans()):
-        exists = bits(batch, columns)
-        firsts = [sum(sizes[:unit]) for unit in range(unit_count)]
-        exists[:, firsts] = True
-    units = torch.arange(unit_count).repeat_interleave(torch.tensor(sizes))[None]
-    if draw(st.booleans()):
-        units = units.repeat(batch, 1)
-    return Visibility(rows, units, torch.tensor(sorted(images)), live, exists)
-
-
-@st.composite
-def conversations(draw, max_images=3, max_batch=3, max_rows=5, tiles=2, patches=3):
-    """Chats in which each row sees the tiles of the latest image: one visibility group to a stratum.
-
-    Rows before the first image see nothing; a sample may have no image at all.
-    """
-    batch = draw(st.integers(1, max_batch))
-    images = draw(st.integers(1, max_images))
-    text_rows = draw(st.integers(1, max_rows))
-    rows = torch.zeros(batch, text_rows, images * tiles, dtype=torch.bool)
-    live = torch.zeros(batch, text_rows, dtype=torch.bool)
-    for sample in range(batch):
-        filled = draw(st.lists(st.integers(1, tiles), min_size=images, max_size=images))
-        latest = draw(st.lists(st.integers(-1, images - 1), min_size=text_rows, max_size=text_rows))
-        counts = draw(st.lists(st.booleans(), min_size=text_rows, max_size=text_rows))
-        for row, image in enumerate(sorted(latest)):
-            if image >= 0:
-                rows[sample, row, image * tiles : image * tiles + filled[image]] = True
-                live[sample, row] = counts[row]
-    units = torch.arange(images * tiles).repeat_interleave(patches)[None]
-    return Visibility(rows, units, torch.arange(images * tiles) // tiles, live)

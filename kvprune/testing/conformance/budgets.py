@@ -16,8 +16,8 @@ from kvprune.spec import OptionValue
 
 __all__ = ["KEEP_RATIOS", "allowance", "keeping_all", "stated_budget", "variants", "widening"]
 
-KEEP_RATIOS = (0.01, 0.1, 0.3, 1.0)
-"""0.1 because the float nearest to it, times ten tokens, is not exactly one token."""
+KEEP_RATIOS = (0.01, 0.07, 0.1, 0.3, 1.0)
+"""Floats make 7.000000000000001 of 7 % of 100 tokens, and (1 - 0.9) of 10 is 0.9999999999999998."""
 
 _HUGE = 10**6
 

@@ -40,14 +40,19 @@ def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
 def class_warnings(cls: type[CrossKVPolicy]) -> tuple[str, ...]:
     """Return what is no failure but should be looked at."""
     found = []
-    own = cls.__dict__.get("__doc__") or ""
-    if not own.strip() or own.startswith(f"{cls.__name__}("):  # what dataclass writes
+    if not _docstring(cls):
         found.append(f"{cls.__name__} has no docstring; `kvprune list` and `kvprune show` print it")
     undocumented = [
         field.name
         for field in dataclasses.fields(cls)
-        if not any(f"{field.name}:" in (base.__doc__ or "") for base in cls.__mro__)
+        if not any(f"{field.name}:" in _docstring(base) for base in cls.__mro__)
     ]
     if undocumented:
         found.append(f"options without a line under Args: {', '.join(undocumented)}")
     return tuple(found)
+
+
+def _docstring(cls: type) -> str:
+    """The docstring of a class itself, unless dataclass wrote it."""
+    own = cls.__dict__.get("__doc__") or ""
+    return "" if own.startswith(f"{cls.__name__}(") else own.strip()

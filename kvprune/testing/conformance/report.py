@@ -27,6 +27,11 @@ class Violation(Exception):  # noqa: N818  it is what a check found, and no erro
         self.expected = expected
         self.got = got
 
+    @property
+    def detail(self) -> str:
+        """Both, on lines of their own."""
+        return f"expected {self.expected}\ngot {self.got}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -38,7 +43,7 @@ class Result:
         outcome: "passed", "failed", "expected failure", "unexpectedly passed" or "not applicable".
         problems: How many problems were posed.
         seconds: What that took.
-        detail: Expected and got of a failure; the reason where nothing could be checked.
+        detail: Expected and got of a failure; what could not be checked, and why.
         reproducer: Python code that shows the failure, "" if there is none.
     """
 
@@ -116,6 +121,7 @@ class ConformanceReport:
         told: dict[str, str] = {}
         for result in self.results:
             if result.outcome == "passed":
+                lines += ["", f"{result.id} passed, but {result.detail}"] if result.detail else []
                 continue
             if result.outcome == "not applicable":
                 lines += ["", f"{result.id} not applicable: {result.detail}"]

@@ -1,0 +1,186 @@
+"""What decoding holds after runs of a tiny model: KV01 to KV05, and KV10.
+
+Each check is a function of a policy and a `Setting`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvprune.policy import CrossKVPolicy, ScoringPolicy
+from kvprune.session import Compression
+from kvprune.testing.conformance.budgets import allowance
+from kvprune.testing.conformance.isolation import random_state
+from kvprune.testing.conformance.report import Violation
+from kvprune.testing.conformance.setting import Setting, run_under
+from kvprune.testing.reference import (
+    kept_sets,
+    live_rows,
+    same_by_head,
+    seen_by_row,
+    slow_decode,
+    slow_groups,
+    slow_prefill,
+    slow_strata,
+)
+
+__all__ = [
+    "check_alone_in_model",
+    "check_columns",
+    "check_counts",
+    "check_images",
+    "check_padding",
+    "check_prefill_rows",
+    "check_repeatable",
+]
+
+
+def check_columns(policy: CrossKVPolicy, setting: Setting) -> None:
+    """KV01: what decoding uses are strictly increasing columns of the unpruned cache."""
+    run, _ = run_under(policy, setting)
+    for layer_idx, selection in run.selections.items():
+        for row, valid in zip(selection.indices.flatten(0, 1), selection.valid.flatten(0, 1), strict=True):
+            kept = row[valid].tolist()
+            if kept != sorted(set(kept)) or not set(kept) <= set(range(setting.visibility.columns)):
+                raise Violation(
+                    f"layer {layer_idx} to hold strictly increasing columns below "
+                    f"{setting.visibility.columns}",
+                    f"{kept}",
+                )
+
+
+def check_counts(policy: CrossKVPolicy, setting: Setting) -> None:
+    """KV02: decoding sees exactly the budget."""
+    run, _ = run_under(policy, setting)
+    see = setting.visibility
+    whole = None if isinstance(policy, ScoringPolicy) else _left_whole(run)
+    for where, sample, kept in _kept(run, setting):
+        visible = slow_strata(see, sample)[0]
+        if where.startswith(f"layer {whole},") and visible <= kept:
+            continue
+        groups = sum(bool(group & visible) for group in slow_groups(see, sample))
+        wanted = max(allowance(policy, len(visible)), groups)
+        if len(kept & visible) != wanted:
+            raise Violation(
+                f"{where} to keep {wanted} of {len(visible)} visible tokens at {policy.spec}",
+                f"{len(kept & visible)}: {sorted(kept & visible)}",
+            )
+
+
+def _left_whole(run: Compression) -> int | None:
+    """Return the layer that decided for later ones, which may leave its own cache whole."""
+    early = list(run.prefill_selections.items())
+    for (layer_idx, before), (_, after) in itertools.pairwise(early):
+        if before is None and after is not None:
+            return layer_idx
+    return None
+
+
+def check_images(policy: CrossKVPolicy, setting: Setting) -> None:
+    """KV03: each sample keeps a token of each image that decoding sees."""
+    run, _ = run_under(policy, setting)
+    see = setting.visibility
+    for where, sample, kept in _kept(run, setting):
+        visible = slow_decode(see, sample)
+        for group in slow_groups(see, sample):
+            if group & visible and not group & kept:
+                raise Violation(f"{where} to keep one of {sorted(group)}", f"{sorted(kept)}")
+        if not kept:
+            raise Violation(f"{where} to keep a token at least", "none kept")
+
+
+def check_padding(policy: CrossKVPolicy, setting: Setting) -> None:
+    """KV04: decoding holds no padding while something visible was dropped."""
+    run, _ = run_under(policy, setting)
+    for where, sample, kept in _kept(run, setting):
+        visible = slow_decode(setting.visibility, sample)
+        if visible and kept - visible and visible - kept:
+            raise Violation(
+                f"{where} to drop unseen columns before visible ones",
+                f"{sorted(kept - visible)} kept, {sorted(visible - kept)} dropped",
+            )
+
+
+def check_prefill_rows(policy: CrossKVPolicy, setting: Setting) -> None:
+    """KV05: in each layer's prefill, a row that saw a token still sees one."""
+    run, _ = setting.prefill(policy)
+    see = setting.visibility
+    for layer_idx, selection in run.prefill_selections.items():
+        if selection is None:
+            continue
+        for sample, heads in enumerate(kept_sets(selection)):
+            for row in live_rows(see, sample):
+                seen = seen_by_row(see, sample, row)
+                if seen and not all(seen & kept for kept in heads):
+                    raise Violation(
+                        f"layer {layer_idx}, sample {sample}: text row {row} to see one of {sorted(seen)}",
+                        "none of them reached the layer",
+                    )
+
+
+def check_repeatable(policy: CrossKVPolicy, setting: Setting) -> None:
+    """KV10: the same seed selects the same; inputs and global generators stay as they were."""
+    batch, before = setting.batch(), random_state()["torch"]
+    first, _ = setting.prefill(policy, batch)
+    for name, tensor in batch.items():
+        if not torch.equal(tensor, setting.inputs[name]):
+            raise Violation(f"the model's input {name!r} to stay as it was", "another content")
+    if not torch.equal(before, random_state()["torch"]):
+        raise Violation("torch's global generator to stay as it was", "it was moved or seeded")
+    again, _ = setting.prefill(policy)
+    for layer_idx, selection in first.selections.items():
+        if selection != again.selections[layer_idx]:
+            raise Violation(f"the same selection again in layer {layer_idx}, for the same seed", "another")
+
+
+def check_alone_in_model(policy: CrossKVPolicy, setting: Setting) -> None:
+    """KV10: a sample selects alone what it selects in a batch."""
+    together, _ = setting.prefill(policy)
+    for sample in range(setting.visibility.batch):
+        if not slow_prefill(setting.visibility, sample):
+            continue  # without an image, the model is called without one
+        alone, _ = setting.prefill(policy, _alone(setting.inputs, sample))
+        for layer_idx, selection in alone.selections.items():
+            # Columns beyond are there only because other samples have more images.
+            present = set(range(selection.columns))
+            kept = [columns & present for columns in kept_sets(together.selections[layer_idx])[sample]]
+            if not same_by_head(kept_sets(selection)[0], kept):
+                raise Violation(
+                    f"layer {layer_idx} to keep of sample {sample} alone what it keeps in the batch, "
+                    f"{[sorted(columns) for columns in kept]}",
+                    f"{[sorted(columns) for columns in kept_sets(selection)[0]]}",
+                )
+
+
+def _alone(inputs: dict[str, Tensor], sample: int) -> dict[str, Tensor]:
+    """Cut the inputs to one sample, without the padding that its batch needs."""
+    alone = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
+    real = alone["attention_mask"][0].bool()
+    for name in ("input_ids", "attention_mask", "cross_attention_mask"):
+        if name in alone:
+            alone[name] = alone[name][:, real]
+    if "cross_attention_mask" in alone:
+        images = int(alone["cross_attention_mask"].any(-1).any(1).sum())
+        alone["cross_attention_mask"] = alone["cross_attention_mask"][:, :, :images]
+        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+            alone[name] = alone[name][:, :images]
+    return alone
+
+
+def _kept(run: Compression, setting: Setting) -> Iterator[tuple[str, int, set[int]]]:
+    """Yield what decoding keeps, by layer, head and sample, beams included."""
+    for layer_idx, selection in run.selections.items():
+        rows = kept_sets(selection)
+        if selection.columns != setting.visibility.columns:
+            raise Violation(
+                f"layer {layer_idx} to select out of {setting.visibility.columns} columns",
+                str(selection.columns),
+            )
+        for row, heads in enumerate(rows):
+            for head, kept in enumerate(heads):
+                sample = row * setting.visibility.batch // len(rows)
+                yield f"layer {layer_idx}, sample {sample}, head {head}", sample, kept

@@ -1,0 +1,168 @@
+"""A tiny model with a batch, what the untouched model makes of it, and runs of it under a policy.
+
+It knows no policy and no adapter by name, so that adapters can be checked in a `Setting`, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.adapters.base import ModelAdapter
+from kvprune.policy import CrossKVPolicy
+from kvprune.registry import find_adapter
+from kvprune.session import Compression
+from kvprune.testing.problems import ModelProblem
+from kvprune.testing.reference import slow_decode, visibility_of
+from kvprune.visibility import Visibility
+
+__all__ = ["Generated", "Setting", "cross_layers", "difference", "forward", "run_under"]
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model generated, and the cache that it left."""
+
+    sequences: Tensor
+    logits: Tensor  # [steps, B * beams, V]
+    cache: Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and a batch for it, and what the untouched model makes of them.
+
+    Args:
+        pristine: The model, which nothing changes.
+        inputs: Its batch.
+        beams: Beams of the search; 1 is greedy.
+        steps: New tokens.
+        seed: Of the compression.
+        adapter: Joins policies with the model; None for the installed one that knows it.
+    """
+
+    pristine: Any
+    inputs: dict[str, Tensor]
+    beams: int = 1
+    steps: int = 3
+    seed: int = 0
+    adapter: type[ModelAdapter] | None = None
+
+    @classmethod
+    def of(cls, problem: ModelProblem) -> Setting:
+        """Build what a problem describes."""
+        model, inputs = problem.make_model(), problem.make_inputs()
+        return cls(model, inputs, problem.beams, problem.steps, problem.seed)
+
+    @cached_property
+    def model(self) -> Any:
+        """A copy of the model, which a policy may spoil."""
+        return copy.deepcopy(self.pristine)
+
+    @cached_property
+    def _adapter(self) -> type[ModelAdapter]:
+        """Found once: looking at what is installed takes longer than a forward call of a tiny model."""
+        return self.adapter or find_adapter(self.pristine)
+
+    def compress(self, policy: CrossKVPolicy) -> Compression:
+        """Put the working copy under a policy, as `kvprune.compress` does."""
+        return Compression(self._adapter(self.model), policy, self.seed)
+
+    def renew(self) -> None:
+        """Make a new copy of the model when it is needed next."""
+        self.__dict__.pop("model", None)
+
+    def batch(self) -> dict[str, Tensor]:
+        """Return a copy of the inputs."""
+        return {name: tensor.clone() for name, tensor in self.inputs.items()}
+
+    def generate(self, model: Any, inputs: dict[str, Tensor] | None = None) -> Generated:
+        """Generate greedily, or by beam search."""
+        out = model.generate(
+            **(inputs or self.batch()),
+            max_new_tokens=self.steps,
+            num_beams=self.beams,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return Generated(out["sequences"], torch.stack(list(out["logits"])), out["past_key_values"])
+
+    def prefill(
+        self, policy: CrossKVPolicy, inputs: dict[str, Tensor] | None = None
+    ) -> tuple[Compression, Any]:
+        """Run one forward call under the policy; return the compression and the cache."""
+        with self.compress(policy) as run, torch.no_grad():
+            cache = forward(self.model, inputs or self.batch())
+        return run, cache
+
+    @cached_property
+    def stock(self) -> Generated:
+        """What the untouched model generates."""
+        return self.generate(self.pristine)
+
+    @cached_property
+    def stock_layers(self) -> dict[int, Any]:
+        """The untouched model's cross-attention cache after prefill, by layer index."""
+        with torch.no_grad():
+            cache = forward(self.pristine, self.batch())
+        return cross_layers(self.pristine, cache)
+
+    @cached_property
+    def visibility(self) -> Visibility:
+        """What the text rows may attend, straight from the inputs."""
+        columns = next(iter(self.stock_layers.values())).keys.shape[-2]
+        return visibility_of(self.inputs, columns)
+
+    @property
+    def tolerance(self) -> float:
+        """How far logits may differ."""
+        return _TOLERANCE[self.stock.logits.dtype]
+
+    @cached_property
+    def all_visible(self) -> bool:
+        """Whether decoding sees every column."""
+        see = self.visibility
+        return all(len(slow_decode(see, sample)) == see.columns for sample in range(see.batch))
+
+    @cached_property
+    def all_live(self) -> bool:
+        """Whether no text comes before the first image."""
+        if "cross_attention_mask" not in self.inputs:
+            return True
+        return bool((self.visibility.live | ~self.inputs["attention_mask"].bool()).all())
+
+
+def forward(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """Run one forward call that brings encoder states, and return the cache."""
+    if model.config.is_encoder_decoder:
+        start = torch.full((len(inputs["input_ids"]), 1), model.config.decoder_start_token_id)
+        inputs = {**inputs, "decoder_input_ids": start}
+    return model(**inputs, use_cache=True).past_key_values
+
+
+def cross_layers(model: Any, cache: Any) -> dict[int, Any]:
+    """Return the cache layers of cross-attention, by layer index."""
+    if model.config.is_encoder_decoder:
+        return dict(enumerate(cache.cross_attention_cache.layers))
+    return {i: cache.layers[i] for i in model.config.text_config.cross_attention_layers}
+
+
+def run_under(policy: CrossKVPolicy, setting: Setting) -> tuple[Compression, Generated]:
+    """Generate under a policy."""
+    with setting.compress(policy) as run:
+        return run, setting.generate(setting.model)
+
+
+def difference(one: Generated, other: Generated) -> float:
+    """Largest difference of logits; infinite where the search took another number of steps."""
+    if one.logits.shape != other.logits.shape:
+        return float("inf")
+    return float((one.logits - other.logits).abs().max())

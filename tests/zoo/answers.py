@@ -1,0 +1,51 @@
+"""KV06, KV11, KV13: answers that change after they were given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvprune import CrossKVPolicy, Decision, Selection, scoring
+
+GIVEN = {}
+
+
+def everything_else(view):
+    """Every other visible column, and one of each group, for later layers."""
+    scores = view.strata.cumsum(-1)[:, None] * 0 + scoring.pool_heads(view.values.double().norm(dim=-1))
+    half = (scoring.stratum_sizes(view.strata) + 1) // 2
+    return Decision(onward=Selection.from_mask(scoring.keep_top(scores, view.strata, half, view.visibility)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MutatesItsAnswer(CrossKVPolicy):
+    """Writes other columns into the selection that later layers already use."""
+
+    name = "mutates-its-answer"
+    caught_by = ("KV06", "KV11", "KV13")
+
+    def select(self, view):
+        if view.rank == 0:
+            GIVEN["answer"] = everything_else(view)
+            return GIVEN["answer"]
+        if view.rank == 1 and "answer" in GIVEN:
+            indices = GIVEN["answer"].onward.indices
+            indices.copy_((indices + 1).clamp(max=GIVEN["answer"].onward.columns - 1))
+        return Decision()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinksItsAnswer(CrossKVPolicy):
+    """Cuts the selection that later layers receive, while their mask has been made already."""
+
+    name = "shrinks-its-answer"
+    caught_by = ("KV06",)
+
+    def select(self, view):
+        if view.rank == 0:
+            GIVEN["shrinking"] = everything_else(view)
+            return GIVEN["shrinking"]
+        if view.rank == 1 and "shrinking" in GIVEN:
+            onward = GIVEN["shrinking"].onward
+            for tensor in (onward.indices, onward.valid):
+                tensor.set_(tensor[..., :1].clone())
+        return Decision()

@@ -1,0 +1,37 @@
+"""KV07 and KV08: a budget of 1 that loses tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvprune import Budget, Decision, Selection, scoring
+from zoo.helpers import Ranking, by_norm, keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllButOne(Ranking):
+    name = "all-but-one"
+    caught_by = ("KV07", "KV08")
+
+    def select(self, view):
+        strata = torch.where(view.strata == 0, 0, -1)
+        limit = scoring.limits(Budget(keep_ratio=self.keep_ratio), strata)
+        return keep(view, by_norm(view), (limit - 1).clamp(min=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LosesTheLastTile(Ranking):
+    """Takes the last visible column for padding wherever there is padding."""
+
+    name = "loses-the-last-tile"
+    caught_by = ("KV08",)
+
+    def select(self, view):
+        seen = view.strata == 0
+        several = seen.sum(-1, keepdim=True) > 1
+        last = seen & (seen.cumsum(-1) == seen.sum(-1, keepdim=True)) & several & ~seen.all(-1, keepdim=True)
+        kept = seen & ~last
+        kept[..., 0] |= ~kept.any(-1)
+        return Decision(cache=Selection.from_mask(kept[:, None]))

@@ -1,0 +1,52 @@
+"""KV04: policies that do not look at what is visible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvprune import CrossKVPolicy, Decision, Selection, onward_decision
+from zoo.helpers import by_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsPadding(CrossKVPolicy):
+    """The highest norms of all columns, and the best of each visible group."""
+
+    name = "keeps-padding"
+    caught_by = ("KV04",)
+
+    def select(self, view):
+        norms = by_norm(view).mean(1, keepdim=True)
+        kept = norms >= norms.median(-1, keepdim=True).values
+        kept |= ((view.groups[:, None] >= 0) | ~view.visible.any(-1)[:, None, None]) & (norms > 0.5)
+        return Decision(cache=Selection.from_mask(kept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsMissing(CrossKVPolicy):
+    """The last columns, whether they exist or not."""
+
+    name = "keeps-missing"
+    caught_by = ("KV04",)
+
+    def select(self, view):
+        batch, _, columns, _ = view.keys.shape
+        kept = (torch.arange(columns) >= columns // 2).expand(batch, 1, columns)
+        return Decision(cache=Selection.from_mask(kept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassesPaddingOn(CrossKVPolicy):
+    """Later layers receive every other column, padding or not."""
+
+    name = "passes-padding-on"
+    caught_by = ("KV04",)
+
+    def select(self, view):
+        if view.rank > 0:
+            return Decision()
+        batch, _, columns, _ = view.keys.shape
+        kept = (torch.arange(columns) % 2 == 0).expand(batch, 1, columns)
+        return onward_decision(view, kept, crop_here=False)
