@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from zoo.shape import NanScores, Unsorted
 import kvprune
 from kvprune import ScoringPolicy, Selection
 from kvprune.errors import ConformanceError, PolicyOptionError, SpecError, UnknownInvariantError
-from kvprune.testing import LayerProblem, ModelProblem, check_policy, recheck
+from kvprune.testing import LayerProblem, ModelProblem, check_policy, recheck, strategies
 from kvprune.testing.conformance import INVARIANTS, SUITE_VERSION
 from kvprune.testing.conformance.isolation import process_state
 
@@ -279,3 +281,19 @@ def test_a_selection_of_the_core_is_not_trusted():
     """A selection made behind the back of `Selection`'s own checks is caught by the suite's."""
     assert isinstance(Unsorted().select(LayerProblem().view()).cache, Selection)
     assert "strictly increasing columns" in str(failure_of(Unsorted, only=["KV01"]))
+
+
+def test_a_declaration_that_cannot_matter_says_so():
+    report = check_policy("uniform", only=["KV14"], expected_failures={"KV14": "a stride"})
+    assert report.passed
+    assert "declared to fail, which has no effect: a stride" in str(report)
+
+
+def test_the_document_names_every_row_argument_and_strategy():
+    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text("utf-8")
+    for row in INVARIANTS:
+        assert f"{row.id:<7} {row.title} " in page, row
+        assert f"| {row.id}" in page or f", {row.id} |" in page, row
+    for name in (*inspect.signature(check_policy).parameters, *strategies.__all__):
+        assert name in page, name
+    assert f"suite version {SUITE_VERSION}" in page

@@ -176,8 +176,11 @@ def _checked_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> Resul
 
 def _as_expected(result: Result, reason: str | None) -> Result:
     """Turn the outcome of an invariant that is declared to fail."""
-    if reason is None or result.outcome == "not applicable":
+    if reason is None:
         return result
+    if result.outcome == "not applicable":
+        detail = f"{result.detail}\n(declared to fail, which has no effect: {reason})"
+        return dataclasses.replace(result, detail=detail)
     if result.outcome == "failed":
         detail = f"{result.detail}\ndeclared: {reason}"
         return dataclasses.replace(result, outcome="expected failure", detail=detail)
