@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from zoo import ALL
+from zoo import (
+    ALL,
+    answers,
+    batch,
+    budget,
+    groups,
+    inputs,
+    keep_all,
+    leftovers,
+    memory,
+    monotone,
+    padding,
+    randomness,
+    shape,
+)
 
 from kvprune.errors import ConformanceError
-from kvprune.testing import check_policy
+from kvprune.testing import ModelProblem, check_policy
+from kvprune.testing.conformance import INVARIANTS, held
+from kvprune.testing.conformance.budgets import variants
+from kvprune.testing.conformance.lab import Lab
+from kvprune.testing.conformance.report import Violation
+from kvprune.testing.conformance.setting import Setting
 
 CASES = [(cls, invariant) for cls in ALL for invariant in cls.caught_by]
 
@@ -25,3 +46,76 @@ def test_every_invariant_that_a_policy_can_break_has_its_animal():
     assert {invariant for _, invariant in CASES} == {f"KV{number:02d}" for number in range(1, 15)} | {"class"}
     assert len(ALL) >= 22
     assert len({cls.name for cls in ALL}) == len(ALL)
+
+
+ALONE = {
+    "check_shape": shape.Unsorted,
+    "check_columns": answers.ZeroesItsAnswer,
+    "check_budget": budget.OffByOne,
+    "check_counts": budget.OffByOne,
+    "check_groups": groups.StarvesAnImage,
+    "check_images": groups.StarvesAnImage,
+    "check_visible": padding.KeepsPadding,
+    "check_padding": padding.KeepsPadding,
+    "check_rows": groups.StarvesARow,
+    "check_prefill_rows": groups.StarvesARow,
+    "check_answers_stay": answers.MutatesItsAnswer,
+    "check_mask_width": answers.ShrinksItsAnswer,
+    "check_keeps_all": keep_all.AllButOne,
+    "check_identity": keep_all.AllButOne,
+    "check_lossless": keep_all.LosesTheLastTile,
+    "check_storage_order": inputs.RollsTheValues,
+    "check_inputs": inputs.WritesAndRestores,
+    "check_instance": memory.CachesOnItself,
+    "check_randomness": randomness.ForksTheWorld,
+    "check_order": memory.LooksAtTheLayerBefore,
+    "check_clock": memory.WallClock,
+    "check_references": memory.KeepsADetachedTensor,
+    "check_alone": batch.NormalisesOverTheBatch,
+    "check_repeatable": randomness.GlobalRandom,
+    "check_alone_in_model": batch.NormalisesOverTheBatch,
+    "check_alignment": inputs.RollsTheValues,
+    "check_process": leftovers.GlobalHook,
+    "check_clean_exit": leftovers.ModelHook,
+    "check_oracle": inputs.DoublesTheValues,
+    "check_monotone": monotone.Stride,
+}
+CHECKS = {check.__name__: (row, check) for row in INVARIANTS for check in (*row.on_layers, *row.on_models)}
+
+
+def test_every_check_has_an_animal():
+    assert set(ALONE) | {"check_devices"} == set(CHECKS)
+
+
+def caught_by_one_check(name, cls):
+    row, check = CHECKS[name]
+    only = dataclasses.replace(
+        row,
+        on_layers=tuple(one for one in row.on_layers if one is check),
+        on_models=tuple(one for one in row.on_models if one is check),
+    )
+    return Lab(0, 16).check(only, variants(cls)).outcome == "failed"
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_every_check_catches_something_without_the_others(name):
+    assert caught_by_one_check(name, ALONE[name])
+
+
+@pytest.mark.gpu
+def test_a_policy_that_looks_at_the_device_is_caught():
+    assert caught_by_one_check("check_devices", batch.LooksAtTheDevice)
+    assert not caught_by_one_check("check_devices", type(variants(monotone.Stride)[0]))
+
+
+@pytest.mark.parametrize(
+    ("check", "policy", "layouts"),
+    [
+        (held.check_images, groups.StarvesAnImage(), ("14ttt",)),
+        (held.check_prefill_rows, groups.StarvesARow(), ("tt1ttt4tt",)),
+    ],
+)
+def test_runs_are_checked_even_if_the_core_would_let_it_pass(check, policy, layouts, monkeypatch):
+    monkeypatch.setattr("kvprune.manager._check", lambda *arguments: None)
+    with pytest.raises(Violation, match="one of"):
+        check(policy, Setting.of(ModelProblem(layouts=layouts)))

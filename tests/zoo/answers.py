@@ -11,7 +11,7 @@ GIVEN = {}
 
 def everything_else(view):
     """Every other visible column, and one of each group, for later layers."""
-    scores = view.strata.cumsum(-1)[:, None] * 0 + scoring.pool_heads(view.values.double().norm(dim=-1))
+    scores = scoring.pool_heads(view.values.double().norm(dim=-1))
     half = (scoring.stratum_sizes(view.strata) + 1) // 2
     return Decision(onward=Selection.from_mask(scoring.keep_top(scores, view.strata, half, view.visibility)))
 
@@ -30,6 +30,22 @@ class MutatesItsAnswer(CrossKVPolicy):
         if view.rank == 1 and "answer" in GIVEN:
             indices = GIVEN["answer"].onward.indices
             indices.copy_((indices + 1).clamp(max=GIVEN["answer"].onward.columns - 1))
+        return Decision()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroesItsAnswer(CrossKVPolicy):
+    """Leaves nothing but column 0, again and again, in what later layers hold."""
+
+    name = "zeroes-its-answer"
+    caught_by = ("KV01", "KV06")
+
+    def select(self, view):
+        if view.rank == 0:
+            GIVEN["zeroed"] = everything_else(view)
+            return GIVEN["zeroed"]
+        if view.rank == 1 and "zeroed" in GIVEN:
+            GIVEN["zeroed"].onward.indices.zero_()
         return Decision()
 
 

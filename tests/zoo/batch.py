@@ -53,3 +53,13 @@ class FirstComesFirst(ScoringPolicy):
     def score(self, view):
         place = torch.arange(view.keys.shape[0])[:, None, None]
         return by_norm(view) * (1 - 2 * (place % 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LooksAtTheDevice(ScoringPolicy):
+    """Can be caught only where there are two devices."""
+
+    name = "looks-at-the-device"
+
+    def score(self, view):
+        return by_norm(view) * (-1 if view.keys.is_cuda else 1)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kvprune import CrossKVPolicy, Decision, Selection, onward_decision
+from kvprune import CrossKVPolicy, Decision, Selection, onward_decision, scoring
 from zoo.helpers import by_norm
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepsPadding(CrossKVPolicy):
-    """The highest norms of all columns, and the best of each visible group."""
+    """The higher half of all norms, and the best of each visible group."""
 
     name = "keeps-padding"
     caught_by = ("KV04",)
@@ -20,7 +20,7 @@ class KeepsPadding(CrossKVPolicy):
     def select(self, view):
         norms = by_norm(view).mean(1, keepdim=True)
         kept = norms >= norms.median(-1, keepdim=True).values
-        kept |= ((view.groups[:, None] >= 0) | ~view.visible.any(-1)[:, None, None]) & (norms > 0.5)
+        kept |= (scoring.rank_within(norms, view.groups) == 0) & (view.groups >= 0)[:, None]
         return Decision(cache=Selection.from_mask(kept))
 
 
