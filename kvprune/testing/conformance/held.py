@@ -139,7 +139,7 @@ def check_repeatable(policy: CrossKVPolicy, setting: Setting) -> None:
 
 def check_alone_in_model(policy: CrossKVPolicy, setting: Setting) -> None:
     """KV10: a sample selects alone what it selects in a batch (in float64: rounding must not decide)."""
-    if setting.stock.logits.dtype != torch.float64:
+    if setting.dtype != torch.float64:
         return
     together, _ = setting.prefill(policy)
     for sample in range(setting.visibility.batch):
