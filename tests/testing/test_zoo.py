@@ -98,7 +98,9 @@ def caught_by_one_check(name, cls):
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_every_check_catches_something_without_the_others(name):
+def test_every_check_catches_something_without_the_others(name, monkeypatch):
+    if ALONE[name].__module__ == answers.__name__:  # these need a core that does not copy what it is given
+        monkeypatch.setattr("kvprune.manager._compose", lambda received, onward: onward)
     assert caught_by_one_check(name, ALONE[name])
 
 
@@ -116,6 +118,6 @@ def test_a_policy_that_looks_at_the_device_is_caught():
     ],
 )
 def test_runs_are_checked_even_if_the_core_would_let_it_pass(check, policy, layouts, monkeypatch):
-    monkeypatch.setattr("kvprune.manager._check", lambda *arguments: None)
+    monkeypatch.setattr("kvprune.manager.check_decision", lambda *arguments: None)
     with pytest.raises(Violation, match="one of"):
         check(policy, Setting.of(ModelProblem(layouts=layouts)))

@@ -40,9 +40,11 @@ def check_mask_width(policy: CrossKVPolicy, setting: Setting) -> None:
         states: Any = kwargs.get("cross_attention_states", kwargs.get("key_value_states"))
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         layer_idx = module.layer_idx
-        held = cross_layers(model, cache)[layer_idx]
-        filled = getattr(held, "is_filled", False)
-        width = (held.keys if filled else states).shape[-2]
+        if model.config.is_encoder_decoder:  # states come at each step
+            filled, cache = cache.is_updated.get(layer_idx), cache.cross_attention_cache
+        else:
+            filled = states is None
+        width = (cache.layers[layer_idx].keys if filled else states).shape[-2]
         if mask is not None and mask.shape[-1] != width:
             wrong.append(f"layer {layer_idx} has a mask of {mask.shape[-1]} for {width} columns")
 
@@ -80,10 +82,11 @@ def check_identity(policy: CrossKVPolicy, setting: Setting) -> None:
             f"logits of {unlimited.spec} bit-identical to the untouched model",
             f"a difference of {difference(generated, setting.stock)}",
         )
-    if run.report.bytes_held != run.report.bytes_full:
-        raise Violation(
-            f"{unlimited.spec} to hold all {run.report.bytes_full} bytes", f"{run.report.bytes_held}"
-        )
+    # Copies of a sample, such as its beams, are held once.
+    layers = cross_layers(setting.pristine, generated.cache).values()
+    held = sum(layer.bytes_held * layer.copies for layer in layers)
+    if held != run.report.bytes_full:
+        raise Violation(f"{unlimited.spec} to hold all {run.report.bytes_full} bytes", f"{held}")
 
 
 def check_lossless(policy: CrossKVPolicy, setting: Setting) -> None:
@@ -137,7 +140,8 @@ def _require_aligned(run: Compression, layers: dict[int, Any], setting: Setting)
         heads = layer.keys.shape[1]
         stock = setting.stock_layers[layer_idx]
         samples = torch.arange(len(slots)) * setting.visibility.batch // len(slots)
-        if not torch.equal(layer.held_columns(), run.selections[layer_idx].to_mask()):
+        columns = layer.held_columns().repeat_interleave(layer.copies, dim=0)
+        if not torch.equal(columns, run.selections[layer_idx].to_mask()):
             raise Violation(
                 f"layer {layer_idx} to hold the columns that run.selections names", "other columns"
             )
