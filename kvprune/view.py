@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvprune import scoring, seeding
-from kvprune.errors import PolicyOptionError
+from kvprune.errors import PolicyOptionError, ScoreError
 from kvprune.visibility import Visibility
 
 __all__ = ["LayerView"]
@@ -94,8 +94,18 @@ class LayerView:
 
         Args:
             rows: bool ``[B, T]``, to add up only these of the live rows.
+
+        Raises:
+            ScoreError: If attention is not finite: the model's activations are NaN or overflow.
         """
-        return scoring.attention_mass(self.queries, self.keys, self.visibility, self.scaling, rows)
+        mass = scoring.attention_mass(self.queries, self.keys, self.visibility, self.scaling, rows)
+        if not bool(mass.isfinite().all()):
+            raise ScoreError(
+                f"policy {self.policy_name!r} at layer {self.layer_idx}: attention is NaN or infinite for "
+                f"{int((~mass.isfinite()).sum())} of {mass.numel()} pairs of head and token, so nothing can "
+                f"be ranked; the model's queries or keys ({self.keys.dtype}) are not finite, or overflow"
+            )
+        return mass
 
     def random(self, heads: int = 1) -> Tensor:
         """Uniform numbers in [0, 1), float32 ``[B, heads, S]``.

@@ -8,7 +8,7 @@ from helpers import alone, conversations, make_view, make_visibility, visibiliti
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune.errors import PolicyOptionError
+from kvprune.errors import PolicyOptionError, ScoreError
 
 
 @given(st.one_of(visibilities(), conversations()))
@@ -111,3 +111,11 @@ def test_a_view_cannot_be_assigned_to():
     for field in dataclasses.fields(view):
         with pytest.raises(dataclasses.FrozenInstanceError, match=field.name):
             setattr(view, field.name, None)
+
+
+@pytest.mark.parametrize("size", [1e30, torch.nan])
+def test_attention_that_is_not_finite_is_a_typed_error(size):
+    view = make_view(make_visibility([[[1]]], 4), dtype=torch.float32)
+    huge = dataclasses.replace(view, keys=view.keys * size, captured_queries=view.queries * size)
+    with pytest.raises(ScoreError, match=r"layer 3: attention is NaN or infinite for \d+ of 16 pairs"):
+        huge.attention_mass()

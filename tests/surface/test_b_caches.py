@@ -194,3 +194,24 @@ def test_turns(family):
                 logits.append(torch.cat([one, generate(model, turn, past_key_values=cache)[1]]))
             run = run or entered
         assert (logits[0] - logits[1]).abs().max() <= 1e-6
+
+
+@works(AREA, "several turns, a new image in a later one", "the oracle, turn by turn", families=("Mllama",))
+def test_new_image(family):
+    model, whole = model_of(family), mllama_inputs(["tt4tttt1tt"], dtype=torch.float64)
+    images = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    first = {name: value[:, :1] if name in images else value[:, :6] for name, value in whole.items()}
+    first["cross_attention_mask"] = first["cross_attention_mask"][:, :, :1]
+    second = {name: value[:, 1:] if name in images else value for name, value in whole.items()}
+    for spec in SPECS:
+        turns = []
+        with kvprune.compress(model, spec) as run, torch.no_grad():
+            cache = model(**first, use_cache=True).past_key_values
+            turns.append((run.selections, run.prefill_selections))
+            logits = generate(model, second, past_key_values=cache)[1]
+            turns.append((run.selections, run.prefill_selections))
+        with masked_oracle(model, *turns[0]), torch.no_grad():
+            cache = model(**first, use_cache=True).past_key_values
+        with masked_oracle(model, *turns[1]):
+            expected = generate(model, second, past_key_values=cache)[1]
+        assert (logits - expected).abs().max() <= 1e-6
