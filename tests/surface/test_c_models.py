@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from families import SPECS, compressed, inputs_of, model_of, off_oracle
@@ -93,7 +94,6 @@ def test_half(family):
     ("Mllama",),
 )
 def test_dispatched(family, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
     places = {
         "model.vision_model": "cpu",
         "model.multi_modal_projector": "cpu",
