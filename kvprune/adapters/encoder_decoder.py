@@ -314,9 +314,17 @@ class EncoderDecoderAdapter(ModelAdapter):
         cache = EncoderDecoderCache.__init__.__code__.co_names
         missing = [name for name in ("is_updated", "cross_attention_cache") if name not in cache]
         detail = f"lacks {', '.join(missing)}" if missing else "has is_updated and cross_attention_cache"
+        from transformers import GenerationMixin  # here: it takes long to import
+
+        starts = hasattr(GenerationMixin, "_get_candidate_generator")
         return [
             probe_cache(),
             Probe("EncoderDecoderCache", not missing, detail),
+            Probe(
+                "GenerationMixin",
+                starts,
+                f"{'has' if starts else 'lacks'} _get_candidate_generator, which tells drafts from prompts",
+            ),
             *probe_signatures(
                 cls.modeling_module, {cls.attention_class: (cls.states, cls.mask, "past_key_values")}
             ),
