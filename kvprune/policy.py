@@ -23,7 +23,7 @@ from kvprune.spec import OptionValue, PolicySpec, check_option, is_option_type, 
 from kvprune.text import shown
 from kvprune.view import LayerView
 
-__all__ = ["CrossKVPolicy", "ScoringPolicy", "onward_decision", "require_policy_class"]
+__all__ = ["CrossKVPolicy", "ScoringPolicy", "is_policy", "onward_decision", "require_policy_class"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +139,15 @@ class CrossKVPolicy(ABC):
             TypeError: With the class and what is missing.
         """
         require_policy_class(cls)
+
+
+def is_policy(value: object) -> typing.TypeGuard[CrossKVPolicy]:
+    """Whether a value is a policy.
+
+    Unlike `isinstance` with an abstract class, this asks no other class derived from `CrossKVPolicy`: one
+    with a broken metaclass would fail it for everybody.
+    """
+    return CrossKVPolicy in type.__getattribute__(type(value), "__mro__")
 
 
 def require_policy_class(cls: type[CrossKVPolicy]) -> None:

@@ -395,6 +395,21 @@ def test_a_policy_that_cannot_be_built_is_a_typed_error(install, body, error, me
     assert "policy 'odd' of plugin 'odd'" in str(caught.value)
 
 
+def test_a_broken_metaclass_fails_nobody_else():
+    """Python keeps a class whose making failed half-way, and asks it whenever it meets a new type."""
+    code = (
+        "import gc, kvprune\ngc.disable()\n"
+        "class Meta(type(kvprune.ScoringPolicy)):\n"
+        "    def __getattribute__(cls, name): raise OSError(name)\n"
+        "try:\n    class Policy(kvprune.ScoringPolicy, metaclass=Meta):\n        name = 'odd'\n"
+        "except OSError as error:\n    kept = error\n"
+        "print(kvprune.get_policy('trim').name)\n"
+        "try:\n    kvprune.get_policy(7)\nexcept kvprune.errors.SpecError:\n    print('typed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["trim", "typed"]
+
+
 def test_ctrl_c_while_a_policy_is_built_is_the_users(install):
     install("odd-prune", odd=policy(body="def __post_init__(self): raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
