@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kvprune.errors import IncompatibleTransformersError, UnsupportedCacheError
+from kvprune.errors import IncompatibleTransformersError, PluginError, UnsupportedCacheError
 from kvprune.manager import CrossKVManager
 
 __all__ = [
@@ -66,6 +66,24 @@ class ModelAdapter(ABC):
     @abstractmethod
     def probe(cls) -> list[Probe]:
         """Check what the adapter relies on in the installed transformers, without a model."""
+
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+        """Return a tiny model of the family in eval mode, and a batch for it; `kvprune check` uses them.
+
+        Optional. Without it, call `kvprune.testing.check_adapter` with functions that make both.
+
+        Args:
+            dtype: Of the weights, and of inputs that are floating point.
+
+        Raises:
+            PluginError: If the adapter has none.
+        """
+        raise PluginError(
+            f"adapter {cls.__name__} does not say how to make a tiny example; give it a classmethod "
+            "example(cls, dtype) that returns (model, inputs), or call kvprune.testing.check_adapter("
+            f"{cls.__name__}, make_model, make_inputs) in a test"
+        )
 
     @property
     @abstractmethod

@@ -339,6 +339,13 @@ class BartAdapter(EncoderDecoderAdapter):
     modeling_module = "transformers.models.bart.modeling_bart"
     attention_class = "BartAttention"
 
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+        """Return a tiny BART, and texts of several lengths."""
+        from kvprune.testing import examples  # only who tests needs it
+
+        return examples.bart(dtype)
+
 
 class WhisperAdapter(EncoderDecoderAdapter):
     """Whisper, whose encoder columns are audio frames."""
@@ -347,3 +354,10 @@ class WhisperAdapter(EncoderDecoderAdapter):
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
     modeling_module = "transformers.models.whisper.modeling_whisper"
     attention_class = "WhisperAttention"
+
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+        """Return a tiny Whisper, and two sounds."""
+        from kvprune.testing import examples  # only who tests needs it
+
+        return examples.whisper(dtype)

@@ -311,6 +311,13 @@ class MllamaAdapter(ModelAdapter):
         self._captured["values"] = rearrange(output, "b s (h d) -> b h s d", h=heads)
 
     @classmethod
+    def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+        """Return a tiny Mllama, and chats with several images, padding tiles and left padding."""
+        from kvprune.testing import examples  # only who tests needs it
+
+        return examples.mllama(dtype)
+
+    @classmethod
     def probe(cls) -> list[Probe]:
         """Check the names and signatures that the hooks rely on."""
         signatures = probe_signatures(

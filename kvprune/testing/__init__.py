@@ -12,6 +12,7 @@ from kvprune.testing.conformance import (
     SUITE_VERSION,
     ConformanceReport,
     Result,
+    check_adapter,
     check_policy,
     recheck,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "LayerProblem",
     "ModelProblem",
     "Result",
+    "check_adapter",
     "check_policy",
     "masked_oracle",
     "mllama_inputs",

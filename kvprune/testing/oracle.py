@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.adapters.base import ModelAdapter
 from kvprune.selection import Selection
 
 __all__ = ["masked_oracle"]
@@ -23,6 +24,8 @@ def masked_oracle(
     model: Any,
     selections: Mapping[int, Selection],
     prefill_selections: Mapping[int, Selection | None],
+    *,
+    adapter: type[ModelAdapter] | None = None,
 ) -> Iterator[None]:
     """Run an untouched model so that it attends to selected columns only.
 
@@ -30,6 +33,7 @@ def masked_oracle(
         model: A model that nothing compresses: Mllama, or an encoder-decoder one.
         selections: What decoding may attend to, by layer index (``run.selections``).
         prefill_selections: What prefill may attend to, None for everything (``run.prefill_selections``).
+        adapter: An `EncoderDecoderAdapter`, for the names that it declares; BART's names by default.
     """
     handles = []
 
@@ -39,11 +43,12 @@ def masked_oracle(
             selection = prefill_selections[layer_idx] if prefill else selections[layer_idx]
             if selection is None:
                 return None
-            return args, {**kwargs, mask_name: _masked(kwargs.get(mask_name), selection, args[0], module)}
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return args, {**kwargs, mask_name: _masked(kwargs.get(mask_name), selection, hidden, module)}
 
         return hook
 
-    for layer_idx, module, states, mask_name in _sites(model):
+    for layer_idx, module, states, mask_name in _sites(model, adapter):
         if layer_idx in selections:
             hook = restrict(layer_idx, states, mask_name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -54,13 +59,15 @@ def masked_oracle(
             handle.remove()
 
 
-def _sites(model: Any) -> Iterator[tuple[int, Any, str, str]]:
+def _sites(model: Any, adapter: type[ModelAdapter] | None) -> Iterator[tuple[int, Any, str, str]]:
     """Yield layer index, module, and the names of its states and mask arguments."""
     if model.config.is_encoder_decoder:
         for layer_idx, layer in enumerate(model.get_decoder().layers):
-            yield layer_idx, layer.encoder_attn, "key_value_states", "attention_mask"
+            attention = getattr(layer, getattr(adapter, "attention", "encoder_attn"))
+            states = getattr(adapter, "states", "key_value_states")
+            yield layer_idx, attention, states, getattr(adapter, "mask", "attention_mask")
         return
-    text = model.model.language_model
+    text = getattr(model, "model", model).language_model
     for layer_idx in text.config.cross_attention_layers:
         yield layer_idx, text.layers[layer_idx], "cross_attention_states", "cross_attention_mask"
 

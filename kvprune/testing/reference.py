@@ -101,11 +101,14 @@ def visibility_of(inputs: dict[str, Any], columns: int) -> Visibility:
     """Return what the text rows of a model's inputs may attend, straight from the processor's masks.
 
     Args:
-        inputs: Of an Mllama (``cross_attention_mask``), or of an encoder-decoder model (``attention_mask``).
+        inputs: Of an Mllama (``cross_attention_mask``), or of an encoder-decoder model (``attention_mask``,
+            if it has one that is as wide as what the encoder returns).
         columns: Number of encoder tokens S in the model's cross-attention cache.
     """
     if "cross_attention_mask" not in inputs:
-        mask = inputs["attention_mask"]
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.shape[-1] != columns:
+            mask = torch.ones(len(next(iter(inputs.values()))), columns, dtype=torch.int64)
         return Visibility(
             rows=torch.tensor([[[True, False]]]).expand(len(mask), -1, -1),
             units=1 - mask,

@@ -1,9 +1,21 @@
-"""The conformance suite for authors of policies: `check_policy`, its report, and single checks again."""
+"""The conformance suites for authors of policies and adapters, their reports, and single checks again."""
 
 from __future__ import annotations
 
+from kvprune.testing.conformance.adapter_suite import check_adapter, installed_adapter
+from kvprune.testing.conformance.adapter_table import ADAPTER_INVARIANTS
 from kvprune.testing.conformance.report import SUITE_VERSION, ConformanceReport, Result
 from kvprune.testing.conformance.suite import check_policy, recheck
 from kvprune.testing.conformance.table import INVARIANTS
 
-__all__ = ["INVARIANTS", "SUITE_VERSION", "ConformanceReport", "Result", "check_policy", "recheck"]
+__all__ = [
+    "ADAPTER_INVARIANTS",
+    "INVARIANTS",
+    "SUITE_VERSION",
+    "ConformanceReport",
+    "Result",
+    "check_adapter",
+    "check_policy",
+    "installed_adapter",
+    "recheck",
+]

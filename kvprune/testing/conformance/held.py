@@ -45,10 +45,9 @@ def check_columns(policy: CrossKVPolicy, setting: Setting) -> None:
     for layer_idx, selection in run.selections.items():
         for row, valid in zip(selection.indices.flatten(0, 1), selection.valid.flatten(0, 1), strict=True):
             kept = row[valid].tolist()
-            if kept != sorted(set(kept)) or not set(kept) <= set(range(setting.visibility.columns)):
+            if kept != sorted(set(kept)) or not set(kept) <= set(range(setting.columns)):
                 raise Violation(
-                    f"layer {layer_idx} to hold strictly increasing columns below "
-                    f"{setting.visibility.columns}",
+                    f"layer {layer_idx} to hold strictly increasing columns below {setting.columns}",
                     f"{kept}",
                 )
 
@@ -142,8 +141,8 @@ def check_alone_in_model(policy: CrossKVPolicy, setting: Setting) -> None:
     if setting.dtype != torch.float64:
         return
     together, _ = setting.prefill(policy)
-    for sample in range(setting.visibility.batch):
-        if not slow_prefill(setting.visibility, sample):
+    for sample in range(setting.batch_size):
+        if _has_no_image(setting, sample):
             continue  # without an image, the model is called without one
         alone, _ = setting.prefill(policy, _alone(setting.inputs, sample))
         for layer_idx, selection in alone.selections.items():
@@ -161,16 +160,24 @@ def check_alone_in_model(policy: CrossKVPolicy, setting: Setting) -> None:
 def _alone(inputs: dict[str, Tensor], sample: int) -> dict[str, Tensor]:
     """Cut the inputs to one sample, without the padding that its batch needs."""
     alone = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
-    real = alone["attention_mask"][0].bool()
-    for name in ("input_ids", "attention_mask", "cross_attention_mask"):
-        if name in alone:
-            alone[name] = alone[name][:, real]
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is not None and mask is not None and ids.shape == mask.shape:
+        real = mask[sample].bool()
+        for name, tensor in inputs.items():
+            if tensor.shape[:2] == mask.shape:
+                alone[name] = alone[name][:, real]
     if "cross_attention_mask" in alone:
         images = int(alone["cross_attention_mask"].any(-1).any(1).sum())
         alone["cross_attention_mask"] = alone["cross_attention_mask"][:, :, :images]
         for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
             alone[name] = alone[name][:, :images]
     return alone
+
+
+def _has_no_image(setting: Setting, sample: int) -> bool:
+    if "cross_attention_mask" not in setting.inputs:
+        return False
+    return not slow_prefill(setting.visibility, sample)
 
 
 def _kept(run: Compression, setting: Setting) -> Iterator[tuple[str, int, set[int]]]:

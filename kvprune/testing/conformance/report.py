@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["SUITE_VERSION", "ConformanceReport", "Outcome", "Result", "Violation"]
+__all__ = ["SUITE_VERSION", "ConformanceReport", "NotApplicable", "Outcome", "Result", "Violation"]
 
 SUITE_VERSION = 1
 """Raised whenever a policy that passed before may fail now."""
@@ -31,6 +31,10 @@ class Violation(Exception):  # noqa: N818  it is what a check found, and no erro
     def detail(self) -> str:
         """Both, on lines of their own."""
         return f"expected {self.expected}\ngot {self.got}"
+
+
+class NotApplicable(Exception):  # noqa: N818  it is an answer of a check, and no error that users meet
+    """Why a check cannot be made on a model; the suite says so and does not count it as passed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

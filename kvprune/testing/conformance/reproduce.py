@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from kvprune.adapters.base import ModelAdapter
 from kvprune.policy import CrossKVPolicy
 from kvprune.registry import load
 from kvprune.testing.problems import LayerProblem, ModelProblem
 
-__all__ = ["snippet"]
+__all__ = ["adapter_snippet", "snippet"]
 
 
 def snippet(
@@ -20,6 +23,44 @@ def snippet(
         f"{imports}\nfrom kvprune.testing import {type(problem).__name__}, recheck\n\n"
         f"policy = {made}\nproblem = {problem!r}\nrecheck({invariant!r}, policy, problem)"
     )
+
+
+def adapter_snippet(
+    invariant: str,
+    adapter: type[ModelAdapter],
+    make_model: Any = None,
+    make_inputs: Any = None,
+    *,
+    seed: int = 0,
+    oracle: Any = None,
+) -> str:
+    """Return code that checks one invariant of an adapter again and raises a ConformanceError."""
+    imports, names = [], []
+    for thing in (adapter, make_model, make_inputs, oracle):
+        line, name = ("", "None") if thing is None else _named(thing)
+        imports += [line] if line and line not in imports else []
+        names.append(name)
+    arguments = names[:1] if make_model is None and make_inputs is None else names[:3]
+    arguments.append(f"only=[{invariant!r}]")
+    arguments += [f"seed={seed}"] if seed else []
+    arguments += [f"oracle={names[3]}"] if oracle is not None else []
+    lines = [
+        *imports,
+        "from kvprune.testing import check_adapter",
+        "",
+        f"check_adapter({', '.join(arguments)})",
+    ]
+    return "\n".join(lines)
+
+
+def _named(thing: Any) -> tuple[str, str]:
+    """Return the import of a class or function, and its name; or a comment where it cannot be imported."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if module is None or name is None or "<" in name or module == "__main__":
+        told = f"{name or type(thing).__name__} of {module}"
+        short = (name or "").rpartition("<locals>.")[2]
+        return f"# {told} must be defined here", short if short.isidentifier() else "..."
+    return f"from {module} import {name.partition('.')[0]}", name
 
 
 def _policy(policy: CrossKVPolicy | type[CrossKVPolicy]) -> tuple[str, str]:

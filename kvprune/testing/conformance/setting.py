@@ -1,11 +1,13 @@
 """A tiny model with a batch, what the untouched model makes of it, and runs of it under a policy.
 
-It knows no policy and no adapter by name, so that adapters can be checked in a `Setting`, too.
+It knows no policy by name, and no adapter, so that adapters can be checked in a `Setting`, too.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,15 +18,25 @@ from torch import Tensor
 from kvprune.adapters.base import ModelAdapter
 from kvprune.policy import CrossKVPolicy
 from kvprune.registry import find_adapter
+from kvprune.selection import Selection
 from kvprune.session import Compression
+from kvprune.testing.conformance.report import NotApplicable
+from kvprune.testing.conformance.sites import Site, attention_sites, cross_layers, start_token
+from kvprune.testing.oracle import masked_oracle
 from kvprune.testing.problems import ModelProblem
 from kvprune.testing.reference import slow_decode, visibility_of
 from kvprune.visibility import Visibility
 
-__all__ = ["Generated", "Setting", "cross_layers", "difference", "forward", "run_under"]
+__all__ = ["Generated", "Oracle", "Setting", "difference", "forward", "run_under"]
 
 # `generate` hands out logits in float32 whatever the model's dtype; one rounding step of them is 1e-6 there.
 _TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-5}
+
+
+Oracle = Callable[
+    [Any, Mapping[int, Selection], Mapping[int, Selection | None]], AbstractContextManager[None]
+]
+"""Called as `masked_oracle` is: a model, ``run.selections``, ``run.prefill_selections``."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Setting:
         steps: New tokens.
         seed: Of the compression.
         adapter: Joins policies with the model; None for the installed one that knows it.
+        oracle: Makes the context of the master oracle for families that `masked_oracle` does not know.
     """
 
     pristine: Any
@@ -55,6 +68,7 @@ class Setting:
     steps: int = 3
     seed: int = 0
     adapter: type[ModelAdapter] | None = None
+    oracle: Oracle | None = None
 
     @classmethod
     def of(cls, problem: ModelProblem) -> Setting:
@@ -68,13 +82,13 @@ class Setting:
         return copy.deepcopy(self.pristine)
 
     @cached_property
-    def _adapter(self) -> type[ModelAdapter]:
+    def adapter_class(self) -> type[ModelAdapter]:
         """Found once: looking at what is installed takes longer than a forward call of a tiny model."""
         return self.adapter or find_adapter(self.pristine)
 
     def compress(self, policy: CrossKVPolicy) -> Compression:
         """Put the working copy under a policy, as `kvprune.compress` does."""
-        return Compression(self._adapter(self.model), policy, self.seed)
+        return Compression(self.adapter_class(self.model), policy, self.seed)
 
     def renew(self) -> None:
         """Make a new copy of the model when it is needed next."""
@@ -86,15 +100,24 @@ class Setting:
 
     def generate(self, model: Any, inputs: dict[str, Tensor] | None = None) -> Generated:
         """Generate greedily, or by beam search."""
-        out = model.generate(
-            **(inputs or self.batch()),
-            max_new_tokens=self.steps,
-            num_beams=self.beams,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        return Generated(out["sequences"], torch.stack(list(out["logits"])), out["past_key_values"])
+        caches: list[Any] = []
+
+        def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            caches[:] = [output.past_key_values]  # not every family's `generate` hands it out whole
+
+        handle = model.register_forward_hook(note, with_kwargs=True)
+        try:
+            out = model.generate(
+                **(inputs or self.batch()),
+                max_new_tokens=self.steps,
+                num_beams=self.beams,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        finally:
+            handle.remove()
+        return Generated(out["sequences"], torch.stack(list(out["logits"])), caches[0])
 
     def prefill(
         self, policy: CrossKVPolicy, inputs: dict[str, Tensor] | None = None
@@ -114,13 +137,47 @@ class Setting:
         """The untouched model's cross-attention cache after prefill, by layer index."""
         with torch.no_grad():
             cache = forward(self.pristine, self.batch())
-        return cross_layers(self.pristine, cache)
+        return self.layers_of(cache)
+
+    @cached_property
+    def layer_indices(self) -> tuple[int, ...]:
+        """The cross-attention layers that the adapter names."""
+        return tuple(self.adapter_class(self.pristine).layer_indices)
+
+    def layers_of(self, cache: Any) -> dict[int, Any]:
+        """Return the cache layers of cross-attention, by layer index."""
+        return cross_layers(self.layer_indices, cache)
+
+    def sites(self, model: Any) -> list[Site]:
+        """Return the cross-attention modules of a model of this kind."""
+        return attention_sites(self.adapter_class, model)
+
+    def masked(self, run: Compression) -> AbstractContextManager[None]:
+        """Return the master oracle's context: the untouched model attends to what a run kept."""
+        if self.oracle is not None:
+            return self.oracle(self.pristine, run.selections, run.prefill_selections)
+        self.sites(self.pristine)  # not applicable where nothing is known
+        return masked_oracle(
+            self.pristine, run.selections, run.prefill_selections, adapter=self.adapter_class
+        )
+
+    @cached_property
+    def columns(self) -> int:
+        """Columns that the untouched model caches."""
+        columns: int = next(iter(self.stock_layers.values())).keys.shape[-2]
+        return columns
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the batch, before beams."""
+        return len(next(iter(self.stock_layers.values())).keys)
 
     @cached_property
     def visibility(self) -> Visibility:
         """What the text rows may attend, straight from the inputs."""
-        columns = next(iter(self.stock_layers.values())).keys.shape[-2]
-        return visibility_of(self.inputs, columns)
+        if not self.pristine.config.is_encoder_decoder and "cross_attention_mask" not in self.inputs:
+            raise NotApplicable("what text may attend does not follow from these inputs alone")
+        return visibility_of(self.inputs, self.columns)
 
     @property
     def tolerance(self) -> float:
@@ -149,17 +206,10 @@ class Setting:
 
 def forward(model: Any, inputs: dict[str, Tensor]) -> Any:
     """Run one forward call that brings encoder states, and return the cache."""
-    if model.config.is_encoder_decoder:
-        start = torch.full((len(inputs["input_ids"]), 1), model.config.decoder_start_token_id)
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        start = torch.full((len(next(iter(inputs.values()))), 1), start_token(model))
         inputs = {**inputs, "decoder_input_ids": start}
     return model(**inputs, use_cache=True).past_key_values
-
-
-def cross_layers(model: Any, cache: Any) -> dict[int, Any]:
-    """Return the cache layers of cross-attention, by layer index."""
-    if model.config.is_encoder_decoder:
-        return dict(enumerate(cache.cross_attention_cache.layers))
-    return {i: cache.layers[i] for i in model.config.text_config.cross_attention_layers}
 
 
 def run_under(policy: CrossKVPolicy, setting: Setting) -> tuple[Compression, Generated]:

@@ -19,7 +19,7 @@ from kvprune.testing.conformance.search import run_check
 from kvprune.testing.conformance.table import CLASS, INVARIANTS, Invariant
 from kvprune.testing.problems import LayerProblem, ModelProblem
 
-__all__ = ["check_policy", "recheck"]
+__all__ = ["as_expected", "check_policy", "failure_of", "recheck"]
 
 
 def check_policy(
@@ -71,11 +71,11 @@ def check_policy(
     report = ConformanceReport(
         subject=subject,
         seed=seed,
-        results=tuple(_as_expected(result, expected.get(result.id)) for result in results),
+        results=tuple(as_expected(result, expected.get(result.id)) for result in results),
         warnings=class_warnings(cls) if checked.outcome == "passed" else (),
     )
     if not report.passed:
-        raise _error(report)
+        raise failure_of(report)
     return report
 
 
@@ -108,7 +108,7 @@ def recheck(
             raise UnknownInvariantError(f"{invariant} is not checked on a {type(problem).__name__}")
         result = Lab(0, 0).check(row, made or variants(cls), problem)
     if result.outcome == "failed":
-        raise _error(ConformanceReport(subject=subject, seed=0, results=(result,)))
+        raise failure_of(ConformanceReport(subject=subject, seed=0, results=(result,)))
     return result
 
 
@@ -121,7 +121,8 @@ def _row(invariant: str) -> Invariant:
     return rows[invariant]
 
 
-def _error(report: ConformanceReport) -> ConformanceError:
+def failure_of(report: ConformanceReport) -> ConformanceError:
+    """Return the error that tells all failures of a report."""
     ids = ", ".join(f"{result.id} ({result.outcome})" for result in report.failures)
     return ConformanceError("\n".join([f"{report.subject} breaks {ids}", *report.explanations]), report)
 
@@ -174,7 +175,7 @@ def _checked_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> Resul
     )
 
 
-def _as_expected(result: Result, reason: str | None) -> Result:
+def as_expected(result: Result, reason: str | None) -> Result:
     """Turn the outcome of an invariant that is declared to fail."""
     if reason is None:
         return result

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvprune.policy import CrossKVPolicy, ScoringPolicy
-from kvprune.testing.conformance import decisions, generation, held, purity, surroundings
+from kvprune.testing.conformance import alignment, decisions, generation, held, purity, surroundings
 from kvprune.testing.conformance.budgets import keeping_all, stated_budget, widening
 from kvprune.testing.conformance.corners import LAYER_CORNERS
 from kvprune.testing.conformance.setting import Setting
@@ -113,7 +113,7 @@ INVARIANTS = (
         (held.check_repeatable, held.check_alone_in_model),
         limits=_one_device,
     ),
-    Invariant("KV11", "tensors and selection stay together", (), (generation.check_alignment,)),
+    Invariant("KV11", "tensors and selection stay together", (), (alignment.check_alignment,)),
     Invariant(
         "KV12", "nothing is left behind", (surroundings.check_process,), (generation.check_clean_exit,)
     ),
