@@ -172,8 +172,9 @@ def check(
     policy: Annotated[
         str,
         typer.Argument(
-            help="Name of an installed policy, checked with several budgets, or a spec such as "
-            "trim:k_ratio=0.1, checked as it is."
+            help="Name of an installed policy, checked with several budgets; a spec such as "
+            "trim:k_ratio=0.1, checked as it is; or the class name of an installed adapter, or of a model "
+            "that it supports."
         ),
     ],
     expect_failure: Annotated[
@@ -187,17 +188,20 @@ def check(
     ] = False,
     debug: _Debug = False,
 ) -> None:
-    """Check a policy against the invariants KV01 to KV14, on generated problems and tiny models."""
-    from kvprune.testing import check_policy
+    """Check a policy, or an adapter, against the invariants KV01 to KV14, on tiny models."""
+    from kvprune.testing import check_adapter, check_policy
+    from kvprune.testing.conformance import installed_adapter
 
     with _one_line_errors(debug):
+        ids = None if only is None else [part.strip() for part in re.split("[,;]", only)]
+        expected = dict(_expected_failure(text) for text in expect_failure or [])
         try:
-            report = check_policy(
-                policy,
-                only=None if only is None else [part.strip() for part in re.split("[,;]", only)],
-                expected_failures=dict(_expected_failure(text) for text in expect_failure or []),
-                seed=seed,
-            )
+            adapter = installed_adapter(policy)
+            if adapter is None:
+                report = check_policy(policy, only=ids, expected_failures=expected, seed=seed)
+            else:
+                with _quiet_transformers():  # some families warn at each call of `generate`
+                    report = check_adapter(adapter, only=ids, expected_failures=expected, seed=seed)
         except ConformanceError as failure:
             report = failure.report
     if json_output:
@@ -341,6 +345,19 @@ def _quieten_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep its warnings off the terminal for a while."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _ratio(text: str) -> float:

@@ -78,6 +78,7 @@ def test_json_is_all_of_standard_output() -> None:
         (["trim", "--only", "KV99"], "no invariant 'KV99'"),
         (["trim", "--expect-failure", "KV14"], "expected ID=REASON such as KV14='not nested', got 'KV14'"),
         (["trim", "--expect-failure", "KV99=x"], "no invariant 'KV99'"),
+        (["BartAdapter", "--only", "KV14"], "nothing 'KV14' is checked of an adapter"),
     ],
 )
 def test_user_errors_are_one_line_with_code_2(arguments: list[str], message: str) -> None:
@@ -86,6 +87,57 @@ def test_user_errors_are_one_line_with_code_2(arguments: list[str], message: str
     assert err.startswith("kvprune: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["WhisperForConditionalGeneration", "WhisperAdapter"])
+def test_an_adapter_by_its_name_or_by_that_of_a_model(name: str) -> None:
+    out, err = run(name, "--only", "class,KV06", code=0)
+    assert "class   declaration, probes, every cross layer   passed" in out
+    assert out.splitlines()[-1].startswith("WhisperAdapter passed: 2 passed (")
+    assert "max_new_tokens" not in err
+
+
+def with_adapters(monkeypatch: pytest.MonkeyPatch, *classes: type) -> None:
+    """As if a plugin provided these adapters, too."""
+    real = registry.load()
+    entries = [registry.AdapterEntry(cls, "zoo", "kvprune-zoo") for cls in classes]
+    more = registry.Registry(real.policies, (*real.adapters, *entries), real.broken)
+    monkeypatch.setattr("kvprune.testing.conformance.adapter_suite.load", lambda: more)
+
+
+def test_an_adapter_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.adapters import LeavesAHook
+
+    with_adapters(monkeypatch, LeavesAHook)
+    out, _ = run("LeavesAHook", "--only", "KV12", code=1)
+    assert "KV12 nothing is left behind: failed" in out
+    assert "check_adapter(LeavesAHook, only=['KV12'])" in out
+    assert "LeavesAHook FAILED: 1 failed" in out
+
+
+def test_an_adapter_without_an_example_is_told_what_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+
+    class MarianAdapter(EncoderDecoderAdapter):
+        family = "Marian"
+        model_classes = ("MarianMTModel",)
+
+    with_adapters(monkeypatch, MarianAdapter)
+    _, err = run("MarianMTModel", code=2)
+    assert err.count("\n") == 1
+    assert "MarianAdapter does not say how to make a tiny example; give it a classmethod example" in err
+    assert "kvprune.testing.check_adapter(MarianAdapter, make_model, make_inputs)" in err
+
+
+def test_a_model_of_several_adapters_is_asked_about_by_an_adapters_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from zoo.adapters import LeavesAHook
+
+    with_adapters(monkeypatch, LeavesAHook)
+    _, err = run("BartModel", code=2)
+    assert "BartModel is claimed by several adapters" in err
+    assert "zoo.adapters.LeavesAHook; give an adapter's name" in err
 
 
 def test_missing_hypothesis_is_one_line() -> None:

@@ -140,7 +140,7 @@ class _Bench:
 
     def check(self, row: AdapterInvariant) -> Result:
         """Run all cases of one row, until one fails."""
-        start, posed, reasons = time.perf_counter(), 0, dict[str, None]()
+        start, posed, reasons = time.perf_counter(), 0, list[str]()
         for setting in self._settings.values():
             setting.renew()  # what an adapter leaves behind is found by KV12, and disturbs no other row
         for cases in row.cases:
@@ -158,7 +158,7 @@ class _Bench:
             outcome="passed" if posed else "not applicable",
             problems=posed,
             seconds=time.perf_counter() - start,
-            detail="; ".join(reasons),
+            detail="; ".join(dict.fromkeys(reasons)),
         )
 
     def _one(
@@ -166,14 +166,14 @@ class _Bench:
         check: Callable[[CrossKVPolicy, Setting], None],
         name: str,
         spec: str,
-        reasons: dict[str, None],
+        reasons: list[str],
     ) -> None:
         if spec not in self._policies:
             self._policies[spec] = load().get_policy(spec)
         try:
             check(self._policies[spec], self._setting(name))
         except NotApplicable as reason:
-            reasons[str(reason)] = None
+            reasons.append(str(reason))
 
     def _failed(
         self, row: AdapterInvariant, violation: Violation, posed: int, seconds: float, name: str, spec: str

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 __all__ = ["SUITE_VERSION", "ConformanceReport", "NotApplicable", "Outcome", "Result", "Violation"]
 
-SUITE_VERSION = 1
-"""Raised whenever a policy that passed before may fail now."""
+SUITE_VERSION = 2
+"""Raised whenever a policy or an adapter that passed before may fail now."""
 
 Outcome = Literal["passed", "failed", "expected failure", "unexpectedly passed", "not applicable"]
 
@@ -42,7 +42,7 @@ class Result:
     """What the suite found about one invariant.
 
     Attributes:
-        id: "KV01" to "KV14", or "class" for the policy class itself.
+        id: "KV01" to "KV14", or "class" for the class itself; "view" for what an adapter shows policies.
         title: What is checked, in a few words.
         outcome: "passed", "failed", "expected failure", "unexpectedly passed" or "not applicable".
         problems: How many problems were posed.
@@ -62,10 +62,11 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class ConformanceReport:
-    """What the suite found about one policy.
+    """What the suite found about one policy, or one adapter.
 
     Attributes:
-        subject: The policy's spec, or its name where the class was checked with several options.
+        subject: The policy's spec, or its name where the class was checked with several options; the name of
+            an adapter's class.
         suite_version: Of the suite that ran.
         seed: Of the generated problems.
         results: One for each invariant that was asked for, in the order of their ids.

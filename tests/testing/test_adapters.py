@@ -1,0 +1,327 @@
+"""`check_adapter` is tested by adapters that break one thing each, and by families that break nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import adapters as zoo
+from zoo.adapters import ADAPTERS
+
+import kvprune
+from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.encoder_decoder import BartAdapter, EncoderDecoderAdapter, WhisperAdapter
+from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.errors import ConformanceError, PluginError, UnknownInvariantError, UnsupportedModelError
+from kvprune.testing import check_adapter, masked_oracle, mllama_inputs, tiny_bart, tiny_mllama
+from kvprune.testing.conformance import ADAPTER_INVARIANTS
+from kvprune.testing.conformance.adapter_suite import _Bench
+from kvprune.testing.tiny import _random
+
+
+def failure_of(*adapter, **options):
+    with pytest.raises(ConformanceError) as failure:
+        check_adapter(*adapter, **options)
+    return failure.value
+
+
+@pytest.mark.parametrize("adapter", [MllamaAdapter, BartAdapter, WhisperAdapter])
+def test_built_in_adapters_pass(adapter):
+    report = check_adapter(adapter)
+    assert [result.id for result in report.results] == [row.id for row in ADAPTER_INVARIANTS]
+    assert {(result.outcome, result.detail) for result in report.results} == {("passed", "")}
+    assert all(result.problems for result in report.results)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
+def test_it_is_caught_and_the_reproducer_shows_it(adapter):
+    report = failure_of(adapter, only=adapter.caught_by).report
+    assert {result.id for result in report.failures} == set(adapter.caught_by)
+    pasted = report.results[0].reproducer
+    assert pasted.endswith(f"check_adapter({adapter.__name__}, only=[{report.results[0].id!r}])")
+    with pytest.raises(ConformanceError, match=rf"breaks {report.results[0].id} \(failed\)"):
+        exec(compile(pasted, "reproducer", "exec"), {})
+
+
+def test_every_invariant_that_an_adapter_can_break_has_its_animal():
+    assert {invariant for cls in ADAPTERS for invariant in cls.caught_by} == {
+        row.id for row in ADAPTER_INVARIANTS
+    }
+    assert len(ADAPTERS) >= 20
+
+
+ALONE = {
+    "check_declaration": zoo.RottenProbe,
+    "check_batch": None,  # about the functions that are given
+    "check_layer_indices": zoo.SkipsTheLastLayer,
+    "check_every_layer_decides": zoo.DecidesOnlyOnce,
+    "check_view": zoo.SwapsQueries,
+    "check_columns": zoo.UnsortedSlots,
+    "check_counts": zoo.SeesPadding,
+    "check_images": zoo.HidesTheFirstTile,
+    "check_padding": zoo.SeesPadding,
+    "check_prefill_rows": zoo.StarvesARow,
+    "check_mask_width": zoo.OneTooWide,
+    "check_identity": zoo.RoundsTheCache,
+    "check_lossless": zoo.HidesTheFirstTile,
+    "check_storage_order": zoo.RemembersTheMask,
+    "check_repeatable": zoo.RandomEachTime,
+    "check_alone_in_model": zoo.SeesPadding,
+    "check_alignment": zoo.SharesRowsThatDiffer,
+    "check_cache_operations": zoo.LeavesSlotsBehind,
+    "check_clean_exit": zoo.LeavesIsCausal,
+    "check_failed_policy": zoo.StaysAfterAnException,
+    "check_failed_attach": zoo.ForgetsHooksWhenAttachFails,
+    "check_oracle": zoo.MasksByPosition,
+}
+CHECKS = {cases.check.__name__: (row, cases) for row in ADAPTER_INVARIANTS for cases in row.cases}
+
+
+def test_every_check_has_an_animal():
+    assert set(ALONE) == set(CHECKS)
+
+
+@pytest.mark.parametrize("name", [name for name, adapter in ALONE.items() if adapter is not None])
+def test_every_check_catches_something_without_the_others(name):
+    row, cases = CHECKS[name]
+    result = _Bench(ALONE[name], None, None, 0, None).check(dataclasses.replace(row, cases=(cases,)))
+    assert result.outcome == "failed"
+    assert "Error: " not in result.detail.splitlines()[1] or name == "check_mask_width"
+
+
+# A third party's family: a declaration, a tiny model, a batch.
+
+
+class MBartAdapter(EncoderDecoderAdapter):
+    family = "mBART"
+    model_classes = ("MBartForConditionalGeneration",)
+    modeling_module = "transformers.models.mbart.modeling_mbart"
+    attention_class = "MBartAttention"
+
+
+class PegasusAdapter(EncoderDecoderAdapter):
+    family = "Pegasus"
+    model_classes = ("PegasusForConditionalGeneration",)
+    modeling_module = "transformers.models.pegasus.modeling_pegasus"
+    attention_class = "PegasusAttention"
+
+
+def tiny(name, dtype):
+    transformers = importlib.import_module("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    return _random(getattr(transformers, f"{name}ForConditionalGeneration"), config, 1, dtype, "sdpa")
+
+
+def tiny_mbart(dtype):
+    return tiny("MBart", dtype)
+
+
+def tiny_pegasus(dtype):
+    return tiny("Pegasus", dtype)
+
+
+def texts(dtype):
+    return BartAdapter.example(dtype)[1]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "make_model"), [(MBartAdapter, tiny_mbart), (PegasusAdapter, tiny_pegasus)]
+)
+def test_a_declaration_suffices(adapter, make_model):
+    report = check_adapter(adapter, make_model, texts)
+    assert {result.outcome for result in report.results} == {"passed"}
+    assert report.subject == adapter.__name__
+
+
+def test_the_declared_names_are_what_the_oracle_uses():
+    class Misdeclared(MBartAdapter):
+        mask = "position_mask"
+
+    error = failure_of(Misdeclared, tiny_mbart, texts, only=["class", "KV13"])
+    assert [result.id for result in error.report.failures] == ["class", "KV13"]
+    assert "MBartAttention: forward lacks position_mask" in str(error)
+
+
+def test_the_installed_adapter_is_found():
+    report = check_adapter(None, lambda dtype: tiny_bart(dtype=dtype), texts, only=["class"])
+    assert report.subject == "BartAdapter"
+
+
+class FlatAdapter(ModelAdapter):
+    """Mllama by somebody who derives from nothing that the suite knows: everything is delegated."""
+
+    family = "flat"
+    model_classes = MllamaAdapter.model_classes
+    probe = MllamaAdapter.probe
+    example = MllamaAdapter.example
+
+    def __init__(self, model):
+        super().__init__(model)
+        self._real = MllamaAdapter(model)
+
+    @property
+    def layer_indices(self):
+        return self._real.layer_indices
+
+    def attach(self, manager):
+        self._real.attach(manager)
+
+    def detach(self):
+        super().detach()
+        self._real.detach()
+
+
+@contextmanager
+def my_oracle(model, selections, prefill_selections):
+    with masked_oracle(model, selections, prefill_selections):
+        yield
+
+
+def test_what_is_not_known_of_a_family_is_not_applicable():
+    outcomes = {r.id: (r.outcome, r.detail) for r in check_adapter(FlatAdapter).results}
+    for invariant in ("view", "KV06", "KV13"):
+        outcome, why = outcomes.pop(invariant)
+        assert outcome == "not applicable"
+        assert "where flat attends is not known" in why
+    assert {outcome for outcome, _ in outcomes.values()} == {"passed"}
+
+
+def test_an_oracle_can_be_given():
+    (result,) = check_adapter(FlatAdapter, only=["KV13"], oracle=my_oracle).results
+    assert (result.outcome, result.problems) == ("passed", 19)
+
+
+def test_without_a_mask_what_text_sees_is_not_applicable():
+    def blind(dtype):
+        inputs = mllama_inputs(["4ttt", "3ttt"], 1, dtype)
+        del inputs["cross_attention_mask"]
+        return inputs
+
+    report = check_adapter(
+        MllamaAdapter, lambda dtype: tiny_mllama(1, dtype=dtype), blind, only=["KV01", "KV02"]
+    )
+    assert [result.outcome for result in report.results] == ["passed", "not applicable"]
+    assert "does not follow from these inputs" in report.results[1].detail
+
+
+def one_text(dtype):
+    return {name: tensor[:1] for name, tensor in texts(dtype).items()}
+
+
+def in_training(dtype):
+    return tiny_mbart(dtype).train()
+
+
+def deaf(dtype):
+    model = tiny_mbart(dtype)
+    for layer in model.get_decoder().layers:
+        torch.nn.init.zeros_(layer.encoder_attn.out_proj.weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make_model", "make_inputs", "message"),
+    [
+        (tiny_mbart, one_text, "two samples at least that differ"),
+        (in_training, texts, "eval mode"),
+        (deaf, texts, "are gates or weights zero"),
+    ],
+)
+def test_a_model_or_a_batch_that_shows_nothing_is_refused(make_model, make_inputs, message):
+    assert message in str(failure_of(MBartAdapter, make_model, make_inputs, only=["class"]))
+
+
+def test_reproducers_name_functions_or_say_what_must_be_defined():
+    named = failure_of(MBartAdapter, deaf, texts, only=["class"], seed=3).report.results[0].reproducer
+    module = __name__
+    assert named.splitlines() == [
+        f"from {module} import MBartAdapter",
+        f"from {module} import deaf",
+        f"from {module} import texts",
+        "from kvprune.testing import check_adapter",
+        "",
+        "check_adapter(MBartAdapter, deaf, texts, only=['class'], seed=3)",
+    ]
+
+    def local(dtype):
+        return deaf(dtype)
+
+    told = failure_of(MBartAdapter, local, lambda dtype: texts(dtype), only=["class"]).report.results[0]
+    assert "<locals>.local of " in told.reproducer
+    assert "must be defined here" in told.reproducer
+    assert told.reproducer.endswith("check_adapter(MBartAdapter, local, ..., only=['class'])")
+    compile(told.reproducer, "reproducer", "exec")
+
+
+def test_failures_say_where():
+    text = str(failure_of(zoo.OneTooWide, only=["KV06"]))
+    assert text.startswith("OneTooWide breaks KV06 (failed)")
+    assert "expected masks as wide as what each layer holds" in text
+    assert "columns (RuntimeError followed)" in text
+    assert "under norm:keep_ratio=0.3, float64, greedy" in text
+
+
+def test_declared_failures_are_reported_and_pass():
+    report = check_adapter(zoo.NoScaling, only=["view"], expected_failures={"view": "no scale yet"})
+    assert report.results[0].outcome == "expected failure"
+    error = failure_of(BartAdapter, only=["view"], expected_failures={"view": "no scale yet"})
+    assert "breaks view (unexpectedly passed)" in str(error)
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(UnknownInvariantError, match=r"nothing 'KV14' is checked of an adapter; did you mean"):
+        check_adapter(BartAdapter, only=["KV14"])
+    with pytest.raises(UnsupportedModelError, match=r"expected a class derived from .*ModelAdapter, got 42"):
+        check_adapter(42)
+    with pytest.raises(UnsupportedModelError, match="got None"):
+        check_adapter(None)
+    with pytest.raises(PluginError, match="MBartAdapter does not say how to make a tiny example"):
+        check_adapter(MBartAdapter)
+
+
+def test_models_and_classes_are_as_before():
+    model, inputs = BartAdapter.example(torch.float64)
+    check_adapter(BartAdapter, lambda dtype: model, lambda dtype: inputs, only=["KV07", "KV12"])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with kvprune.compress(model, "full"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_it_needs_no_hypothesis():
+    code = (
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "from kvprune.adapters.encoder_decoder import BartAdapter\n"
+        "from kvprune.testing import check_adapter\n"
+        "print(check_adapter(BartAdapter, only=['KV06']).passed)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_the_document_names_every_row():
+    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text("utf-8")
+    _, _, section = page.partition("\n## Adapters")
+    for row in ADAPTER_INVARIANTS:
+        assert re.search(rf"^\|[^|]*\b{row.id}\b[^|]*\|", section, re.MULTILINE), row
+    for name in inspect.signature(check_adapter).parameters:
+        assert name in page, name

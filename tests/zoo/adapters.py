@@ -1,0 +1,365 @@
+"""Broken adapters, each of which `check_adapter` must catch by the ids that it names.
+
+``ADAPTERS`` lists them. Each has one defect, and is a subclass of an adapter that has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import torch
+
+from kvprune.adapters.column_mask import ColumnMask
+from kvprune.adapters.encoder_decoder import BartAdapter
+from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.adapters.tile_mask import TileMask
+from kvprune.cache import CrossKVLayer, Twins
+
+
+class StockDecodeMask(BartAdapter):
+    """Gives decoding the stock mask, as wide as all columns."""
+
+    caught_by = ("KV06", "KV13")
+
+    def _decode(self, module, cache, named):
+        decoded = super()._decode(module, cache, named)
+        return {**decoded, self.mask: named.get(self.mask)}
+
+
+class OneTooWide(BartAdapter):
+    """Cuts the mask of decoding, but leaves a column too many."""
+
+    caught_by = ("KV06",)
+
+    def _decode(self, module, cache, named):
+        decoded = super()._decode(module, cache, named)
+        mask = decoded[self.mask]
+        if mask is not None:
+            mask = torch.cat([mask, mask[..., -1:]], dim=-1)
+        return {**decoded, self.mask: mask}
+
+
+class MasksByPosition(MllamaAdapter):
+    """Looks up the tile of an entry by its place in the cache, and not by the column it came from."""
+
+    caught_by = ("KV13",)
+
+    class Mask(TileMask):
+        def _cut(self, slots, valid, ragged, copies):
+            places = torch.arange(slots.shape[-1]).expand_as(slots)
+            return super()._cut(places, valid, ragged, copies)
+
+    def _before_inner(self, module, args, kwargs):
+        changed = super()._before_inner(module, args, kwargs)
+        if self._mask is not None:
+            self._mask.__class__ = self.Mask
+        return changed
+
+
+class RemembersTheMask(BartAdapter):
+    """Makes masks once for each width, so that a cache whose entries moved reads the mask of another."""
+
+    caught_by = ("KV09",)
+
+    class Mask(ColumnMask):
+        def __init__(self, dtype, made):
+            super().__init__(dtype)
+            self._by_width = made
+
+        def over(self, mask, slots, valid, **how):
+            if slots is None:
+                return super().over(mask, slots, valid, **how)
+            if slots.shape not in self._by_width:
+                self._by_width[slots.shape] = super().over(mask, slots, valid, **how)
+            return self._by_width[slots.shape]
+
+    def _before_decoder(self, module, args, kwargs):
+        super()._before_decoder(module, args, kwargs)
+        if self._manager.in_prefill:
+            self._made = {}
+        else:
+            self._mask = self.Mask(self._decoder.dtype, self._made)
+
+
+class LeavesAHook(BartAdapter):
+    caught_by = ("KV12",)
+
+    def attach(self, manager):
+        super().attach(manager)
+        self._decoder.layers[-1].register_forward_hook(lambda module, args, output: None)
+
+
+class LeavesIsCausal(MllamaAdapter):
+    caught_by = ("KV12",)
+
+    def override(self, module, attribute, value):
+        super().override(module, attribute, value)
+        self._restore.pop()
+
+
+class StaysAfterAnException(MllamaAdapter):
+    """Takes a forward call that broke off for one that still runs, and stays attached."""
+
+    caught_by = ("KV12",)
+    _broken = False
+
+    def _after_inner(self, module, args, kwargs, output):
+        super()._after_inner(module, args, kwargs, output)
+        self._broken = output is None
+
+    def detach(self):
+        if not self._broken:
+            super().detach()
+
+
+class ForgetsHooksWhenAttachFails(BartAdapter):
+    """Notes its hooks only when all of them are in place."""
+
+    caught_by = ("KV12",)
+
+    def attach(self, manager):
+        self._manager = manager
+        handles = [
+            self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True),
+            self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
+        ]
+        for attention in self._attentions():
+            handles.append(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        self._handles += handles
+
+
+class SkipsTheLastLayer(MllamaAdapter):
+    """Does not know of the last cross-attention layer, which then gets stock masks and is never pruned."""
+
+    caught_by = ("class",)
+
+    def __init__(self, model):
+        super().__init__(model)
+        self._layer_indices = self._layer_indices[:-1]
+
+
+class DecidesOnlyOnce(BartAdapter):
+    """Asks the policy about the first layer only."""
+
+    caught_by = ("class",)
+
+    def _after_attention(self, module, args, kwargs, output):
+        if module.layer_idx == 0:
+            super()._after_attention(module, args, kwargs, output)
+
+
+class UnsortedLayers(MllamaAdapter):
+    caught_by = ("class",)
+
+    def __init__(self, model):
+        super().__init__(model)
+        self._layer_indices = self._layer_indices[::-1]
+
+
+class OffByOneOnward(BartAdapter):
+    """Passes the neighbours of the chosen features to later layers."""
+
+    caught_by = ("KV11", "KV13")
+
+    def _receive(self, module, cache, named):
+        if self._manager._prefill.onward is not None:
+            named = {**named, self.states: named[self.states].roll(-1, dims=1)}
+        return super()._receive(module, cache, named)
+
+
+class SeesPadding(BartAdapter):
+    """Takes the encoder's padding for something to see."""
+
+    caught_by = ("view", "KV02", "KV04", "KV10")
+
+    def _visibility(self, tokens, states, encoder_mask, decoder_mask, copies):
+        see = super()._visibility(tokens, states, encoder_mask, decoder_mask, copies)
+        return dataclasses.replace(see, units=torch.zeros_like(see.units))
+
+
+class CountsEveryRow(MllamaAdapter):
+    """Lets padding, and text before the image, vote."""
+
+    caught_by = ("view",)
+
+    def _begin(self, named, batch, length, drafts):
+        begin = self._manager.begin
+
+        def with_all_rows(visibility, *args, **kwargs):
+            live = torch.ones_like(visibility.live)
+            begin(dataclasses.replace(visibility, live=live), *args, **kwargs)
+
+        self._manager.begin = with_all_rows
+        try:
+            super()._begin(named, batch, length, drafts)
+        finally:
+            del self._manager.begin
+
+
+class SwapsQueries(MllamaAdapter):
+    """Shows each sample the queries of another."""
+
+    caught_by = ("view", "KV10")
+
+    def _after_q_norm(self, module, args, kwargs, output):
+        self._captured["queries"] = output.roll(1, dims=0)
+
+
+class NoScaling(BartAdapter):
+    """Tells policies that logits are not scaled."""
+
+    caught_by = ("view",)
+
+    def attach(self, manager):
+        super().attach(_Unscaled(manager))
+
+
+class _Unscaled:
+    def __init__(self, manager):
+        self._real = manager
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def after_layer(self, rank, layer, *, scaling, **tensors):
+        self._real.after_layer(rank, layer, scaling=1.0, **tensors)
+
+
+class NormedRawKeys(MllamaAdapter):
+    """Hands out keys for raw keys."""
+
+    caught_by = ("view",)
+
+    def _hook_prefill(self, needs, *, cached):
+        super()._hook_prefill(needs - {"raw_keys"}, cached=cached)
+        if "raw_keys" in needs:
+            for i in self._layer_indices:
+                norm = self._text.layers[i].cross_attn.k_norm
+                self.after(norm, self._after_k_norm_as_raw, for_one_call=True)
+
+    def _after_k_norm_as_raw(self, module, args, kwargs, output):
+        self._captured["raw_keys"] = output
+
+
+class SharesRowsThatDiffer(MllamaAdapter):
+    """Takes all rows of a batch for copies of one sample."""
+
+    caught_by = ("KV11", "KV13")
+
+    @staticmethod
+    def _twins(named, source):
+        return Twins(len(source))
+
+
+class LeavesSlotsBehind(BartAdapter):
+    """Its cache layers reorder keys and values, but not the columns that they came from."""
+
+    caught_by = ("KV11",)
+
+    class Layer(CrossKVLayer):
+        def batch_select_indices(self, indices):
+            slots, valid = self.slots, self.valid
+            super().batch_select_indices(indices)
+            if slots is not None and len(self.keys) <= len(slots):
+                self.slots, self.valid = slots[: len(self.keys)], valid[: len(self.keys)]
+
+    def _after_attention(self, module, args, kwargs, output):
+        super()._after_attention(module, args, kwargs, output)
+        kwargs["past_key_values"].cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
+
+
+class UnsortedSlots(BartAdapter):
+    """Its cache layers hold what was kept in the reverse order, and say so to users."""
+
+    caught_by = ("KV01",)
+
+    class Layer(CrossKVLayer):
+        def retain(self, kept):
+            super().retain(kept)
+            self.keys, self.values = self.keys.flip(-2), self.values.flip(-2)
+            if self.slots is not None:
+                self.slots, self.valid = self.slots.flip(-1), self.valid.flip(-1)
+
+    def _receive(self, module, cache, named):
+        received = super()._receive(module, cache, named)
+        cache.cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
+        return received
+
+
+class RandomEachTime(BartAdapter):
+    """Seeds random policies with something that is new at each call."""
+
+    caught_by = ("KV10",)
+    _calls = 0
+
+    def _sample_fingerprints(self, states, batch):
+        type(self)._calls += 1
+        return torch.full((batch,), self._calls)
+
+
+class RoundsTheCache(MllamaAdapter):
+    """Rounds what it keeps, so that not even a full cache is as it was."""
+
+    caught_by = ("KV07",)
+
+    def _after_layer(self, module, args, kwargs, output):
+        super()._after_layer(module, args, kwargs, output)
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer.keys = layer.keys.bfloat16().to(layer.keys.dtype)
+
+
+class HidesTheFirstTile(MllamaAdapter):
+    """Hides the first tile of each image from policies, which then drop it."""
+
+    caught_by = ("KV03", "KV08")
+
+    def _begin(self, named, batch, length, drafts):
+        rows = self._mask.rows
+        if rows is not None:
+            self._mask.rows = rows & (torch.arange(rows.shape[-1]) % 4 > 0)
+        try:
+            super()._begin(named, batch, length, drafts)
+        finally:
+            self._mask.rows = rows
+
+
+class StarvesARow(MllamaAdapter):
+    """Takes only the last row of text for live, so that earlier ones may go blind."""
+
+    caught_by = ("KV05",)
+
+    def _begin(self, named, batch, length, drafts):
+        begin = self._manager.begin
+
+        def with_the_last_row(visibility, *args, **kwargs):
+            live = visibility.live.clone()
+            live[:, :-1] = False
+            begin(dataclasses.replace(visibility, live=live), *args, **kwargs)
+
+        self._manager.begin = with_the_last_row
+        try:
+            super()._begin(named, batch, length, drafts)
+        finally:
+            del self._manager.begin
+
+
+class ClaimsEverything(BartAdapter):
+    """Matches any model."""
+
+    caught_by = ("class",)
+
+    @classmethod
+    def matches(cls, model):
+        return True
+
+
+class RottenProbe(BartAdapter):
+    """Relies on a class that transformers does not have."""
+
+    caught_by = ("class",)
+    attention_class = "BartCrossAttention"
+
+
+ADAPTERS = [cls for cls in list(globals().values()) if inspect.isclass(cls) and hasattr(cls, "caught_by")]
