@@ -77,6 +77,7 @@ ALONE = {
     "check_alone_in_model": zoo.SeesPadding,
     "check_alignment": zoo.SharesRowsThatDiffer,
     "check_cache_operations": zoo.LeavesSlotsBehind,
+    "check_turns": zoo.ForgetsWhileDecoding,
     "check_clean_exit": zoo.LeavesIsCausal,
     "check_failed_policy": zoo.StaysAfterAnException,
     "check_failed_attach": zoo.ForgetsHooksWhenAttachFails,

@@ -270,6 +270,19 @@ class LeavesSlotsBehind(BartAdapter):
         kwargs["past_key_values"].cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
 
 
+class ForgetsWhileDecoding(BartAdapter):
+    """Drops an entry whenever decoding reads several tokens at once."""
+
+    caught_by = ("KV11",)
+
+    def _decode(self, module, cache, named):
+        layer = cache.cross_attention_cache.layers[module.layer_idx]
+        if named["hidden_states"].shape[1] > 1 and layer.width > 1:
+            layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+            layer.slots, layer.valid = (tensor[..., 1:] for tensor in layer.entries())
+        return super()._decode(module, cache, named)
+
+
 class UnsortedSlots(BartAdapter):
     """Its cache layers hold what was kept in the reverse order, and say so to users."""
 

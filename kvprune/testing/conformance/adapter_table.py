@@ -105,6 +105,7 @@ ADAPTER_INVARIANTS = (
         (
             Cases(alignment.check_alignment, settings=("greedy", "beams")),
             Cases(alignment.check_cache_operations),
+            Cases(alignment.check_turns),
         ),
     ),
     AdapterInvariant(

@@ -14,9 +14,9 @@ import torch
 from kvprune.policy import CrossKVPolicy
 from kvprune.session import Compression
 from kvprune.testing.conformance.report import Violation
-from kvprune.testing.conformance.setting import Setting, run_under
+from kvprune.testing.conformance.setting import Setting, forward, next_turn, run_under
 
-__all__ = ["check_alignment", "check_cache_operations", "require_aligned"]
+__all__ = ["check_alignment", "check_cache_operations", "check_turns", "require_aligned"]
 
 
 def check_alignment(policy: CrossKVPolicy, setting: Setting) -> None:
@@ -52,6 +52,23 @@ def check_cache_operations(policy: CrossKVPolicy, setting: Setting) -> None:
     for layer_idx, layer in setting.layers_of(cache).items():
         if layer.width or layer.columns or layer.slots is not None or layer.valid is not None:
             raise Violation(f"layer {layer_idx} to hold nothing after reset", f"{layer.width} entries")
+
+
+def check_turns(policy: CrossKVPolicy, setting: Setting) -> None:
+    """KV11: later turns change nothing of what is held, and a cache that was reset can be filled again."""
+    model = setting.model
+    with setting.compress(policy) as run, torch.no_grad():
+        cache = forward(model, setting.batch())
+        for turn in (1, 2):
+            next_turn(model, setting.batch(), cache, turn)
+            require_aligned(run, setting.layers_of(cache), setting, after=f"turn {turn}")
+        cache.reset()
+        forward(model, setting.batch(), cache)
+    if run.report.prefills != 2:
+        raise Violation(
+            "two prefills in the receipt: the first, and the one after reset", f"{run.report.prefills}"
+        )
+    require_aligned(run, setting.layers_of(cache), setting, after="reset and a new prefill")
 
 
 def require_aligned(
