@@ -78,6 +78,10 @@ def test_json_is_all_of_standard_output() -> None:
         (["trim", "--only", "KV99"], "no invariant 'KV99'"),
         (["trim", "--expect-failure", "KV14"], "expected ID=REASON such as KV14='not nested', got 'KV14'"),
         (["trim", "--expect-failure", "KV99=x"], "no invariant 'KV99'"),
+        (
+            ["BartAdaptor"],
+            "no installed adapter is called 'BartAdaptor' or supports a model of that name; did",
+        ),
         (["BartAdapter", "--only", "KV14"], "nothing 'KV14' is checked of an adapter"),
     ],
 )

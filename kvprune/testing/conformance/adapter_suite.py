@@ -22,7 +22,7 @@ from kvprune.testing.conformance.reproduce import adapter_snippet
 from kvprune.testing.conformance.search import run_check
 from kvprune.testing.conformance.setting import Oracle, Setting
 from kvprune.testing.conformance.suite import as_expected, failure_of
-from kvprune.text import shown
+from kvprune.text import printable, shown
 
 __all__ = ["MakeInputs", "MakeModel", "check_adapter", "installed_adapter"]
 
@@ -45,8 +45,8 @@ def check_adapter(
     Args:
         adapter: A class derived from `ModelAdapter`, which need not be installed; None for the installed one
             that knows the model.
-        make_model: Returns a tiny model of a dtype, in eval mode, the same at each call. Its encoder must
-            matter: no weights or gates of zero.
+        make_model: Returns a tiny model of a dtype, on the CPU, in eval mode, the same at each call. Its
+            encoder must matter: no weights or gates of zero.
         make_inputs: Returns a batch for ``generate``: tensors by name, two samples at least that differ.
             Padding and, where the family has them, several images let the suite see more.
             Leave out both functions to use ``adapter.example``.
@@ -97,8 +97,11 @@ def check_adapter(
 def installed_adapter(name: str) -> type[ModelAdapter] | None:
     """Return the installed adapter of this class name, or that supports a model class of this name.
 
+    Returns:
+        None if the name can only be a policy's: these do not begin with a capital letter.
+
     Raises:
-        UnsupportedModelError: If there are several.
+        UnsupportedModelError: If there are several, or none of a name that must be a class's.
     """
     known = [entry.cls for entry in load().adapters]
     found = [cls for cls in known if cls.__name__ == name] or [c for c in known if name in c.model_classes]
@@ -106,6 +109,14 @@ def installed_adapter(name: str) -> type[ModelAdapter] | None:
         claims = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
         raise UnsupportedModelError(
             f"{name} is claimed by several adapters: {claims}; give an adapter's name"
+        )
+    if not found and name[:1].isupper():
+        names = sorted(
+            {cls.__name__ for cls in known} | {name for cls in known for name in cls.model_classes}
+        )
+        raise UnsupportedModelError(
+            f"no installed adapter is called {shown(name)} or supports a model of that name"
+            f"{suggestion(name, names)} (there are {printable(', '.join(names)) or 'none'})"
         )
     return found[0] if found else None
 
