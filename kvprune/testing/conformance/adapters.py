@@ -20,10 +20,11 @@ from kvprune.adapters.base import Probe
 from kvprune.policy import CrossKVPolicy
 from kvprune.selection import Decision
 from kvprune.session import Compression
+from kvprune.testing.conformance.calls import forward
 from kvprune.testing.conformance.generation import require_unchanged
 from kvprune.testing.conformance.isolation import model_state, process_state
 from kvprune.testing.conformance.report import Violation
-from kvprune.testing.conformance.setting import Setting, difference, forward, run_under
+from kvprune.testing.conformance.setting import Setting, difference, run_under
 from kvprune.view import LayerView
 
 __all__ = [

@@ -13,8 +13,9 @@ import torch
 
 from kvprune.policy import CrossKVPolicy
 from kvprune.session import Compression
+from kvprune.testing.conformance.calls import forward, next_turn
 from kvprune.testing.conformance.report import Violation
-from kvprune.testing.conformance.setting import Setting, forward, next_turn, run_under
+from kvprune.testing.conformance.setting import Setting, run_under
 
 __all__ = ["check_alignment", "check_cache_operations", "check_turns", "require_aligned"]
 

@@ -20,14 +20,15 @@ from kvprune.policy import CrossKVPolicy
 from kvprune.registry import find_adapter
 from kvprune.selection import Selection
 from kvprune.session import Compression
+from kvprune.testing.conformance.calls import forward
 from kvprune.testing.conformance.report import NotApplicable
-from kvprune.testing.conformance.sites import Site, attention_sites, cross_layers, start_token
+from kvprune.testing.conformance.sites import Site, attention_sites, cross_layers
 from kvprune.testing.oracle import masked_oracle
 from kvprune.testing.problems import ModelProblem
 from kvprune.testing.reference import slow_decode, visibility_of
 from kvprune.visibility import Visibility
 
-__all__ = ["Generated", "Oracle", "Setting", "difference", "forward", "next_turn", "run_under"]
+__all__ = ["Generated", "Oracle", "Setting", "difference", "run_under"]
 
 # `generate` hands out logits in float32 whatever the model's dtype; one rounding step of them is 1e-6 there.
 _TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-5}
@@ -202,42 +203,6 @@ class Setting:
         if "cross_attention_mask" not in self.inputs:
             return True
         return bool((self.visibility.live | ~self.inputs["attention_mask"].bool()).all())
-
-
-def forward(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> Any:
-    """Run one forward call that brings encoder states, with a cache or a new one, and return the cache."""
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-        start = torch.full((len(next(iter(inputs.values()))), 1), start_token(model))
-        inputs = {**inputs, "decoder_input_ids": start}
-    if cache is not None:
-        inputs = {**inputs, "past_key_values": cache}
-    return model(**inputs, use_cache=True).past_key_values
-
-
-def next_turn(model: Any, inputs: dict[str, Tensor], cache: Any, turn: int) -> None:
-    """Run one forward call of two tokens that reads the cache, and brings no image.
-
-    Args:
-        model: The model.
-        inputs: Of the prefill.
-        cache: What it left.
-        turn: Counted from 1, the prefill being 0.
-    """
-    if model.config.is_encoder_decoder:  # these get the encoder's input at each call
-        tokens = torch.full((len(next(iter(inputs.values()))), 2), start_token(model))
-        forward(model, {**inputs, "decoder_input_ids": tokens}, cache)
-        return
-    if not {"attention_mask", "cross_attention_mask"} <= set(inputs):
-        raise NotApplicable("several turns: how they are told of earlier images is known for Mllama only")
-    mask = inputs["attention_mask"]
-    ones = torch.ones(len(mask), 2 * turn, dtype=mask.dtype)
-    model(
-        input_ids=torch.full((len(mask), 2), 9),
-        attention_mask=torch.cat([mask, ones], dim=1),
-        cross_attention_mask=inputs["cross_attention_mask"][:, -1:].expand(-1, 2, -1, -1),
-        past_key_values=cache,
-        use_cache=True,
-    )
 
 
 def run_under(policy: CrossKVPolicy, setting: Setting) -> tuple[Compression, Generated]:

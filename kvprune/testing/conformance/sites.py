@@ -13,7 +13,7 @@ from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.testing.conformance.report import NotApplicable
 
-__all__ = ["Site", "attention_sites", "cross_layers", "start_token"]
+__all__ = ["Site", "attention_sites", "cross_layers"]
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,3 @@ def cross_layers(layer_indices: Sequence[int], cache: Any) -> dict[int, Any]:
     """Return the cache layers of cross-attention, by layer index."""
     flat = cache.cross_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     return {i: flat.layers[i] for i in layer_indices}
-
-
-def start_token(model: Any) -> int:
-    """Return the token with which an encoder-decoder model begins, as `generate` finds it."""
-    for settings in (model.generation_config, model.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            token = getattr(settings, name, None)
-            if isinstance(token, int):
-                return token
-    raise NotApplicable("the model does not say with which token its decoder starts (decoder_start_token_id)")

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvprune.policy import CrossKVPolicy
 from kvprune.testing.conformance.adapters import recorder
+from kvprune.testing.conformance.calls import forward
 from kvprune.testing.conformance.report import NotApplicable, Violation
-from kvprune.testing.conformance.setting import Setting, forward
+from kvprune.testing.conformance.setting import Setting
 from kvprune.view import LayerView
 
 __all__ = ["check_view"]
