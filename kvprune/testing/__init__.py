@@ -18,7 +18,7 @@ from kvprune.testing.conformance import (
 )
 from kvprune.testing.oracle import masked_oracle
 from kvprune.testing.problems import LayerProblem, ModelProblem
-from kvprune.testing.tiny import mllama_inputs, tiny_bart, tiny_mllama, tiny_whisper
+from kvprune.testing.tiny import enliven, mllama_inputs, tiny_bart, tiny_mllama, tiny_whisper
 
 if TYPE_CHECKING:
     from kvprune.testing import strategies
@@ -31,6 +31,7 @@ __all__ = [
     "Result",
     "check_adapter",
     "check_policy",
+    "enliven",
     "masked_oracle",
     "mllama_inputs",
     "recheck",

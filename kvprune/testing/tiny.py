@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["mllama_inputs", "tiny_bart", "tiny_mllama", "tiny_whisper"]
+__all__ = ["enliven", "mllama_inputs", "tiny_bart", "tiny_mllama", "tiny_whisper"]
 
 IMAGE_TOKEN = 60
 PAD_TOKEN = 0
@@ -182,6 +182,24 @@ def _random(cls: Any, config: Any, seed: int, dtype: torch.dtype, attn_implement
     settings.eos_token_id = settings.forced_eos_token_id = None
     settings.pad_token_id = PAD_TOKEN
     return model.to(dtype)
+
+
+def enliven(model: Any, seed: int = 0) -> Any:
+    """Give the weights of a random model a size at which its logits depend on what it attends to.
+
+    Freshly initialised weights are so small, and gates zero, that most mistakes leave the logits as they are.
+
+    Args:
+        model: Changed in place.
+        seed: Of the weights; the global generator stays as it was.
+
+    Returns:
+        The same model.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _enliven(model)
+    return model
 
 
 def _enliven(model: torch.nn.Module) -> None:

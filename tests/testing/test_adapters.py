@@ -21,10 +21,9 @@ from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.encoder_decoder import BartAdapter, EncoderDecoderAdapter, WhisperAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.errors import ConformanceError, PluginError, UnknownInvariantError, UnsupportedModelError
-from kvprune.testing import check_adapter, masked_oracle, mllama_inputs, tiny_bart, tiny_mllama
+from kvprune.testing import check_adapter, enliven, masked_oracle, mllama_inputs, tiny_bart, tiny_mllama
 from kvprune.testing.conformance import ADAPTER_INVARIANTS
 from kvprune.testing.conformance.adapter_suite import _Bench
-from kvprune.testing.tiny import _random
 
 
 def failure_of(*adapter, **options):
@@ -130,7 +129,8 @@ def tiny(name, dtype):
         decoder_start_token_id=2,
         forced_eos_token_id=None,
     )
-    return _random(getattr(transformers, f"{name}ForConditionalGeneration"), config, 1, dtype, "sdpa")
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    return enliven(model).to(dtype)
 
 
 def tiny_mbart(dtype):
@@ -233,6 +233,11 @@ def in_training(dtype):
     return tiny_mbart(dtype).train()
 
 
+def fresh(dtype):
+    torch.manual_seed(0)
+    return type(tiny_mbart(dtype))(tiny_mbart(dtype).config).eval().to(dtype)
+
+
 def deaf(dtype):
     model = tiny_mbart(dtype)
     for layer in model.get_decoder().layers:
@@ -245,7 +250,8 @@ def deaf(dtype):
     [
         (tiny_mbart, one_text, "two samples at least that differ"),
         (in_training, texts, "eval mode"),
-        (deaf, texts, "are gates or weights zero"),
+        (fresh, texts, "kvprune.testing.enliven"),
+        (deaf, texts, "kvprune.testing.enliven"),
     ],
 )
 def test_a_model_or_a_batch_that_shows_nothing_is_refused(make_model, make_inputs, message):
@@ -306,6 +312,17 @@ def test_models_and_classes_are_as_before():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with kvprune.compress(model, "full"):
         model.generate(**inputs, max_new_tokens=2)
+
+
+def test_enliven_is_repeatable_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    one, other = (enliven(tiny_bart(), seed=3) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    weights = [
+        model.get_decoder().layers[0].encoder_attn.k_proj.weight for model in (one, other, tiny_bart())
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_it_needs_no_hypothesis():

@@ -46,7 +46,7 @@ def check_adapter(
         adapter: A class derived from `ModelAdapter`, which need not be installed; None for the installed one
             that knows the model.
         make_model: Returns a tiny model of a dtype, on the CPU, in eval mode, the same at each call. Its
-            encoder must matter: no weights or gates of zero.
+            encoder must matter, which `enliven` sees to.
         make_inputs: Returns a batch for ``generate``: tensors by name, two samples at least that differ.
             Padding and, where the family has them, several images let the suite see more.
             Leave out both functions to use ``adapter.example``.

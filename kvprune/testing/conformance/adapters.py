@@ -78,7 +78,7 @@ def check_batch(policy: CrossKVPolicy, setting: Setting) -> None:
     _, generated = run_under(policy, setting)
     if not difference(generated, setting.stock) > setting.tolerance:
         raise Violation(
-            "a model whose logits depend on what it attends to (are gates or weights zero?)",
+            "a model whose logits depend on what it attends to (see kvprune.testing.enliven)",
             f"the same logits with all columns and under {policy.spec}",
         )
 
