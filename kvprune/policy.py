@@ -23,7 +23,7 @@ from kvprune.spec import OptionValue, PolicySpec, check_option, is_option_type, 
 from kvprune.text import shown
 from kvprune.view import LayerView
 
-__all__ = ["CrossKVPolicy", "ScoringPolicy", "is_policy", "onward_decision", "require_policy_class"]
+__all__ = ["CrossKVPolicy", "ScoringPolicy", "onward_decision", "require_policy_class"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,15 @@ class CrossKVPolicy(ABC):
     cost: ClassVar[str] = ""
     ranks_tokens: ClassVar[bool] = False
     keeps_invisible: ClassVar[bool] = False
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        """Decide by inheritance alone.
+
+        An abstract class would ask all classes derived from it, and one plugin's class with a broken
+        metaclass would fail `isinstance` for everybody.
+        """
+        return cls in type.__getattribute__(other, "__mro__")
 
     def __post_init__(self) -> None:
         self.check_class()
@@ -139,15 +148,6 @@ class CrossKVPolicy(ABC):
             TypeError: With the class and what is missing.
         """
         require_policy_class(cls)
-
-
-def is_policy(value: object) -> typing.TypeGuard[CrossKVPolicy]:
-    """Whether a value is a policy.
-
-    Unlike `isinstance` with an abstract class, this asks no other class derived from `CrossKVPolicy`: one
-    with a broken metaclass would fail it for everybody.
-    """
-    return CrossKVPolicy in type.__getattribute__(type(value), "__mro__")
 
 
 def require_policy_class(cls: type[CrossKVPolicy]) -> None:

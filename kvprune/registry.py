@@ -31,7 +31,7 @@ from kvprune.plugins import (
     find,
     load_plugin,
 )
-from kvprune.policy import CrossKVPolicy, is_policy
+from kvprune.policy import CrossKVPolicy
 from kvprune.spec import PolicySpec, suggestion
 from kvprune.text import error_line, printable, shown
 
@@ -91,7 +91,7 @@ class Registry:
             PolicyOptionError: If an option is unknown or a value is wrong.
             PluginError: If the policy's own code fails while it is built.
         """
-        if is_policy(spec):
+        if isinstance(spec, CrossKVPolicy):
             return spec
         if isinstance(spec, str):
             spec = PolicySpec.parse(spec)
@@ -113,7 +113,7 @@ class Registry:
             raise PolicyOptionError(f"{where} refuses {text}: {error_line(error)}") from error
         except BaseException as error:
             raise PluginError(f"{where} cannot be built from {text}: {error_line(error)}") from error
-        if not is_policy(policy):
+        if not isinstance(policy, CrossKVPolicy):
             raise PluginError(f"{where} built {shown(policy)} from {text}, which is no policy")
         return policy
 
@@ -163,7 +163,7 @@ def list_policies() -> list[str]:
 
 def get_policy(spec: str | PolicySpec | CrossKVPolicy) -> CrossKVPolicy:
     """Turn a spec such as ``"trim:k_ratio=0.25"`` into a policy (see `Registry.get_policy`)."""
-    return spec if is_policy(spec) else load().get_policy(spec)
+    return spec if isinstance(spec, CrossKVPolicy) else load().get_policy(spec)
 
 
 def find_adapter(model: object) -> type[ModelAdapter]:

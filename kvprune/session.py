@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from torch import nn
 
@@ -141,7 +141,7 @@ def _compressing(model: nn.Module) -> str | None:
     """Return what compresses a model or a part of it now, found by its hooks; None if nothing does."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            owner: Any = getattr(hook, "__self__", None)
-            if ModelAdapter in type(owner).__mro__:  # asks no other adapter class, see `is_policy`
-                return str(owner.family)
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, ModelAdapter):
+                return owner.family
     return None

@@ -58,6 +58,11 @@ class ModelAdapter(ABC):
         self._restore: list[Callable[[], None]] = []
 
     @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        """Decide by inheritance alone: a class with a broken metaclass must not fail `isinstance`."""
+        return cls in type.__getattribute__(other, "__mro__")
+
+    @classmethod
     def matches(cls, model: object) -> bool:
         """Whether this adapter supports a model: one of its classes, or a class derived from one."""
         return any(base.__name__ in cls.model_classes for base in type(model).__mro__)
