@@ -221,12 +221,6 @@ class CrossKVLayer(DynamicLayer):
         """
         return self._spread(self.keys), self._spread(self.values)
 
-    def spread_entries(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return `slots` and `valid` for each row of the batch; None while all columns are held."""
-        if self.slots is None or self.valid is None:
-            return None, None
-        return self._spread(self.slots), self._spread(self.valid)
-
     def _spread(self, tensor: Tensor) -> Tensor:
         if self.copies == 1:
             return tensor

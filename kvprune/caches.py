@@ -7,6 +7,7 @@ prefill is over. What cannot be right is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Self, TypeGuard
 
@@ -22,7 +23,7 @@ from transformers.cache_utils import (
 from kvprune.cache import CrossKVLayer
 from kvprune.errors import UnsupportedCacheError
 
-__all__ = ["OneCrossLayer", "OneLayer", "note_about", "open_layer", "require_cache"]
+__all__ = ["OneCrossLayer", "OneLayer", "open_for_prefill", "open_layer", "require_cache"]
 
 
 class OneLayer(Cache):
@@ -116,14 +117,24 @@ def open_layer(cache: Cache, layer_idx: int) -> CrossKVLayer:
     return ours
 
 
-def note_about(layer: object) -> str | None:
-    """Return what a user should know when ours takes the place of this layer; None if nothing."""
-    if _is_quantized(layer):
-        return (
+def open_for_prefill(cache: object, layer_idx: int, warn: Callable[[str], None]) -> CrossKVLayer:
+    """Return our layer at an index of a cache into which an image is about to be written.
+
+    Args:
+        cache: The cache that holds cross-attention.
+        layer_idx: Of the layer.
+        warn: Told what a user should know about the layer whose place ours takes.
+
+    Raises:
+        UnsupportedCacheError: See `require_cache` and `open_layer`.
+    """
+    usable = require_cache(cache)
+    if layer_idx < len(usable.layers) and _is_quantized(usable.layers[layer_idx]):
+        warn(
             "quantized cache: text is quantized, kept image tokens are held in the model's own precision "
             "(stock transformers loses the image here)"
         )
-    return None
+    return open_layer(usable, layer_idx)
 
 
 def _is_quantized(layer: object) -> TypeGuard[CacheLayerMixin]:

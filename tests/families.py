@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.mllama import modeling_mllama
 
 import kvprune
-from kvprune.testing import masked_oracle, mllama_inputs
+from kvprune.testing import mllama_inputs
 
 MODELS = {"Mllama": mllama, "BART": bart, "Whisper": whisper}
 
@@ -52,14 +52,3 @@ def compressed(model: Any, inputs: dict[str, Any], spec: str, **options: Any) ->
     with kvprune.compress(model, spec) as run:
         sequences, logits, _ = generate(model, inputs, **options)
     return sequences, logits, run
-
-
-def off_oracle(model: Any, inputs: dict[str, Any], spec: str, **options: Any) -> float:
-    """Return how far generation under a policy is from the masked, untouched model; same tokens required."""
-    sequences, logits, run = compressed(model, inputs, spec, **options)
-    torch.manual_seed(0)
-    with masked_oracle(model, run.selections, run.prefill_selections):
-        expected_sequences, expected, _ = generate(model, inputs, **options)
-    assert not logits.isnan().any()
-    assert torch.equal(sequences, expected_sequences)
-    return float((logits - expected).abs().max())

@@ -21,6 +21,7 @@ __all__ = [
     "ModelAdapter",
     "Probe",
     "gather_features",
+    "has_cache",
     "named_arguments",
     "probe_cache",
     "probe_signatures",
@@ -172,6 +173,19 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         if parameter.kind is parameter.VAR_KEYWORD and name in named:
             named.update(named.pop(name))
     return named
+
+
+def has_cache(named: Mapping[str, Any], config: Any) -> bool:
+    """Whether a forward call has a cache, or transformers will make one for it.
+
+    Args:
+        named: Its arguments by name.
+        config: Of the model that it calls.
+    """
+    use_cache = named.get("use_cache")
+    return named.get("past_key_values") is not None or bool(
+        config.use_cache if use_cache is None else use_cache
+    )
 
 
 def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> list[Probe]:

@@ -22,6 +22,7 @@ from kvprune.adapters.base import (
     ModelAdapter,
     Probe,
     gather_features,
+    has_cache,
     named_arguments,
     probe_cache,
     probe_signatures,
@@ -29,7 +30,7 @@ from kvprune.adapters.base import (
 from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
-from kvprune.caches import OneCrossLayer, note_about, open_layer, require_cache
+from kvprune.caches import OneCrossLayer, open_for_prefill, open_layer, require_cache
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
@@ -173,10 +174,7 @@ class EncoderDecoderAdapter(ModelAdapter):
                 f"gradient checkpointing of {self.family} runs the hooks on its attention again in backward, "
                 "when the selection is gone; train without it (gradient_checkpointing_disable)"
             )
-        use_cache = named.get("use_cache")
-        return named.get("past_key_values") is not None or (
-            self._decoder.config.use_cache if use_cache is None else bool(use_cache)
-        )
+        return has_cache(named, self._decoder.config)
 
     def _visibility(
         self,
@@ -210,15 +208,10 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _sample_fingerprints(self, states: Tensor, batch: int) -> Tensor:
         """Fingerprints for the decoder's batch, whose samples may be repeated for beams."""
-        source = self._source(batch)
-        return fingerprint(states if source is None else source)
-
-    def _source(self, batch: int) -> Tensor | None:
-        """What the encoder read for each row of the batch; None if that is not known."""
         source = self._encoded
         if source is None or batch % source.shape[0]:  # encoder_outputs that were made elsewhere
-            return None
-        return source.repeat_interleave(batch // source.shape[0], dim=0)
+            return fingerprint(states)
+        return fingerprint(source).repeat_interleave(batch // source.shape[0])
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         assert self._manager is not None
@@ -268,11 +261,8 @@ class EncoderDecoderAdapter(ModelAdapter):
         if cache is None:
             layer = self._transient = CrossKVLayer()
         else:
-            layers = require_cache(cache.cross_attention_cache).layers
-            note = note_about(layers[module.layer_idx]) if module.layer_idx < len(layers) else None
-            if note is not None:
-                self._manager.report.warn(note)
-            layer = open_layer(cache.cross_attention_cache, module.layer_idx)
+            warn = self._manager.report.warn
+            layer = open_for_prefill(cache.cross_attention_cache, module.layer_idx, warn)
         received = self._manager.before_layer(module.layer_idx, layer)
         if received is None:
             return named

@@ -28,6 +28,7 @@ from kvprune.adapters.base import (
     ModelAdapter,
     Probe,
     gather_features,
+    has_cache,
     named_arguments,
     probe_cache,
     probe_signatures,
@@ -35,7 +36,7 @@ from kvprune.adapters.base import (
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
-from kvprune.caches import OneLayer, note_about, open_layer, require_cache
+from kvprune.caches import OneLayer, open_for_prefill, open_layer, require_cache
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
@@ -187,10 +188,7 @@ class MllamaAdapter(ModelAdapter):
                     "it (gradient_checkpointing_disable)"
                 )
             return False  # transformers takes the cache away from checkpointed layers
-        use_cache = named.get("use_cache")
-        return named.get("past_key_values") is not None or (
-            self._text.config.use_cache if use_cache is None else bool(use_cache)
-        )
+        return has_cache(named, self._text.config)
 
     @staticmethod
     def _twins(named: dict[str, Any], source: Tensor) -> Twins:
@@ -274,11 +272,7 @@ class MllamaAdapter(ModelAdapter):
             self._transient = CrossKVLayer()
             return self._transient
         assert self._manager is not None
-        before = require_cache(cache).layers[module.layer_idx : module.layer_idx + 1]
-        note = note_about(before[0]) if before else None
-        if note is not None:
-            self._manager.report.warn(note)
-        return open_layer(cache, module.layer_idx)
+        return open_for_prefill(cache, module.layer_idx, self._manager.report.warn)
 
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         manager, captured = self._manager, self._captured

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import OLD, SPECS, compressed, inputs_of, model_of, off_oracle
-from generation import tiny_bart, tiny_mllama, tiny_whisper
+from families import OLD, SPECS, compressed, inputs_of, model_of
+from generation import difference_to_oracle, tiny_bart, tiny_mllama, tiny_whisper
 from surface_table import refused, works
 
 import kvprune
@@ -19,13 +19,13 @@ TINY = {"Mllama": tiny_mllama, "BART": tiny_bart, "Whisper": tiny_whisper}
 @works(AREA, "greedy", "the oracle")
 def test_greedy(family):
     for spec in SPECS:
-        assert off_oracle(model_of(family), inputs_of(family), spec) <= 1e-6
+        assert difference_to_oracle(model_of(family), inputs_of(family), spec) <= 1e-6
 
 
 @works(AREA, "sampling", "the oracle, from the same random state")
 def test_sampling(family):
     for spec in SPECS:
-        assert off_oracle(model_of(family), inputs_of(family), spec, do_sample=True) <= 1e-6
+        assert difference_to_oracle(model_of(family), inputs_of(family), spec, do_sample=True) <= 1e-6
 
 
 @works(
@@ -37,7 +37,7 @@ def test_return_sequences(family):
     model, inputs = model_of(family), inputs_of(family)
     for spec in SPECS:
         several = {"do_sample": True, "num_return_sequences": 3}
-        assert off_oracle(model, inputs, spec, **several) <= 1e-6
+        assert difference_to_oracle(model, inputs, spec, **several) <= 1e-6
         run, one = compressed(model, inputs, spec, **several)[2], compressed(model, inputs, spec)[2]
         rows = 3 if family == "Whisper" else 1  # Whisper encodes the audio for each of them
         assert run.report.bytes_held == rows * one.report.bytes_held
@@ -48,7 +48,7 @@ def test_beams(family):
     model = model_of(family)
     for batch in ("one", "ragged"):
         for spec in SPECS:
-            assert off_oracle(model, inputs_of(family, batch), spec, num_beams=4) <= 1e-6
+            assert difference_to_oracle(model, inputs_of(family, batch), spec, num_beams=4) <= 1e-6
             held = compressed(model, inputs_of(family, batch), spec, num_beams=4)[2].report
             one = compressed(model, inputs_of(family, batch), spec)[2].report
             assert held.bytes_held == one.bytes_held
@@ -58,7 +58,10 @@ def test_beams(family):
 @works(AREA, "beam sampling", "the oracle, from the same random state")
 def test_beam_sampling(family):
     for spec in SPECS:
-        assert off_oracle(model_of(family), inputs_of(family), spec, num_beams=3, do_sample=True) <= 1e-6
+        assert (
+            difference_to_oracle(model_of(family), inputs_of(family), spec, num_beams=3, do_sample=True)
+            <= 1e-6
+        )
 
 
 @works(AREA, "prompt lookup", "greedy under the same policy (stock Mllama crashes)")

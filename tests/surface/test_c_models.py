@@ -9,8 +9,8 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from families import SPECS, compressed, inputs_of, model_of, off_oracle
-from generation import generate, tiny_bart, tiny_mllama, tiny_whisper
+from families import SPECS, compressed, inputs_of, model_of
+from generation import difference_to_oracle, generate, tiny_bart, tiny_mllama, tiny_whisper
 from surface_table import refused, works
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,7 +26,7 @@ TINY = {"Mllama": tiny_mllama, "BART": tiny_bart, "Whisper": tiny_whisper}
 def test_eager(family):
     model, inputs = model_of(family, torch.float32, "eager"), inputs_of(family, dtype=torch.float32)
     for spec in SPECS:
-        assert off_oracle(model, inputs, spec) <= 1e-5
+        assert difference_to_oracle(model, inputs, spec) <= 1e-5
 
 
 _FLEX = """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from families import SPECS, compressed, inputs_of, model_of, off_oracle
-from generation import generate
+from families import SPECS, compressed, inputs_of, model_of
+from generation import difference_to_oracle, generate
 from surface_table import works
 
 from kvprune.testing import mllama_inputs
@@ -16,13 +16,13 @@ MLLAMA = ("Mllama",)
 def check(layouts):
     for spec in SPECS:
         inputs = mllama_inputs(layouts, dtype=torch.float64)
-        assert off_oracle(model_of("Mllama"), inputs, spec) <= 1e-6
+        assert difference_to_oracle(model_of("Mllama"), inputs, spec) <= 1e-6
 
 
 @works(AREA, "batches: left padding in Mllama, padded encoder input in BART", "the oracle")
 def test_padding(family):
     for spec in SPECS:
-        assert off_oracle(model_of(family), inputs_of(family, "ragged"), spec) <= 1e-6
+        assert difference_to_oracle(model_of(family), inputs_of(family, "ragged"), spec) <= 1e-6
 
 
 @works(AREA, "images of 1 to 4 tiles in one batch", "the oracle", MLLAMA)
@@ -64,7 +64,7 @@ def test_text_only(family):
 def test_equal_samples(family):
     inputs = {name: value.repeat_interleave(2, 0) for name, value in inputs_of(family).items()}
     for spec in SPECS:
-        assert off_oracle(model_of(family), inputs, spec) <= 1e-6
+        assert difference_to_oracle(model_of(family), inputs, spec) <= 1e-6
     if family == "Mllama":
         held = compressed(model_of(family), inputs, "trim")[2].report.bytes_held
         assert held == compressed(model_of(family), inputs_of(family), "trim")[2].report.bytes_held
