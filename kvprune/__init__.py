@@ -8,13 +8,15 @@ from __future__ import annotations
 from kvprune import errors, scoring
 from kvprune.errors import KVPruneError
 from kvprune.hookspecs import hookimpl
+from kvprune.layout import Layout
+from kvprune.moments import FeaturePolicy, FeatureScoringPolicy, PrefillPolicy
 from kvprune.policy import CrossKVPolicy, ScoringPolicy, onward_decision
 from kvprune.registry import get_policy, list_policies
 from kvprune.report import CompressionReport
 from kvprune.selection import Budget, Decision, Selection
 from kvprune.session import Compression, compress
 from kvprune.spec import PolicySpec
-from kvprune.view import LayerView
+from kvprune.view import FeatureView, LayerView
 
 __version__ = "0.1.0"
 
@@ -24,9 +26,14 @@ __all__ = [
     "CompressionReport",
     "CrossKVPolicy",
     "Decision",
+    "FeaturePolicy",
+    "FeatureScoringPolicy",
+    "FeatureView",
     "KVPruneError",
     "LayerView",
+    "Layout",
     "PolicySpec",
+    "PrefillPolicy",
     "ScoringPolicy",
     "Selection",
     "__version__",

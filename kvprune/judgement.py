@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvprune.errors import SelectionError
+from kvprune.errors import ScoreError, SelectionError
 from kvprune.selection import Decision
-from kvprune.view import LayerView
+from kvprune.view import FeatureView, View
 
-__all__ = ["check_decision"]
+__all__ = ["check_decision", "check_scores"]
 
 
-def check_decision(decision: object, view: LayerView, policy: str) -> None:
+def check_decision(decision: object, view: View, policy: str) -> None:
     """Refuse a decision that breaks KV01, KV03, KV04 or KV05, naming the policy and the layer.
 
     Args:
@@ -23,12 +23,16 @@ def check_decision(decision: object, view: LayerView, policy: str) -> None:
     Raises:
         SelectionError: Citing the invariant.
     """
-    where = f"policy {policy!r} at layer {view.layer_idx}"
+    where = f"policy {policy!r} {view.where}"
     if not isinstance(decision, Decision):
         raise SelectionError(
             f"{where}: select returned {type(decision).__name__}, expected a Decision(cache=..., onward=...)"
         )
-    batch, heads, columns, _ = view.keys.shape
+    if isinstance(view, FeatureView) and decision.cache is not None:
+        raise SelectionError(
+            f"{where}: choose decided about a cache, but nothing is cached yet; return Decision(onward=...)"
+        )
+    batch, heads, columns = view.batch, view.heads, view.columns
     for what, selection, visible in (
         ("cache", decision.cache, view.visible),
         ("onward", decision.onward, view.visible_in_prefill),
@@ -64,7 +68,7 @@ def check_decision(decision: object, view: LayerView, policy: str) -> None:
             )
 
 
-def _starved(view: LayerView, kept: Tensor, visible: Tensor) -> Tensor:
+def _starved(view: View, kept: Tensor, visible: Tensor) -> Tensor:
     """Return whether some visibility group with visible columns keeps none of them (a bool scalar)."""
     groups = torch.where(visible[:, 0], view.groups.to(kept.device), -1)
     width = int(groups.max()) + 2
@@ -73,3 +77,46 @@ def _starved(view: LayerView, kept: Tensor, visible: Tensor) -> Tensor:
     present = zeros.scatter_add(-1, slots, torch.ones_like(slots))
     survivors = zeros.scatter_add(-1, slots, kept.to(torch.int64))
     return ((present > 0) & (survivors == 0))[..., 1:].any()
+
+
+def check_scores(scores: object, view: View, strata: Tensor, policy: str) -> Tensor:
+    """Refuse what cannot rank tokens.
+
+    Args:
+        scores: What the policy returned, ``[B, H or 1, S]``.
+        view: What it looked at.
+        strata: int64 ``[B, S]``; columns of stratum -1 are set to the lowest value.
+        policy: Its name.
+
+    Returns:
+        Finite floating-point scores of the same shape.
+
+    Raises:
+        ScoreError: If it is no such tensor, or NaN where a token could be kept.
+    """
+    batch, heads, columns = view.batch, view.heads, view.columns
+    where = f"policy {policy!r} {view.where}"
+    expected = f"[{batch}, {heads} or 1, {columns}]" if heads > 1 else f"[{batch}, 1, {columns}]"
+    if not isinstance(scores, Tensor):
+        raise ScoreError(f"{where}: score returned {type(scores).__name__}, expected a tensor {expected}")
+    if scores.shape not in ((batch, heads, columns), (batch, 1, columns)):
+        raise ScoreError(f"{where}: score returned shape {list(scores.shape)}, expected {expected}")
+    # Asked before anything reads the scores: a view of one number may claim to be any number of them.
+    if scores.layout != torch.strided or scores.device != view.device:
+        raise ScoreError(
+            f"{where}: score returned a {scores.layout} tensor on {scores.device}, "
+            f"expected a plain one on {view.device}, where the keys are"
+        )
+    if scores.is_complex():
+        raise ScoreError(f"{where}: score returned {scores.dtype}, which has no order")
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.double() if not scores.is_floating_point() else scores.float()
+    # Unseen columns may hold anything, NaN included.
+    scores = scores.masked_fill((strata < 0)[:, None], -torch.inf)
+    if bool(scores.isnan().any()):
+        raise ScoreError(
+            f"{where}: score returned NaN for {int(scores.isnan().sum())} tokens that could be kept, "
+            f"expected numbers of shape {expected}"
+        )
+    # Finite, so that averages over heads never meet inf - inf.
+    return scores.clamp(torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max)

@@ -4,9 +4,10 @@ It knows tensors, selections and visibility, and no model. An adapter tells it t
 a layer is about to run, that it has run, and that the prefill is over:
 
     begin(visibility, ...)                  once per forward call that brings encoder states
-    before_layer(rank, cache layer)         -> which columns the layer receives
-    after_layer(rank, cache layer, ...)     the policy decides; the cache keeps
-    end()                                   the receipt is written
+    before_layer(rank, cache layer, ...)    -> which columns the layer receives; a policy that looks at
+                                               features decides before the first layer
+    after_layer(rank, cache layer, ...)     the policy decides and the cache keeps, or the policy observes
+    end()                                   a policy that observed decides now; the receipt is written
 
 Decoding never comes here: it reads what the cache layers hold.
 
@@ -17,22 +18,27 @@ held once. Here and in views, R counts the rows that differ; what users read cou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvprune.cache import CrossKVLayer, Twins
-from kvprune.errors import KVPruneError, PolicyFailedError, UnsupportedCacheError
+from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
 from kvprune.judgement import check_decision
+from kvprune.layout import Layout
+from kvprune.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy import CrossKVPolicy
 from kvprune.receipts import PrefillRecord, Stopwatch
 from kvprune.report import CompressionReport
 from kvprune.selection import Decision, Selection
-from kvprune.view import LayerView
+from kvprune.view import FeatureView, LayerView
 from kvprune.visibility import Visibility
 
 __all__ = ["CrossKVManager"]
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass
@@ -45,7 +51,10 @@ class _Prefill:
     twins: Twins
     cached: bool
     record: PrefillRecord
+    layout: Callable[[], Layout] | None = None
     onward: Selection | None = None
+    prepared: bool = False
+    observed: list[_Observed] = field(default_factory=list)
 
     @property
     def new_columns(self) -> int:
@@ -55,6 +64,32 @@ class _Prefill:
         """Visibility of the columns that arrive at a layer: all new ones, or the survivors among them."""
         new = self.visibility.from_column(self.first_new)
         return new if received is None else new.at(received.indices[:, 0], received.valid[:, 0])
+
+    def layout_of(self, received: Selection | None) -> Callable[[], Layout] | None:
+        """Where these columns lie, computed if a policy asks."""
+        layout = self.layout
+        if layout is None or received is None:
+            return layout
+        return lambda: layout().at(received.indices[:, 0], received.valid[:, 0])
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A layer about which a decision is due: what the policy saw, and where to apply its answer."""
+
+    view: LayerView
+    layer: CrossKVLayer
+    first: int
+    attended: Selection | None
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """A layer that a policy has observed and about which it decides later."""
+
+    asked: _Asked
+    statistics: Any
+    watch: Stopwatch
 
 
 @dataclass(frozen=True)
@@ -109,6 +144,7 @@ class CrossKVManager:
         *,
         twins: Twins | None = None,
         cached: bool = True,
+        layout: Callable[[], Layout] | None = None,
     ) -> None:
         """Open a prefill.
 
@@ -118,18 +154,31 @@ class CrossKVManager:
             fingerprints: Returns int64 ``[R]``, what random policies are seeded with (`kvprune.seeding`).
             twins: How many consecutive rows of the batch are copies of one; none by default.
             cached: Whether there is a cache; without one, decisions reach later layers only.
+            layout: Returns where the new columns lie in their images, for R rows; None if that is not known.
         """
         self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
         self._prefill = _Prefill(
-            visibility, first_new, fingerprints, twins or Twins(), cached, PrefillRecord(cached=cached)
+            visibility,
+            first_new,
+            fingerprints,
+            twins or Twins(),
+            cached,
+            PrefillRecord(cached=cached),
+            layout,
         )
 
-    def before_layer(self, rank: int, layer: CrossKVLayer) -> Selection | None:
+    def before_layer(self, rank: int, layer: CrossKVLayer, features: Tensor) -> Selection | None:
         """Announce to a cache layer what arrives, and return it for R rows: None for all new columns.
+
+        Args:
+            rank: Of the layer among the cross-attention layers.
+            layer: Its cache layer.
+            features: ``[B, S, C]``, all new columns as they would enter the layer's projections.
 
         Raises:
             UnsupportedCacheError: If the mask covers other columns than the cache has seen.
+            SelectionError: If the policy decides about features and breaks an invariant.
         """
         prefill = self._running()
         if layer.columns != prefill.first_new:
@@ -138,6 +187,10 @@ class CrossKVManager:
                 f"but layer {self.layer_indices[rank]} has seen {layer.columns} before; pass a "
                 "cross-attention mask over all images of the conversation, and features of the new ones only"
             )
+        if not prefill.prepared:
+            prefill.prepared = True
+            if isinstance(self.policy, FeaturePolicy):
+                self._choose(self.policy, prefill, features)
         layer.separate()
         prefill.record.arrives(self.layer_indices[rank], layer)
         layer.announce(prefill.onward, prefill.twins)
@@ -151,6 +204,7 @@ class CrossKVManager:
         scaling: float,
         queries: Tensor | None = None,
         raw_keys: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> None:
         """Let the policy decide about a layer that has just attended, and apply the decision.
 
@@ -160,6 +214,7 @@ class CrossKVManager:
             scaling: Factor on attention logits.
             queries: ``[B, Hq, T, D]``, if the policy needs them; draft rows included.
             raw_keys: ``[B, Hkv, new, D]``, likewise.
+            features: ``[B, new, C]``, likewise, as they entered the layer's projections.
 
         Raises:
             SelectionError: If the decision breaks an invariant.
@@ -183,40 +238,115 @@ class CrossKVManager:
             seed=self.seed,
             fingerprints=prefill.fingerprints,
             policy_name=self.policy.name,
+            layout_of=prefill.layout_of(received),
             # Draft rows come last; visibility does not have them.
             captured_queries=None if queries is None else queries[::copies, :, : arriving.live.shape[1]],
             captured_raw_keys=None if raw_keys is None else raw_keys[::copies],
+            captured_features=None if features is None else features[::copies],
         )
         attended = None if layer.slots is None else Selection.from_mask(layer.held_columns())
+        asked = _Asked(view, layer, first, attended)
+        with torch.no_grad(), Stopwatch(layer.keys.device) as watch:
+            policy = self.policy
+            if isinstance(policy, PrefillPolicy):
+                statistics = self._ask(view, lambda: policy.observe(view))
+                decision = None
+            else:
+                decision = self._ask(view, lambda: policy.select(view))
+        if decision is None:
+            kept_views = replace(
+                asked.view, captured_queries=None, captured_raw_keys=None, captured_features=None
+            )
+            prefill.observed.append(_Observed(replace(asked, view=kept_views), statistics, watch))
+        else:
+            self._apply(prefill, asked, decision, watch)
+
+    def end(self, *, completed: bool) -> None:
+        """Close a prefill; write its receipt if it came to its end.
+
+        Raises:
+            SelectionError, PolicyFailedError, UnsupportedCacheError: As `after_layer`, from a policy that
+                decides when all layers have attended.
+        """
+        prefill, self._prefill = self._prefill, None
+        if prefill is None or not completed:
+            return
+        if prefill.observed:
+            self._conclude(prefill)
+        if not prefill.record.is_empty:
+            prefill.record.write(
+                self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
+            )
+
+    def _choose(self, policy: FeaturePolicy, prefill: _Prefill, features: Tensor) -> None:
+        """Let the policy decide what all layers receive."""
+        view = FeatureView(
+            visibility=prefill.arriving(None),
+            num_layers=len(self.layer_indices),
+            seed=self.seed,
+            fingerprints=prefill.fingerprints,
+            policy_name=self.policy.name,
+            layout_of=prefill.layout,
+            captured_features=features[:: prefill.twins.copies],
+        )
+        with torch.no_grad(), Stopwatch(features.device) as watch:
+            decision = self._ask(view, lambda: policy.choose(view))
+        check_decision(decision, view, self.policy.name)
+        prefill.record.chosen(watch)
+        if decision.onward is not None:
+            prefill.onward = _compose(None, decision.onward)
+
+    def _conclude(self, prefill: _Prefill) -> None:
+        """Let the policy decide about all layers that it has observed."""
+        policy, observed = self.policy, prefill.observed
+        assert isinstance(policy, PrefillPolicy)
+        prefill.record.waited()
+        views = [layer.asked.view for layer in observed]
+        with torch.no_grad(), Stopwatch(views[-1].device) as watch:
+            decisions = self._ask(
+                views[-1], lambda: list(policy.conclude(views, [layer.statistics for layer in observed]))
+            )
+        if len(decisions) != len(views):
+            raise SelectionError(
+                f"policy {policy.name!r}: conclude returned {len(decisions)} decisions, "
+                f"expected one for each of {len(views)} layers"
+            )
+        for number, (layer, decision) in enumerate(zip(observed, decisions, strict=True)):
+            watches = (layer.watch, watch) if number == 0 else (layer.watch,)
+            if isinstance(decision, Decision) and decision.onward is not None:
+                raise SelectionError(
+                    f"policy {policy.name!r} {layer.asked.view.where}: conclude decided what later layers "
+                    "receive, but all of them have attended; return Decision(cache=...)"
+                )
+            self._apply(prefill, layer.asked, decision, *watches)
+
+    def _apply(self, prefill: _Prefill, asked: _Asked, decision: object, *watches: Stopwatch) -> None:
+        """Check a decision about one layer and carry it out."""
+        view, layer = asked.view, asked.layer
+        layer_idx = view.layer_idx
+        check_decision(decision, view, self.policy.name)
+        assert isinstance(decision, Decision)
         with torch.no_grad():
-            with Stopwatch(layer.keys.device) as watch:
-                decision = self._ask(view)
-            check_decision(decision, view, self.policy.name)
             if not prefill.cached:
                 self._require_onward(decision, layer_idx)
             elif decision.cache is not None or not self.policy.keeps_invisible:
-                layer.retain(self._kept(prefill, decision, arriving, layer, first))
+                layer.retain(self._kept(prefill, decision, view.visibility, layer, asked.first))
             if decision.onward is not None:
-                prefill.onward = _compose(received, decision.onward)
+                prefill.onward = _compose(prefill.onward, decision.onward)
         slots, valid = layer.entries()
-        self._held[layer_idx] = _Held(attended, Selection.trusted(slots, valid, layer.columns), copies)
-        prefill.record.decided(layer_idx, layer, watch, visible=prefill.visibility.decode)
+        kept = Selection.trusted(slots, valid, layer.columns)
+        self._held[layer_idx] = _Held(asked.attended, kept, layer.copies)
+        prefill.record.decided(layer_idx, layer, watches, visible=prefill.visibility.decode)
 
-    def end(self, *, completed: bool) -> None:
-        """Close a prefill; write its receipt if it came to its end."""
-        prefill, self._prefill = self._prefill, None
-        if prefill is not None and completed and not prefill.record.is_empty:
-            prefill.record.write(self.report, prefill.visibility.decode, self.policy.exact_budget)
-
-    def _ask(self, view: LayerView) -> Decision:
+    def _ask(self, view: FeatureView | LayerView, question: Callable[[], _Answer]) -> _Answer:
+        """Ask the policy; what it raises is named after it."""
         try:
-            return self.policy.select(view)
+            return question()
         except (KVPruneError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise PolicyFailedError(
-                f"policy {self.policy.name!r} raised {type(error).__name__} at layer {view.layer_idx}: "
-                f"{str(error)[:500]}"
+                f"policy {self.policy.name!r} raised {type(error).__name__} {view.where}: {str(error)[:500]}"
             ) from error
 
     def _require_onward(self, decision: Decision, layer_idx: int) -> None:

@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from kvprune import scoring
-from kvprune.errors import PolicyOptionError, ScoreError
+from kvprune.errors import PolicyOptionError
+from kvprune.judgement import check_scores
 from kvprune.selection import Budget, Decision, Selection
 from kvprune.spec import OptionValue, PolicySpec, check_option, is_option_type, parse_option, suggestion
 from kvprune.text import shown
-from kvprune.view import LayerView
+from kvprune.view import LayerView, View
 
-__all__ = ["CrossKVPolicy", "ScoringPolicy", "onward_decision", "require_policy_class"]
+__all__ = ["CrossKVPolicy", "Need", "ScoringPolicy", "onward_decision", "require_policy_class"]
+
+Need = Literal["queries", "raw_keys", "features"]
+"""What must be captured for a view beyond keys, values and visibility."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class CrossKVPolicy(ABC):
         ranks_tokens: Whether a larger budget keeps a superset (KV14).
         keeps_invisible: Whether caches about which the policy decides nothing also keep what decoding
             cannot see (padding tiles, earlier images).
+        budget_scope: Over what `exact_budget` is exact: each "head" of each layer, the mean over the heads of
+            each "layer", or the mean over all layers of the "model".
     """
 
     name: ClassVar[str]
@@ -52,6 +58,7 @@ class CrossKVPolicy(ABC):
     cost: ClassVar[str] = ""
     ranks_tokens: ClassVar[bool] = False
     keeps_invisible: ClassVar[bool] = False
+    budget_scope: ClassVar[Literal["head", "layer", "model"]] = "head"
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -73,8 +80,8 @@ class CrossKVPolicy(ABC):
         """Decide at one layer. Pure: neither writes to the view's tensors nor keeps references to them."""
 
     @property
-    def needs(self) -> frozenset[Literal["queries", "raw_keys"]]:
-        """What must be captured beyond keys and values: "queries", "raw_keys". Nothing by default."""
+    def needs(self) -> frozenset[Need]:
+        """What must be captured beyond keys and values (see `Need`). Nothing by default."""
         return frozenset()
 
     @property
@@ -231,52 +238,17 @@ class ScoringPolicy(CrossKVPolicy):
         if self.reach == "onward":
             if view.rank > 0:
                 return Decision()
-            scores = scoring.pool_heads(self._checked_scores(view, view.strata))
+            scores = scoring.pool_heads(check_scores(self.score(view), view, view.strata, self.name))
             return onward_decision(view, self._keep(scores, view.strata, view))
         strata = torch.where(view.strata == 0, 0, -1)  # only what decoding can see
-        scores = self._checked_scores(view, strata)
+        scores = check_scores(self.score(view), view, strata, self.name)
         return Decision(cache=Selection.from_mask(self._keep(scores, strata, view)))
 
     def _keep(self, scores: Tensor, strata: Tensor, view: LayerView) -> Tensor:
         return scoring.keep_top(scores, strata, scoring.limits(self.budget, strata), view.visibility)
 
-    def _checked_scores(self, view: LayerView, strata: Tensor) -> Tensor:
-        """Score, and refuse what cannot rank tokens; columns of stratum -1 are set to the lowest value."""
-        scores = self.score(view)
-        batch, heads, columns, _ = view.keys.shape
-        where = f"policy {self.name!r} at layer {view.layer_idx}"
-        if not isinstance(scores, Tensor):
-            raise ScoreError(
-                f"{where}: score returned {type(scores).__name__}, expected a tensor "
-                f"[{batch}, {heads} or 1, {columns}]"
-            )
-        if scores.shape not in ((batch, heads, columns), (batch, 1, columns)):
-            raise ScoreError(
-                f"{where}: score returned shape {list(scores.shape)}, "
-                f"expected [{batch}, {heads} or 1, {columns}]"
-            )
-        # Asked before anything reads the scores: a view of one number may claim to be any number of them.
-        if scores.layout != torch.strided or scores.device != view.keys.device:
-            raise ScoreError(
-                f"{where}: score returned a {scores.layout} tensor on {scores.device}, "
-                f"expected a plain one on {view.keys.device}, where the keys are"
-            )
-        if scores.is_complex():
-            raise ScoreError(f"{where}: score returned {scores.dtype}, which has no order")
-        if scores.dtype not in (torch.float32, torch.float64):
-            scores = scores.double() if not scores.is_floating_point() else scores.float()
-        # Unseen columns may hold anything, NaN included.
-        scores = scores.masked_fill((strata < 0)[:, None], -torch.inf)
-        if bool(scores.isnan().any()):
-            raise ScoreError(
-                f"{where}: score returned NaN for {int(scores.isnan().sum())} tokens that could be kept, "
-                f"expected numbers of shape [{batch}, {heads} or 1, {columns}]"
-            )
-        # Finite, so that averages over heads never meet inf - inf.
-        return scores.clamp(torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max)
 
-
-def onward_decision(view: LayerView, kept: Tensor, *, crop_here: bool = True) -> Decision:
+def onward_decision(view: View, kept: Tensor, *, crop_here: bool = True) -> Decision:
     """Return the decision that later layers receive only ``kept`` columns.
 
     Args:

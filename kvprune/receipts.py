@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -61,14 +61,15 @@ class _Layer:
     reference: weakref.ref[CrossKVLayer]
     bytes_before: int
     bytes_attended: int = 0
-    bytes_peak: int = 0
+    bytes_projected: int = 0
+    bytes_gathering: int = 0
     bytes_after: int = 0
     columns: int = 0
     width: int = 0
     bytes_full: int = 0
     bytes_of_bookkeeping: int = 0
     kept: Tensor | None = None
-    watch: Stopwatch | None = None
+    watches: tuple[Stopwatch, ...] = ()
 
 
 class PrefillRecord:
@@ -82,6 +83,16 @@ class PrefillRecord:
         self.cached = cached
         self._layers: dict[int, _Layer] = {}
         self._copies = 1
+        self._waited = False
+        self._chosen: tuple[Stopwatch, ...] = ()
+
+    def chosen(self, watch: Stopwatch) -> None:
+        """Note a decision before the first layer; its time counts for that layer."""
+        self._chosen = (watch,)
+
+    def waited(self) -> None:
+        """Note that all layers kept everything until now, when the policy decides about them."""
+        self._waited = True
 
     def arrives(self, layer_idx: int, layer: CrossKVLayer) -> None:
         """Note what a layer holds before new columns come."""
@@ -92,22 +103,25 @@ class PrefillRecord:
         # Where rows are held as one, each row of the batch was projected all the same.
         projected = layer.bytes_held * layer.copies if layer.copies > 1 else 0
         self._layers[layer_idx].bytes_attended = layer.bytes_held
-        self._layers[layer_idx].bytes_peak = layer.bytes_held + projected
+        self._layers[layer_idx].bytes_projected = layer.bytes_held + projected
         self._copies = layer.copies
 
-    def decided(self, layer_idx: int, layer: CrossKVLayer, watch: Stopwatch, visible: Tensor) -> None:
+    def decided(
+        self, layer_idx: int, layer: CrossKVLayer, watches: tuple[Stopwatch, ...], visible: Tensor
+    ) -> None:
         """Note what a layer holds after the decision.
 
         Args:
             layer_idx: Of the layer.
             layer: The layer, pruned.
-            watch: Around the decision.
+            watches: Around the decision.
             visible: bool ``[R, S]``, what decoding can see.
         """
         record = self._layers[layer_idx]
-        record.watch, record.bytes_after = watch, layer.bytes_held
+        record.watches, record.bytes_after = (*self._chosen, *watches), layer.bytes_held
+        self._chosen = ()
         if record.bytes_after < record.bytes_attended:  # what stays was gathered while all was alive
-            record.bytes_peak = max(record.bytes_peak, record.bytes_attended + record.bytes_after)
+            record.bytes_gathering = record.bytes_attended + record.bytes_after
         record.columns, record.width, record.bytes_full = layer.columns, layer.width, layer.bytes_full
         record.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
         slots, valid = layer.entries()
@@ -119,13 +133,20 @@ class PrefillRecord:
         """Whether no layer has decided."""
         return all(layer.kept is None for layer in self._layers.values())
 
-    def write(self, report: CompressionReport, visible: Tensor, budget: Budget | None) -> None:
+    def write(
+        self,
+        report: CompressionReport,
+        visible: Tensor,
+        budget: Budget | None,
+        scope: Literal["head", "layer", "model"] = "head",
+    ) -> None:
         """Add this prefill to a report.
 
         Args:
             report: To add to.
             visible: bool ``[R, S]``, what decoding can see.
             budget: What each sample was to keep exactly, if the policy has such a budget.
+            scope: Over what the budget is exact; "model" is the mean over layers.
         """
         decided = {index: layer for index, layer in self._layers.items() if layer.kept is not None}
         before = {layer.layer_idx: layer.decisions for layer in report.layers}
@@ -139,13 +160,16 @@ class PrefillRecord:
             )
         if 0 in seen:
             report.warn("some samples see no image: stock attends to everything there, and so does decoding")
+        counted = (
+            rows if scope != "model" else [[sum(tokens) / len(rows) for tokens in zip(*rows, strict=True)]]
+        )
         # Without a cache, the layer that decides has attended to everything.
         if (
             self.cached
             and budget is not None
             and any(
                 round(fraction) > budget.resolve(total)
-                for by_sample in rows
+                for by_sample in counted
                 for fraction, total in zip(by_sample, seen, strict=True)
                 if total
             )
@@ -160,7 +184,6 @@ class PrefillRecord:
         )
 
     def _receipt(self, layer_idx: int, record: _Layer, decisions: int) -> LayerReceipt:
-        assert record.watch is not None
         return LayerReceipt(
             layer_idx=layer_idx,
             columns=record.columns,
@@ -169,7 +192,7 @@ class PrefillRecord:
             bytes_full=record.bytes_full if self.cached else 0,
             bytes_of_bookkeeping=record.bytes_of_bookkeeping if self.cached else 0,
             decisions=decisions,
-            seconds=record.watch.seconds,
+            seconds=sum(watch.seconds for watch in record.watches),
         )
 
     def _peak(self) -> int:
@@ -177,7 +200,13 @@ class PrefillRecord:
         layers: Sequence[_Layer] = list(self._layers.values())
         peak = 0
         for number, layer in enumerate(layers):
-            held = sum(earlier.bytes_after for earlier in layers[:number]) if self.cached else 0
-            held += sum(later.bytes_before for later in layers[number + 1 :])
-            peak = max(peak, held + layer.bytes_peak)
+            earlier, later = layers[:number], layers[number + 1 :]
+            # While a layer attends, earlier ones hold what they kept, or all if decisions wait for the end.
+            done = sum(one.bytes_attended if self._waited else one.bytes_after for one in earlier)
+            attending = (done if self.cached else 0) + sum(one.bytes_before for one in later)
+            peak = max(peak, attending + max(layer.bytes_projected, layer.bytes_attended))
+            # While what it keeps is gathered, later ones hold nothing new yet, or all.
+            kept = sum(one.bytes_after for one in earlier) if self.cached else 0
+            kept += sum(one.bytes_attended if self._waited else one.bytes_before for one in later)
+            peak = max(peak, kept + layer.bytes_gathering)
         return peak

@@ -1,4 +1,4 @@
-"""What a policy may look at: one cross-attention layer, right after its attention in prefill.
+"""What a policy may look at: encoder features before the first cross-attention layer, or one layer of them.
 
 Views are read-only by contract: a policy neither writes to their tensors nor keeps references to them.
 """
@@ -13,46 +13,63 @@ import torch
 from torch import Tensor
 
 from kvprune import scoring, seeding
-from kvprune.errors import PolicyOptionError, ScoreError
+from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
+from kvprune.layout import Layout
 from kvprune.visibility import Visibility
 
-__all__ = ["LayerView"]
+__all__ = ["FeatureView", "LayerView", "View"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerView:
-    """One cross-attention layer after its attention in prefill.
+class View:
+    """What every view has.
 
-    Axes: B batch as the model saw it, T text rows, S encoder tokens that reached this layer, Hq and Hkv
-    query and KV heads, D head width. When a second image arrives, S counts its columns only.
+    Axes: B batch as the model saw it, T text rows, S encoder tokens that reached this point, C width of
+    encoder features. When a second image arrives, S counts its columns only.
 
     Args:
-        keys: ``[B, Hkv, S, D]`` as they are cached (in Mllama: after ``k_norm``).
-        values: ``[B, Hkv, S, D]``.
         visibility: What text rows may attend; see the properties below for the questions usually asked.
-        layer_idx: Index of the decoder layer in the model (3, 8, 13, ... in Llama-3.2-11B-Vision).
-        rank: Index among the cross-attention layers, 0 to ``num_layers`` - 1.
         num_layers: Number of cross-attention layers L.
-        scaling: Factor on attention logits.
         seed: The seed that was given to ``compress``.
         fingerprints: Returns an int64 ``[B]`` digest of what the encoder read for each sample.
         policy_name: For messages.
-        captured_queries: ``[B, Hq, T, D]``, present if the policy needs "queries".
-        captured_raw_keys: ``[B, Hkv, S, D]`` before any key norm, present if the policy needs "raw_keys".
+        layout_of: Returns where the columns lie in their images; None where that is not known.
+        captured_features: ``[B, S, C]`` as they enter the projections to keys and values, present in a
+            `FeatureView`, and in a `LayerView` if the policy needs "features".
     """
 
-    keys: Tensor
-    values: Tensor
     visibility: Visibility
-    layer_idx: int
-    rank: int
     num_layers: int
-    scaling: float
     seed: int = 0
     fingerprints: Callable[[], Tensor] = lambda: torch.zeros(1, dtype=torch.int64)
     policy_name: str = "?"
-    captured_queries: Tensor | None = None
-    captured_raw_keys: Tensor | None = None
+    layout_of: Callable[[], Layout] | None = None
+    captured_features: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return self.visibility.batch
+
+    @property
+    def columns(self) -> int:
+        """Number of columns S."""
+        return self.visibility.columns
+
+    @property
+    def heads(self) -> int:
+        """Number of heads that may keep columns of their own."""
+        return 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.visibility.rows.device
+
+    @property
+    def where(self) -> str:
+        """Where the view is taken, for messages."""
+        return "before the first cross-attention layer"
 
     @property
     def visible(self) -> Tensor:
@@ -80,6 +97,117 @@ class LayerView:
         return self.visibility.strata
 
     @property
+    def features(self) -> Tensor:
+        """Encoder features as they enter the projections to keys and values, ``[B, S, C]``."""
+        return self._captured(self.captured_features, "features")
+
+    @property
+    def images(self) -> Tensor:
+        """Image of each column, int64 ``[B or 1, S]``."""
+        return self.visibility.images[self.visibility.units]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where each column lies in its image.
+
+        Raises:
+            UnsupportedModelError: If that is not known.
+        """
+        if self.layout_of is None:
+            raise UnsupportedModelError(
+                f"policy {self.policy_name!r} asks where tokens lie in their image, which is not known here: "
+                "pass pixel_values and aspect_ratio_ids instead of cross_attention_states"
+            )
+        return self.layout_of()
+
+    @property
+    def places(self) -> Tensor:
+        """Row and column of each encoder token in its image, in patches, int64 ``[B or 1, S, 2]``.
+
+        Counted over the whole image, with the offset of the tile; -1, -1 for class tokens and padding.
+        """
+        return self.layout.places
+
+    @property
+    def _place(self) -> int:
+        """What separates the random numbers of one layer from those of another."""
+        return -1
+
+    def random(self, heads: int = 1) -> Tensor:
+        """Uniform numbers in [0, 1), float32 ``[B, heads, S]``.
+
+        They differ by seed, layer and sample, and are the same on any device and in any batch (KV10).
+        """
+        fingerprints = self.fingerprints().expand(self.batch)
+        return seeding.uniform(self.seed, self._place, fingerprints, heads, self.columns).to(self.device)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """CPU generator for this seed and layer.
+
+        What is drawn from it must not have a batch axis, or a sample's draw depends on its place in the
+        batch; `random` draws for each sample on its own.
+        """
+        return seeding.generator(self.seed, self._place)
+
+    def _captured(self, tensor: Tensor | None, what: str) -> Tensor:
+        if tensor is None:
+            raise PolicyOptionError(
+                f"policy {self.policy_name!r} reads view.{what} {self.where} without declaring "
+                f'it; add a property `needs` that returns frozenset({{"{what}"}})'
+            )
+        return tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureView(View):
+    """Encoder features before the first cross-attention layer: no queries, keys or values exist yet."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerView(View):
+    """One cross-attention layer after its attention in prefill.
+
+    Axes beside those of `View`: Hq and Hkv query and KV heads, D head width.
+
+    Args:
+        keys: ``[B, Hkv, S, D]`` as they are cached (in Mllama: after ``k_norm``).
+        values: ``[B, Hkv, S, D]``.
+        layer_idx: Index of the decoder layer in the model (3, 8, 13, ... in Llama-3.2-11B-Vision).
+        rank: Index among the cross-attention layers, 0 to L - 1.
+        scaling: Factor on attention logits.
+        captured_queries: ``[B, Hq, T, D]``, present if the policy needs "queries".
+        captured_raw_keys: ``[B, Hkv, S, D]`` before any key norm, present if the policy needs "raw_keys".
+    """
+
+    keys: Tensor
+    values: Tensor
+    layer_idx: int
+    rank: int
+    scaling: float
+    captured_queries: Tensor | None = None
+    captured_raw_keys: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of KV heads, which may keep columns of their own."""
+        return self.keys.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.keys.device
+
+    @property
+    def where(self) -> str:
+        """Where the view is taken, for messages."""
+        return f"at layer {self.layer_idx}"
+
+    @property
+    def _place(self) -> int:
+        return self.rank
+
+    @property
     def queries(self) -> Tensor:
         """Queries of this layer as they entered attention, ``[B, Hq, T, D]``."""
         return self._captured(self.captured_queries, "queries")
@@ -101,34 +229,8 @@ class LayerView:
         mass = scoring.attention_mass(self.queries, self.keys, self.visibility, self.scaling, rows)
         if not bool(mass.isfinite().all()):
             raise ScoreError(
-                f"policy {self.policy_name!r} at layer {self.layer_idx}: attention is NaN or infinite for "
+                f"policy {self.policy_name!r} {self.where}: attention is NaN or infinite for "
                 f"{int((~mass.isfinite()).sum())} of {mass.numel()} pairs of head and token, so nothing can "
                 f"be ranked; the model's queries or keys ({self.keys.dtype}) are not finite, or overflow"
             )
         return mass
-
-    def random(self, heads: int = 1) -> Tensor:
-        """Uniform numbers in [0, 1), float32 ``[B, heads, S]``.
-
-        They differ by seed, layer and sample, and are the same on any device and in any batch (KV10).
-        """
-        batch, _, columns, _ = self.keys.shape
-        fingerprints = self.fingerprints().expand(batch)
-        return seeding.uniform(self.seed, self.rank, fingerprints, heads, columns).to(self.keys.device)
-
-    @cached_property
-    def generator(self) -> torch.Generator:
-        """CPU generator for this seed and layer.
-
-        What is drawn from it must not have a batch axis, or a sample's draw depends on its place in the
-        batch; `random` draws for each sample on its own.
-        """
-        return seeding.generator(self.seed, self.rank)
-
-    def _captured(self, tensor: Tensor | None, what: str) -> Tensor:
-        if tensor is None:
-            raise PolicyOptionError(
-                f"policy {self.policy_name!r} reads view.{what} at layer {self.layer_idx} without declaring "
-                f'it; add a property `needs` that returns frozenset({{"{what}"}})'
-            )
-        return tensor

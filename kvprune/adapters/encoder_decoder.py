@@ -32,6 +32,7 @@ from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.caches import OneCrossLayer, open_for_prefill, open_layer, require_cache
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
+from kvprune.layout import Layout
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
 from kvprune.visibility import Visibility
@@ -164,6 +165,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             lambda: self._sample_fingerprints(states, batch)[:: twins.copies],
             twins=twins,
             cached=cached,
+            layout=lambda: Layout.line(columns, states.device),
         )
         self._hook_prefill(self._manager.policy.needs, cached=cached)
 
@@ -263,8 +265,12 @@ class EncoderDecoderAdapter(ModelAdapter):
         else:
             warn = self._manager.report.warn
             layer = open_for_prefill(cache.cross_attention_cache, module.layer_idx, warn)
-        received = self._manager.before_layer(module.layer_idx, layer)
+        states = named[self.states]
+        received = self._manager.before_layer(module.layer_idx, layer, states)
+        captures = "features" in self._manager.policy.needs
         if received is None:
+            if captures:
+                self._captured["features"] = states
             return named
         mask = self._mask.over(
             named.get(self.mask),
@@ -275,7 +281,10 @@ class EncoderDecoderAdapter(ModelAdapter):
             module=module,
         )
         indices = received.repeat(layer.copies).indices[:, 0]
-        return {**named, self.states: gather_features(named[self.states], indices), self.mask: mask}
+        states = gather_features(states, indices)
+        if captures:
+            self._captured["features"] = states
+        return {**named, self.states: states, self.mask: mask}
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         manager, captured = self._manager, self._captured
@@ -295,6 +304,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             scaling=module.scaling,
             queries=captured.pop("queries", None),
             raw_keys=raw_keys,
+            features=captured.pop("features", None),
         )
         self._transient = None
 

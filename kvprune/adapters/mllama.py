@@ -15,7 +15,7 @@ The hooks, in the order in which they run in a forward call (`docs/hooks.md` has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,6 +38,7 @@ from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.caches import OneLayer, open_for_prefill, open_layer, require_cache
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
+from kvprune.layout import Layout
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
 from kvprune.visibility import Visibility
@@ -175,8 +176,31 @@ class MllamaAdapter(ModelAdapter):
             lambda: fingerprint(source[:: twins.copies]),
             twins=twins,
             cached=cached,
+            layout=self._layout(named, twins.copies),
         )
         self._hook_prefill(self._manager.policy.needs, cached=cached)
+
+    def _layout(self, named: dict[str, Any], copies: int) -> Callable[[], Layout] | None:
+        """Return what tells where the new columns lie in their images; None if nobody says."""
+        ratios, tiles = named.get("aspect_ratio_ids"), named.get("aspect_ratio_mask")
+        if ratios is None:
+            return None
+        vision = self._inner.vision_model
+        grid = vision.image_size // vision.patch_size
+
+        def layout() -> Layout:
+            # Pairs of height and width, in tiles; the ids count from one, and zero is no image.
+            supported = vision.config.supported_aspect_ratios
+            widths = torch.tensor([0, *(width for _, width in supported)], device=ratios.device)
+            return Layout.tiles(
+                grid,
+                widths[ratios[::copies]],
+                vision.max_num_tiles,
+                class_token=True,
+                exists=None if tiles is None else tiles[::copies].bool(),
+            )
+
+        return layout
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether what this call projects will be read again."""
@@ -249,15 +273,18 @@ class MllamaAdapter(ModelAdapter):
         assert self._mask is not None
         assert self._manager is not None
         layer = self._layer_for(module, kwargs.get("past_key_values"))
-        received = self._manager.before_layer(self._layer_indices.index(module.layer_idx), layer)
         # Images and tiles become columns: [B * images, tiles * patches, C] to [B, S, C].
         states = kwargs["cross_attention_states"]
         states = states.reshape(batch, -1, states.shape[-1])
+        rank = self._layer_indices.index(module.layer_idx)
+        received = self._manager.before_layer(rank, layer, states)
         expected = layer.expected(states.shape[1])
         slots, valid = expected if expected is not None else (None, None)
         ragged = layer.ragged or (received is not None and received.is_ragged)
         if received is not None:
             states = gather_features(states, received.repeat(layer.copies).indices[:, 0])
+        if "features" in self._manager.policy.needs:
+            self._captured["features"] = states
         mask = self._mask.over(slots, valid, ragged=ragged, copies=layer.copies, module=module.cross_attn)
         return self._masked(module, {**kwargs, "cross_attention_states": states}, mask)
 
@@ -288,6 +315,7 @@ class MllamaAdapter(ModelAdapter):
             scaling=module.cross_attn.scaling,
             queries=captured.pop("queries", None),
             raw_keys=captured.pop("raw_keys", None),
+            features=captured.pop("features", None),
         )
         self._transient = None
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from kvprune.layout import Layout
 from kvprune.selection import Selection
 from kvprune.testing.reference import existing, slow_groups
 from kvprune.testing.tiny import mllama_inputs, tiny_bart, tiny_mllama
-from kvprune.view import LayerView
+from kvprune.view import FeatureView, LayerView, View
 from kvprune.visibility import Visibility
 
 __all__ = ["DTYPES", "LayerProblem", "ModelProblem", "cut_to_sample"]
@@ -28,6 +29,7 @@ Content = Literal["random", "ties", "equal", "zero", "huge"]
 Family = Literal["mllama", "encoder-decoder"]
 Model = Literal["mllama", "bart"]
 Precision = Literal["float64", "float32"]
+_View = TypeVar("_View", bound=View)
 
 
 class _ShortRepr:
@@ -99,6 +101,8 @@ class LayerProblem(_ShortRepr):
         see = self.visibility()
         text_rows = see.live.shape[1]
         return LayerView(
+            layout_of=self.layout,
+            captured_features=self._draw("features", 1, see.columns)[:, 0],
             keys=self._draw("keys", self.kv_heads, see.columns),
             values=self._draw("values", self.kv_heads, see.columns),
             visibility=see,
@@ -112,6 +116,29 @@ class LayerProblem(_ShortRepr):
             captured_queries=self._draw("queries", self.query_heads, text_rows),
             captured_raw_keys=self._draw("raw keys", self.kv_heads, see.columns),
         )
+
+    def features(self, policy_name: str = "?") -> FeatureView:
+        """Draw the view before the first layer; its features have the width of a head."""
+        view = self.view(policy_name)
+        fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(FeatureView)}
+        return FeatureView(**fields)
+
+    def layout(self) -> Layout:
+        """Where the columns lie: tiles are two patches wide or one, and stand side by side; else a line."""
+        whole = self._mllama() if self.family == "mllama" else self._encoder_decoder()
+        arrived = self.arrived * self.tiles * self.patches
+        if self.family == "mllama":
+            column = torch.arange(whole.columns - arrived)
+            tile, patch = column // self.patches % self.tiles, column % self.patches
+            across = 2 if self.patches % 2 == 0 else 1
+            row, place = patch // across, patch % across + tile * across
+            layout = Layout(torch.stack([row, place], dim=-1)[None])
+        else:
+            layout = Layout.line(whole.columns - arrived)
+        if self.received == 1.0:
+            return layout
+        survivors = self._survivors(whole.from_column(arrived))
+        return layout.at(survivors.indices[:, 0], survivors.valid[:, 0])
 
     def fingerprints(self) -> Tensor:
         """Digest of each sample, int64 ``[B]``: the same alone as in the batch."""
@@ -177,7 +204,7 @@ class LayerProblem(_ShortRepr):
         return Selection.from_mask(kept[:, None])
 
 
-def cut_to_sample(view: LayerView, problem: LayerProblem, sample: int) -> LayerView:
+def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
     """Return the view that a sample of a problem has when it comes alone, without the padding of its batch.
 
     Its left padding goes, and so do the columns at the end that exist only because other samples have more
@@ -195,25 +222,37 @@ def cut_to_sample(view: LayerView, problem: LayerProblem, sample: int) -> LayerV
     elif problem.received == 1.0:
         columns = int((see.units[sample] == 0).sum())
 
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[one, :, :columns].clone()
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[one, :, :columns].clone()
+
+    def layout() -> Layout:
+        whole = problem.layout()
+        return Layout(whole.places.expand(see.batch, -1, -1)[one, :columns])
 
     rows = see.rows[one]
-    return dataclasses.replace(
-        view,
-        keys=cut(view.keys),
-        values=cut(view.values),
-        visibility=Visibility(
+    cuts: dict[str, Any] = {
+        "layout_of": layout,
+        "fingerprints": lambda: problem.fingerprints()[one],
+        "captured_features": None
+        if view.captured_features is None
+        else view.captured_features[one, :columns].clone(),
+        "visibility": Visibility(
             rows=rows if rows.shape[1] == 1 else rows[:, first_row:],
             units=see.units.expand(see.batch, -1)[one, :columns],
             images=see.images,
             live=see.live[one, first_row:],
             exists=None if see.exists is None else see.exists[one, :columns],
         ),
-        fingerprints=lambda: problem.fingerprints()[one],
-        captured_queries=None if view.captured_queries is None else view.captured_queries[one, :, first_row:],
-        captured_raw_keys=None if view.captured_raw_keys is None else cut(view.captured_raw_keys),
-    )
+    }
+    if isinstance(view, LayerView):
+        queries = view.captured_queries
+        cuts |= {
+            "keys": cut(view.keys),
+            "values": cut(view.values),
+            "captured_queries": None if queries is None else queries[one, :, first_row:],
+            "captured_raw_keys": cut(view.captured_raw_keys),
+        }
+    return dataclasses.replace(view, **cuts)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import torch
 
-from kvprune.policy import CrossKVPolicy, ScoringPolicy
+from kvprune.moments import FeaturePolicy
+from kvprune.policy import CrossKVPolicy, Need, ScoringPolicy
 from kvprune.selection import Decision, Selection
 from kvprune.testing.conformance.budgets import allowance, keeping_all, widening
 from kvprune.testing.conformance.report import Violation
@@ -25,7 +27,7 @@ from kvprune.testing.reference import (
     slow_prefill,
     slow_strata,
 )
-from kvprune.view import LayerView
+from kvprune.view import FeatureView, LayerView
 from kvprune.visibility import Visibility
 
 __all__ = [
@@ -44,23 +46,28 @@ __all__ = [
 Sees = Callable[[Visibility, int], set[int]]
 
 
-def pose(policy: CrossKVPolicy, problem: LayerProblem) -> LayerView:
+def pose(policy: CrossKVPolicy, problem: LayerProblem) -> FeatureView | LayerView:
     """Return the view of a problem, with what the policy declared that it needs and no more."""
+    if isinstance(policy, FeaturePolicy):
+        return problem.features(policy.name)
     view = problem.view(policy.name)
-    return dataclasses.replace(
-        view,
-        captured_queries=view.captured_queries if "queries" in policy.needs else None,
-        captured_raw_keys=view.captured_raw_keys if "raw_keys" in policy.needs else None,
-    )
+    unneeded: dict[str, Any] = {
+        f"captured_{what}": None for what in get_args(Need) if what not in policy.needs
+    }
+    return dataclasses.replace(view, **unneeded)
 
 
-def answer(policy: CrossKVPolicy, view: LayerView) -> Decision:
+def answer(policy: CrossKVPolicy, view: FeatureView | LayerView) -> Decision:
     """Return the policy's decision, or raise because it is malformed (KV01)."""
     with torch.no_grad():
-        decision = policy.select(view)
+        if isinstance(view, FeatureView):
+            assert isinstance(policy, FeaturePolicy)
+            decision = policy.choose(view)
+        else:
+            decision = policy.select(view)
     if not isinstance(decision, Decision):
         raise Violation("a Decision(cache=..., onward=...) from select (KV01)", repr(decision)[:200])
-    batch, heads, columns, _ = view.keys.shape
+    batch, heads, columns = view.batch, view.heads, view.columns
     for part, selection in (("cache", decision.cache), ("onward", decision.onward)):
         if selection is not None:
             _well_formed(part, selection, batch, (1, heads) if part == "cache" else (1,), columns)

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -16,7 +17,7 @@ from kvprune.testing.conformance.decisions import answer, pose
 from kvprune.testing.conformance.report import Violation
 from kvprune.testing.problems import LayerProblem, cut_to_sample
 from kvprune.testing.reference import kept_sets, same_by_head
-from kvprune.view import LayerView
+from kvprune.view import FeatureView, LayerView
 
 __all__ = [
     "ask",
@@ -75,20 +76,13 @@ def check_inputs(policy: CrossKVPolicy, problem: LayerProblem) -> None:
             raise Violation(f"view.{name} to stay as it was", "another content")
 
 
-def _tensors(view: LayerView) -> dict[str, torch.Tensor]:
+def _tensors(view: FeatureView | LayerView) -> dict[str, torch.Tensor]:
     see = view.visibility
     found = {
-        "keys": view.keys,
-        "values": view.values,
-        "queries": view.captured_queries,
-        "raw_keys": view.captured_raw_keys,
-        "visibility.rows": see.rows,
-        "visibility.units": see.units,
-        "visibility.images": see.images,
-        "visibility.live": see.live,
-        "visibility.exists": see.exists,
+        **{field.name.removeprefix("captured_"): getattr(view, field.name) for field in fields(view)},
+        **{f"visibility.{field.name}": getattr(see, field.name) for field in fields(see)},
     }
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def check_order(policy: CrossKVPolicy, problem: LayerProblem) -> None:

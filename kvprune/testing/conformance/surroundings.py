@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kvprune.layout import Layout
 from kvprune.policy import CrossKVPolicy
 from kvprune.testing.conformance.decisions import answer, pose
 from kvprune.testing.conformance.isolation import process_state, random_state
@@ -19,7 +20,7 @@ from kvprune.testing.conformance.purity import ask, require_same
 from kvprune.testing.conformance.report import Violation
 from kvprune.testing.problems import LayerProblem
 from kvprune.testing.reference import kept_sets
-from kvprune.view import LayerView
+from kvprune.view import FeatureView, LayerView
 from kvprune.visibility import Visibility
 
 __all__ = ["check_clock", "check_devices", "check_process", "check_randomness"]
@@ -97,13 +98,21 @@ def check_devices(policy: CrossKVPolicy, problem: LayerProblem) -> None:
             raise Violation(f"{part} on cuda as on the CPU, {kept[0]}", f"{kept[1]}")
 
 
-def _moved(view: LayerView, device: str) -> LayerView:
+def _moved(view: FeatureView | LayerView, device: str) -> FeatureView | LayerView:
     def moved(thing: Any) -> dict[str, Any]:
         fields = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
         return {n: v.to(device) for n, v in fields.items() if isinstance(v, torch.Tensor)}
 
     see: Visibility = dataclasses.replace(view.visibility, **moved(view.visibility))
-    return dataclasses.replace(view, **moved(view), visibility=see)
+    layout = view.layout_of
+
+    def moved_layout() -> Layout:
+        assert layout is not None
+        return dataclasses.replace(layout(), **moved(layout()))
+
+    return dataclasses.replace(
+        view, **moved(view), visibility=see, layout_of=None if layout is None else moved_layout
+    )
 
 
 def check_process(policy: CrossKVPolicy, problem: LayerProblem) -> None:
