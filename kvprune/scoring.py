@@ -6,6 +6,8 @@ device, and nothing ever holds a [B, H, T, S] tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from kvprune.selection import Budget
 from kvprune.visibility import Visibility
 
-__all__ = ["attention_mass", "keep_top", "limits", "pool_heads", "rank_within", "stratum_sizes"]
+__all__ = ["attention_mass", "keep_top", "limits", "members", "pool_heads", "rank_within", "stratum_sizes"]
 
 _ROWS_PER_CHUNK = 64
 _ELEMENTS_PER_CHUNK = 2**21  # 8 MiB of float32 attention weights alive at a time
@@ -114,6 +116,19 @@ def _sizes(strata: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tenso
     present = strata.clamp(min=0)
     sizes = torch.zeros(strata.shape[0], int(present.max()) + 1, dtype=torch.int64, device=strata.device)
     return sizes.scatter_add_(-1, present, counts.to(torch.int64)), present
+
+
+def members(strata: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield each sample's number and the columns of each of its strata, int64 ``[n]``, for greedy methods.
+
+    Args:
+        strata: int64 ``[B, S]``; columns of stratum -1 belong to none. Costs host transfers.
+    """
+    for sample, highest in enumerate(strata.amax(-1).tolist()):
+        for stratum in range(highest + 1):
+            columns = (strata[sample] == stratum).nonzero().squeeze(1)
+            if len(columns):
+                yield sample, columns
 
 
 def limits(budget: Budget, strata: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Hand-built visibilities and views, beside the public slow references and strategies."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
 import torch
 
-from kvprune import LayerView
+from kvprune import FeatureView, LayerView, Layout
 from kvprune.testing.reference import (
     kept_sets,
     live_rows,
@@ -24,8 +25,10 @@ __all__ = [
     "exact_budget",
     "kept_sets",
     "live_rows",
+    "make_features",
     "make_view",
     "make_visibility",
+    "one_of",
     "seen_by_row",
     "slow_attention",
     "slow_decode",
@@ -127,3 +130,42 @@ def slow_attention(view, sample, head, counted=None):
         for column, weight in zip(columns, weights, strict=True):
             mass[column] += weight / total
     return mass
+
+
+def make_features(visibility, *, width=6, seed=0, dtype=torch.float64, grid=None, **fields):
+    """A view before the first layer: random features, on a line or on a grid ``grid`` patches wide."""
+    random = torch.Generator().manual_seed(seed)
+    features = torch.randn(visibility.batch, visibility.columns, width, generator=random, dtype=torch.float64)
+    layout = Layout.line(visibility.columns)
+    if grid is not None:
+        column = torch.arange(visibility.columns)
+        layout = Layout(torch.stack([column // grid, column % grid], dim=-1)[None])
+    defaults = {
+        "visibility": visibility,
+        "num_layers": 3,
+        "fingerprints": lambda: torch.arange(visibility.batch) * 7919 + 13,
+        "policy_name": "test",
+        "layout_of": lambda: layout,
+        "captured_features": features.to(dtype),
+    }
+    return FeatureView(**(defaults | fields))
+
+
+def one_of(view, sample):
+    """A view before the first layer with one sample only."""
+    see = view.visibility
+    one = slice(sample, sample + 1)
+    places = view.places.expand(see.batch, -1, -1)[one]
+    return dataclasses.replace(
+        view,
+        visibility=Visibility(
+            see.rows[one],
+            see.units.expand(see.batch, -1)[one],
+            see.images,
+            see.live[one],
+            None if see.exists is None else see.exists[one],
+        ),
+        fingerprints=lambda: view.fingerprints().expand(see.batch)[one],
+        layout_of=lambda: Layout(places),
+        captured_features=view.captured_features[one],
+    )

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import kvprune
+from kvprune_strategies.cdpruner import CDPruner
+from kvprune_strategies.divprune import DivPrune
 from kvprune_strategies.full import Full
 from kvprune_strategies.lossless import Lossless
 from kvprune_strategies.norm import Norm
 from kvprune_strategies.random_keep import Random
+from kvprune_strategies.topv import TopV
 from kvprune_strategies.trim import Trim
 from kvprune_strategies.uniform import Uniform
 
-__all__ = ["Full", "Lossless", "Norm", "Random", "Trim", "Uniform", "kvprune_policies"]
+__all__ = [
+    "CDPruner",
+    "DivPrune",
+    "Full",
+    "Lossless",
+    "Norm",
+    "Random",
+    "TopV",
+    "Trim",
+    "Uniform",
+    "kvprune_policies",
+]
 
 
 @kvprune.hookimpl
 def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
     """Return the policies that ship with kvprune."""
-    return [Full, Lossless, Norm, Random, Trim, Uniform]
+    return [CDPruner, DivPrune, Full, Lossless, Norm, Random, TopV, Trim, Uniform]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from typing import get_args
 
-from kvprune.policy import CrossKVPolicy
+from kvprune.policy import CrossKVPolicy, Need
 from kvprune.spec import PolicySpec
 from kvprune.testing.conformance.budgets import variants
 from kvprune.testing.conformance.report import Violation
@@ -28,8 +29,9 @@ def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
             raise Violation(f"the spec {as_json} to make the same policy again", f"{again!r}")
         if hash(copy.deepcopy(policy)) != hash(policy):
             raise Violation("a policy that has the hash of its copy", f"two hashes of {written}")
-        if not isinstance(policy.needs, frozenset) or not policy.needs <= {"queries", "raw_keys"}:
-            raise Violation('needs to be a frozenset of "queries" and "raw_keys"', f"{policy.needs!r}")
+        known = frozenset(get_args(Need))
+        if not isinstance(policy.needs, frozenset) or not policy.needs <= known:
+            raise Violation(f"needs to be a frozenset of some of {sorted(known)}", f"{policy.needs!r}")
         try:
             pickle.dumps(policy)
         except (pickle.PicklingError, AttributeError) as error:
