@@ -10,6 +10,7 @@ from kvprune.errors import KVPruneError
 from kvprune.hookspecs import hookimpl
 from kvprune.layout import Layout
 from kvprune.moments import FeaturePolicy, FeatureScoringPolicy, PrefillPolicy
+from kvprune.nesting import require_scorer
 from kvprune.policy import CrossKVPolicy, ScoringPolicy, onward_decision
 from kvprune.registry import get_policy, list_policies
 from kvprune.report import CompressionReport
@@ -43,5 +44,6 @@ __all__ = [
     "hookimpl",
     "list_policies",
     "onward_decision",
+    "require_scorer",
     "scoring",
 ]

@@ -19,8 +19,9 @@ from torch import Tensor
 from kvprune import scoring
 from kvprune.errors import PolicyOptionError
 from kvprune.judgement import check_scores
+from kvprune.options import AnyPolicy, check_option, default_of, is_option_type, parse_option
 from kvprune.selection import Budget, Decision, Selection
-from kvprune.spec import OptionValue, PolicySpec, check_option, is_option_type, parse_option, suggestion
+from kvprune.spec import OptionValue, PolicySpec, suggestion
 from kvprune.text import shown
 from kvprune.view import LayerView, View
 
@@ -31,7 +32,7 @@ Need = Literal["queries", "raw_keys", "features"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossKVPolicy(ABC):
+class CrossKVPolicy(AnyPolicy, ABC):
     """Decides which encoder tokens the cross-attention caches of a model keep.
 
     ``select`` is asked once for each cross-attention layer in each prefill, in layer order, right after the
@@ -74,6 +75,7 @@ class CrossKVPolicy(ABC):
         hints = self.option_types()
         for option in dataclasses.fields(self):
             check_option(self.name, option.name, hints[option.name], getattr(self, option.name))
+        self.nested_spec  # noqa: B018  raises if policies in policies are too deep for a spec
 
     @abstractmethod
     def select(self, view: LayerView) -> Decision:
@@ -103,11 +105,24 @@ class CrossKVPolicy(ABC):
     @property
     def spec(self) -> PolicySpec:
         """The spec that builds this policy again: every option that differs from its default."""
+        return self._write(nested=False)
+
+    @property
+    def nested_spec(self) -> PolicySpec:
+        """The spec as an option of another policy's: without a budget that nobody stated."""
+        return self._write(nested=True)
+
+    def _write(self, *, nested: bool) -> PolicySpec:
         options: dict[str, OptionValue] = {}
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            if option.default is dataclasses.MISSING or value != option.default:
-                options[option.name] = value
+            if isinstance(value, _Unstated):
+                if nested:
+                    continue
+                value = float(value)
+            default = default_of(option)
+            if default is dataclasses.MISSING or value != default:
+                options[option.name] = value.nested_spec if isinstance(value, CrossKVPolicy) else value
         return PolicySpec(self.name, options, self.version)
 
     @classmethod
@@ -117,8 +132,10 @@ class CrossKVPolicy(ABC):
         return {option.name: hints[option.name] for option in dataclasses.fields(cls)}
 
     @classmethod
-    def from_options(cls, options: typing.Mapping[str, OptionValue]) -> Self:
+    def from_options(cls, options: typing.Mapping[str, OptionValue | CrossKVPolicy]) -> Self:
         """Build the policy from option values, reading those that are text by the type of their field.
+
+        Options that are policies are policies here; `kvprune.get_policy` makes them of nested specs.
 
         Raises:
             PolicyOptionError: If an option is unknown or its value is wrong; lists what would be right.
@@ -141,6 +158,9 @@ class CrossKVPolicy(ABC):
             raise PolicyOptionError(
                 f"policy {cls.name!r} needs option {missing[0]!r}, got {shown(dict(options))}"
             )
+        for option, value in options.items():
+            if isinstance(value, PolicySpec):  # fits no field; before the author's own code meets it
+                check_option(cls.name, option, types[option], value)
         values = {
             option: parse_option(cls.name, option, types[option], value) if isinstance(value, str) else value
             for option, value in options.items()
@@ -188,8 +208,13 @@ def require_policy_class(cls: type[CrossKVPolicy]) -> None:
         if not is_option_type(annotation):
             raise TypeError(
                 f"{where} has the option {option!r} of type {shown(annotation)}; options are bool, int, "
-                "float, str, None, Literal, or a union of these, so that a spec can hold them"
+                "float, str, None, Literal, or a union of these, or a policy class (or None), "
+                "so that a spec can hold them"
             )
+
+
+class _Unstated(float):
+    """A default that nobody stated, and otherwise the number: equal to it, and kept by copies and replace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +238,10 @@ class ScoringPolicy(CrossKVPolicy):
     ranks_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.keep_ratio is None and self.keep_tokens is None:
-            object.__setattr__(self, "keep_ratio", 0.5)
+        if self.keep_tokens is not None and isinstance(self.keep_ratio, _Unstated):
+            object.__setattr__(self, "keep_ratio", None)  # replace() of a policy that stated nothing
+        elif self.keep_tokens is None and self.keep_ratio is None:
+            object.__setattr__(self, "keep_ratio", _Unstated(0.5))
         super().__post_init__()
         self.budget  # noqa: B018  raises on an impossible budget
 
@@ -238,14 +265,30 @@ class ScoringPolicy(CrossKVPolicy):
         if self.reach == "onward":
             if view.rank > 0:
                 return Decision()
-            scores = scoring.pool_heads(check_scores(self.score(view), view, view.strata, self.name))
+            scores = scoring.pool_heads(self.checked_scores(view, view.strata))
             return onward_decision(view, self._keep(scores, view.strata, view))
         strata = torch.where(view.strata == 0, 0, -1)  # only what decoding can see
-        scores = check_scores(self.score(view), view, strata, self.name)
+        scores = self.checked_scores(view, strata)
         return Decision(cache=Selection.from_mask(self._keep(scores, strata, view)))
 
     def _keep(self, scores: Tensor, strata: Tensor, view: LayerView) -> Tensor:
         return scoring.keep_top(scores, strata, scoring.limits(self.budget, strata), view.visibility)
+
+    def checked_scores(self, view: LayerView, strata: Tensor) -> Tensor:
+        """Score, and refuse what cannot rank tokens; what a policy around this one asks for.
+
+        Args:
+            view: As ``select`` gets it.
+            strata: int64 ``[B, S]``; scores of columns of stratum -1 may be anything, and are set to the
+                lowest value.
+
+        Returns:
+            ``[B, Hkv, S]`` or ``[B, 1, S]``, float32 or float64, finite.
+
+        Raises:
+            ScoreError: If ``score`` returned another shape, type or device, or NaN for a column that counts.
+        """
+        return check_scores(self.score(view), view, strata, self.name)
 
 
 def onward_decision(view: View, kept: Tensor, *, crop_here: bool = True) -> Decision:

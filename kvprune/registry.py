@@ -21,6 +21,7 @@ from kvprune.errors import (
     UnknownPolicyError,
     UnsupportedModelError,
 )
+from kvprune.nesting import make_nested
 from kvprune.plugins import (
     ENTRY_POINT_GROUP,
     PLUGINS_VARIABLE,
@@ -83,12 +84,13 @@ class Registry:
         raise UnknownPolicyError(message)
 
     def get_policy(self, spec: str | PolicySpec | CrossKVPolicy) -> CrossKVPolicy:
-        """Turn a spec into a policy; a policy is returned as it is.
+        """Turn a spec into a policy, those in its options first; a policy is returned as it is.
 
         Raises:
             SpecError: If the text is no spec, or the spec demands another version than is installed.
             UnknownPolicyError, PluginError: See `policy_class`.
-            PolicyOptionError: If an option is unknown or a value is wrong.
+            PolicyOptionError: If an option is unknown or a value is wrong, or a policy of another kind than
+                the option takes.
             PluginError: If the policy's own code fails while it is built.
         """
         if isinstance(spec, CrossKVPolicy):
@@ -106,7 +108,8 @@ class Registry:
             )
         where, text = f"policy {spec.name!r} of plugin {entry.plugin!r}", shown(str(spec))
         try:
-            policy = cls.from_options(spec.options)
+            classes = {name: entry.cls for name, entry in self.policies.items()}
+            policy = cls.from_options(make_nested(cls, spec.options, self.get_policy, classes))
         except (KVPruneError, KeyboardInterrupt):
             raise
         except ValueError as error:  # how authors who do not know our errors refuse a value

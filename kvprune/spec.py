@@ -1,6 +1,7 @@
-"""Policies as text and JSON: the grammar ``name:key=value,key=value`` and the typing of its values.
+"""Policies as text and JSON: the grammar ``name:key=value,key=other(key=value;key=value)``.
 
-A spec is data: it names a policy and its options. Turning it into a policy is the registry's business.
+A spec is data: it names a policy and its options, some of which may be policies themselves. Turning it into
+a policy is the registry's business, and what types options have is that of `kvprune.options`.
 """
 
 from __future__ import annotations
@@ -10,31 +11,27 @@ import json
 import math
 import re
 import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, TypeGuard, Union
 
-from kvprune.errors import PolicyOptionError, SpecError
+from kvprune.errors import SpecError
 from kvprune.text import error_line, shown
 
-__all__ = [
-    "OptionValue",
-    "PolicySpec",
-    "check_option",
-    "describe_type",
-    "is_option_type",
-    "parse_option",
-    "suggestion",
-]
+__all__ = ["LARGEST_BITS", "OptionValue", "PolicySpec", "suggestion", "written"]
 
-OptionValue = bool | int | float | str | None
+OptionValue = Union[bool, int, float, str, None, "PolicySpec"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED = re.compile("[,;()]")
 _LONGEST_NAME = 64
 _LARGEST_VERSION = 10**9
-_MOST_BITS = 1024
+_DEEPEST = 4
+"""Levels of policies with options inside each other, the outermost included."""
+
+LARGEST_BITS = 1024
 """Of a whole number: what no float holds is no option, and Python itself refuses to write far longer ones."""
 
 
@@ -44,7 +41,8 @@ class PolicySpec:
 
     Args:
         name: Lower-case letters, digits, ``.``, ``_`` and ``-``; at most 64.
-        options: Values by option name: text from a spec string, or typed values from Python and JSON.
+        options: Values by option name: text from a spec string, or typed values from Python and JSON. An
+            option that is a policy has a spec; one that says nothing but a name is held as that name.
         version: If given, the installed policy must have this version.
 
     Raises:
@@ -72,53 +70,59 @@ class PolicySpec:
             if not isinstance(key, str) or not _KEY.fullmatch(key):
                 raise SpecError(f"{shown(key)} is no option name in the spec of {self.name!r}")
             where = f"option {shown(key)} of {self.name!r}"
-            if not isinstance(value, bool | int | float | str | None):
-                raise SpecError(f"{where} is text, a number, true, false or none, got {shown(value)}")
-            if isinstance(value, str) and (not value or value != value.strip() or re.search("[,;]", value)):
+            if not isinstance(value, bool | int | float | str | PolicySpec | None):
+                raise SpecError(f"{where} is text, a number, true, false, none or a spec, got {shown(value)}")
+            if isinstance(value, str) and (not value or value != value.strip() or _RESERVED.search(value)):
                 raise SpecError(
                     f"{where} holds the text {shown(value)}; text in a spec is not empty, "
-                    "has no blanks at its ends, and neither ',' nor ';'"
+                    "has no blanks at its ends, and none of ',', ';', '(' and ')'"
                 )
             if isinstance(value, float) and not math.isfinite(value):
                 raise SpecError(f"{where} must be a finite number, got {value!r}")
-            if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
                 raise SpecError(f"{where} must be a number that a float can hold, got {shown(value)}")
-        object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
+        # Text has one form of a policy without options, its name; so the spec has one, too.
+        options = {key: value.name if _is_bare(value) else value for key, value in self.options.items()}
+        object.__setattr__(self, "options", types.MappingProxyType(options))
+        if _depth(self) > _DEEPEST:
+            raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got {shown(str(self))}")
 
     def __reduce__(self) -> tuple[type[PolicySpec], tuple[str, dict[str, OptionValue], int | None]]:
         return PolicySpec, (self.name, dict(self.options), self.version)  # a read-only view cannot be pickled
 
     def __hash__(self) -> int:
-        return hash((self.name, tuple(sorted(self.options.items(), key=str)), self.version))
+        return hash((self.name, tuple(sorted(self.options.items(), key=itemgetter(0))), self.version))
 
     @classmethod
     def parse(cls, text: str) -> PolicySpec:
-        """Read ``name`` or ``name:key=value,key=value``; ``;`` works like ``,``.
+        """Read ``name``, ``name:key=value,key=value`` or ``name(key=value,key=value)``.
+
+        ``;`` works like ``,``. A value may be a spec with parentheses; separators in there are its own.
 
         Raises:
             SpecError: If the text does not follow the grammar; the message says where.
         """
         if not isinstance(text, str):
             raise SpecError(f"a spec is text such as 'trim:k_ratio=0.25', got {shown(text)}")
-        name, colon, rest = text.strip().partition(":")
-        options: dict[str, OptionValue] = {}
-        if colon:
-            for part in re.split("[,;]", rest):
-                key, equals, value = (piece.strip() for piece in part.partition("="))
-                if not equals or not key or not value:
-                    raise SpecError(f"expected key=value in spec {shown(text)}, got {shown(part.strip())}")
-                if key in options:
-                    raise SpecError(f"option {shown(key)} is given twice in spec {shown(text)}")
-                options[key] = value
-        return cls(name.strip(), options)
+        _require_balance(text)
+        opening = re.search("[:(]", text)
+        if opening is None:
+            return cls(text.strip())
+        if opening[0] == "(":
+            return _read_nested(text.strip(), text)
+        return cls(text[: opening.start()].strip(), _read_options(text[opening.end() :], text))
 
     def __str__(self) -> str:
-        written = ",".join(f"{key}={_written(value)}" for key, value in self.options.items())
-        return f"{self.name}:{written}" if written else self.name
+        options = _join(self.options, ",")
+        return f"{self.name}:{options}" if options else self.name
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON-ready data; `from_dict` reads it back."""
-        data: dict[str, Any] = {"name": self.name, "options": dict(self.options)}
+        options = {
+            key: value.to_dict() if isinstance(value, PolicySpec) else value
+            for key, value in self.options.items()
+        }
+        data: dict[str, Any] = {"name": self.name, "options": options}
         if self.version is not None:
             data["version"] = self.version
         return data
@@ -130,6 +134,10 @@ class PolicySpec:
         Raises:
             SpecError: If a key is missing or unknown, or a value has the wrong type.
         """
+        return cls._from_dict(data, _DEEPEST)
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, Any], room: int) -> PolicySpec:
         if not isinstance(data, Mapping) or "name" not in data:
             raise SpecError(f"a spec in JSON is an object with a 'name', got {shown(data)}")
         unknown = sorted(set(data) - {"name", "options", "version"}, key=repr)
@@ -137,7 +145,17 @@ class PolicySpec:
             raise SpecError(
                 f"unknown keys {shown(unknown)} in spec {shown(dict(data))}; known: name, options, version"
             )
-        return cls(data["name"], data.get("options", {}), data.get("version"))
+        options = data.get("options", {})
+        if isinstance(options, Mapping):
+            if room < 0:  # before the recursion; a spec of this depth would be refused anyway
+                raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got a deeper one in JSON")
+            options = {
+                key: cls._from_dict(value, room - 1)
+                if isinstance(value, Mapping) and "name" in value
+                else value
+                for key, value in options.items()
+            }
+        return cls(data["name"], options, data.get("version"))
 
     def to_json(self) -> str:
         """Return `to_dict` as one line of JSON."""
@@ -166,10 +184,87 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def _written(value: OptionValue) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+def written(value: OptionValue) -> str:
+    """Return an option's value as spec text; a spec has its options in parentheses, so it stays one value."""
+    if isinstance(value, PolicySpec):
+        # No commas: what is cut at commas outside of a spec should not cut one policy in two.
+        return f"{value.name}({_join(value.options, ';')})" if value.options else value.name
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _join(options: Mapping[str, OptionValue], separator: str) -> str:
+    return separator.join(f"{key}={written(value)}" for key, value in options.items())
+
+
+def _is_bare(value: OptionValue) -> TypeGuard[PolicySpec]:
+    return isinstance(value, PolicySpec) and not value.options and value.version is None
+
+
+def _depth(spec: PolicySpec) -> int:
+    inner = [_depth(value) for value in spec.options.values() if isinstance(value, PolicySpec)]
+    return 1 + max(inner, default=0) if spec.options else 0
+
+
+def _require_balance(text: str) -> None:
+    """Raise unless parentheses come in pairs, not too deep; so what reads them may recurse."""
+    opened: list[int] = []
+    for found in re.finditer("[()]", text):
+        if found[0] == "(":
+            opened.append(found.start())
+            if len(opened) > _DEEPEST:
+                raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got {shown(text)}")
+        elif not opened:
+            raise SpecError(f"')' at position {found.start() + 1} of spec {shown(text)} closes nothing")
+        else:
+            opened.pop()
+    if opened:
+        raise SpecError(f"'(' at position {opened[-1] + 1} of spec {shown(text)} is never closed")
+
+
+def _read_nested(part: str, text: str) -> PolicySpec:
+    """Read ``name(key=value;key=value)``, a part of a spec's text in which parentheses are balanced."""
+    name, _, rest = part.partition("(")
+    depth = 1
+    for found in re.finditer("[()]", rest):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            break
+    inside, behind = rest[: found.start()], rest[found.end() :].strip()
+    if behind:
+        raise SpecError(
+            f"expected nothing behind {shown(part[: -len(behind)])} in spec {shown(text)}, "
+            f"got {shown(behind)}"
+        )
+    if not inside.strip():
+        raise SpecError(
+            f"expected key=value between the parentheses of {shown(part)} in spec {shown(text)}; "
+            "without options, leave them out"
+        )
+    return PolicySpec(name.strip(), _read_options(inside, text))
+
+
+def _read_options(part: str, text: str) -> dict[str, OptionValue]:
+    options: dict[str, OptionValue] = {}
+    for piece in _pieces(part):
+        key, equals, value = (side.strip() for side in piece.partition("="))
+        if not equals or not key or not value or "(" in key:
+            raise SpecError(f"expected key=value in spec {shown(text)}, got {shown(piece.strip())}")
+        if key in options:
+            raise SpecError(f"option {shown(key)} is given twice in spec {shown(text)}")
+        options[key] = _read_nested(value, text) if "(" in value else value
+    return options
+
+
+def _pieces(part: str) -> Iterator[str]:
+    """Cut at the separators that stand in no parentheses."""
+    depth = start = 0
+    for found in re.finditer("[(),;]", part):
+        if found[0] in "()":
+            depth += 1 if found[0] == "(" else -1
+        elif not depth:
+            yield part[start : found.start()]
+            start = found.end()
+    yield part[start:]
 
 
 def suggestion(wrong: str, right: Iterable[str]) -> str:
@@ -178,117 +273,3 @@ def suggestion(wrong: str, right: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(wrong, list(right), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def describe_type(annotation: Any) -> str:
-    """Return an option's type as users read it, such as ``float or none`` or ``values | keys``."""
-    if typing.get_origin(annotation) is Literal:
-        return " | ".join(str(choice) for choice in typing.get_args(annotation))
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(choice) for choice in typing.get_args(annotation))
-    if annotation is type(None):
-        return "none"
-    return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(
-        annotation, str(annotation)
-    )
-
-
-def is_option_type(annotation: Any) -> bool:
-    """Whether an option may have this type: bool, int, float, str, None, Literal, or a union of these."""
-    plain = (bool, int, float, str, type(None))
-    return all(choice in plain or typing.get_origin(choice) is Literal for choice in _choices(annotation))
-
-
-def check_option(policy: str, option: str, annotation: Any, value: object) -> None:
-    """Raise unless a typed value fits the annotation of an option's field, and a spec can say so.
-
-    Raises:
-        PolicyOptionError: With the policy, the option, the value and what would be right.
-    """
-    where = f"option {option!r} of policy {policy!r}"
-    if not _fits(annotation, value):
-        raise PolicyOptionError(f"{where} must be {describe_type(annotation)}, got {shown(value)}")
-    if isinstance(value, str) and not isinstance(again := _read_any(annotation, value), str):
-        raise PolicyOptionError(
-            f"{where} cannot be the text {shown(value)}, which a spec would read back as {again!r}"
-        )
-
-
-def parse_option(policy: str, option: str, annotation: Any, text: str) -> OptionValue:
-    """Read an option's value from spec text by the annotation of its field.
-
-    Raises:
-        PolicyOptionError: If no type of the annotation can be read from the text.
-    """
-    try:
-        return _read_any(annotation, text)
-    except ValueError:
-        raise PolicyOptionError(
-            f"option {option!r} of policy {policy!r} must be {describe_type(annotation)}, got {shown(text)}"
-        ) from None
-
-
-def _read_any(annotation: Any, text: str) -> OptionValue:
-    """Read text as the first type of the annotation that fits; raise ValueError if none does."""
-    # "none" means none wherever that is allowed, also beside text.
-    for choice in sorted(_choices(annotation), key=lambda choice: choice is not type(None)):
-        try:
-            value = _read(choice, text)
-        except ValueError:  # also what Python raises for more digits than it reads
-            continue
-        if _fits(choice, value):
-            return value
-    raise ValueError(text)
-
-
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
-def _fits(annotation: Any, value: object) -> bool:
-    for choice in _choices(annotation):
-        if typing.get_origin(choice) is Literal:
-            if any(value == wanted and type(value) is type(wanted) for wanted in typing.get_args(choice)):
-                return True
-        elif choice is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
-                return True
-        elif choice is int:
-            if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= _MOST_BITS:
-                return True
-        elif isinstance(value, choice):
-            return True
-    return False
-
-
-def _read(choice: Any, text: str) -> OptionValue:
-    """Read text as one type; raise ValueError if it is not of that type."""
-    if typing.get_origin(choice) is Literal:
-        for wanted in typing.get_args(choice):
-            if text == _written(wanted):
-                return typing.cast(OptionValue, wanted)
-        raise ValueError(text)
-    if choice is bool:
-        return (
-            {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
-        )
-    if choice is type(None):
-        return None if text.lower() == "none" else _fail(text)
-    if choice in (int, float):
-        if "_" in text or not text.isascii():  # Python would read 1_0 as ten
-            raise ValueError(text)
-        return int(text) if choice is int else float(text)
-    return text
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False
-
-
-def _fail(text: str) -> OptionValue:
-    raise ValueError(text)

@@ -8,19 +8,35 @@ from typing import Literal
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_spec import any_value, keys, names, plain_text, versions
+from test_spec import any_value, keys, names, nested, plain_text, versions
 
 import kvprune
 from kvprune import PolicySpec
 from kvprune.errors import KVPruneError, PolicyOptionError, SpecError
-from kvprune.spec import check_option, parse_option, suggestion
+from kvprune.options import check_option, parse_option
+from kvprune.spec import suggestion
 from kvprune.text import error_line, printable, shown
 
 MEGABYTE = 10**6
 POLICIES = ("full", "lossless", "norm", "random", "trim", "uniform")
 
 # Separators, numbers that a parser may stumble over, and what does not print, in all places.
-WORDS = ["trim", "random", ":", "=", ",", ";", "keep_ratio", "k_ratio", "reach", "true", "none", "onward"]
+WORDS = [
+    "trim",
+    "random",
+    ":",
+    "=",
+    ",",
+    ";",
+    "(",
+    ")",
+    "keep_ratio",
+    "k_ratio",
+    "reach",
+    "true",
+    "none",
+    "onward",
+]
 NUMBERS = ["0.5", "1", "-1", "nan", "-inf", "1e999", "1e-999", "0x10", "1_0", "\u0663", "\u00bd", "\uff11"]
 NUMBERS += ["9" * 5000, "0." + "9" * 5000]
 ODD = [
@@ -45,6 +61,7 @@ hostile = st.one_of(
     st.text(st.characters(), max_size=40),
     st.builds("{}:{}={}".format, st.sampled_from(POLICIES), pieces, pieces),
     st.builds("{}:keep_ratio={}".format, st.sampled_from(POLICIES), st.text(max_size=20)),
+    st.builds("{}:keep_ratio={}({}={})".format, st.sampled_from(POLICIES), pieces, pieces, pieces),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -76,6 +93,15 @@ def outcome(build, *arguments):
 @example("trim:k_ratio=" + "a" * MEGABYTE)
 @example("trim:" + "k_ratio=1," * 50_000)
 @example("\x00" * MEGABYTE)
+@example("(" * MEGABYTE)
+@example(")" * MEGABYTE)
+@example("a(b=" * 100_000)
+@example("a(b=" * 1000 + "c" + ")" * 1000)
+@example("a:" + "b(c=1)" * 100_000)
+@example("a:" + "b=c(d=1)," * 50_000)
+@example("trim:k_ratio=" + "a" * MEGABYTE + "(b=1)")
+@example("trim:k_ratio=a(b=" + "c" * MEGABYTE + ")")
+@example("trim:k_ratio=trim(k_ratio=0.5)")
 def test_any_text_becomes_a_spec_and_a_policy_or_a_typed_error(text):
     spec = outcome(PolicySpec.parse, text)
     policy = outcome(kvprune.get_policy, text)
@@ -135,16 +161,32 @@ def test_bytes_and_what_is_no_text_are_refused(data):
 
 
 def test_deeply_nested_data_is_refused():
-    nested = []
+    lists = []
     for _ in range(100_000):
-        nested = [nested]
+        lists = [lists]
     for data in (
-        nested,
-        {"name": nested},
-        {"name": "a", "options": {"b": nested}},
-        {"name": "a", "x": nested},
+        lists,
+        {"name": lists},
+        {"name": "a", "options": {"b": lists}},
+        {"name": "a", "x": lists},
     ):
         assert isinstance(outcome(PolicySpec.from_dict, data), SpecError)
+
+
+def test_policies_nested_without_end_are_refused():
+    deep = {"name": "a"}
+    for _ in range(100_000):
+        deep = {"name": "a", "options": {"b": deep}}
+    assert isinstance(outcome(PolicySpec.from_dict, deep), SpecError)
+    loop = {"name": "a", "options": {}}
+    loop["options"]["b"] = loop
+    assert isinstance(outcome(PolicySpec.from_dict, loop), SpecError)
+
+
+@given(nested(any_value, versions))
+def test_every_nested_spec_reads_back_what_it_writes(spec):
+    assert str(PolicySpec.parse(str(spec))) == str(spec)
+    assert isinstance(outcome(kvprune.get_policy, spec), kvprune.CrossKVPolicy | KVPruneError)
 
 
 def test_keys_of_several_types_are_refused():

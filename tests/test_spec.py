@@ -13,18 +13,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune.errors import PolicyOptionError, SpecError
-from kvprune.spec import PolicySpec, check_option, describe_type, parse_option, suggestion
+from kvprune.options import check_option, describe_type, parse_option
+from kvprune.spec import PolicySpec, suggestion
 
 names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True)
 keys = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 # Text that can stand between separators: neither empty nor with blanks at its ends.
 plain_text = st.text(min_size=1, max_size=12).filter(
-    lambda text: text == text.strip() and not set(text) & set(",;")
+    lambda text: text == text.strip() and not set(text) & set(",;()")
 )
 any_value = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), plain_text
 )
 versions = st.none() | st.integers(0, 9)
+
+
+def nested(values, of_version):
+    """Specs with policies in policies, at most four deep."""
+    flat = st.builds(PolicySpec, names, st.dictionaries(keys, values, max_size=3), of_version)
+
+    def around(inner):
+        options = st.dictionaries(keys, st.one_of(values, inner), max_size=3)
+        return st.builds(PolicySpec, names, options, of_version)
+
+    return st.one_of(flat, around(flat), around(around(flat)), around(around(around(flat))))
 
 
 # text
@@ -42,6 +54,17 @@ versions = st.none() | st.integers(0, 9)
         ("a:path=x=y:z", "a", {"path": "x=y:z"}),
         ("value-spread_2.0", "value-spread_2.0", {}),
         ("2x", "2x", {}),
+        ("a(x=1)", "a", {"x": "1"}),
+        (" a ( x = 1 ; y = 2 ) ", "a", {"x": "1", "y": "2"}),
+        ("a(x=y:z)", "a", {"x": "y:z"}),
+        ("a:x=b(y=1;z=2),w=3", "a", {"x": PolicySpec("b", {"y": "1", "z": "2"}), "w": "3"}),
+        ("a:x=b(y=1,z=2),w=3", "a", {"x": PolicySpec("b", {"y": "1", "z": "2"}), "w": "3"}),
+        (
+            "a(x=b ( y = c(z=1) ),w=3)",
+            "a",
+            {"x": PolicySpec("b", {"y": PolicySpec("c", {"z": "1"})}), "w": "3"},
+        ),
+        ("a:x=b", "a", {"x": PolicySpec("b")}),
     ],
 )
 def test_parse_reads_the_grammar(text, name, options):
@@ -55,6 +78,16 @@ def test_parse_reads_the_grammar(text, name, options):
 def test_text_round_trip(name, options):
     spec = PolicySpec(name, options)
     assert PolicySpec.parse(str(spec)) == spec
+
+
+@given(nested(plain_text, st.none()))
+def test_text_round_trip_of_policies_in_policies(spec):
+    text = str(spec)
+    assert PolicySpec.parse(text) == spec
+    assert hash(PolicySpec.parse(text)) == hash(spec)
+    if spec.options:
+        assert PolicySpec.parse(f"{spec.name}({text[len(spec.name) + 1 :]})") == spec
+        assert PolicySpec.parse(text.replace(";", ",")) == spec
 
 
 @given(names, st.dictionaries(keys, plain_text.filter(lambda text: ":" not in text), min_size=1, max_size=4))
@@ -105,6 +138,27 @@ def test_typed_values_are_written_as_users_write_them(value, text):
         ("trim:1a=1", "'1a'.*'trim'"),
         ("trim:a-b=1", "'a-b'.*'trim'"),
         ("trim:a b=1", "'a b'.*'trim'"),
+        ("a(", r"'\(' at position 2 of spec 'a\(' is never closed"),
+        ("a:b=c(d=1", r"'\(' at position 6 of spec 'a:b=c\(d=1' is never closed"),
+        ("a(b=c(d=1)", r"'\(' at position 2 of spec"),
+        ("a)", r"'\)' at position 2 of spec 'a\)' closes nothing"),
+        ("a:b=c(d=1))", r"'\)' at position 11 of spec"),
+        ("a:b=)c(", r"'\)' at position 5 of spec"),
+        ("a()", r"between the parentheses of 'a\(\)' in spec 'a\(\)'; without options, leave them out"),
+        ("a:b=c( )", r"between the parentheses of 'c\( \)' in spec 'a:b=c\( \)'"),
+        ("a(b=1)c", r"nothing behind 'a\(b=1\)' in spec 'a\(b=1\)c', got 'c'"),
+        ("a(b=1):c=2", r"nothing behind 'a\(b=1\)' .*got ':c=2'"),
+        ("a(b=1)(c=2)", r"nothing behind 'a\(b=1\)' .*got '\(c=2\)'"),
+        ("a:b=c(d=1)e,f=2", r"nothing behind 'c\(d=1\)' in spec .*, got 'e'"),
+        ("a:b=(c=1)", "'' is no policy name"),
+        ("(b=1)", "'' is no policy name"),
+        ("a:b=c:d(e=1)", "'c:d' is no policy name"),
+        ("a:b(c=1)", r"expected key=value in spec 'a:b\(c=1\)', got 'b\(c=1\)'"),
+        ("a:b=c(d)", r"expected key=value in spec 'a:b=c\(d\)', got 'd'"),
+        ("a:b=c(d=1;d=2)", "'d' is given twice"),
+        ("a:b=c(d=1;)", "got ''"),
+        ("a:" + "b=c(" * 5 + "d=1" + ")" * 5, "at most 4 deep"),
+        ("a:" + "b=c(" * 4 + "d=1" + ")" * 4, "at most 4 deep"),
         (None, "got None"),
         (7, "got 7"),
         (["trim"], r"got \['trim'\]"),
@@ -131,7 +185,7 @@ def test_any_text_is_read_or_refused_as_a_spec(text):
         assert PolicySpec.parse(str(spec)) == spec
 
 
-@pytest.mark.parametrize("value", ["a,b", "a;b", "", " a", "a "])
+@pytest.mark.parametrize("value", ["a,b", "a;b", "", " a", "a ", "a(b)", "(", ")", "a(b=1)"])
 def test_a_text_that_cannot_be_written_is_refused_or_survives(value):
     try:
         spec = PolicySpec("a", {"key": value})
@@ -139,6 +193,29 @@ def test_a_text_that_cannot_be_written_is_refused_or_survives(value):
     except SpecError:
         return
     assert PolicySpec.parse(text) == spec
+
+
+def test_policies_stand_four_deep_and_a_bare_name_counts_for_none():
+    text = "a:b=c(b=c(b=c(b=d)))"
+    assert str(PolicySpec.parse(text)) == text
+    inner = PolicySpec("d", {}, 3)
+    for _ in range(3):
+        inner = PolicySpec("c", {"b": inner})
+    spec = PolicySpec("a", {"b": inner})
+    assert PolicySpec.from_json(spec.to_json()) == spec
+    with pytest.raises(SpecError, match="at most 4 deep"):
+        PolicySpec("a", {"b": spec})
+
+
+def test_a_policy_without_options_is_held_as_its_name_unless_it_has_a_version():
+    assert PolicySpec("a", {"b": PolicySpec("c")}).options == {"b": "c"}
+    assert PolicySpec("a", {"b": PolicySpec("c", {}, 1)}).options == {"b": PolicySpec("c", {}, 1)}
+    assert str(PolicySpec("a", {"b": PolicySpec("c", {}, 1)})) == "a:b=c"
+
+
+def test_inner_options_are_written_without_commas():
+    inner = PolicySpec("b", {"x": 0.25, "y": None, "z": PolicySpec("c", {"p": True, "q": 2})})
+    assert str(PolicySpec("a", {"k": inner, "l": 1})) == "a:k=b(x=0.25;y=none;z=c(p=true;q=2)),l=1"
 
 
 # the spec itself
@@ -207,6 +284,19 @@ def test_json_round_trip_keeps_values_types_and_version(name, options, version):
     assert "\n" not in spec.to_json()
 
 
+@given(nested(any_value, versions))
+def test_json_round_trip_of_policies_in_policies(spec):
+    assert PolicySpec.from_json(spec.to_json()) == spec
+    assert PolicySpec.from_dict(spec.to_dict()) == spec
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_json_of_an_inner_policy_is_an_object():
+    spec = PolicySpec("a", {"b": PolicySpec("c", {"d": 1}, 2)})
+    assert json.loads(spec.to_json())["options"] == {"b": {"name": "c", "options": {"d": 1}, "version": 2}}
+    assert PolicySpec.from_dict({"name": "a", "options": {"b": {"name": "c"}}}) == PolicySpec("a", {"b": "c"})
+
+
 def test_json_of_a_spec_is_plain():
     spec = PolicySpec("trim", {"k_ratio": 0.25, "crop_first": False}, 1)
     assert json.loads(spec.to_json()) == {
@@ -230,6 +320,10 @@ def test_json_of_a_spec_is_plain():
         ({"name": "a", "version": "2"}, "version.*got '2'"),
         ({"name": 5}, "5 is no policy name"),
         ({"name": "a", "options": {"b": [0.5]}}, r"option 'b' of 'a'.*got \[0\.5\]"),
+        ({"name": "a", "options": {"b": {"c": 1}}}, r"option 'b' of 'a' is text.*got \{'c': 1\}"),
+        ({"name": "a", "options": {"b": {"name": "C"}}}, "'C' is no policy name"),
+        ({"name": "a", "options": {"b": {"name": "c", "x": 1}}}, r"unknown keys \['x'\]"),
+        ({"name": "a", "options": {"b": "c(d=1)"}}, r"holds the text 'c\(d=1\)'.*none of ',', ';', '\('"),
     ],
 )
 def test_wrong_json_data_is_refused_and_shown(data, message):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from kvprune import registry
 from kvprune.errors import PolicyOptionError
+from kvprune.nesting import parts
 from kvprune.policy import CrossKVPolicy
 from kvprune.registry import Registry
 from kvprune.spec import PolicySpec
@@ -47,6 +48,7 @@ class Configuration:
         reach: the option of this name, where the policy has one.
         plugin: entry point that provides the policy.
         distribution: installed distribution of that entry point.
+        inner: installed distributions of the policies among its options.
     """
 
     policy: CrossKVPolicy
@@ -57,6 +59,7 @@ class Configuration:
     reach: str | None
     plugin: str
     distribution: str
+    inner: tuple[str, ...] = ()
 
 
 def expand(policies: Sequence[str | PolicySpec], keep_ratios: Sequence[float]) -> tuple[Configuration, ...]:
@@ -119,4 +122,9 @@ def _configure(registry: Registry, spec: PolicySpec) -> Configuration:
         reach=getattr(policy, "reach", None),
         plugin=registry.policies[spec.name].plugin,
         distribution=registry.policies[spec.name].distribution,
+        inner=tuple(
+            registry.policies[part.name].distribution
+            for part in parts(policy)
+            if part is not policy and part.name in registry.policies  # a default need not be installed
+        ),
     )

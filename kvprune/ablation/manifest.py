@@ -15,6 +15,7 @@ from typing import Any
 
 from kvprune.ablation.grid import Configuration
 from kvprune.errors import UnsupportedModelError
+from kvprune.nesting import parts
 
 __all__ = ["FORMAT", "KIND", "build_manifest", "differences", "digest", "first_difference", "model_digest"]
 
@@ -133,8 +134,14 @@ def _describe(configuration: Configuration) -> dict[str, Any]:
         **policy.spec.to_dict(),
         "plugin": configuration.plugin,
         "distribution": configuration.distribution,
-        "source_sha256": _source_digest(type(policy)),
+        "source_sha256": _sources_digest([type(part) for part in parts(policy)]),
     }
+
+
+def _sources_digest(classes: list[type]) -> str:
+    """Digest of the modules of a policy and of those in its options: none is edited unnoticed."""
+    digests = [_source_digest(cls) for cls in classes]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _source_digest(cls: type) -> str:
@@ -160,7 +167,12 @@ _NOT_CORE = {"__main__", "cli", "doctor"}
 
 
 def _versions(configurations: Sequence[Configuration]) -> dict[str, str]:
-    names = ["kvprune", "torch", "transformers", *sorted({c.distribution for c in configurations})]
+    names = [
+        "kvprune",
+        "torch",
+        "transformers",
+        *sorted({name for c in configurations for name in (c.distribution, *c.inner)}),
+    ]
     versions = {}
     for name in dict.fromkeys(names):
         try:

@@ -22,7 +22,9 @@ from kvprune.cli.common import (
     say,
 )
 from kvprune.errors import PluginError
-from kvprune.spec import describe_type
+from kvprune.options import default_of, describe_type
+from kvprune.policy import CrossKVPolicy
+from kvprune.spec import written
 from kvprune.text import error_line, printable
 
 __all__ = ["doctor", "list_policies", "show"]
@@ -81,9 +83,10 @@ def _describe(entry: registry.PolicyEntry) -> None:
 
 
 def _default(option: dataclasses.Field[Any]) -> str:
-    if option.default_factory is not dataclasses.MISSING:
-        return str(option.default_factory()).lower()
-    return "required" if option.default is dataclasses.MISSING else str(option.default).lower()
+    default = default_of(option)
+    if default is dataclasses.MISSING:
+        return "required"
+    return written(default.nested_spec if isinstance(default, CrossKVPolicy) else default)
 
 
 def doctor(debug: Debug = False) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 from typing import get_args
 
+from kvprune.nesting import make_nested, parts
 from kvprune.policy import CrossKVPolicy, Need
 from kvprune.spec import PolicySpec
 from kvprune.testing.conformance.budgets import variants
@@ -22,10 +23,10 @@ def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
     cls.check_class()
     for policy in made or variants(cls):
         written = str(policy.spec)
-        if (again := cls.from_options(PolicySpec.parse(written).options)) != policy:
+        if (again := _made_again(cls, policy, PolicySpec.parse(written))) != policy:
             raise Violation(f"the spec {written!r} to make the same policy again", f"{again!r}")
         as_json = policy.spec.to_json()
-        if (again := cls.from_options(PolicySpec.from_json(as_json).options)) != policy:
+        if (again := _made_again(cls, policy, PolicySpec.from_json(as_json))) != policy:
             raise Violation(f"the spec {as_json} to make the same policy again", f"{again!r}")
         if hash(copy.deepcopy(policy)) != hash(policy):
             raise Violation("a policy that has the hash of its copy", f"two hashes of {written}")
@@ -37,6 +38,17 @@ def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
         except (pickle.PicklingError, AttributeError) as error:
             if "<locals>" not in cls.__qualname__:
                 raise Violation("a policy that can be pickled", f"{error}") from error
+
+
+def _made_again(cls: type[CrossKVPolicy], policy: CrossKVPolicy, spec: PolicySpec) -> CrossKVPolicy:
+    """Build a policy of its spec; it and the policies in it need not be installed."""
+    classes = {part.name: type(part) for part in parts(policy)}
+
+    def make(inner: PolicySpec) -> CrossKVPolicy:
+        found = classes[inner.name]
+        return found.from_options(make_nested(found, inner.options, make, classes))
+
+    return cls.from_options(make_nested(cls, spec.options, make, classes))
 
 
 def class_warnings(cls: type[CrossKVPolicy]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvprune.adapters.base import ModelAdapter
+from kvprune.nesting import parts
 from kvprune.policy import CrossKVPolicy
 from kvprune.registry import load
 from kvprune.testing.problems import LayerProblem, ModelProblem
@@ -64,19 +65,31 @@ def _named(thing: Any) -> tuple[str, str]:
 
 
 def _policy(policy: CrossKVPolicy | type[CrossKVPolicy]) -> tuple[str, str]:
-    """Return the import and the expression that make a policy (or name its class)."""
+    """Return the imports and the expression that make a policy (or name its class)."""
     cls = policy if isinstance(policy, type) else type(policy)
-    options = "" if isinstance(policy, type) else _options(policy)
-    entry = load().policies.get(getattr(cls, "name", ""))
-    if entry is not None and entry.cls is cls and not isinstance(policy, type):
+    if not isinstance(policy, type) and all(map(_is_installed, parts(policy))):
         return "import kvprune", f"kvprune.get_policy({str(policy.spec)!r})"
-    outer, _, _ = cls.__qualname__.partition(".")
-    made = cls.__qualname__ if isinstance(policy, type) else f"{cls.__qualname__}({options})"
+    imports, options = ([], "") if isinstance(policy, type) else _options(policy)
+    made = cls.__qualname__.rpartition("<locals>.")[2]
     if "<locals>" in cls.__qualname__ or cls.__module__ == "__main__":
-        made = made.rpartition("<locals>.")[2]
-        return f"# {cls.__qualname__} of {cls.__module__} must be defined here", made
-    return f"from {cls.__module__} import {outer}", made
+        imports.append(f"# {cls.__qualname__} of {cls.__module__} must be defined here")
+    else:
+        imports.append(f"from {cls.__module__} import {made.partition('.')[0]}")
+    return "\n".join(dict.fromkeys(imports)), made if isinstance(policy, type) else f"{made}({options})"
 
 
-def _options(policy: CrossKVPolicy) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in policy.spec.options.items())
+def _is_installed(policy: CrossKVPolicy) -> bool:
+    entry = load().policies.get(getattr(policy, "name", ""))
+    return entry is not None and entry.cls is type(policy)
+
+
+def _options(policy: CrossKVPolicy) -> tuple[list[str], str]:
+    """Return the imports that a policy's options need, and the options as arguments."""
+    imports, arguments = [], []
+    for name, value in policy.spec.options.items():
+        made = repr(value)
+        if isinstance(inner := getattr(policy, name), CrossKVPolicy):
+            needed, made = _policy(inner)
+            imports.append(needed)
+        arguments.append(f"{name}={made}")
+    return imports, ", ".join(arguments)
