@@ -7,6 +7,7 @@ device, and nothing ever holds a [B, H, T, S] tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -15,7 +16,19 @@ from torch import Tensor
 from kvprune.selection import Budget
 from kvprune.visibility import Visibility
 
-__all__ = ["attention_mass", "keep_top", "limits", "members", "pool_heads", "rank_within", "stratum_sizes"]
+__all__ = [
+    "attention_mass",
+    "by_kv_head",
+    "each_stratum",
+    "keep_top",
+    "last_rows",
+    "limits",
+    "members",
+    "pool_heads",
+    "rank_within",
+    "row_counts",
+    "stratum_sizes",
+]
 
 _ROWS_PER_CHUNK = 64
 _ELEMENTS_PER_CHUNK = 2**21  # 8 MiB of float32 attention weights alive at a time
@@ -172,3 +185,47 @@ def keep_top(scores: Tensor, strata: Tensor, limit: Tensor, visibility: Visibili
 def pool_heads(scores: Tensor) -> Tensor:
     """Average scores over heads, ``[B, H, S]`` to ``[B, 1, S]``, for selections that heads share."""
     return (scores / scores.shape[1]).sum(1, keepdim=True)  # divided first: the sum must not overflow
+
+
+def by_kv_head(scores: Tensor, kv_heads: int) -> Tensor:
+    """Average over the query heads that share a KV head, ``[B, Hq, S]`` to ``[B, Hkv, S]``.
+
+    Args:
+        scores: ``[B, Hq, S]``; Hq is a multiple of ``kv_heads``, and heads of one KV head are consecutive.
+        kv_heads: Number of KV heads Hkv.
+    """
+    return rearrange(scores, "b (h g) s -> b h g s", h=kv_heads).mean(2)
+
+
+def each_stratum(strata: Tensor) -> Iterator[Tensor]:
+    """Yield for each stratum that some sample has which columns belong to it, bool ``[B, S]``.
+
+    Costs one host transfer. In an interleaved chat, what decoding sees (stratum 0) comes first.
+    """
+    for number in strata.unique().tolist():
+        if number >= 0:
+            yield strata == number
+
+
+def last_rows(visibility: Visibility, count: int, columns: Tensor | None = None) -> Tensor:
+    """Mark the last ``count`` live rows of each sample that see something, bool ``[B, T]``.
+
+    A sample with fewer of them has all of them marked.
+
+    Args:
+        visibility: Of the columns.
+        count: Number of rows, at least 1.
+        columns: bool ``[B, S]``, a row must see one of these; any column by default.
+    """
+    if columns is not None:
+        exists = columns if visibility.exists is None else columns & visibility.exists
+        visibility = replace(visibility, exists=exists)
+    seeing = visibility.seeing
+    from_here = seeing.flip(-1).cumsum(-1).flip(-1)
+    return seeing & (from_here <= count)
+
+
+def row_counts(visibility: Visibility) -> Tensor:
+    """Return how many live rows may attend each column, int64 ``[B, S]``; 0 for unseen columns."""
+    by_unit = (visibility.rows & visibility.live[..., None]).sum(1)
+    return visibility.by_column(by_unit).clamp(min=0)
