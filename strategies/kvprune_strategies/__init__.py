@@ -5,21 +5,29 @@ from __future__ import annotations
 import kvprune
 from kvprune_strategies.cdpruner import CDPruner
 from kvprune_strategies.divprune import DivPrune
+from kvprune_strategies.fastv import FastV
 from kvprune_strategies.full import Full
+from kvprune_strategies.h2o import H2O
+from kvprune_strategies.keydiff import KeyDiff
 from kvprune_strategies.lossless import Lossless
 from kvprune_strategies.norm import Norm
 from kvprune_strategies.random_keep import Random
+from kvprune_strategies.snapkv import SnapKV
 from kvprune_strategies.topv import TopV
 from kvprune_strategies.trim import Trim
 from kvprune_strategies.uniform import Uniform
 
 __all__ = [
+    "H2O",
     "CDPruner",
     "DivPrune",
+    "FastV",
     "Full",
+    "KeyDiff",
     "Lossless",
     "Norm",
     "Random",
+    "SnapKV",
     "TopV",
     "Trim",
     "Uniform",
@@ -30,4 +38,18 @@ __all__ = [
 @kvprune.hookimpl
 def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
     """Return the policies that ship with kvprune."""
-    return [CDPruner, DivPrune, Full, Lossless, Norm, Random, TopV, Trim, Uniform]
+    return [
+        CDPruner,
+        DivPrune,
+        FastV,
+        Full,
+        H2O,
+        KeyDiff,
+        Lossless,
+        Norm,
+        Random,
+        SnapKV,
+        TopV,
+        Trim,
+        Uniform,
+    ]
