@@ -166,7 +166,9 @@ def _alone(inputs: dict[str, Tensor], sample: int) -> dict[str, Tensor]:
         for name, tensor in inputs.items():
             if tensor.shape[:2] == mask.shape:
                 alone[name] = alone[name][:, real]
-    if "cross_attention_mask" in alone:
+    # In stock, a text row before the first image attends to everything, the batch's padding images included:
+    # without these, hidden states differ, and with them what later layers attend to.
+    if "cross_attention_mask" in alone and bool(alone["cross_attention_mask"].flatten(2).any(-1).all()):
         images = int(alone["cross_attention_mask"].any(-1).any(1).sum())
         alone["cross_attention_mask"] = alone["cross_attention_mask"][:, :, :images]
         for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
