@@ -19,7 +19,7 @@ from kvprune.errors import (
 )
 from kvprune.registry import find_adapter, load
 
-BUILTIN = ["full", "lossless", "norm", "random", "trim", "uniform"]
+BUILTIN = ["fastv", "full", "h2o", "keydiff", "lossless", "norm", "random", "snapkv", "trim", "uniform"]
 
 POLICY = """
     from dataclasses import dataclass

@@ -341,3 +341,52 @@ def test_pooling_the_largest_numbers_gives_no_nan_and_keeps_the_order(heads):
     pooled = scoring.pool_heads(scores)[0, 0].tolist()
     assert pooled == sorted(pooled, reverse=True)
     assert len(set(pooled)) == 5
+
+
+# rows and heads
+
+
+@given(anything, st.integers(1, 6), st.booleans(), st.data())
+def test_last_rows_are_the_last_live_rows_that_see_something(visibility, count, restrict, data):
+    columns = None
+    if restrict:
+        size = visibility.batch * visibility.columns
+        flags = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
+        columns = torch.tensor(flags).reshape(visibility.batch, visibility.columns)
+    marked = scoring.last_rows(visibility, count, columns)
+    assert marked.shape == visibility.live.shape
+    for sample in range(visibility.batch):
+        wanted = (
+            range(visibility.columns) if columns is None else columns[sample].nonzero().flatten().tolist()
+        )
+        rows = [r for r in live_rows(visibility, sample) if seen_by_row(visibility, sample, r) & set(wanted)]
+        assert marked[sample].nonzero().flatten().tolist() == rows[-count:]
+
+
+@given(anything)
+def test_row_counts_are_the_live_rows_that_see_a_column(visibility):
+    counts = scoring.row_counts(visibility)
+    for sample in range(visibility.batch):
+        seen = [seen_by_row(visibility, sample, row) for row in live_rows(visibility, sample)]
+        expected = [sum(column in row for row in seen) for column in range(visibility.columns)]
+        assert counts[sample].tolist() == expected
+
+
+@given(anything)
+def test_each_stratum_comes_once_and_what_decoding_sees_comes_first(visibility):
+    yielded = list(scoring.each_stratum(visibility.strata))
+    total = sum(members.long() for members in yielded) if yielded else torch.zeros_like(visibility.strata)
+    assert torch.equal(total, (visibility.strata >= 0).long())
+    assert all(members.any() for members in yielded)
+    for sample in range(visibility.batch):
+        sets = [set(members[sample].nonzero().flatten().tolist()) for members in yielded]
+        assert [s for s in sets if s][:1] == [s for s in slow_strata(visibility, sample) if s][:1]
+        assert {frozenset(s) for s in sets if s} == {
+            frozenset(s) for s in slow_strata(visibility, sample) if s
+        }
+
+
+def test_query_heads_of_one_kv_head_are_consecutive():
+    scores = torch.tensor([[[1.0], [3.0], [10.0], [20.0]]])
+    assert scoring.by_kv_head(scores, 2).tolist() == [[[2.0], [15.0]]]
+    assert torch.equal(scoring.by_kv_head(scores, 4), scores)
