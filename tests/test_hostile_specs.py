@@ -18,7 +18,7 @@ from kvprune.spec import suggestion
 from kvprune.text import error_line, printable, shown
 
 MEGABYTE = 10**6
-POLICIES = ("full", "lossless", "norm", "random", "trim", "uniform")
+POLICIES = ("fastv", "full", "h2o", "keydiff", "lossless", "norm", "random", "snapkv", "trim", "uniform")
 
 # Separators, numbers that a parser may stumble over, and what does not print, in all places.
 WORDS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import kvprune
+from kvprune import Layout
 from kvprune.testing import mllama_inputs
 from kvprune.view import LayerView
 from kvprune.visibility import Visibility
@@ -85,6 +87,28 @@ def test_scoring_needs_at_most_32_mib_at_11b_dimensions(spec, dtype):
     with PeakMemory() as memory:
         policy.select(view)
     assert memory.peak <= 32 * MIB, f"{memory.peak / MIB:.1f} MiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fastv",
+        "fastv:rows=mean",
+        "h2o",
+        "h2o:reach=onward",
+        "keydiff",
+        "snapkv",
+        "snapkv:pool=2d,reduction=max",
+    ],
+)
+def test_scoring_of_published_methods_needs_at_most_64_mib_at_11b_dimensions(spec, dtype):
+    grid = Layout.tiles(40, torch.tensor([[2]]), 4, class_token=True)
+    view = dataclasses.replace(eleven_billion(64, dtype), layout_of=lambda: grid)
+    policy = kvprune.get_policy(spec)
+    with PeakMemory() as memory:
+        policy.select(view)
+    assert memory.peak <= 64 * MIB, f"{memory.peak / MIB:.1f} MiB"
 
 
 def test_attention_is_never_held_as_a_whole():

@@ -26,10 +26,14 @@ from kvprune.testing.conformance import INVARIANTS, SUITE_VERSION
 from kvprune.testing.conformance.isolation import process_state
 
 NOT_APPLICABLE = {
+    "fastv": set(),
     "full": {"KV02", "KV14"},
+    "h2o": set(),
+    "keydiff": set(),
     "lossless": {"KV02", "KV14"},
     "norm": set(),
     "random": set(),
+    "snapkv": set(),
     "trim": set(),
     "uniform": {"KV14"},
 }
