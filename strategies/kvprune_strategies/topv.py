@@ -20,11 +20,11 @@ class TopV(FeatureScoringPolicy):
     """Keep the tokens through which a transport plan moves most mass, and some of the others evenly.
 
     Every token of an image is a target that holds the same mass, and every one a source. Moving mass from
-    source i to another target j costs alpha * (distance of their features) + beta * (how far apart they lie) +
-    gamma * (how far i lies from the centre of the image). Each target draws its mass from all other tokens by
-    exp(-cost / epsilon); the importance of a source is what all targets draw from it. A share of the budget
-    is then given back to tokens spread evenly over what importance leaves out. It knows neither the question
-    nor attention, and decides before the first cross-attention layer.
+    source i to another target j costs alpha * (distance of their features) + beta * (how far apart they
+    lie) + gamma * (how far i lies from the centre of the image). Each target draws its mass from all other
+    tokens by exp(-cost / epsilon); the importance of a source is what all targets draw from it. A share of
+    the budget is then given back to tokens spread evenly over what importance leaves out. It knows neither
+    the question nor attention, and decides before the first cross-attention layer.
 
     Args:
         alpha: Weight of the distance between features, which are scaled to length 1.
