@@ -9,6 +9,7 @@ from typing import Any
 
 __all__ = [
     "BudgetError",
+    "CitationError",
     "CompressionStateError",
     "ConformanceError",
     "DataError",
@@ -54,6 +55,10 @@ class BudgetError(PolicyOptionError):
 
 class PluginError(KVPruneError):
     """A plugin could not be imported or registered, and something of it was asked for."""
+
+
+class CitationError(KVPruneError):
+    """A policy has no paper of its own, or brings no BibTeX entry; the message says what to cite."""
 
 
 class NameClashError(PluginError):

@@ -43,6 +43,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
         name: The name in specs.
         version: Raised whenever the same seed and input would select other tokens than before.
         paper: Where the method comes from, or "".
+        bibtex: A BibTeX entry of that paper, which ``kvprune cite`` prints, or "".
         fidelity: "faithful", "adapted", "inspired-by", or "baseline".
         cost: What one decision costs, in words.
         ranks_tokens: Whether a larger budget keeps a superset (KV14).
@@ -55,6 +56,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
+    bibtex: ClassVar[str] = ""
     fidelity: ClassVar[str] = "baseline"
     cost: ClassVar[str] = ""
     ranks_tokens: ClassVar[bool] = False
@@ -193,7 +195,7 @@ def require_policy_class(cls: type[CrossKVPolicy]) -> None:
     if isinstance(cls.version, bool) or not isinstance(cls.version, int):
         raise TypeError(f"{where} has the version {shown(cls.version)}; a version is a whole number")
     PolicySpec(cls.name, version=cls.version)
-    for fact in ("paper", "fidelity", "cost"):
+    for fact in ("paper", "bibtex", "fidelity", "cost"):
         if not isinstance(getattr(cls, fact), str):
             raise TypeError(f"{where} has the {fact} {shown(getattr(cls, fact))}; it is text, or empty")
     own = cls.__dict__.get("__dataclass_params__")

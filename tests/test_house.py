@@ -41,6 +41,7 @@ ORDER = [
     "session",
     "demo",
     "ablation",
+    "bench",
     "doctor",
     "cli",
 ]

@@ -1,7 +1,7 @@
 """The command line: parses, calls the library and prints; what is computed is computed elsewhere.
 
-`looking` has list, show and doctor; `checking` has check; `running` has compare and verify; `common` what all
-of them share.
+`looking` has list, show and doctor; `citing` has cite; `checking` has check; `running` has compare and
+verify; `benching` has bench; `common` what all of them share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ except ModuleNotFoundError as missing:
         f'kvprune: the command line needs {missing.name}, which is not installed: pip install "kvprune[demo]"'
     ) from missing
 
-from kvprune.cli import checking, looking, running
+from kvprune.cli import benching, checking, citing, looking, running
 
 __all__ = ["app", "main"]
 
@@ -34,10 +34,12 @@ app = typer.Typer(
 # In the order in which --help lists them.
 app.command("list")(looking.list_policies)
 app.command()(looking.show)
+app.command()(citing.cite)
 app.command()(looking.doctor)
 app.command()(checking.check)
 app.command()(running.compare)
 app.command()(running.verify)
+app.add_typer(benching.bench, name="bench")
 
 
 def main() -> None:

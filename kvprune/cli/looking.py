@@ -70,6 +70,8 @@ def _describe(entry: registry.PolicyEntry) -> None:
     print(printable(text, 20_000, newlines=True) + "\n")
     for fact in ("paper", "fidelity", "cost"):
         print(f"{fact + ':':<10}{printable(getattr(policy, fact), 400) or '-'}")
+    if policy.bibtex:
+        print(f"{'cite:':<10}kvprune cite {entry.name}")
     types = policy.option_types()
     table = make_table("option", "type", "default", "meaning")
     for option in dataclasses.fields(policy):

@@ -29,6 +29,15 @@ class Norm(ScoringPolicy):
     name: ClassVar[str] = "norm"
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "arXiv 2406.11430 (lowest key norm, in self-attention)"
+    bibtex: ClassVar[str] = """
+@article{norm2024,
+  title = {A Simple and Effective {$L_2$} Norm-Based Strategy for {KV} Cache Compression},
+  author = {Devoto, Alessio and Zhao, Yu and Scardapane, Simone and Minervini, Pasquale},
+  year = {2024},
+  eprint = {2406.11430},
+  archivePrefix = {arXiv},
+}
+"""
     fidelity: ClassVar[str] = "inspired-by"
     cost: ClassVar[str] = "one pass over values or keys, no attention weights"
 

@@ -40,6 +40,16 @@ class Trim(CrossKVPolicy):
     name: ClassVar[str] = "trim"
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "arXiv 2504.00557 (Trimmed Llama)"
+    bibtex: ClassVar[str] = """
+@article{trim2025,
+  title = {Efficient {LLaMA}-3.2-Vision by Trimming Cross-attended Visual Features},
+  author = {Lee, Jewon and Song, Ki-Ung and Yang, Seungmin and Lim, Donguk and Kim, Jaeyeon and
+            Shin, Wooksu and Kim, Bo-Kyeong and Lee, Yong Jae and Kim, Tae-Ho},
+  year = {2025},
+  eprint = {2504.00557},
+  archivePrefix = {arXiv},
+}
+"""
     fidelity: ClassVar[str] = "faithful"
     cost: ClassVar[str] = "one product of queries and keys in one layer, 64 rows at a time"
     ranks_tokens: ClassVar[bool] = True

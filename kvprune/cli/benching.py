@@ -1,0 +1,98 @@
+"""Commands that measure policies by themselves: bench memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvprune import registry
+from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
+from kvprune.errors import KVPruneError
+from kvprune.policy import CrossKVPolicy
+from kvprune.text import printable
+
+if TYPE_CHECKING:
+    from kvprune.bench import MemoryReport
+
+__all__ = ["bench", "memory"]
+
+bench = typer.Typer(no_args_is_help=True, help="Measure what one decision of a policy costs.")
+
+_MIB = 2**20
+
+
+@bench.callback()
+def _group() -> None:
+    """Measure what one decision of a policy costs."""
+
+
+@bench.command()
+def memory(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Spec such as trim:k_ratio=0.1; repeatable. Default: every installed policy."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repetitions: Annotated[int, typer.Option(help="Repetitions of the timing.")] = 3,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the measurements as JSON on standard output.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure peak extra memory and seconds of one decision, at the dimensions of Llama-3.2-11B-Vision."""
+    with one_line_errors(debug):
+        from kvprune.ablation.console import progress_bar
+        from kvprune.ablation.settings import Progress
+        from kvprune.bench import measure_all
+
+        if device.partition(":")[0] not in ("cpu", "cuda"):
+            raise KVPruneError(f"unknown device {device!r}; choose cpu or cuda")
+        found = load_quietly()
+        policies = [found.get_policy(spec) for spec in policy] if policy else _installed(found)
+        with redirect_stdout(sys.stderr), progress_bar() as bar:  # plugins may print
+            report = measure_all(
+                policies,
+                device=device,
+                repetitions=repetitions,
+                on_progress=lambda done, total: bar(Progress("measuring", done, total)),
+            )
+    if json_output:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print(report)
+
+
+def _installed(found: registry.Registry) -> list[CrossKVPolicy]:
+    """Return every installed policy with its default options; name those that have none."""
+    policies = []
+    for name in sorted(found.policies):
+        try:
+            policies.append(found.get_policy(name))
+        except KVPruneError as error:
+            say(f"left out: {printable(str(error), 400)}")
+    return policies
+
+
+def _print(report: MemoryReport) -> None:
+    dtypes = list(dict.fromkeys(one.dtype for one in report.measurements))
+    table = make_table("policy", *(f"MiB, {dtype}" for dtype in dtypes), *(f"s, {dtype}" for dtype in dtypes))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    by_spec = {(one.spec, one.dtype): one for one in report.measurements}
+    for spec in dict.fromkeys(one.spec for one in report.measurements):
+        row = [by_spec[spec, dtype] for dtype in dtypes]
+        cells = [f"{one.peak_bytes / _MIB:.1f}" for one in row] + [f"{one.seconds:.3f}" for one in row]
+        table.add_row(spec, *cells)
+    make_console().print(table)
+    size = report.dimensions
+    print(
+        f"\nOne decision: {size.columns} encoder tokens, {size.rows} text rows, "
+        f"{size.query_heads} query heads, {size.kv_heads} KV heads of width {size.width}.\n"
+        "MiB: most memory held at once beside the inputs. "
+        f"s: median of {report.repetitions} repetitions.\n"
+        f"{report.date}, {report.machine}, " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + "."
+    )
