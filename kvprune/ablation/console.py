@@ -10,24 +10,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from kvprune.ablation.notes import notes
 from kvprune.ablation.settings import Progress
 from kvprune.ablation.summary import Summary
-from kvprune.ablation.table import notes, table
+from kvprune.ablation.table import table
 
 __all__ = ["progress_bar", "show_summary"]
 
 
-def show_summary(summary: Summary, output: Path, console: Console) -> None:
+def show_summary(summary: Summary, output: Path, console: Console, *, ranked: bool = False) -> None:
     """Print the table, its notes, and where the files are.
 
     Args:
         summary: What to show.
         output: The results folder.
         console: Where to print.
+        ranked: Whether rows of one budget are ordered by accuracy; see `table`.
     """
-    console.print(table(summary, console.width))
+    console.print(table(summary, console.width, ranked=ranked))
     console.print()
-    for note in notes(summary):
+    for note in notes(summary, ranked=ranked):
         console.print(note, highlight=False, markup=False)
     console.print(
         f"Everything is in {output}: results.jsonl, summary.json, manifest.json, accuracy_vs_kept.png.",

@@ -88,6 +88,7 @@ class Run:
             {number: lap for number, lap in self._laps.items() if self._settings.repetitions},
             batch_size=min(self._settings.batch_size, len(self._examples)),
             device=resolve_device(self._settings.device),
+            late_tokens=self._settings.late_tokens,
         )
 
     def _ask(self, batch: Sequence[Example], inputs: Mapping[str, Any], one: Configuration) -> list[Answer]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvprune.ablation.data import Example, read_picture
+from kvprune.ablation.late import divide
 from kvprune.ablation.loading import load_model
 from kvprune.errors import DataError, UnsupportedModelError
 
@@ -25,11 +26,15 @@ class Generator:
         model: Anything with `generate` that an adapter supports.
         processor: With a chat template; pads on the left.
         max_new_tokens: Limit on an answer, in tokens.
+        late_tokens: Last tokens of each prompt that are decoded after pruning. The prompt without them is
+            prefilled first, and decoding goes on from that cache. With 0, a policy that prunes after prefill
+            leaves the first new token as it is, so one-token answers do not show what it dropped.
     """
 
     model: Any
     processor: Any
     max_new_tokens: int
+    late_tokens: int = 0
 
     @classmethod
     def load(
@@ -40,6 +45,7 @@ class Generator:
         dtype: str,
         attn_implementation: str | None,
         max_new_tokens: int,
+        late_tokens: int = 0,
         trust_remote_code: bool = False,
     ) -> Generator:
         """Load a model and its processor, and check that kvprune supports the model.
@@ -50,6 +56,7 @@ class Generator:
             dtype: One of `DTYPES`.
             attn_implementation: Passed to transformers; None is its default.
             max_new_tokens: Limit on an answer, in tokens.
+            late_tokens: Last tokens of each prompt that are decoded after pruning.
             trust_remote_code: Let transformers run Python files that come with the model.
 
         Raises:
@@ -70,7 +77,9 @@ class Generator:
             raise UnsupportedModelError(
                 f"the processor of {model!r} has no chat template; use an instruction-tuned checkpoint"
             )
-        return cls(model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens)
+        return cls(
+            model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens, late_tokens=late_tokens
+        )
 
     def encode(self, examples: Sequence[Example]) -> Mapping[str, Any]:
         """Return the model's inputs for one batch of user turns, each a picture followed by its question.
@@ -107,17 +116,29 @@ class Generator:
         Args:
             inputs: What `encode` returned.
             tokens: Exact number of new tokens, whatever the model says; None ends answers as the model wants.
+
+        Raises:
+            DataError: If a prompt has too few tokens after its picture to decode `late_tokens` of them late.
+            UnsupportedModelError: If its prompts cannot be divided.
         """
         length = {"max_new_tokens": self.max_new_tokens}
         if tokens is not None:
             length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        given: Mapping[str, Any] = inputs
         with torch.inference_mode():
-            # Sampling options of a checkpoint's generation config would only cause warnings here.
-            out = self.model.generate(
-                **inputs, **length, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None
-            )
+            if self.late_tokens:
+                early, given = divide(inputs, self.late_tokens)
+                # One new token, which is not used: the cache then holds the early part and nothing else.
+                done = self._decode(early, max_new_tokens=1, min_new_tokens=1, return_dict_in_generate=True)
+                given = {**given, "past_key_values": done.past_key_values}
+            out = self._decode(given, **length)
         new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
         return new
+
+    def _decode(self, inputs: Mapping[str, Any], **options: Any) -> Any:
+        # Sampling options of a checkpoint's generation config would only cause warnings here.
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        return self.model.generate(**inputs, **options, **greedy)
 
     def texts(self, new: torch.Tensor) -> list[str]:
         """Return the answers as text."""

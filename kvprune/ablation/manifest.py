@@ -19,7 +19,7 @@ from kvprune.nesting import parts
 
 __all__ = ["FORMAT", "KIND", "build_manifest", "differences", "digest", "first_difference", "model_digest"]
 
-KIND, FORMAT = "kvprune comparison", 2
+KIND, FORMAT = "kvprune comparison", 3
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """What can change an answer: weights, settings, tokenizer, chat template, code; pickles are never read."""

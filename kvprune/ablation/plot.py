@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING
+import statistics
+from typing import TYPE_CHECKING, Any
 
-from kvprune.ablation.summary import Rate, Row, Summary
+from kvprune.ablation.rates import Rate
+from kvprune.ablation.summary import Row, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +19,13 @@ __all__ = ["render"]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _COLUMNS = 3
+_LINES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _SHIFT = 0.03
 """Points of equal kept fraction are set apart sideways by this share of it per curve."""
+_WIDEST = 0.24
+"""All curves together take up this share at most, so that points of different budgets stay apart."""
+_FEW = 9
+"""More curves have no intervals, which would hide the curves, and a legend beside them, the best first."""
 
 
 def render(summary: Summary) -> bytes:
@@ -31,9 +38,12 @@ def render(summary: Summary) -> bytes:
     columns = min(len(panels), _COLUMNS if len(panels) != 4 else 2)
     lines = math.ceil(len(panels) / columns)
     curves = _curves(summary)
-    legend_rows = math.ceil((len(curves) + 2) / 3)
-    height = 3.0 * lines + 0.25 * legend_rows + 0.6
-    figure = Figure(figsize=(max(4.0 * columns, 7.5), height), dpi=150, layout="constrained")
+    many = len(curves) > _FEW
+    if many:
+        size = 4.5 * columns + 2.6, max(3.6 * lines, 0.2 * (len(curves) + 3))
+    else:
+        size = max(4.0 * columns, 7.5), 3.0 * lines + 0.25 * math.ceil((len(curves) + 2) / 3) + 0.6
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axis, task in zip(axes.flat, panels, strict=False):
@@ -45,26 +55,28 @@ def render(summary: Summary) -> bytes:
         axis.xaxis.set_tick_params(labelbottom=True)
     for line in axes:
         line[0].set_ylabel("right answers")
-    handles = [
-        Line2D([], [], color=_colour(number), marker=_marker(number), markersize=5, label=label)
-        for number, label in enumerate(curves)
-    ]
+    handles = [Line2D([], [], **_style(number), label=label) for number, label in enumerate(curves)]
     handles.append(
         Line2D([], [], color="0.35", linestyle="--", label=f"{summary.reference.spec} (nothing dropped)")
     )
     handles.append(Line2D([], [], color="0.6", linestyle=":", label="most frequent answer of the task"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    place: dict[str, Any] = (
+        {"loc": "outside right upper"} if many else {"loc": "outside lower center", "ncols": 3}
+    )
+    figure.legend(handles=handles, frameon=False, fontsize=9, handlelength=3.2, **place)
     target = io.BytesIO()
     figure.savefig(target, format="png")
     return target.getvalue()
 
 
 def _curves(summary: Summary) -> dict[str, list[Row]]:
-    """Rows by curve, without the reference, from few tokens to many."""
+    """Rows by curve, without the reference, from few tokens to many; many curves by their mean accuracy."""
     found: dict[str, list[Row]] = {}
     for row in sorted(summary.rows[1:], key=lambda row: row.kept_fraction):
         found.setdefault(_curve(row), []).append(row)
-    order = dict.fromkeys(_curve(row) for row in summary.rows[1:])
+    order = list(dict.fromkeys(_curve(row) for row in summary.rows[1:]))
+    if len(order) > _FEW:
+        order.sort(key=lambda name: -statistics.mean(row.accuracy.value for row in found[name]))
     return {name: found[name] for name in order}
 
 
@@ -79,20 +91,20 @@ def _panel(axis: Axes, summary: Summary, curves: dict[str, list[Row]], task: str
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
     budgeted = [label for label, rows in curves.items() if rows[0].budget]
+    shift_each = min(_SHIFT, _WIDEST / max(1, len(budgeted)))
     for number, (label, rows) in enumerate(curves.items()):
         place = budgeted.index(label) - (len(budgeted) - 1) / 2 if label in budgeted else 0.0
-        shift = 1 + _SHIFT * place
+        shift = 1 + shift_each * place
         rates = [_rate(row, task) for row in rows]
         axis.errorbar(
             [row.kept_fraction * shift for row in rows],
             [share.value for share in rates],
-            yerr=[[s.value - s.low for s in rates], [s.high - s.value for s in rates]],
-            color=_colour(number),
-            marker=_marker(number),
-            markersize=5,
-            linewidth=1.4,
+            yerr=None
+            if len(curves) > _FEW
+            else [[s.value - s.low for s in rates], [s.high - s.value for s in rates]],
             elinewidth=0.9,
             capsize=2,
+            **_style(number),
         )
     axis.axhline(_rate(summary.reference, task).value, color="0.35", linestyle="--", linewidth=1.2, zorder=1)
     if task is not None:
@@ -114,9 +126,12 @@ def _rate(row: Row, task: str | None) -> Rate:
     return row.accuracy if task is None else row.tasks[task]
 
 
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
-
-
-def _marker(number: int) -> str:
-    return _MARKERS[number % len(_MARKERS)]
+def _style(number: int) -> dict[str, Any]:
+    """Return what tells a curve from others: no two of the first 28 share colour and line."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)],
+        "markersize": 5,
+        "linewidth": 1.4,
+    }

@@ -127,6 +127,7 @@ def _summary(stored: Stored) -> tuple[list[Difference], list[str]]:
         dict(islice(stored.laps.items(), timed)),
         batch_size=min(stored.settings.batch_size, len(stored.examples)),
         device=str(stored.manifest["run"]["device"]),
+        late_tokens=stored.settings.late_tokens,
     )
     untimed = timed != len(stored.laps)
     notes = [f"{SUMMARY} counts {timed} of {len(stored.laps)} timed repetitions"] if untimed else []

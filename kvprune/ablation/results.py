@@ -38,7 +38,10 @@ DATA = "data"
 TEMPORARY = ".kvprune-"
 """Prefix of files that an interrupted run may leave behind and that may be deleted."""
 
-_WHY = {"1": ", since format 1 has no receipts of what was kept, so its answers cannot be verified"}
+_WHY = {
+    "1": ", since format 1 has no receipts of what was kept, so its answers cannot be verified",
+    "2": ", since format 2 does not say how many tokens of a prompt were decoded after pruning",
+}
 """Why an old format is not read any more."""
 
 _REMEDY = "choose another --output, or delete this folder to start again"

@@ -42,6 +42,7 @@ class Settings:
         output: Results folder.
         batch_size: Examples per call of `generate`.
         max_new_tokens: Limit on an answer, in tokens.
+        late_tokens: Last tokens of each prompt that are decoded after pruning; see `Generator`.
         device: A torch device; None is the first CUDA device, or the CPU.
         dtype: One of `DTYPES`.
         attn_implementation: Passed to transformers; None is its default.
@@ -60,6 +61,7 @@ class Settings:
     output: Path = Path(DEFAULT_OUTPUT)
     batch_size: int = 16
     max_new_tokens: int = 16
+    late_tokens: int = 0
     device: str | None = None
     dtype: str = "auto"
     attn_implementation: str | None = None
@@ -67,7 +69,13 @@ class Settings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("repetitions", 0), ("limit", 1)):
+        for name, least in (
+            ("batch_size", 1),
+            ("max_new_tokens", 1),
+            ("late_tokens", 0),
+            ("repetitions", 0),
+            ("limit", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise KVPruneError(f"{name} is {value}; it must be at least {least}")

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvprune.ablation.answers import Answer
 from kvprune.ablation.data import Example, is_correct, normalise
 from kvprune.ablation.grid import REFERENCE, Configuration
+from kvprune.ablation.paired import PairedDifference, paired_difference
+from kvprune.ablation.rates import Rate, share
 from kvprune.ablation.timing import Lap, Speed, speeds
 
-__all__ = ["Rate", "Row", "Summary", "rate", "summarise"]
+__all__ = ["BASELINE", "Row", "Summary", "summarise"]
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A share of examples with its 95 % Wilson interval, as fractions.
-
-    Attributes:
-        value: hits divided by total.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        hits: examples that count.
-        total: all examples.
-    """
-
-    value: float
-    low: float
-    high: float
-    hits: int
-    total: int
+BASELINE = "trim"
+"""The label that every other one of the same keep ratio is compared with, question by question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +40,8 @@ class Row:
         lost: examples that the full cache answers rightly and this configuration does not.
         gained: the reverse.
         p_value: exact two-sided McNemar test of lost against gained.
+        versus_baseline: accuracy minus that of `BASELINE` at the same keep ratio, on the same questions; None
+            where there is no such row, and for that row itself.
         unfinished: answers that were cut at the limit on new tokens.
         speed: None where nothing was timed.
     """
@@ -71,6 +60,7 @@ class Row:
     lost: int
     gained: int
     p_value: float
+    versus_baseline: PairedDifference | None
     unfinished: int
     speed: Speed | None
 
@@ -88,6 +78,7 @@ class Summary:
         repetitions: repetitions of the timing.
         batch_size: examples per call of `generate`.
         device: where it ran.
+        late_tokens: last tokens of each prompt that were decoded after pruning.
     """
 
     rows: tuple[Row, ...]
@@ -98,6 +89,7 @@ class Summary:
     repetitions: int
     batch_size: int
     device: str
+    late_tokens: int
 
     @property
     def reference(self) -> Row:
@@ -109,20 +101,6 @@ class Summary:
         return asdict(self)
 
 
-def rate(hits: int, total: int) -> Rate:
-    """Return hits of total with the 95 % Wilson score interval.
-
-    Raises:
-        ValueError: If total is below 1 or hits is not in 0..total.
-    """
-    from scipy.stats import binomtest
-
-    if not 0 <= hits <= total or total < 1:
-        raise ValueError(f"a rate needs 0 <= hits <= total and total >= 1, got {hits} of {total}")
-    interval = binomtest(hits, total).proportion_ci(confidence_level=0.95, method="wilson")
-    return Rate(hits / total, float(interval.low), float(interval.high), hits, total)
-
-
 def summarise(
     configurations: Sequence[Configuration],
     examples: Sequence[Example],
@@ -131,6 +109,7 @@ def summarise(
     *,
     batch_size: int,
     device: str,
+    late_tokens: int,
 ) -> Summary:
     """Turn finished answers and timings into a summary; the same input always gives the same summary.
 
@@ -141,12 +120,20 @@ def summarise(
         laps: By repetition and spec; empty if nothing was timed.
         batch_size: Examples per call of `generate`.
         device: Where it ran.
+        late_tokens: Last tokens of each prompt that were decoded after pruning.
     """
     tasks = tuple(dict.fromkeys(example.task for example in examples))
     timed = speeds(laps)
-    full = [answers[REFERENCE, example.id] for example in examples]
+    given = {one.spec: [answers[one.spec, example.id] for example in examples] for one in configurations}
+    baselines: dict[float | None, list[Answer]] = {
+        one.keep_ratio: given[one.spec]
+        for one in configurations
+        if one.label == BASELINE and one.keep_ratio is not None
+    }
     rows = tuple(
-        _row(one, [answers[one.spec, example.id] for example in examples], full, tasks, timed.get(one.spec))
+        _row(
+            one, given[one.spec], given[REFERENCE], baselines.get(one.keep_ratio), tasks, timed.get(one.spec)
+        )
         for one in configurations
     )
     return Summary(
@@ -158,6 +145,7 @@ def summarise(
         repetitions=len(laps),
         batch_size=batch_size,
         device=device,
+        late_tokens=late_tokens,
     )
 
 
@@ -165,6 +153,7 @@ def _row(
     one: Configuration,
     own: Sequence[Answer],
     full: Sequence[Answer],
+    baseline: Sequence[Answer] | None,
     tasks: Sequence[str],
     speed: Speed | None,
 ) -> Row:
@@ -179,20 +168,20 @@ def _row(
         kept_fraction=sum(answer.kept_fraction for answer in own) / len(own),
         bytes_held=sum(answer.bytes_held for answer in own) / len(own),
         bytes_full=sum(answer.bytes_full for answer in own) / len(own),
-        accuracy=_share(answer.correct for answer in own),
-        tasks={task: _share(answer.correct for answer in own if answer.task == task) for task in tasks},
-        agreement=_share(answer.agrees_with_full for answer in own),
+        accuracy=share(answer.correct for answer in own),
+        tasks={task: share(answer.correct for answer in own if answer.task == task) for task in tasks},
+        agreement=share(answer.agrees_with_full for answer in own),
         lost=lost,
         gained=gained,
         p_value=_mcnemar(lost, gained),
+        versus_baseline=None if baseline is None or own is baseline else _difference(own, baseline),
         unfinished=sum(not answer.finished for answer in own),
         speed=speed,
     )
 
 
-def _share(hits: Iterable[bool]) -> Rate:
-    counted = list(hits)
-    return rate(sum(counted), len(counted))
+def _difference(own: Sequence[Answer], other: Sequence[Answer]) -> PairedDifference:
+    return paired_difference([answer.correct for answer in own], [answer.correct for answer in other])
 
 
 def _mcnemar(lost: int, gained: int) -> float:

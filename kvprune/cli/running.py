@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvprune.cli.common import Debug, make_console, one_line_errors, quieten_transformers
+from kvprune.cli.common import Debug, load_quietly, make_console, one_line_errors, quieten_transformers, say
 from kvprune.errors import PolicyOptionError
 
 __all__ = ["compare", "verify"]
@@ -34,6 +34,14 @@ def compare(
             "reach=onward. The full cache is always compared, too."
         ),
     ] = None,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Add every built-in policy that takes a keep_ratio, with reach=onward where it has that, to "
+            "the default ones and those of --policy, and rank them within each budget.",
+        ),
+    ] = False,
     keep_ratios: Annotated[
         str, typer.Option(help="Fractions of visible tokens kept, separated by commas.")
     ] = "0.5,0.25,0.1,0.05",
@@ -51,6 +59,14 @@ def compare(
     ),
     batch_size: Annotated[int, typer.Option(help="Examples per call of generate.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Limit on an answer, in tokens.")] = 16,
+    late_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Last tokens of each prompt that are decoded after pruning, so that one-token answers show "
+            "what policies drop that prune after prefill. Default: 0; 1 with --all.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     dtype: Annotated[
         str, typer.Option(help="auto (as stored), float32, float64, bfloat16 or float16.")
@@ -67,7 +83,7 @@ def compare(
 ) -> None:
     """Compare policies and budgets: accuracy, kept tokens, bytes and speed, on the same questions."""
     with one_line_errors(debug, resumes=True):
-        from kvprune.ablation import DEFAULT_POLICIES, Settings
+        from kvprune.ablation import DEFAULT_POLICIES, Settings, every_policy
         from kvprune.ablation import compare as run
         from kvprune.ablation.console import progress_bar, show_summary
 
@@ -80,6 +96,7 @@ def compare(
             output=output,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            late_tokens=int(every) if late_tokens is None else late_tokens,
             device=device,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -88,12 +105,18 @@ def compare(
         )
         quieten_transformers()
         ratios = [_ratio(part) for part in re.split("[,;]", keep_ratios)]
+        policies = list(policy or DEFAULT_POLICIES)
+        if every:
+            found = every_policy(load_quietly())
+            policies = [*DEFAULT_POLICIES, *found.specs, *(policy or ())]
+            for name, why in found.left_out.items():
+                say(f"left out: {name} {why}")
         with redirect_stdout(sys.stderr), progress_bar() as on_progress:  # plugins may print
-            summary = run(policy or DEFAULT_POLICIES, ratios, settings, on_progress)
+            summary = run(policies, ratios, settings, on_progress)
         if json_output:
             print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
         else:
-            show_summary(summary, output, make_console())
+            show_summary(summary, output, make_console(), ranked=every)
 
 
 def verify(

@@ -56,7 +56,7 @@ def summary(configurations: tuple[Configuration, ...]) -> Summary:
         }
         for repetition in range(3)
     }
-    return summarise(configurations, examples, answers, laps, batch_size=4, device="cpu")
+    return summarise(configurations, examples, answers, laps, batch_size=4, device="cpu", late_tokens=0)
 
 
 @pytest.fixture(scope="session")

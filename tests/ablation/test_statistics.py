@@ -8,7 +8,8 @@ import pytest
 from comparison_helpers import answer, example
 
 from kvprune.ablation.grid import Configuration
-from kvprune.ablation.summary import Summary, rate, summarise
+from kvprune.ablation.rates import rate
+from kvprune.ablation.summary import Summary, summarise
 from kvprune.ablation.timing import TIMED_TOKENS, Lap, read_laps, speeds
 from kvprune.errors import ResultsError
 
@@ -66,7 +67,9 @@ def test_gains_are_not_losses(configurations: tuple[Configuration, ...]) -> None
         for number, this in enumerate(asked):
             right = (one.spec == "full") == (number == 0)
             answers[one.spec, this.id] = answer(one.spec, this, "7" if right else "8", full="-")
-    _, other = summarise(configurations[:2], asked, answers, {}, batch_size=4, device="cpu").rows
+    _, other = summarise(
+        configurations[:2], asked, answers, {}, batch_size=4, device="cpu", late_tokens=0
+    ).rows
     assert (other.lost, other.gained, other.accuracy.hits) == (1, 3, 3)
     assert other.p_value == pytest.approx(0.625)
     assert other.speed is None
@@ -75,7 +78,7 @@ def test_gains_are_not_losses(configurations: tuple[Configuration, ...]) -> None
 def test_constant_answer_counts_alternatives(configurations: tuple[Configuration, ...]) -> None:
     asked = [example(0, answers=("one", "1")), example(1, answers=("1",)), example(2, answers=("2", "ONE"))]
     answers = {("full", one.id): answer("full", one, "1") for one in asked}
-    found = summarise(configurations[:1], asked, answers, {}, batch_size=1, device="cpu")
+    found = summarise(configurations[:1], asked, answers, {}, batch_size=1, device="cpu", late_tokens=0)
     assert found.constant_answer == {"read": pytest.approx(2 / 3)}
 
 

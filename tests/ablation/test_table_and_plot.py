@@ -9,8 +9,9 @@ from PIL import Image
 from rich.console import Console
 
 from kvprune.ablation import plot
+from kvprune.ablation.notes import notes
 from kvprune.ablation.summary import Summary
-from kvprune.ablation.table import groups, notes, table
+from kvprune.ablation.table import groups, table
 
 
 def printed(summary: Summary, width: int = 120) -> list[str]:
