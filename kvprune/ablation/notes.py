@@ -18,9 +18,10 @@ def notes(summary: Summary, *, ranked: bool = False) -> list[str]:
     asked = f"{summary.examples} examples"
     if len(summary.tasks) > 1:
         asked += f" ({', '.join(f'{task} {summary.reference.tasks[task].total}' for task in summary.tasks)})"
+    stock = "" if ranked else ", and what stock transformers holds"
     lines = [
         f"{asked}; 95 % Wilson intervals; kept % is of visible tokens; MiB is the cross-attention cache "
-        "of one example, and what stock transformers holds.",
+        f"of one example{stock}.",
         "Always giving a task's most frequent answer: "
         + ", ".join(f"{task} {100 * share:.0f} %" for task, share in summary.constant_answer.items())
         + ".",

@@ -37,13 +37,16 @@ def _build(summary: Summary, tasks: Sequence[str], ranked: bool) -> Table:
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    shown = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, collapse_padding=ranked
+    )
     if ranked:
         shown.add_column("#", justify="right", no_wrap=True)
     shown.add_column("policy", overflow="fold")
     shown.add_column("budget", no_wrap=True)
     versus = [f"- {BASELINE} [95 %]"] if ranked else []
-    for heading in ("kept %", "MiB/stock", "right % [95 %]", *versus, *tasks, "= full %"):
+    memory = "MiB" if ranked else "MiB/stock"  # ranked tables have more columns; full holds what stock does
+    for heading in ("kept %", memory, "right % [95 %]", *versus, *tasks, "= full %"):
         shown.add_column(heading, justify="right", no_wrap=True)
     if summary.stock is not None:
         shown.add_column("prefill", justify="right", no_wrap=True)
@@ -52,7 +55,8 @@ def _build(summary: Summary, tasks: Sequence[str], ranked: bool) -> Table:
         for row in ranking(group) if ranked else group:
             cells = _cells(row, tasks, summary.stock is not None)
             if ranked:
-                cells = [_place(row, group), *cells[:5], _difference(row), *cells[5:]]
+                held = _mebibytes(row.bytes_held)
+                cells = [_place(row, group), *cells[:3], held, cells[4], _difference(row), *cells[5:]]
             shown.add_row(*cells)
         shown.add_section()
     return shown

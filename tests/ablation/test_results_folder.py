@@ -133,6 +133,10 @@ def test_leftovers_of_a_killed_start_are_no_obstacle(
         (b'{"kind": "grocery list"}', "is not the manifest of a kvprune comparison"),
         (b'{"kind": "kvprune comparison", "format": 99}', "has format 99, but this kvprune reads 3"),
         (b'{"kind": "kvprune comparison", "format": 1}', "reads 3, since format 1 has no receipts"),
+        (
+            b'{"kind": "kvprune comparison", "format": 2}',
+            "reads 3, since format 2 does not say how many tokens",
+        ),
         (b'{"kind": "kvprune comparison", "format": 3, "run": {"pinned": 3}}', "field 'run.pinned' is 3"),
         (b'{"kind": "kvprune comparison", "format": 3, "run": 3}', "damaged: field 'run' is 3"),
     ],

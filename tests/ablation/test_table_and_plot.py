@@ -10,13 +10,14 @@ from rich.console import Console
 
 from kvprune.ablation import plot
 from kvprune.ablation.notes import notes
+from kvprune.ablation.paired import PairedDifference
 from kvprune.ablation.summary import Summary
 from kvprune.ablation.table import groups, table
 
 
-def printed(summary: Summary, width: int = 120) -> list[str]:
+def printed(summary: Summary, width: int = 120, *, ranked: bool = False) -> list[str]:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    console.print(table(summary, width))
+    console.print(table(summary, width, ranked=ranked))
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
 
@@ -55,6 +56,36 @@ def test_narrow_terminals_lose_task_columns_only(summary: Summary) -> None:
     assert "read" not in printed(dataclasses.replace(summary, tasks=("read",)))[0]
 
 
+def test_ranked_tables_order_each_budget_by_accuracy(summary: Summary) -> None:
+    better = dataclasses.replace(
+        summary.rows[-1],
+        spec="best:keep_ratio=0.1",
+        label="best",
+        accuracy=summary.rows[0].accuracy,
+        versus_baseline=PairedDifference(0.5, 0.125, 0.75),
+    )
+    lines = printed(dataclasses.replace(summary, rows=(*summary.rows, better)), ranked=True)
+    assert " ".join(lines[0].split()).startswith("# policy budget kept % MiB right % [95 %] - trim [95 %]")
+    rows = [line.split() for line in lines if " 10 % " in line]
+    assert [row[:2] for row in rows] == [["1", "best"], ["2", "random:reach=onward"], ["2", "trim"]]
+    assert "+50.0 [+12, +75]" in " ".join(rows[0])
+    assert rows[2][9] == "0", "the baseline itself"
+    (full,) = (line for line in lines if line.split()[0] == "full")
+    assert full.startswith("   full"), "what has no budget has no rank"
+    assert max(map(len, lines)) <= 120
+
+
+def test_ranked_tables_of_many_policies_fit(summary: Summary) -> None:
+    rows = [
+        dataclasses.replace(row, label=f"policy-name-{number}:reach=onward")
+        for number in range(25)
+        for row in summary.rows[2:]
+    ]
+    lines = printed(dataclasses.replace(summary, rows=(*summary.rows[:2], *rows)), ranked=True)
+    assert max(map(len, lines)) <= 120
+    assert len(lines) == 2 + 2 + len(rows), "no row needs two lines"
+
+
 def test_other_budgets_are_readable(summary: Summary) -> None:
     tokens = dataclasses.replace(summary.rows[-1], keep_ratio=None, budget="keep_tokens=20")
     ratio = dataclasses.replace(summary.rows[-1], keep_ratio=None, budget="k_ratio=0.2")
@@ -87,6 +118,9 @@ def test_notes_warn_of_policies_that_decide_at_different_points(summary: Summary
     assert "Careful: norm:keep_ratio=0.5 prunes after prefill (reach=layer)" in text
     alone = dataclasses.replace(summary, rows=(summary.rows[0], late))
     assert "Careful" not in "\n".join(notes(alone))
+    fair = "\n".join(notes(dataclasses.replace(summary, rows=(*summary.rows, late), late_tokens=1)))
+    assert "Careful" not in fair
+    assert "The last token of each prompt came after pruning (--late-tokens 1)" in fair
 
 
 def test_notes_warn_of_budgets_that_changed_nothing(summary: Summary) -> None:
@@ -111,3 +145,18 @@ def test_figure_has_a_panel_per_task_and_changes_with_the_numbers(summary: Summa
     moved = tuple(dataclasses.replace(row, accuracy=summary.rows[0].accuracy) for row in summary.rows)
     second = Image.open(io.BytesIO(plot.render(dataclasses.replace(summary, rows=moved))))
     assert first.tobytes() != second.tobytes()
+
+
+def test_figure_of_many_policies_tells_them_apart(summary: Summary) -> None:
+    styles = [plot._style(number) for number in range(28)]
+    assert len({(one["color"], str(one["linestyle"])) for one in styles}) == 28
+    rows = [
+        dataclasses.replace(row, label=f"p{number}", kept_fraction=row.kept_fraction)
+        for number in range(25)
+        for row in summary.rows[2:]
+    ]
+    many = dataclasses.replace(summary, rows=(*summary.rows[:2], *rows))
+    few = Image.open(io.BytesIO(plot.render(summary)))
+    picture = Image.open(io.BytesIO(plot.render(many)))
+    assert picture.width > few.width, "the legend stands beside the panels"
+    assert next(iter(plot._curves(many))) == "lossless", "the best first"

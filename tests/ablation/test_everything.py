@@ -1,0 +1,107 @@
+"""What `kvprune compare --all` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from typer.testing import CliRunner
+
+import kvprune
+from kvprune import registry
+from kvprune.ablation import DEFAULT_POLICIES, every_policy
+from kvprune.ablation.grid import DEFAULT_KEEP_RATIOS, expand
+from kvprune.cli import app
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needy(kvprune.ScoringPolicy):
+    """Needs to be told something."""
+
+    flavour: str
+    name: ClassVar[str] = "needy"
+
+    def score(self, view: kvprune.LayerView) -> Any:
+        raise NotImplementedError
+
+
+def with_needy(distribution: str) -> registry.Registry:
+    installed = registry.load()
+    entry = dataclasses.replace(
+        installed.policies["norm"], name="needy", cls=Needy, distribution=distribution
+    )
+    return dataclasses.replace(installed, policies={**installed.policies, "needy": entry})
+
+
+def test_every_built_in_policy_with_a_keep_ratio_is_there_once() -> None:
+    found = every_policy()
+    installed = registry.load()
+    takes = {
+        name for name in installed.policies if "keep_ratio" in installed.policy_class(name).option_types()
+    }
+    assert {spec.partition(":")[0] for spec in found.specs} | set(found.left_out) == takes
+    assert len(found.specs) == len(set(found.specs))
+    assert {"trim", "norm:reach=onward", "random:reach=onward", "uniform:reach=onward"} <= set(found.specs)
+    for spec in found.specs:
+        assert ("reach=onward" in spec) == hasattr(kvprune.get_policy(spec), "reach")
+
+
+def test_with_the_default_ones_they_make_one_configuration_each() -> None:
+    specs = [one.spec for one in expand([*DEFAULT_POLICIES, *every_policy().specs], DEFAULT_KEEP_RATIOS)]
+    assert len(specs) == len(set(specs)) == 2 + len(DEFAULT_KEEP_RATIOS) * len(every_policy().specs)
+
+
+def test_policies_that_need_an_option_are_left_out_by_name() -> None:
+    found = every_policy(with_needy("kvprune"))
+    assert found.left_out["needy"] == "needs flavour; add it with --policy"
+    assert found.specs == every_policy().specs
+
+
+def test_policies_of_others_are_not_meant() -> None:
+    found = every_policy(with_needy("somebody"))
+    assert "needy" not in found.left_out
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the command asks the library to do, instead of doing it."""
+    seen: dict[str, Any] = {}
+
+    def compare(policies: Any, ratios: Any, settings: Any, on_progress: Any) -> Any:
+        seen.update(policies=list(policies), late=settings.late_tokens)
+
+    def show(*_: Any, ranked: bool) -> None:
+        seen["ranked"] = ranked
+
+    monkeypatch.setattr("kvprune.ablation.compare", compare)
+    monkeypatch.setattr("kvprune.ablation.console.show_summary", show)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "late", "ranked"),
+    [
+        ([], 0, False),
+        (["--late-tokens", "2"], 2, False),
+        (["--all"], 1, True),
+        (["--all", "--late-tokens", "0"], 0, True),
+    ],
+)
+def test_all_decodes_one_token_late_unless_told_otherwise(
+    asked: dict[str, Any], tmp_path: Path, arguments: list[str], late: int, ranked: bool
+) -> None:
+    done = CliRunner().invoke(app, ["compare", *arguments, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert (asked["late"], asked["ranked"]) == (late, ranked)
+    more = list(every_policy().specs) if ranked else []
+    assert asked["policies"] == [*DEFAULT_POLICIES, *more]
+
+
+def test_all_comes_beside_what_is_named(asked: dict[str, Any], tmp_path: Path) -> None:
+    arguments = ["compare", "--all", "--policy", "trim:k_ratio=0.1", "--output", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert asked["policies"][-1] == "trim:k_ratio=0.1"
+    assert asked["policies"][0] == "lossless"
