@@ -101,7 +101,7 @@ def machine(device: str) -> str:
     """Return the GPU, or the kind of processor with its cores and the threads in use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}"
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from kvprune.policy import CrossKVPolicy
 from kvprune.spec import written
 from kvprune.text import error_line, printable
 
-__all__ = ["doctor", "list_policies", "show"]
+__all__ = ["doctor", "list_policies", "read_docstrings", "show"]
 
 
 def list_policies(debug: Debug = False) -> None:
@@ -65,7 +65,7 @@ def show(
 
 def _describe(entry: registry.PolicyEntry) -> None:
     policy = entry.cls
-    text, meanings = _read_docstrings(policy)
+    text, meanings = read_docstrings(policy)
     print(f"{entry.name}, version {entry.version}, from plugin {entry.plugin} ({entry.distribution})\n")
     print(printable(text, 20_000, newlines=True) + "\n")
     for fact in ("paper", "fidelity", "cost"):
@@ -120,7 +120,7 @@ def _docstring(cls: type) -> str:
     return inspect.cleandoc(text)
 
 
-def _read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
+def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
     """Return a class's docstring without its arguments, and each argument's meaning, inherited or not."""
     meanings: dict[str, str] = {}
     for cls in reversed(policy.__mro__):
