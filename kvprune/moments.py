@@ -34,6 +34,8 @@ class FeaturePolicy(CrossKVPolicy):
     nothing.
     """
 
+    moment: ClassVar[str] = "features"
+
     @abstractmethod
     def choose(self, view: FeatureView) -> Decision:
         """Decide what all layers receive: ``Decision(onward=...)``. Pure, as ``select`` is."""
@@ -94,6 +96,8 @@ class PrefillPolicy(CrossKVPolicy):
     layers keep all their tokens until ``conclude``, so prefill is what it would be without compression, and
     needs as much memory.
     """
+
+    moment: ClassVar[str] = "prefill"
 
     @abstractmethod
     def observe(self, view: LayerView) -> Any:

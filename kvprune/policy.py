@@ -49,6 +49,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
         ranks_tokens: Whether a larger budget keeps a superset (KV14).
         keeps_invisible: Whether caches about which the policy decides nothing also keep what decoding
             cannot see (padding tiles, earlier images).
+        moment: When it decides, for tables: at each "layer", or what its base class says.
         budget_scope: Over what `exact_budget` is exact: each "head" of each layer, the mean over the heads of
             each "layer", or the mean over all layers of the "model".
     """
@@ -61,6 +62,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
     cost: ClassVar[str] = ""
     ranks_tokens: ClassVar[bool] = False
     keeps_invisible: ClassVar[bool] = False
+    moment: ClassVar[str] = "layer"
     budget_scope: ClassVar[Literal["head", "layer", "model"]] = "head"
 
     @classmethod

@@ -35,6 +35,9 @@ def test_scoring_needs_at_most_32_mib_at_11b_dimensions(spec, dtype):
         "keydiff",
         "snapkv",
         "snapkv:pool=2d,reduction=max",
+        "divprune:keep_tokens=8",
+        "cdpruner:keep_tokens=8",
+        "topv",
     ],
 )
 def test_scoring_of_published_methods_needs_at_most_64_mib_at_11b_dimensions(spec, dtype):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvprune import seeding
+from kvprune.layout import Layout
+from kvprune.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy import CrossKVPolicy
-from kvprune.view import LayerView
+from kvprune.view import FeatureView, LayerView
 from kvprune.visibility import Visibility
 
-__all__ = ["LLAMA_11B", "Dimensions", "ask", "make_problem"]
+__all__ = ["LLAMA_11B", "Dimensions", "Problem", "ask", "make_problem"]
+
+Problem = FeatureView | LayerView | list[LayerView]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +25,7 @@ class Dimensions:
     """What a decision's cost depends on.
 
     Attributes:
-        tiles: of the one image.
+        tiles: of the one image, two side by side.
         patches: columns of each tile.
         rows: text rows of the prompt, T; all of them see the image.
         query_heads: Hq.
@@ -67,42 +73,81 @@ def make_problem(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> LayerView:
-    """Return what a policy is asked about: the first cross-attention layer of one sample.
-
-    Policies that decide at another moment get another view here, and `ask` hands it to them.
+) -> Problem:
+    """Return what a policy is asked about, for one sample: features, the first layer, or all layers.
 
     Args:
-        policy: Decides which tensors are captured.
+        policy: Decides at which moment, and which tensors are captured.
         dimensions: Shapes.
-        dtype: Of keys, values and queries.
+        dtype: Of features, keys, values and queries.
         device: Where they are.
         seed: Of their numbers, which are standard normal.
     """
-    random = torch.Generator().manual_seed(seed)
     size = dimensions
-
-    def draw(heads: int, tokens: int) -> Tensor:
-        return torch.randn(1, heads, tokens, size.width, generator=random).to(device, dtype)
-
-    return LayerView(
-        keys=draw(size.kv_heads, size.columns),
-        values=draw(size.kv_heads, size.columns),
+    if isinstance(policy, PrefillPolicy):
+        return [_layer(policy, size, rank, dtype, device, seed) for rank in range(size.layers)]
+    if not isinstance(policy, FeaturePolicy):
+        return _layer(policy, size, 0, dtype, device, seed)
+    return FeatureView(
         visibility=_one_image(size, device),
-        layer_idx=size.layer_idx,
-        rank=0,
+        num_layers=size.layers,
+        seed=seed,
+        policy_name=policy.name,
+        layout_of=lambda: _two_by_two(size, device),
+        captured_features=_draw((1, size.columns, size.features), dtype, device, seed),
+    )
+
+
+def ask(policy: CrossKVPolicy, problem: Problem) -> object:
+    """Ask a policy for the decision that `make_problem` prepared, and return it."""
+    if isinstance(policy, PrefillPolicy):
+        assert isinstance(problem, list)
+        return policy.conclude(problem, [policy.observe(view) for view in problem])
+    if isinstance(policy, FeaturePolicy):
+        assert isinstance(problem, FeatureView)
+        return policy.choose(problem)
+    assert isinstance(problem, LayerView)
+    return policy.select(problem)
+
+
+def _layer(
+    policy: CrossKVPolicy,
+    size: Dimensions,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+) -> LayerView:
+    def draw(what: int, heads: int, tokens: int) -> Tensor:
+        return _draw((1, heads, tokens, size.width), dtype, device, seed, rank, what)
+
+    needs = policy.needs
+    return LayerView(
+        keys=draw(0, size.kv_heads, size.columns),
+        values=draw(1, size.kv_heads, size.columns),
+        visibility=_one_image(size, device),
+        layer_idx=size.layer_idx + 5 * rank,
+        rank=rank,
         num_layers=size.layers,
         scaling=size.width**-0.5,
         seed=seed,
         policy_name=policy.name,
-        captured_queries=draw(size.query_heads, size.rows) if "queries" in policy.needs else None,
-        captured_raw_keys=draw(size.kv_heads, size.columns) if "raw_keys" in policy.needs else None,
+        layout_of=lambda: _two_by_two(size, device),
+        captured_queries=draw(2, size.query_heads, size.rows) if "queries" in needs else None,
+        captured_raw_keys=draw(3, size.kv_heads, size.columns) if "raw_keys" in needs else None,
+        captured_features=_draw((1, size.columns, size.features), dtype, device, seed, rank, 4)
+        if "features" in needs
+        else None,
     )
 
 
-def ask(policy: CrossKVPolicy, problem: LayerView) -> object:
-    """Ask a policy for the decision that `make_problem` prepared, and return it."""
-    return policy.select(problem)
+def _draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, *seeds: int) -> Tensor:
+    return torch.randn(shape, generator=seeding.generator(*seeds)).to(device, dtype)
+
+
+def _two_by_two(size: Dimensions, device: torch.device | str) -> Layout:
+    grid = math.isqrt(size.patches - 1)
+    return Layout.tiles(grid, torch.tensor([[2]], device=device), size.tiles, class_token=True)
 
 
 def _one_image(size: Dimensions, device: torch.device | str) -> Visibility:
