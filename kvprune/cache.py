@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from kvprune.merging import Merge, merge_heads
 from kvprune.selection import Selection
 
 __all__ = ["CrossKVLayer", "Twins"]
@@ -56,6 +57,7 @@ class CrossKVLayer(DynamicLayer):
         columns: Columns seen so far, S: what stock transformers would hold.
         slots: int64 ``[R, H or 1, K]``, the column each entry came from; None while all S are held.
         valid: bool, same shape; false where an entry only pads a ragged batch. None while ``slots`` is None.
+        bias: ``[R, H or 1, K]``, what decoding adds to the logits of each entry; None while that is nothing.
         ragged: Whether some entry may be invalid, known without asking the device.
         twins: Which rows of the batch are held as one.
     """
@@ -72,6 +74,7 @@ class CrossKVLayer(DynamicLayer):
         self.columns = 0
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
+        self.bias: Tensor | None = None
         self.ragged = False
         self.twins = Twins()
         self._announced: Selection | None = None
@@ -128,8 +131,9 @@ class CrossKVLayer(DynamicLayer):
 
     @property
     def bytes_of_bookkeeping(self) -> int:
-        """Bytes of the column numbers and validity flags beside the keys and values."""
-        return sum(tensor.nbytes for tensor in (self.slots, self.valid) if tensor is not None)
+        """Bytes of the column numbers, validity flags and bias beside the keys and values."""
+        beside = (self.slots, self.valid, self.bias)
+        return sum(tensor.nbytes for tensor in beside if tensor is not None)
 
     def announce(self, arriving: Selection | None, twins: Twins | None = None) -> None:
         """Say what the next `update` brings.
@@ -162,6 +166,12 @@ class CrossKVLayer(DynamicLayer):
         new_valid = arriving.valid.to(valid.device).expand(-1, heads, -1)
         return torch.cat([slots, new_slots], -1), torch.cat([valid, new_valid], -1)
 
+    def expected_bias(self, entries: int) -> Tensor | None:
+        """Return the bias once there are ``entries`` entries: those that come have none."""
+        if self.bias is None:
+            return None
+        return torch.nn.functional.pad(self.bias, (0, entries - self.bias.shape[-1]))
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -189,29 +199,42 @@ class CrossKVLayer(DynamicLayer):
         self.columns += columns
         if expected is not None:
             self.slots, self.valid = expected
+            self.bias = self.expected_bias(self.slots.shape[-1])
             self.ragged = self.ragged or (arriving is not None and arriving.is_ragged)
         self._announced = None
         return keys, values
 
-    def retain(self, kept: Tensor) -> None:
-        """Drop what is not kept, and free its memory.
+    def retain(self, kept: Tensor, merge: Merge | None = None) -> None:
+        """Drop what is not kept, and free its memory; what is merged lives on in what is kept.
 
         Args:
             kept: bool ``[R, H or 1, K]`` over the entries that are held now.
+            merge: Over the same entries, the shape of ``kept``. Where it is given, entries that only pad are
+                not kept.
         """
         if self.valid is not None:
             kept = kept & self.valid
-        if bool(kept.all()):
+        if merge is None and bool(kept.all()):
             return
         positions = Selection.from_mask(kept)
         slots, _ = self.entries()
-        if slots.shape[1] != positions.indices.shape[1]:
-            slots = slots.expand(-1, positions.indices.shape[1], -1)
-        index = positions.indices[..., None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
-        self.keys = self.keys.gather(-2, index)
-        self.values = self.values.gather(-2, index[..., : self.values.shape[-1]])
-        self.slots, self.valid = slots.gather(-1, positions.indices), positions.valid
-        self.ragged = positions.is_ragged
+        heads, entries = positions.indices.shape[1:]
+        if merge is None:
+            index = positions.indices[..., None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
+            self.keys = self.keys.gather(-2, index)
+            self.values = self.values.gather(-2, index[..., : self.values.shape[-1]])
+        else:
+            self.keys = merge_heads(self.keys, merge, entries, renormalize=merge.renormalize_keys)
+            self.values = merge_heads(self.values, merge, entries)
+        self.slots = slots.expand(-1, heads, -1).gather(-1, positions.indices)
+        self.valid, self.ragged = positions.valid, positions.is_ragged
+        if self.bias is not None:
+            self.bias = self.bias.expand(-1, heads, -1).gather(-1, positions.indices)
+        if merge is not None and merge.size_bias:
+            dtype = torch.float64 if self.keys.dtype == torch.float64 else torch.float32
+            # Entries that have a bias already came earlier and take no members, so their logarithm is 0.
+            sizes = merge.members(entries).clamp(min=1).to(dtype).log()
+            self.bias = sizes if self.bias is None else self.bias + sizes
 
     def spread(self) -> tuple[Tensor, Tensor]:
         """Return keys and values for each row of the batch, ``[B, Hkv, K, D]``.
@@ -246,6 +269,7 @@ class CrossKVLayer(DynamicLayer):
         """Forget everything that is held."""
         super().reset()
         self.columns, self.slots, self.valid, self.ragged, self._announced = 0, None, None, False, None
+        self.bias = None
         self.twins = Twins()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -279,6 +303,8 @@ class CrossKVLayer(DynamicLayer):
         self.keys, self.values = move(self.keys), move(self.values)
         if self.slots is not None and self.valid is not None:
             self.slots, self.valid = move(self.slots), move(self.valid)
+        if self.bias is not None:
+            self.bias = move(self.bias)
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Return the column and the validity of each entry, ``[R, H or 1, K]``, also if all are held."""

@@ -24,10 +24,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kvprune.buckets import among_entries, anchors, compose, of_columns, positions
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
 from kvprune.judgement import check_decision
 from kvprune.layout import Layout
+from kvprune.merging import Merge
 from kvprune.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy import CrossKVPolicy
 from kvprune.receipts import PrefillRecord, Stopwatch
@@ -244,7 +246,7 @@ class CrossKVManager:
             captured_raw_keys=None if raw_keys is None else raw_keys[::copies],
             captured_features=None if features is None else features[::copies],
         )
-        attended = None if layer.slots is None else Selection.from_mask(layer.held_columns())
+        attended = None if layer.slots is None else _attended(layer, received, prefill.first_new)
         asked = _Asked(view, layer, first, attended)
         with torch.no_grad(), Stopwatch(layer.keys.device) as watch:
             policy = self.policy
@@ -294,7 +296,7 @@ class CrossKVManager:
         check_decision(decision, view, self.policy.name)
         prefill.record.chosen(watch)
         if decision.onward is not None:
-            prefill.onward = _compose(None, decision.onward)
+            prefill.onward = compose(None, decision.onward)
 
     def _conclude(self, prefill: _Prefill) -> None:
         """Let the policy decide about all layers that it has observed."""
@@ -326,15 +328,17 @@ class CrossKVManager:
         layer_idx = view.layer_idx
         check_decision(decision, view, self.policy.name)
         assert isinstance(decision, Decision)
+        merge = None
         with torch.no_grad():
             if not prefill.cached:
                 self._require_onward(decision, layer_idx)
             elif decision.cache is not None or not self.policy.keeps_invisible:
-                layer.retain(self._kept(prefill, decision, view.visibility, layer, asked.first))
+                merge = self._retain(prefill, decision, asked)
             if decision.onward is not None:
-                prefill.onward = _compose(prefill.onward, decision.onward)
+                prefill.onward = compose(prefill.onward, decision.onward)
         slots, valid = layer.entries()
-        kept = Selection.trusted(slots, valid, layer.columns)
+        merge = _carrying(merge, layer, slots, valid, prefill.first_new)
+        kept = Selection.trusted(slots, valid, layer.columns, merge)
         self._held[layer_idx] = _Held(asked.attended, kept, layer.copies)
         prefill.record.decided(layer_idx, layer, watches, visible=prefill.visibility.decode)
 
@@ -366,6 +370,19 @@ class CrossKVManager:
             )
         return self._prefill
 
+    def _retain(self, prefill: _Prefill, decision: Decision, asked: _Asked) -> Merge | None:
+        """Let a layer keep what was decided; return what was merged, in terms of its columns."""
+        layer, selection = asked.layer, decision.cache
+        kept = self._kept(prefill, decision, asked.view.visibility, layer, asked.first)
+        if selection is None or selection.merge is None:
+            layer.retain(kept)
+            return None
+        slots, valid = layer.entries()
+        kept = kept & valid
+        merge = among_entries(selection, kept, asked.first)
+        layer.retain(kept, merge)
+        return None if merge is None else of_columns(merge, slots, valid, layer.columns)
+
     def _kept(
         self, prefill: _Prefill, decision: Decision, arriving: Visibility, layer: CrossKVLayer, first: int
     ) -> Tensor:
@@ -388,8 +405,41 @@ class CrossKVManager:
         return torch.cat([old.expand(-1, width, -1), new.expand(-1, width, -1)], dim=-1)
 
 
-def _compose(received: Selection | None, onward: Selection) -> Selection:
-    """Express a selection among received columns in terms of all new columns."""
-    if received is None:  # a copy: what later layers receive must not change with the policy's own tensors
-        return Selection.trusted(onward.indices.clone(), onward.valid.clone(), onward.columns)
-    return Selection.trusted(received.indices.gather(-1, onward.indices), onward.valid, received.columns)
+def _attended(layer: CrossKVLayer, received: Selection | None, first_new: int) -> Selection:
+    """Return what a layer attends to in prefill: which features were merged, and which entries are biased."""
+    attended = Selection.from_mask(layer.held_columns())
+    merge = None
+    if received is not None and received.merge is not None:
+        into = positions(attended)
+        takers = anchors(received).expand(-1, into.shape[1], -1)
+        new = torch.where(takers < 0, -1, into.gather(-1, takers.clamp(min=0) + first_new))
+        weights = torch.ones_like(into, dtype=received.merge.weights.dtype)
+        weights[..., first_new:] = received.merge.weights
+        merge = Merge(torch.cat([into[..., :first_new], new], -1), weights)
+    merge = _carrying(merge, layer, attended.indices, attended.valid, first_new)
+    return Selection.trusted(attended.indices, attended.valid, attended.columns, merge)
+
+
+def _carrying(
+    merge: Merge | None, layer: CrossKVLayer, slots: Tensor, valid: Tensor, first_new: int
+) -> Merge | None:
+    """Return a merge for a report, with the bias that entries of earlier images have.
+
+    Args:
+        merge: Of columns, if this prefill merges any.
+        layer: The cache layer.
+        slots: The columns of the entries that are reported.
+        valid: Which of these are valid.
+        first_new: The first column that is new.
+    """
+    if layer.bias is None or first_new == 0:
+        return merge
+    held_slots, held_valid = layer.entries()
+    by_column = torch.zeros(*slots.shape[:2], layer.columns + 1, dtype=layer.bias.dtype, device=slots.device)
+    by_column.scatter_(-1, torch.where(held_valid, held_slots, layer.columns), layer.bias)
+    carried = by_column.gather(-1, slots).masked_fill(~valid | (slots >= first_new), 0)
+    if merge is None:
+        own = torch.arange(slots.shape[-1], device=slots.device).expand_as(slots)
+        ones = torch.ones_like(own, dtype=torch.float64)
+        merge = of_columns(Merge(own, ones), slots, valid, layer.columns)
+    return replace(merge, carried=carried)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import BudgetError, SelectionError
+from kvprune.merging import Merge
 
 __all__ = ["Budget", "Decision", "Selection"]
 
@@ -76,14 +77,17 @@ class Selection:
         valid: bool, same shape. Rows of a ragged batch are padded to the longest one by repeating their
             last index; padding is not valid, and valid entries come first.
         columns: Width S of the unpruned cache, in tokens.
+        merge: How dropped columns live on in kept ones; None if none do. `kvprune.buckets` makes it.
 
     Raises:
-        SelectionError: If any of this does not hold (KV01), or a row keeps nothing (KV03).
+        SelectionError: If any of this does not hold (KV01), or a row keeps nothing (KV03). What a merge says
+            is checked when a decision is judged (KV15).
     """
 
     indices: Tensor
     valid: Tensor
     columns: int
+    merge: Merge | None = None
 
     def __post_init__(self) -> None:
         indices, valid = self.indices, self.valid
@@ -162,16 +166,18 @@ class Selection:
         )
 
     @classmethod
-    def trusted(cls, indices: Tensor, valid: Tensor, columns: int) -> Selection:
+    def trusted(cls, indices: Tensor, valid: Tensor, columns: int, merge: Merge | None = None) -> Selection:
         """Return a selection that is right by construction, without the checks and their host transfer.
 
         Args:
             indices: See the class.
             valid: See the class.
             columns: See the class.
+            merge: See the class.
         """
         selection = object.__new__(cls)
-        for name, value in (("indices", indices), ("valid", valid), ("columns", columns)):
+        parts = {"indices": indices, "valid": valid, "columns": columns, "merge": merge}
+        for name, value in parts.items():
             object.__setattr__(selection, name, value)
         return selection
 
@@ -198,7 +204,15 @@ class Selection:
         if copies == 1:
             return self
         indices, valid = (tensor.repeat_interleave(copies, dim=0) for tensor in (self.indices, self.valid))
-        return Selection.trusted(indices, valid, self.columns)
+        merge = None if self.merge is None else self.merge.repeat(copies)
+        return Selection.trusted(indices, valid, self.columns, merge)
+
+    def every(self, step: int) -> Selection:
+        """Return the selection of every ``step``-th row of its batch: undoes `repeat`."""
+        if step == 1:
+            return self
+        merge = None if self.merge is None else self.merge.every(step)
+        return Selection.trusted(self.indices[::step], self.valid[::step], self.columns, merge)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Selection):
@@ -207,13 +221,15 @@ class Selection:
             self.columns == other.columns
             and torch.equal(self.indices, other.indices)
             and torch.equal(self.valid, other.valid)
+            and (other.merge is None if self.merge is None else self.merge.equals(other.merge))
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         batch, heads, kept = self.indices.shape
-        return f"Selection(batch={batch}, heads={heads}, kept={kept}, columns={self.columns})"
+        merged = "" if self.merge is None else ", merged"
+        return f"Selection(batch={batch}, heads={heads}, kept={kept}, columns={self.columns}{merged})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +242,9 @@ class Decision:
         onward: Columns of this layer's view that later cross-attention layers still receive: they project,
             attend to and store only these. None leaves them as they are. The heads of different layers do
             not correspond, so this one is shared by heads (second axis 1).
+
+    A selection that merges lets dropped columns live on in kept ones: in ``cache`` as sums of keys and of
+    values, in ``onward`` as sums of the features from which later layers make their keys and values.
 
     Raises:
         SelectionError: If ``onward`` differs by head.

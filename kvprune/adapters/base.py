@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvprune.errors import IncompatibleTransformersError, PluginError, UnsupportedCacheError
 from kvprune.manager import CrossKVManager
+from kvprune.merging import merge_features
+from kvprune.selection import Selection
 
 __all__ = [
     "ModelAdapter",
@@ -251,12 +253,21 @@ def to_query_heads(mask: Tensor, module: Any) -> Tensor:
     return mask.repeat_interleave(heads // mask.shape[1], dim=1)
 
 
-def gather_features(features: Tensor, indices: Tensor) -> Tensor:
-    """Return the features of chosen columns.
+def gather_features(features: Tensor, received: Selection) -> Tensor:
+    """Return the features that a layer receives: those of kept columns, or what was merged into them.
 
     Args:
-        features: ``[B, S, C]``.
-        indices: int64 ``[B, K]``.
+        features: ``[B, S, C]``, all that arrive.
+        received: What the manager's ``before_layer`` returned, for each row of the batch, ``[B, 1, K]``.
     """
+    indices, valid, merge = received.indices[:, 0], received.valid[:, 0], received.merge
+    if merge is not None:
+        entries = indices.shape[-1]
+        features = merge_features(features, merge.into[:, 0], merge.weights[:, 0], entries)
+        if not received.is_ragged:
+            return features
+        # Padding repeats the last entry, as it does where nothing is merged.
+        order = torch.arange(entries, device=valid.device)
+        indices = torch.minimum(order, valid.sum(-1, keepdim=True) - 1)
     index = indices.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
     return torch.gather(features, 1, index)

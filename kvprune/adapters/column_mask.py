@@ -22,7 +22,7 @@ class ColumnMask:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         # Found by the identity of the slots, which costs the device nothing.
-        self._made: list[tuple[Tensor, Tensor | None]] = []
+        self._made: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
 
     def over(
         self,
@@ -33,8 +33,11 @@ class ColumnMask:
         ragged: bool,
         copies: int,
         module: Any,
+        bias: Tensor | None = None,
     ) -> Tensor | None:
         """Cut a stock mask to the columns that are held, keeping its kind (bool, additive or none).
+
+        With a bias it becomes an additive one.
 
         Args:
             mask: ``[B, 1, T or 1, S]`` or None.
@@ -43,17 +46,23 @@ class ColumnMask:
             ragged: Whether some entry is not valid.
             copies: Rows of the batch for each of the R rows.
             module: The attention module.
+            bias: ``[R, H or 1, K]``, added to the logits of each entry; None for nothing.
         """
         if slots is None or valid is None:
             return mask
-        for known, made in self._made:
-            if known is slots:
+        held = slots
+        for known, known_bias, made in self._made:
+            if known is held and known_bias is bias:
                 return made
-        spread = slots, valid
-        if copies > 1:
-            spread = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
-        cut = None if mask is None and not ragged else to_query_heads(self._cut(mask, *spread), module)
-        self._made.append((slots, cut))
+        cut = None
+        if mask is not None or ragged or bias is not None:
+            if copies > 1:
+                slots, valid = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
+            cut = self._cut(mask, slots, valid)
+            if bias is not None:
+                cut = self._biased(cut, bias.repeat_interleave(copies, dim=0))
+            cut = to_query_heads(cut, module)
+        self._made.append((held, bias, cut))
         return cut
 
     def _cut(self, mask: Tensor | None, slots: Tensor, valid: Tensor) -> Tensor:
@@ -67,3 +76,9 @@ class ColumnMask:
         if cut.dtype == torch.bool:
             return cut & allowed
         return cut.masked_fill(~allowed, torch.finfo(cut.dtype).min)
+
+    def _biased(self, cut: Tensor, bias: Tensor) -> Tensor:
+        if cut.dtype == torch.bool:
+            lowest = torch.finfo(self._dtype).min
+            cut = torch.zeros_like(cut, dtype=self._dtype).masked_fill(~cut, lowest)
+        return cut + bias[:, :, None].to(cut)

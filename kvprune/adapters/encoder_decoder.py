@@ -250,6 +250,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             ragged=layer.ragged,
             copies=layer.copies,
             module=module,
+            bias=layer.bias,
         )
         if layer.copies > 1:
             cache = OneCrossLayer(module.layer_idx, *layer.spread())
@@ -280,8 +281,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             copies=layer.copies,
             module=module,
         )
-        indices = received.repeat(layer.copies).indices[:, 0]
-        states = gather_features(states, indices)
+        states = gather_features(states, received.repeat(layer.copies))
         if captures:
             self._captured["features"] = states
         return {**named, self.states: states, self.mask: mask}

@@ -282,10 +282,17 @@ class MllamaAdapter(ModelAdapter):
         slots, valid = expected if expected is not None else (None, None)
         ragged = layer.ragged or (received is not None and received.is_ragged)
         if received is not None:
-            states = gather_features(states, received.repeat(layer.copies).indices[:, 0])
+            states = gather_features(states, received.repeat(layer.copies))
         if "features" in self._manager.policy.needs:
             self._captured["features"] = states
-        mask = self._mask.over(slots, valid, ragged=ragged, copies=layer.copies, module=module.cross_attn)
+        mask = self._mask.over(
+            slots,
+            valid,
+            ragged=ragged,
+            copies=layer.copies,
+            module=module.cross_attn,
+            bias=None if slots is None else layer.expected_bias(slots.shape[-1]),
+        )
         return self._masked(module, {**kwargs, "cross_attention_states": states}, mask)
 
     def _masked(self, module: Any, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class TileMask:
         self.row_mask: Tensor | None = None
         self._bias: Tensor | None = None  # by tile, [B, T, U]
         # Layers that hold the same columns share a mask; found by identity, which costs the device nothing.
-        self._made: list[tuple[Tensor | None, Tensor]] = []
+        self._made: list[tuple[Tensor | None, Tensor | None, Tensor]] = []
         if rows is not None:
             sees = rows.any(-1, keepdim=True)
             self.row_mask = sees[:, None].to(dtype)
@@ -39,7 +39,14 @@ class TileMask:
             self._bias = bias.masked_fill(sees & ~rows, torch.finfo(dtype).min)
 
     def over(
-        self, slots: Tensor | None, valid: Tensor | None, *, ragged: bool, copies: int, module: Any
+        self,
+        slots: Tensor | None,
+        valid: Tensor | None,
+        *,
+        ragged: bool,
+        copies: int,
+        module: Any,
+        bias: Tensor | None = None,
     ) -> Tensor | None:
         """Additive mask over held columns, ``[B, 1 or heads, T, K]``; None where all may attend to all.
 
@@ -49,20 +56,30 @@ class TileMask:
             ragged: Whether some entry is not valid.
             copies: Rows of the batch for each of the R rows.
             module: The attention module.
+            bias: ``[R, H or 1, K]``, added to the logits of each entry; None for nothing.
         """
-        if self._bias is None and not ragged:
+        if self._bias is None and not ragged and bias is None:
             return None
-        for known, mask in self._made:
-            if known is slots:
+        for known, known_bias, mask in self._made:
+            if known is slots and known_bias is bias:
                 return mask
         made = self._all() if slots is None or valid is None else self._cut(slots, valid, ragged, copies)
+        if bias is not None:
+            made = made + bias.repeat_interleave(copies, dim=0)[:, :, None].to(made)
         made = to_query_heads(made, module)
-        self._made.append((slots, made))
+        self._made.append((slots, bias, made))
         return made
 
     def over_layer(self, layer: CrossKVLayer, module: Any) -> Tensor | None:
         """Additive mask over what a layer holds, ``[B, 1 or heads, T, K]``."""
-        return self.over(layer.slots, layer.valid, ragged=layer.ragged, copies=layer.copies, module=module)
+        return self.over(
+            layer.slots,
+            layer.valid,
+            ragged=layer.ragged,
+            copies=layer.copies,
+            module=module,
+            bias=layer.bias,
+        )
 
     def _all(self) -> Tensor:
         assert self._bias is not None

@@ -1,11 +1,14 @@
 """The master oracle (KV13): the untouched model, with dropped columns masked instead of removed.
 
-It shares no code with the cache manager: it only adds the dtype's minimum to the attention masks that the
-stock model builds, in the layers and at the steps where a selection says that a column is gone.
+It shares no code with the cache manager. It adds the dtype's minimum to the attention masks that the stock
+model builds, in the layers and at the steps where a selection says that a column is gone. Where a selection
+merges, kept columns are overwritten with what plain loops make of stock's tensors in float64: the features
+that enter a layer in prefill, and the keys and values that stock has cached after it. All columns stay.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +19,7 @@ from torch import Tensor
 from kvprune.adapters.base import ModelAdapter
 from kvprune.selection import Selection
 
-__all__ = ["masked_oracle"]
+__all__ = ["masked_oracle", "with_merges"]
 
 
 @contextmanager
@@ -27,7 +30,10 @@ def masked_oracle(
     *,
     adapter: type[ModelAdapter] | None = None,
 ) -> Iterator[None]:
-    """Run an untouched model so that it attends to selected columns only.
+    """Run an untouched model so that it attends to selected columns only, merged as they say.
+
+    What is merged is rounded once, from float64 to the model's dtype, in the model as in the oracle: logits
+    agree as closely as they do without merging.
 
     Args:
         model: A model that nothing compresses: Mllama, or an encoder-decoder one.
@@ -44,14 +50,36 @@ def masked_oracle(
             if selection is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
-            return args, {**kwargs, mask_name: _masked(kwargs.get(mask_name), selection, hidden, module)}
+            mask = _masked(kwargs.get(mask_name), selection, hidden, module)
+            changed = {**kwargs, mask_name: mask}
+            if prefill and selection.merge is not None:
+                changed[states] = _merged_features(kwargs[states], selection)
+            return args, changed
 
         return hook
+
+    def overwrite(layer_idx: int, states: str) -> Any:
+        arrived: list[bool] = []
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arrived[:] = [_is_prefill(kwargs, states, layer_idx)]
+
+        def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            cache, selection = kwargs["past_key_values"], selections[layer_idx]
+            if arrived[0] and cache is not None and selection.merge is not None:
+                cached = getattr(cache, "cross_attention_cache", cache).layers[layer_idx]
+                cached.keys = with_merges(cached.keys, selection, keys=True)
+                cached.values = with_merges(cached.values, selection)
+
+        return before, after
 
     for layer_idx, module, states, mask_name in _sites(model, adapter):
         if layer_idx in selections:
             hook = restrict(layer_idx, states, mask_name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            before, after = overwrite(layer_idx, states)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         yield
     finally:
@@ -91,4 +119,76 @@ def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, module: A
     lowest = torch.finfo(hidden.dtype).min
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, lowest)
+    if selection.merge is not None:
+        mask = mask + _bias(selection, heads).to(mask)
     return mask.masked_fill(dropped[:, :, None].to(mask.device), lowest)
+
+
+def _bias(selection: Selection, heads: int) -> Tensor:
+    """Return what is added to the logits of kept columns, ``[B, 1 or heads, 1, S]`` in float64."""
+    merge = selection.merge
+    assert merge is not None
+    batch, own_heads, _ = selection.indices.shape
+    bias = torch.zeros(batch, own_heads, selection.columns, dtype=torch.float64)
+    for sample in range(batch):
+        for head in range(own_heads):
+            into = merge.into[sample, head].tolist()
+            for position, column in _entries(selection, sample, head):
+                carried = 0.0 if merge.carried is None else float(merge.carried[sample, head, position])
+                size = into.count(position) if merge.size_bias else 1
+                bias[sample, head, column] = carried + math.log(size)
+    if own_heads > 1:
+        bias = bias.repeat_interleave(heads // own_heads, dim=1)
+    return bias[:, :, None]
+
+
+def _entries(selection: Selection, sample: int, head: int) -> list[tuple[int, int]]:
+    """Position and column of each kept entry of one head."""
+    columns = selection.indices[sample, head].tolist()
+    valid = selection.valid[sample, head].tolist()
+    return [
+        (position, column) for position, (column, real) in enumerate(zip(columns, valid, strict=True)) if real
+    ]
+
+
+def _merged_features(states: Tensor, selection: Selection) -> Tensor:
+    """Overwrite the features of kept columns, in the shape in which they came."""
+    by_sample = states.reshape(len(selection.indices), 1, -1, states.shape[-1])
+    return with_merges(by_sample, selection, first=selection.columns - by_sample.shape[2]).reshape(
+        states.shape
+    )
+
+
+def with_merges(full: Tensor, selection: Selection, *, keys: bool = False, first: int = 0) -> Tensor:
+    """Return tokens of all columns, those of kept ones overwritten with what a selection merges into them.
+
+    Args:
+        full: ``[B, Hkv, S, D]``.
+        selection: With a merge; what it says of columns before ``first`` is left out.
+        keys: Whether these are keys, whose length may be restored.
+        first: The column with which ``full`` begins.
+    """
+    merge = selection.merge
+    assert merge is not None
+    changed = full.clone()
+    own_heads = selection.indices.shape[1]
+    for sample in range(full.shape[0]):
+        for head in range(full.shape[1]):
+            own = min(head, own_heads - 1)
+            into = merge.into[sample, own].tolist()
+            for position, anchor in _entries(selection, sample, own):
+                members = [column for column, entry in enumerate(into) if entry == position]
+                if anchor < first:
+                    continue
+                total = torch.zeros(full.shape[-1], dtype=torch.float64, device=full.device)
+                length = share = 0.0
+                for column in members:
+                    weight = float(merge.weights[sample, own, column])
+                    token = full[sample, head, column - first].double()
+                    total = total + weight * token
+                    length += abs(weight) * float(token.norm())
+                    share += abs(weight)
+                if keys and merge.renormalize_keys and share > 0 and float(total.norm()) > 0:
+                    total = total / float(total.norm()) * (length / share)
+                changed[sample, head, anchor - first] = total.to(full.dtype)
+    return changed

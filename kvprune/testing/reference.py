@@ -5,6 +5,7 @@ They share no code with `kvprune.visibility` and `kvprune.scoring`, so that both
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "slow_groups",
     "slow_prefill",
     "slow_strata",
+    "takers",
     "visibility_of",
 ]
 
@@ -37,7 +39,24 @@ def kept_sets(selection: Selection) -> list[list[set[int]]]:
     ]
 
 
-def same_by_head(one: list[set[int]], other: list[set[int]]) -> bool:
+def takers(selection: Selection) -> list[list[dict[int, int]]]:
+    """For each sample and head: each column that is merged into another one, and that one."""
+    if selection.merge is None:
+        return [[{} for _ in heads] for heads in selection.indices]
+    return [
+        [
+            {
+                column: row[entry]
+                for column, entry in enumerate(joined)
+                if 0 <= entry < len(row) and row[entry] != column
+            }
+            for row, joined in zip(heads, into, strict=True)
+        ]
+        for heads, into in zip(selection.indices.tolist(), selection.merge.into.tolist(), strict=True)
+    ]
+
+
+def same_by_head(one: Sequence[object], other: Sequence[object]) -> bool:
     """Whether two samples keep the same, where one row for all heads equals the same row for each head."""
     heads = max(len(one), len(other))
     return all(one[min(h, len(one) - 1)] == other[min(h, len(other) - 1)] for h in range(heads))

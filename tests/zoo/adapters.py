@@ -289,8 +289,8 @@ class UnsortedSlots(BartAdapter):
     caught_by = ("KV01",)
 
     class Layer(CrossKVLayer):
-        def retain(self, kept):
-            super().retain(kept)
+        def retain(self, kept, merge=None):
+            super().retain(kept, merge)
             self.keys, self.values = self.keys.flip(-2), self.values.flip(-2)
             if self.slots is not None:
                 self.slots, self.valid = self.slots.flip(-1), self.valid.flip(-1)

@@ -79,7 +79,7 @@ def require_aligned(
     samples: Sequence[int] | None = None,
     after: str = "generation",
 ) -> None:
-    """Raise unless each row of the batch holds the keys and values of its selected columns.
+    """Raise unless each row of the batch holds keys and values of its selected columns, merged as they say.
 
     Args:
         run: The compression, after a prefill.
@@ -88,6 +88,7 @@ def require_aligned(
         samples: The sample of the batch that each row holds; by default each sample's copies in a row.
         after: What was done to the cache, for messages.
     """
+    reference = setting.reference_layers(run)
     for layer_idx, layer in layers.items():
         where = f"layer {layer_idx}, after {after},"
         slots, valid = (tensor.repeat_interleave(layer.copies, dim=0) for tensor in layer.entries())
@@ -103,11 +104,11 @@ def require_aligned(
         heads = layer.keys.shape[1]
         index, flags = slots.expand(-1, heads, -1)[..., None], valid.expand(-1, heads, -1)
         for name, held in zip(("keys", "values"), layer.spread(), strict=True):
-            full = getattr(setting.stock_layers[layer_idx], name)[wanted_rows]
+            full = getattr(reference[layer_idx], name)[wanted_rows]
             wanted = full.gather(-2, index.expand(-1, -1, -1, full.shape[-1]))
             apart = (wanted - held).abs().amax(-1)[flags].max()
             if not apart <= setting.tolerance:
                 raise Violation(
-                    f"{where} to hold, for each kept column, the {name} that stock caches there",
+                    f"{where} to hold, for each kept column, the {name} that stock caches there, merged",
                     f"{name} of other columns, or changed ones (difference {float(apart):.2e})",
                 )

@@ -116,6 +116,7 @@ def check_storage_order(policy: CrossKVPolicy, setting: Setting) -> None:
                 order = draw.sample(range(layer.width), layer.width)
                 layer.keys, layer.values = layer.keys[:, :, order], layer.values[:, :, order]
                 layer.slots, layer.valid = layer.slots[..., order], layer.valid[..., order]
+                layer.bias = None if layer.bias is None else layer.bias[..., order]
 
     handle = model.register_forward_hook(shuffle, with_kwargs=True)
     try:

@@ -11,12 +11,13 @@ from dataclasses import fields
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from kvprune.merging import Merge
 from kvprune.policy import CrossKVPolicy
 from kvprune.selection import Decision, Selection
 from kvprune.testing.conformance.decisions import answer, pose
 from kvprune.testing.conformance.report import Violation
 from kvprune.testing.problems import LayerProblem, cut_to_sample
-from kvprune.testing.reference import kept_sets, same_by_head
+from kvprune.testing.reference import kept_sets, same_by_head, takers
 from kvprune.view import FeatureView, LayerView
 
 __all__ = [
@@ -38,7 +39,20 @@ def written(decision: Decision) -> Written:
     """A decision as plain numbers, which nobody can change afterwards."""
 
     def plain(selection: Selection | None) -> object:
-        return selection and (selection.columns, selection.indices.tolist(), selection.valid.tolist())
+        return selection and (
+            selection.columns,
+            selection.indices.tolist(),
+            selection.valid.tolist(),
+            merged(selection.merge),
+        )
+
+    def merged(merge: Merge | None) -> object:
+        return merge and (
+            merge.into.tolist(),
+            merge.weights.tolist(),
+            merge.renormalize_keys,
+            merge.size_bias,
+        )
 
     return plain(decision.cache), plain(decision.onward)
 
@@ -161,6 +175,12 @@ def check_alone(policy: CrossKVPolicy, problem: LayerProblem) -> None:
             if not same_by_head(first, second):
                 raise Violation(
                     f"{part} of sample {sample} alone as in the batch, {_listed(first)}", _listed(second)
+                )
+            joined, by_itself_joined = takers(in_batch)[sample], takers(by_itself)[0]
+            if not same_by_head(joined, by_itself_joined):
+                raise Violation(
+                    f"{part} of sample {sample} alone to merge as in the batch, {joined}",
+                    f"{by_itself_joined}",
                 )
 
 

@@ -140,6 +140,21 @@ class Setting:
             cache = forward(self.pristine, self.batch())
         return self.layers_of(cache)
 
+    def reference_layers(self, run: Compression) -> dict[int, Any]:
+        """What the untouched model's cache holds after prefill, merged as a run says that it merged."""
+        selected, received = run.selections, run.prefill_selections
+        parts = [part for part in (*selected.values(), *received.values()) if part is not None]
+        if all(part.merge is None for part in parts):
+            return self.stock_layers
+        # Rows of one sample are alike: one of each is enough.
+        copies = len(parts[0].indices) // self.batch_size
+        once = (
+            {layer: part and part.every(copies) for layer, part in parts.items()}
+            for parts in (selected, received)
+        )
+        with torch.no_grad(), self._masked(*once):
+            return self.layers_of(forward(self.pristine, self.batch()))
+
     @cached_property
     def layer_indices(self) -> tuple[int, ...]:
         """The cross-attention layers that the adapter names."""
@@ -155,12 +170,13 @@ class Setting:
 
     def masked(self, run: Compression) -> AbstractContextManager[None]:
         """Return the master oracle's context: the untouched model attends to what a run kept."""
+        return self._masked(run.selections, run.prefill_selections)
+
+    def _masked(self, selections: Any, prefill_selections: Any) -> AbstractContextManager[None]:
         if self.oracle is not None:
-            return self.oracle(self.pristine, run.selections, run.prefill_selections)
+            return self.oracle(self.pristine, selections, prefill_selections)
         self.sites(self.pristine)  # not applicable where nothing is known
-        return masked_oracle(
-            self.pristine, run.selections, run.prefill_selections, adapter=self.adapter_class
-        )
+        return masked_oracle(self.pristine, selections, prefill_selections, adapter=self.adapter_class)
 
     @cached_property
     def columns(self) -> int:
