@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from kvprune_strategies import kvprune_policies
 from test_spec import any_value, keys, names, nested, plain_text, versions
 
 import kvprune
@@ -18,7 +19,7 @@ from kvprune.spec import suggestion
 from kvprune.text import error_line, printable, shown
 
 MEGABYTE = 10**6
-POLICIES = ("fastv", "full", "h2o", "keydiff", "lossless", "norm", "random", "snapkv", "trim", "uniform")
+POLICIES = sorted(policy.name for policy in kvprune_policies())
 
 # Separators, numbers that a parser may stumble over, and what does not print, in all places.
 WORDS = [

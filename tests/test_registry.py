@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+from kvprune_strategies import kvprune_policies
 
 import kvprune
 from kvprune import PolicySpec
@@ -19,7 +20,7 @@ from kvprune.errors import (
 )
 from kvprune.registry import find_adapter, load
 
-BUILTIN = ["fastv", "full", "h2o", "keydiff", "lossless", "norm", "random", "snapkv", "trim", "uniform"]
+BUILTIN = sorted(policy.name for policy in kvprune_policies())
 
 POLICY = """
     from dataclasses import dataclass

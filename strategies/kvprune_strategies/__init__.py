@@ -5,6 +5,7 @@ from __future__ import annotations
 import kvprune
 from kvprune_strategies.cdpruner import CDPruner
 from kvprune_strategies.divprune import DivPrune
+from kvprune_strategies.elastic import Elastic
 from kvprune_strategies.fastv import FastV
 from kvprune_strategies.full import Full
 from kvprune_strategies.h2o import H2O
@@ -21,6 +22,7 @@ __all__ = [
     "H2O",
     "CDPruner",
     "DivPrune",
+    "Elastic",
     "FastV",
     "Full",
     "KeyDiff",
@@ -41,6 +43,7 @@ def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
     return [
         CDPruner,
         DivPrune,
+        Elastic,
         FastV,
         Full,
         H2O,

@@ -26,16 +26,20 @@ from kvprune.testing.conformance import INVARIANTS, SUITE_VERSION
 from kvprune.testing.conformance.isolation import process_state
 
 NOT_APPLICABLE = {
-    "fastv": set(),
-    "full": {"KV02", "KV14"},
-    "h2o": set(),
-    "keydiff": set(),
-    "lossless": {"KV02", "KV14"},
-    "norm": set(),
-    "random": set(),
-    "snapkv": set(),
-    "trim": set(),
-    "uniform": {"KV14"},
+    "cdpruner": {"KV15"},
+    "divprune": {"KV15"},
+    "elastic": set(),
+    "fastv": {"KV15"},
+    "full": {"KV02", "KV14", "KV15"},
+    "h2o": {"KV15"},
+    "keydiff": {"KV15"},
+    "lossless": {"KV02", "KV14", "KV15"},
+    "norm": {"KV15"},
+    "random": {"KV15"},
+    "snapkv": {"KV15"},
+    "topv": {"KV15"},
+    "trim": {"KV15"},
+    "uniform": {"KV14", "KV15"},
 }
 
 
@@ -50,7 +54,7 @@ def test_built_in_policies_pass(name):
     report = check_policy(name, examples=16)
     assert report.passed
     outcomes = {result.id: result.outcome for result in report.results}
-    assert list(outcomes) == ["class", *(f"KV{number:02d}" for number in range(1, 15))]
+    assert list(outcomes) == ["class", *(f"KV{number:02d}" for number in range(1, 16))]
     for invariant, outcome in outcomes.items():
         assert outcome == ("not applicable" if invariant in NOT_APPLICABLE[name] else "passed")
     assert report.warnings == ()
@@ -258,7 +262,7 @@ def test_a_badly_behaved_policy_does_not_spoil_the_process():
 
 
 def test_the_table_covers_the_documented_invariants():
-    assert [row.id for row in INVARIANTS] == [f"KV{number:02d}" for number in range(1, 15)]
+    assert [row.id for row in INVARIANTS] == [f"KV{number:02d}" for number in range(1, 16)]
     for row in INVARIANTS:
         assert row.on_layers or row.on_models
 

@@ -15,6 +15,7 @@ from zoo import (
     keep_all,
     leftovers,
     memory,
+    merging,
     monotone,
     padding,
     randomness,
@@ -43,7 +44,7 @@ def test_it_is_caught_and_the_reproducer_shows_it(cls, invariant):
 
 
 def test_every_invariant_that_a_policy_can_break_has_its_animal():
-    assert {invariant for _, invariant in CASES} == {f"KV{number:02d}" for number in range(1, 15)} | {"class"}
+    assert {invariant for _, invariant in CASES} == {f"KV{number:02d}" for number in range(1, 16)} | {"class"}
     assert len(ALL) >= 22
     assert len({cls.name for cls in ALL}) == len(ALL)
 
@@ -77,6 +78,8 @@ ALONE = {
     "check_clean_exit": leftovers.ModelHook,
     "check_oracle": inputs.DoublesTheValues,
     "check_monotone": monotone.Stride,
+    "check_partition": merging.MergesPadding,
+    "check_mass": merging.MergesAndWrites,
 }
 CHECKS = {check.__name__: (row, check) for row in INVARIANTS for check in (*row.on_layers, *row.on_models)}
 

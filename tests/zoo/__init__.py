@@ -23,6 +23,7 @@ MODULES = (
     "batch",
     "leftovers",
     "monotone",
+    "merging",
     "options",
 )
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from kvprune.policy import CrossKVPolicy, ScoringPolicy
-from kvprune.testing.conformance import alignment, decisions, generation, held, purity, surroundings
+from kvprune.testing.conformance import (
+    alignment,
+    decisions,
+    generation,
+    held,
+    merges,
+    purity,
+    surroundings,
+)
 from kvprune.testing.conformance.budgets import keeping_all, stated_budget, widening
 from kvprune.testing.conformance.corners import LAYER_CORNERS
 from kvprune.testing.conformance.setting import Setting
@@ -63,6 +71,12 @@ def _not_ranking(policy: CrossKVPolicy) -> str:
     if not policy.ranks_tokens:
         return f"{policy.name} does not say that it ranks tokens (ranks_tokens is False)"
     return "" if len(widening(policy)) > 1 else f"{policy.spec} has no option that states a budget"
+
+
+def _not_merging(policy: CrossKVPolicy) -> str:
+    if any(merges.merges(policy, problem) for problem in LAYER_CORNERS[:6]):
+        return ""
+    return f"{policy.spec} merges nothing"
 
 
 def _one_device() -> str:
@@ -125,6 +139,13 @@ INVARIANTS = (
         (),
         _not_ranking,
         lambda policy: tuple(map(str, (variant.spec for variant in widening(policy)))),
+    ),
+    Invariant(
+        "KV15",
+        "merging: a partition, mass preserved",
+        (merges.check_partition,),
+        (merges.check_mass,),
+        _not_merging,
     ),
 )
 

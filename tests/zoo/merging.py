@@ -1,0 +1,106 @@
+"""KV15: policies that merge what does not belong together, or lose some of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from kvprune import Budget, CrossKVPolicy, Decision, scoring
+from kvprune.buckets import merge_mean, nearest
+from zoo.helpers import by_norm, unchecked
+
+
+def merging(view, cells):
+    """Half of the visible tokens, and the others in the nearest of them within cells [B, S]."""
+    strata = torch.where(view.strata == 0, 0, -1)
+    scores = by_norm(view).mean(1, keepdim=True)
+    limit = scoring.limits(Budget(keep_ratio=0.5), strata)
+    kept = scoring.keep_top(scores, strata, limit, view.visibility)
+    return merge_mean(kept, nearest(kept, cells))
+
+
+def soundly(view):
+    """What is seen, by image."""
+    return merging(view, view.images.expand_as(view.strata).masked_fill(view.strata != 0, -1))
+
+
+def altered(selection, **parts):
+    """The selection with another merge, behind the back of all checks."""
+    made = unchecked(selection.indices, selection.valid, selection.columns)
+    object.__setattr__(made, "merge", dataclasses.replace(selection.merge, **parts))
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergesAcrossImages(CrossKVPolicy):
+    name = "merges-across-images"
+    caught_by = ("KV15",)
+
+    def select(self, view):
+        return Decision(cache=merging(view, torch.where(view.strata == 0, 0, -1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergesPadding(CrossKVPolicy):
+    """Padding tiles lie in the same image."""
+
+    name = "merges-padding"
+    caught_by = ("KV15",)
+
+    def select(self, view):
+        return Decision(cache=merging(view, view.images.expand_as(view.strata)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergesIntoTheNext(CrossKVPolicy):
+    """Counts entries from one: kept columns go into their neighbour, and the last one into none."""
+
+    name = "merges-into-the-next"
+    caught_by = ("KV15",)
+
+    def select(self, view):
+        selection = soundly(view)
+        into = selection.merge.into
+        return Decision(cache=altered(selection, into=torch.where(into < 0, into, into + 1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DividesByZero(CrossKVPolicy):
+    """Weighs columns by a number that may be zero."""
+
+    name = "divides-by-zero"
+    caught_by = ("KV15",)
+
+    def select(self, view):
+        selection = soundly(view)
+        weights = 1 / (selection.merge.into != 0).double()
+        return Decision(cache=altered(selection, weights=weights))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasesFeatures(CrossKVPolicy):
+    """Wants a bias where there are no logits yet."""
+
+    name = "biases-features"
+    caught_by = ("KV15",)
+
+    def select(self, view):
+        selection = soundly(view)
+        if view.rank > 0:
+            return Decision()
+        return Decision(onward=altered(selection, size_bias=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergesAndWrites(CrossKVPolicy):
+    """Subtracts one from all values in place, before it merges."""
+
+    name = "merges-and-writes"
+    caught_by = ("KV15", "KV10", "KV13")
+
+    def select(self, view):
+        selection = soundly(view)
+        view.values.sub_(1)
+        return Decision(cache=selection)
