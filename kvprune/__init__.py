@@ -17,6 +17,7 @@ from kvprune.report import CompressionReport
 from kvprune.selection import Budget, Decision, Selection
 from kvprune.session import Compression, compress
 from kvprune.spec import PolicySpec
+from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "PrefillPolicy",
     "ScoringPolicy",
     "Selection",
+    "TextView",
     "__version__",
     "compress",
     "errors",

@@ -35,6 +35,7 @@ from kvprune.policy import CrossKVPolicy
 from kvprune.receipts import PrefillRecord, Stopwatch
 from kvprune.report import CompressionReport
 from kvprune.selection import Decision, Selection
+from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView
 from kvprune.visibility import Visibility
 
@@ -207,6 +208,8 @@ class CrossKVManager:
         queries: Tensor | None = None,
         raw_keys: Tensor | None = None,
         features: Tensor | None = None,
+        text: TextView | None = None,
+        follows_text: bool = True,
     ) -> None:
         """Let the policy decide about a layer that has just attended, and apply the decision.
 
@@ -217,6 +220,8 @@ class CrossKVManager:
             queries: ``[B, Hq, T, D]``, if the policy needs them; draft rows included.
             raw_keys: ``[B, Hkv, new, D]``, likewise.
             features: ``[B, new, C]``, likewise, as they entered the layer's projections.
+            text: The self-attention before the layer, likewise, for R rows and without drafts.
+            follows_text: Whether there is one.
 
         Raises:
             SelectionError: If the decision breaks an invariant.
@@ -245,6 +250,8 @@ class CrossKVManager:
             captured_queries=None if queries is None else queries[::copies, :, : arriving.live.shape[1]],
             captured_raw_keys=None if raw_keys is None else raw_keys[::copies],
             captured_features=None if features is None else features[::copies],
+            captured_text=text,
+            follows_text=follows_text,
         )
         attended = None if layer.slots is None else _attended(layer, received, prefill.first_new)
         asked = _Asked(view, layer, first, attended)
@@ -257,7 +264,11 @@ class CrossKVManager:
                 decision = self._ask(view, lambda: policy.select(view))
         if decision is None:
             kept_views = replace(
-                asked.view, captured_queries=None, captured_raw_keys=None, captured_features=None
+                asked.view,
+                captured_queries=None,
+                captured_raw_keys=None,
+                captured_features=None,
+                captured_text=None,
             )
             prefill.observed.append(_Observed(replace(asked, view=kept_views), statistics, watch))
         else:

@@ -27,8 +27,9 @@ from kvprune.view import LayerView, View
 
 __all__ = ["CrossKVPolicy", "Need", "ScoringPolicy", "onward_decision", "require_policy_class"]
 
-Need = Literal["queries", "raw_keys", "features"]
-"""What must be captured for a view beyond keys, values and visibility."""
+Need = Literal["queries", "raw_keys", "features", "text"]
+"""What must be captured for a view beyond keys, values and visibility (docs/hooks.md: an adapter says what it
+provides)."""
 
 
 @dataclass(frozen=True, kw_only=True)

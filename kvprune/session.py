@@ -35,7 +35,8 @@ def compress(model: nn.Module, policy: str | PolicySpec | CrossKVPolicy, *, seed
         The compression; nothing is attached yet.
 
     Raises:
-        UnsupportedModelError: If no adapter knows the model; lists the supported ones.
+        UnsupportedModelError: If no adapter knows the model (lists the supported ones), or its adapter does
+            not provide what the policy needs.
         IncompatibleTransformersError: If transformers lacks something that the adapter relies on.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
 
@@ -61,6 +62,7 @@ class Compression:
     """
 
     def __init__(self, adapter: ModelAdapter, policy: CrossKVPolicy, seed: int) -> None:
+        adapter.require_needs(policy)
         self.policy = policy
         self._adapter = adapter
         self._manager = CrossKVManager(policy, seed, adapter.layer_indices)

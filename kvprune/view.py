@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +16,12 @@ from torch import Tensor
 from kvprune import scoring, seeding
 from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
 from kvprune.layout import Layout
+from kvprune.text_view import TextView
 from kvprune.visibility import Visibility
 
 __all__ = ["FeatureView", "LayerView", "View"]
+
+_Captured = TypeVar("_Captured", bound="Tensor | TextView")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,7 +154,7 @@ class View:
         """
         return seeding.generator(self.seed, self._place)
 
-    def _captured(self, tensor: Tensor | None, what: str) -> Tensor:
+    def _captured(self, tensor: _Captured | None, what: str) -> _Captured:
         if tensor is None:
             raise PolicyOptionError(
                 f"policy {self.policy_name!r} reads view.{what} {self.where} without declaring "
@@ -178,6 +182,9 @@ class LayerView(View):
         scaling: Factor on attention logits.
         captured_queries: ``[B, Hq, T, D]``, present if the policy needs "queries".
         captured_raw_keys: ``[B, Hkv, S, D]`` before any key norm, present if the policy needs "raw_keys".
+        captured_text: The self-attention before this layer, present if the policy needs "text" and there is
+            one.
+        follows_text: Whether there is one: not for a cross-attention layer that is the decoder's first.
     """
 
     keys: Tensor
@@ -187,6 +194,8 @@ class LayerView(View):
     scaling: float
     captured_queries: Tensor | None = None
     captured_raw_keys: Tensor | None = None
+    captured_text: TextView | None = None
+    follows_text: bool = True
 
     @property
     def heads(self) -> int:
@@ -216,6 +225,20 @@ class LayerView(View):
     def raw_keys(self) -> Tensor:
         """Keys before the key norm, ``[B, Hkv, S, D]``; the cached keys in models without one."""
         return self._captured(self.captured_raw_keys, "raw_keys")
+
+    @property
+    def text(self) -> TextView:
+        """The self-attention of the text that came just before this layer.
+
+        Raises:
+            UnsupportedModelError: If none did, because this cross-attention layer is the decoder's first.
+        """
+        if not self.follows_text:
+            raise UnsupportedModelError(
+                f"policy {self.policy_name!r} reads view.text {self.where}, but this cross-attention layer "
+                "is the first of the decoder: no self-attention comes before it (view.follows_text tells)"
+            )
+        return self._captured(self.captured_text, "text")
 
     def attention_mass(self, rows: Tensor | None = None) -> Tensor:
         """Attention that each column receives, summed over live rows, ``[B, Hq, S]`` in float32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kvprune.errors import IncompatibleTransformersError, PluginError, UnsupportedCacheError
+from kvprune.errors import (
+    IncompatibleTransformersError,
+    PluginError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
 from kvprune.manager import CrossKVManager
 from kvprune.merging import merge_features
+from kvprune.policy import CrossKVPolicy
 from kvprune.selection import Selection
 
 __all__ = [
@@ -49,10 +55,12 @@ class ModelAdapter(ABC):
     Class attributes:
         family: What the family is called, for messages and tables.
         model_classes: Names of the transformers classes that it supports.
+        provides: What it can capture, by the names that policies use in `CrossKVPolicy.needs`.
     """
 
     family: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
+    provides: ClassVar[frozenset[str]] = frozenset({"queries", "raw_keys", "features"})
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -147,6 +155,20 @@ class ModelAdapter(ABC):
         self._restore.append(restore)
 
     @classmethod
+    def require_needs(cls, policy: CrossKVPolicy) -> None:
+        """Raise if a policy needs what this adapter does not provide.
+
+        Raises:
+            UnsupportedModelError: Naming the policy, the family, and what is missing.
+        """
+        if missing := policy.needs - cls.provides:
+            raise UnsupportedModelError(
+                f"policy {policy.name!r} needs {_listed(missing)}, which the {cls.family} adapter does not "
+                f"provide (it provides {_listed(cls.provides) or 'nothing'}); "
+                "use another policy, or another model"
+            )
+
+    @classmethod
     def require_probes(cls) -> None:
         """Raise if the installed transformers lacks something that the adapter relies on.
 
@@ -163,6 +185,10 @@ class ModelAdapter(ABC):
                 f"the installed transformers lacks what the {cls.family} adapter relies on: {details}. "
                 "A wrong number would be worse than none; run `kvprune doctor`"
             )
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

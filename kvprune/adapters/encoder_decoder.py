@@ -28,6 +28,7 @@ from kvprune.adapters.base import (
     probe_signatures,
 )
 from kvprune.adapters.column_mask import ColumnMask
+from kvprune.adapters.text_capture import TextCapture
 from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.caches import OneCrossLayer, open_for_prefill, open_layer, require_cache
@@ -52,6 +53,9 @@ class EncoderDecoderAdapter(ModelAdapter):
         query: Its attribute that projects queries, ``[B, T, Hq * D]``.
         key: Its attribute that projects keys, ``[B, S, Hkv * D]``.
         value: Its attribute that projects values, likewise.
+        self_attention: Attribute of a decoder layer that holds its self-attention, if that is a module of
+            the same kind, without rotation or relative positions; else "". Policies may look at it if
+            `provides` says "text".
     """
 
     modeling_module: ClassVar[str]
@@ -62,6 +66,7 @@ class EncoderDecoderAdapter(ModelAdapter):
     query: ClassVar[str] = "q_proj"
     key: ClassVar[str] = "k_proj"
     value: ClassVar[str] = "v_proj"
+    self_attention: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -71,6 +76,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._encoded: Tensor | None = None  # what the encoder read last
         self._prompt: int | None = None  # decoder tokens before the drafts of assisted decoding
         self._captured: dict[str, Tensor] = {}
+        self._text: TextCapture | None = None
         self._transient: CrossKVLayer | None = None  # stands in for a cache where there is none
         self._mask = ColumnMask(self._decoder.dtype)  # of the decoder call that runs now
 
@@ -168,6 +174,20 @@ class EncoderDecoderAdapter(ModelAdapter):
             layout=lambda: Layout.line(columns, states.device),
         )
         self._hook_prefill(self._manager.policy.needs, cached=cached)
+        if "text" in self._manager.policy.needs:
+            self._hook_text(named.get("attention_mask"), drafts, twins.copies, cached=cached)
+
+    def _hook_text(self, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
+        """Capture the self-attention of each decoder layer."""
+        assert self._manager is not None
+        modules = {
+            layer_idx: getattr(layer, self.self_attention)
+            for layer_idx, layer in enumerate(self._decoder.layers)
+        }
+        projections = self.query, self.key, self.value
+        name = self._manager.policy.name
+        self._text = TextCapture(name, modules, mask, drafts, copies, projections=projections)
+        self._text.hook(self, set(modules), cached=cached)
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether what this call projects will be read again."""
@@ -220,6 +240,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         if self._manager.in_prefill:
             self._transient = None
             self._captured = {}
+            self._text = None
             self.end_of_call()
             self._manager.end(completed=output is not None)
 
@@ -305,6 +326,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             queries=captured.pop("queries", None),
             raw_keys=raw_keys,
             features=captured.pop("features", None),
+            text=None if self._text is None else self._text.latest,
         )
         self._transient = None
 
@@ -338,6 +360,8 @@ class BartAdapter(EncoderDecoderAdapter):
     model_classes = ("BartForConditionalGeneration", "BartModel")
     modeling_module = "transformers.models.bart.modeling_bart"
     attention_class = "BartAttention"
+    self_attention = "self_attn"
+    provides = EncoderDecoderAdapter.provides | {"text"}
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
@@ -354,6 +378,8 @@ class WhisperAdapter(EncoderDecoderAdapter):
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
     modeling_module = "transformers.models.whisper.modeling_whisper"
     attention_class = "WhisperAttention"
+    self_attention = "self_attn"
+    provides = EncoderDecoderAdapter.provides | {"text"}
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ The hooks, in the order in which they run in a forward call (`docs/hooks.md` has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,7 @@ from kvprune.adapters.base import (
     probe_cache,
     probe_signatures,
 )
+from kvprune.adapters.text_capture import TextCapture
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
@@ -51,6 +52,7 @@ class MllamaAdapter(ModelAdapter):
 
     family = "Llama-3.2-Vision (Mllama)"
     model_classes = ("MllamaForConditionalGeneration", "MllamaModel")
+    provides = ModelAdapter.provides | {"text"}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -61,6 +63,7 @@ class MllamaAdapter(ModelAdapter):
         self._drafts = 0
         self._mask: TileMask | None = None  # of the forward call that runs now
         self._captured: dict[str, Tensor] = {}
+        self._capture: TextCapture | None = None
         self._transient: CrossKVLayer | None = None  # stands in for a cache where there is none
         self._manager: CrossKVManager | None = None
 
@@ -179,6 +182,20 @@ class MllamaAdapter(ModelAdapter):
             layout=self._layout(named, twins.copies),
         )
         self._hook_prefill(self._manager.policy.needs, cached=cached)
+        if "text" in self._manager.policy.needs:
+            self._hook_text(named.get("attention_mask"), drafts, twins.copies, cached=cached)
+
+    def _hook_text(self, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
+        """Capture the self-attention before each cross-attention layer."""
+        assert self._manager is not None
+        modules = {
+            layer_idx: layer.self_attn
+            for layer_idx, layer in enumerate(self._text.layers)
+            if layer_idx not in self._layer_indices
+        }
+        before = {max((i for i in modules if i < cross), default=-1) for cross in self._layer_indices}
+        self._capture = TextCapture(self._manager.policy.name, modules, mask, drafts, copies, _rotate)
+        self._capture.hook(self, before - {-1}, cached=cached)
 
     def _layout(self, named: dict[str, Any], copies: int) -> Callable[[], Layout] | None:
         """Return what tells where the new columns lie in their images; None if nobody says."""
@@ -231,6 +248,7 @@ class MllamaAdapter(ModelAdapter):
         if self._manager.in_prefill:
             self._transient = None
             self._captured = {}
+            self._capture = None
             self.end_of_call()
             self._manager.end(completed=output is not None)
 
@@ -316,13 +334,16 @@ class MllamaAdapter(ModelAdapter):
             layer.update(captured.pop("keys"), captured.pop("values"))
         else:
             layer = kwargs["past_key_values"].layers[module.layer_idx]
+        rank = self._layer_indices.index(module.layer_idx)
         manager.after_layer(
-            self._layer_indices.index(module.layer_idx),
+            rank,
             layer,
             scaling=module.cross_attn.scaling,
             queries=captured.pop("queries", None),
             raw_keys=captured.pop("raw_keys", None),
             features=captured.pop("features", None),
+            text=None if self._capture is None else self._capture.latest,
+            follows_text=rank < module.layer_idx,  # some layer before it is no cross-attention layer
         )
         self._transient = None
 
@@ -361,6 +382,20 @@ class MllamaAdapter(ModelAdapter):
                     "past_key_values",
                 ),
                 "MllamaTextCrossAttention": ("cross_attention_states", "attention_mask", "past_key_values"),
+                "MllamaTextSelfAttention": ("position_embeddings", "past_key_values"),
             },
         )
-        return [probe_cache(), *signatures]
+        from transformers.models.mllama import modeling_mllama  # here: it takes long to import
+
+        rotates = hasattr(modeling_mllama, "apply_rotary_pos_emb")
+        rotary = f"{'has' if rotates else 'lacks'} apply_rotary_pos_emb"
+        return [probe_cache(), *signatures, Probe("modeling_mllama", rotates, rotary)]
+
+
+def _rotate(queries: Tensor, keys: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Rotate as ``MllamaTextSelfAttention`` does."""
+    from transformers.models.mllama.modeling_mllama import apply_rotary_pos_emb
+
+    cos, sin = named["position_embeddings"]
+    rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(queries, keys, cos, sin)
+    return rotated

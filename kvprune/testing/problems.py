@@ -18,6 +18,7 @@ from kvprune.layout import Layout
 from kvprune.selection import Selection
 from kvprune.testing.reference import existing, slow_groups
 from kvprune.testing.tiny import mllama_inputs, tiny_bart, tiny_mllama
+from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView, View
 from kvprune.visibility import Visibility
 
@@ -115,6 +116,26 @@ class LayerProblem(_ShortRepr):
             policy_name=policy_name,
             captured_queries=self._draw("queries", self.query_heads, text_rows),
             captured_raw_keys=self._draw("raw keys", self.kv_heads, see.columns),
+            captured_text=self.text(policy_name),
+        )
+
+    def text(self, policy_name: str = "?") -> TextView:
+        """Draw the self-attention before the layer; each call draws the same one anew."""
+        text_rows = self.visibility().live.shape[1]
+        real = torch.ones(len(self.layouts), text_rows, dtype=torch.bool)
+        if self.family == "mllama":
+            for sample, text in enumerate(self.layouts):
+                real[sample, : text_rows - len(text)] = False
+        return TextView(
+            queries=self._draw("text queries", self.query_heads, text_rows),
+            keys=self._draw("text keys", self.kv_heads, text_rows),
+            values=self._draw("text values", self.kv_heads, text_rows),
+            real=real,
+            scaling=self.width**-0.5,
+            layer_idx=2 + 5 * self.rank,
+            rank=2 + 4 * self.rank,
+            num_layers=4 * self.num_layers,
+            policy_name=policy_name,
         )
 
     def features(self, policy_name: str = "?") -> FeatureView:
@@ -251,8 +272,17 @@ def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
             "values": cut(view.values),
             "captured_queries": None if queries is None else queries[one, :, first_row:],
             "captured_raw_keys": cut(view.captured_raw_keys),
+            "captured_text": None
+            if view.captured_text is None
+            else cut_text(view.captured_text, one, first_row),
         }
     return dataclasses.replace(view, **cuts)
+
+
+def cut_text(text: TextView, sample: slice, first: int) -> TextView:
+    """Return the text of one sample without the ``first`` rows and entries, which are padding."""
+    tensors = {name: getattr(text, name)[sample, :, first:].clone() for name in ("queries", "keys", "values")}
+    return dataclasses.replace(text, real=text.real[sample, first:], **tensors)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -91,3 +91,19 @@ class DoublesTheValues(CrossKVPolicy):
         with torch.no_grad():
             view.values.mul_(2)
         return Decision()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritesTheText(ScoringPolicy):
+    """Rotates the text's keys back in place, and leaves them so for decoding."""
+
+    name = "writes-the-text"
+    caught_by = ("KV10", "KV13")
+
+    @property
+    def needs(self):
+        return frozenset({"text"})
+
+    def score(self, view):
+        view.text.keys.add_(1)
+        return by_norm(view)

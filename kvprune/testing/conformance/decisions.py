@@ -51,8 +51,11 @@ def pose(policy: CrossKVPolicy, problem: LayerProblem) -> FeatureView | LayerVie
     if isinstance(policy, FeaturePolicy):
         return problem.features(policy.name)
     view = problem.view(policy.name)
+    fields = {field.name for field in dataclasses.fields(view)}
     unneeded: dict[str, Any] = {
-        f"captured_{what}": None for what in get_args(Need) if what not in policy.needs
+        field: None
+        for what in get_args(Need)
+        if what not in policy.needs and (field := f"captured_{what}") in fields
     }
     return dataclasses.replace(view, **unneeded)
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from kvprune.adapters.base import ModelAdapter
 from kvprune.policy import CrossKVPolicy
 from kvprune.testing.conformance import decisions, purity, surroundings
 from kvprune.testing.conformance.corners import LAYER_CORNERS, MODEL_CORNERS
 from kvprune.testing.conformance.isolation import isolated
-from kvprune.testing.conformance.report import Result
+from kvprune.testing.conformance.report import Result, Violation
 from kvprune.testing.conformance.reproduce import snippet
 from kvprune.testing.conformance.search import Finding, search
 from kvprune.testing.conformance.setting import Setting
@@ -29,6 +30,7 @@ class Lab:
         self._seed = seed
         self._examples = examples
         self._settings: dict[ModelProblem, Setting] = {}
+        self._left_out: dict[str, int] = {}  # problems that were not posed, by the reason why
 
     def check(
         self,
@@ -53,7 +55,9 @@ class Lab:
             return Result(id=row.id, title=row.title, outcome="not applicable", detail=reason)
         for setting in self._settings.values():
             setting.renew()  # what a policy did to a model is found by KV12, and disturbs no other row
+        self._left_out = {}
         posed, finding = self._search(row, list(policies.values()), problem)
+        posed -= sum(self._left_out.values())
         seconds = time.perf_counter() - start
         if finding is None:
             return Result(
@@ -62,7 +66,7 @@ class Lab:
                 outcome="passed",
                 problems=posed,
                 seconds=seconds,
-                detail=row.limits(),
+                detail="; ".join(filter(None, (row.limits(), *self._left_out))),
             )
         return Result(
             id=row.id,
@@ -122,11 +126,31 @@ class Lab:
 
     def _in_setting(self, check: ModelCheck) -> Callable[[CrossKVPolicy, ModelProblem], None]:
         def run(policy: CrossKVPolicy, problem: ModelProblem) -> None:
-            if problem not in self._settings:
-                self._settings[problem] = Setting.of(problem)
-            check(policy, self._settings[problem])
+            setting = self._setting(problem)
+            if missing := policy.needs - setting.adapter_class.provides:
+                self._leave_out(policy, setting.adapter_class, sorted(missing))
+            else:
+                check(policy, setting)
 
         return run
+
+    def _setting(self, problem: ModelProblem) -> Setting:
+        if problem not in self._settings:
+            self._settings[problem] = Setting.of(problem)
+        return self._settings[problem]
+
+    def _leave_out(self, policy: CrossKVPolicy, adapter: type[ModelAdapter], missing: list[str]) -> None:
+        """Note that a model cannot give a policy what it needs, or raise if none of the suite's can."""
+        one_of_each = {problem.model: problem for problem in MODEL_CORNERS}.values()
+        adapters = [self._setting(problem).adapter_class for problem in one_of_each]
+        if not any(policy.needs <= other.provides for other in adapters):
+            families = ", ".join(other.family for other in adapters)
+            raise Violation(
+                f"a model that provides what {policy.name!r} needs, {sorted(policy.needs)}",
+                f"none of those of the suite does ({families})",
+            )
+        note = f"not checked on {adapter.family}, which does not provide {', '.join(missing)}"
+        self._left_out[note] = self._left_out.get(note, 0) + 1
 
 
 def _given(problem: Any, corners: tuple[Any, ...], kind: type) -> list[Any]:

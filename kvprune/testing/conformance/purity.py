@@ -18,6 +18,7 @@ from kvprune.testing.conformance.decisions import answer, pose
 from kvprune.testing.conformance.report import Violation
 from kvprune.testing.problems import LayerProblem, cut_to_sample
 from kvprune.testing.reference import kept_sets, same_by_head, takers
+from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView
 
 __all__ = [
@@ -96,6 +97,9 @@ def _tensors(view: FeatureView | LayerView) -> dict[str, torch.Tensor]:
         **{field.name.removeprefix("captured_"): getattr(view, field.name) for field in fields(view)},
         **{f"visibility.{field.name}": getattr(see, field.name) for field in fields(see)},
     }
+    text = found.get("text")
+    if isinstance(text, TextView):
+        found |= {f"text.{field.name}": getattr(text, field.name) for field in fields(text)}
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
@@ -122,7 +126,7 @@ def check_references(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     reference = weakref.ref(view)
     watched["itself"] = lambda: reference() is None
     answer(policy, view)
-    del view, tensor
+    del view, tensor  # and with the view, its text
     if not all(gone() for gone in watched.values()):
         gc.collect()  # perhaps only a cycle of an exception or a closure
     alive = [name for name, gone in watched.items() if not gone()]

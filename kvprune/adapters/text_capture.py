@@ -1,0 +1,156 @@
+"""Captures what the text's self-attention sees in one prefill, for policies that need "text".
+
+Self-attention modules of transformers project with three linear layers, rotate (or do not), update the cache
+and attend. Queries are taken where they are projected, and rotated with the model's own function; keys and
+values come from the cache, where those of earlier turns are, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+
+from kvprune.adapters.base import ModelAdapter, named_arguments
+from kvprune.errors import UnsupportedCacheError
+from kvprune.text_view import TextView
+
+__all__ = ["Rotate", "TextCapture"]
+
+Rotate = Callable[[Tensor, Tensor, Mapping[str, Any]], tuple[Tensor, Tensor]]
+"""Rotates queries and keys, ``[B, H, T, D]`` each, with the arguments of the module's forward call."""
+
+
+@dataclass
+class TextCapture:
+    """What self-attention modules see in one forward call.
+
+    Args:
+        policy_name: For messages.
+        modules: The self-attention modules by layer index, in order: all that the decoder has.
+        mask: int or bool ``[B, tokens so far]``, zero at padding, drafts included; or ``[B, 1, T, tokens]``
+            as it enters attention, boolean or additive; None where there is none.
+        drafts: Draft tokens at the end, which are left out.
+        copies: Consecutive rows of the batch that are equal.
+        rotate: Rotates queries and keys; None in models that do not.
+        projections: What a module calls those to queries, keys and values.
+    """
+
+    policy_name: str
+    modules: Mapping[int, Any]
+    mask: Tensor | None
+    drafts: int = 0
+    copies: int = 1
+    rotate: Rotate | None = None
+    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
+    latest: TextView | None = field(default=None, init=False)
+    _projected: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    _names: ClassVar[tuple[str, str, str]] = ("queries", "keys", "values")
+
+    def hook(self, adapter: ModelAdapter, layers: set[int], *, cached: bool) -> None:
+        """Hook some layers for one forward call.
+
+        Args:
+            adapter: Removes the hooks when the call ends.
+            layers: Indices of the layers that are captured.
+            cached: Whether keys and values can be read from a cache.
+        """
+        for layer_idx in sorted(layers):
+            module = self.modules[layer_idx]
+            for name, projection in zip(self._names, self.projections, strict=True):
+                if name == "queries" or not cached:
+                    adapter.after(getattr(module, projection), self._catch(module, name), for_one_call=True)
+            adapter.after(module, self._look(layer_idx), for_one_call=True)
+
+    def _catch(self, module: Any, name: str) -> Callable[..., None]:
+        heads = module.num_heads
+        if name != "queries":
+            heads = getattr(module, "num_key_value_heads", heads)
+
+        def catch(projection: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            self._projected[name] = rearrange(output, "b t (h d) -> b h t d", h=heads)
+
+        return catch
+
+    def _look(self, layer_idx: int) -> Callable[..., None]:
+        def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.latest = self._view(layer_idx, module, named_arguments(module, args, kwargs))
+
+        return look
+
+    def _view(self, layer_idx: int, module: Any, named: Mapping[str, Any]) -> TextView:
+        queries = self._projected.pop("queries")
+        fresh = self._projected.pop("keys", None)
+        if self.rotate is not None:
+            queries, rotated = self.rotate(queries, queries[:, :0] if fresh is None else fresh, named)
+            fresh = None if fresh is None else rotated
+        if fresh is None:
+            keys, values = self._cached(named["past_key_values"], layer_idx)
+        else:
+            keys, values = fresh, self._projected.pop("values")
+        entries, one = keys.shape[2], slice(None, None, self.copies)
+        real = self._real(entries, keys)
+        last, end = queries.shape[2] - self.drafts, entries - self.drafts
+        return TextView(
+            queries=queries[one, :, :last],
+            keys=keys[one, :, :end],
+            values=values[one, :, :end],
+            real=real[one, :end],
+            scaling=module.scaling,
+            layer_idx=layer_idx,
+            rank=list(self.modules).index(layer_idx),
+            num_layers=len(self.modules),
+            policy_name=self.policy_name,
+        )
+
+    def _cached(self, cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that a layer has attended to."""
+        flat = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        layer = flat.layers[layer_idx]
+        if type(layer) is StaticLayer:  # as long as it may become
+            seen = int(layer.get_seq_length())
+            held: tuple[Tensor, Tensor] = cast(Any, layer).keys, cast(Any, layer).values
+            return held[0][:, :, :seen], held[1][:, :, :seen]
+        if type(layer) is not DynamicLayer:
+            raise UnsupportedCacheError(
+                f"policy {self.policy_name!r} looks at text, but {type(flat).__name__} holds it in a "
+                f"{type(layer).__name__}, whose keys cannot be read; generate with the default cache"
+            )
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        return keys, values
+
+    def _real(self, entries: int, keys: Tensor) -> Tensor:
+        """Return which entries are no padding, bool ``[B, entries]``."""
+        mask = self.mask
+        if mask is None:
+            return torch.ones(keys.shape[0], entries, dtype=torch.bool, device=keys.device)
+        if mask.ndim == 4:
+            return self._from_rows(mask, entries).to(keys.device)
+        if mask.ndim != 2 or mask.shape[1] < entries:
+            raise UnsupportedCacheError(
+                f"policy {self.policy_name!r} looks at text, so attention_mask must be [B, tokens] over "
+                f"the whole conversation of {entries} tokens, with zeros at padding, got {list(mask.shape)}"
+            )
+        return mask[:, -entries:].to(keys.device).bool()
+
+    def _from_rows(self, mask: Tensor, entries: int) -> Tensor:
+        """Return the same from a mask by row, ``[B, 1, T, at least entries]``, as static caches need it."""
+        allowed = mask if mask.dtype == torch.bool else mask >= 0
+        allowed = allowed[:, :, :, :entries]
+        real = allowed.any(2)[:, 0]
+        causal = torch.ones(mask.shape[2], entries, dtype=torch.bool, device=mask.device)
+        causal = causal.tril(entries - mask.shape[2])
+        if not torch.equal(allowed, (causal & real[:, None])[:, None]):
+            raise UnsupportedCacheError(
+                f"policy {self.policy_name!r} looks at text, so attention_mask must be causal, without "
+                "padding; this one hides more, or less; pass a mask [B, tokens] with zeros at padding"
+            )
+        return real

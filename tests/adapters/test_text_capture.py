@@ -1,0 +1,190 @@
+"""What adapters show of the text, against the attention of the untouched model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from families import inputs_of, model_of
+from generation import generate, mllama
+from transformers import DynamicCache
+
+import kvprune
+from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
+from kvprune.session import Compression
+from kvprune.testing import mllama_inputs, tiny_mllama
+from kvprune.testing.conformance.calls import forward
+
+SEEN: list = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader(kvprune.CrossKVPolicy):
+    """Notes each view and decides nothing."""
+
+    name = "reader"
+
+    @property
+    def needs(self):
+        return frozenset({"text"})
+
+    def select(self, view):
+        SEEN.append(view)
+        return kvprune.Decision()
+
+
+@pytest.fixture
+def seen():
+    SEEN.clear()
+    yield SEEN
+    SEEN.clear()
+
+
+def attention_of(model, run):
+    """Self-attention weights of the untouched model by layer, while a function runs."""
+    weights, handles = {}, []
+    if model.config.is_encoder_decoder:
+        modules = {i: layer.self_attn for i, layer in enumerate(model.get_decoder().layers)}
+    else:
+        layers = model.model.language_model.layers
+        modules = {i: layer.self_attn for i, layer in enumerate(layers) if hasattr(layer, "self_attn")}
+    for layer_idx, module in modules.items():
+
+        def note(module, args, output, layer_idx=layer_idx):
+            weights[layer_idx] = output[1]
+
+        handles.append(module.register_forward_hook(note))
+    with torch.no_grad():
+        run()
+    for handle in handles:
+        handle.remove()
+    return weights
+
+
+def require_attention(views, weights, copies=1, drafts=0):
+    """Each view gives the model's own attention, row by row, and knows what is padding."""
+    for view in views:
+        truth = weights[view.text.layer_idx][::copies]
+        rows = torch.arange(view.text.rows).expand(view.batch, -1)
+        got = view.text.attention_of(rows)
+        truth = truth[:, :, : truth.shape[2] - drafts, : truth.shape[3] - drafts]
+        assert got.shape == truth.shape
+        real = view.text.real_rows[:, None, :, None]
+        assert torch.where(real, got - truth, 0).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("family", ["Mllama", "BART", "Whisper"])
+def test_text_gives_the_models_attention(family, cached, seen):
+    model, inputs = model_of(family, torch.float32, "eager"), inputs_of(family, dtype=torch.float32)
+    if family != "Mllama":
+        ids = torch.randint(4, 60, (3, 5), generator=torch.Generator().manual_seed(0))
+        mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+        inputs = {**inputs, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+    weights = attention_of(model, lambda: model(**inputs, use_cache=cached))
+    with kvprune.compress(model, Reader()), torch.no_grad():
+        model(**inputs, use_cache=cached)
+    require_attention(seen, weights)
+    expected = {"Mllama": [0, 2, 4]}.get(family, [0, 1, 2])
+    assert [view.text.layer_idx for view in seen] == expected
+    assert [view.text.rank for view in seen] == ([0, 1, 2])
+    assert seen[0].text.num_layers == {"Mllama": 4}.get(family, 3)
+    assert not model.training
+    if family == "Mllama":
+        assert (seen[0].text.real == inputs["attention_mask"].bool()).all()
+
+
+def test_copies_of_a_sample_are_shown_once(seen):
+    model, inputs = model_of("Mllama", torch.float32, "eager"), inputs_of("Mllama", dtype=torch.float32)
+    weights = attention_of(model, lambda: model(**inputs))
+    with kvprune.compress(model, Reader()):
+        generate(model, inputs, steps=2, num_beams=3)
+    assert len(seen) == 3
+    assert seen[0].batch == seen[0].text.batch == 3
+    require_attention(seen, weights)
+
+
+def test_draft_rows_are_left_out(seen):
+    model, inputs = model_of("Mllama", torch.float32, "eager"), mllama_inputs(("tt4tttt",))
+    weights = attention_of(model, lambda: model(**inputs))
+    with kvprune.compress(model, Reader()), torch.no_grad():
+        model(**inputs, logits_to_keep=3)
+    require_attention(seen, weights, drafts=2)
+    assert seen[0].text.rows == seen[0].text.entries == 5
+
+
+def test_a_later_turn_sees_earlier_text(seen):
+    model = model_of("Mllama", torch.float32, "eager")
+    whole = mllama_inputs(("tt4tt1tt", "t1tt2tt"))
+    text = ("input_ids", "attention_mask", "cross_attention_mask")
+    image = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    first = {k: whole[k][:, :5] for k in text} | {k: whole[k][:, :1] for k in image}
+    first["cross_attention_mask"] = first["cross_attention_mask"][:, :, :1]
+    second = {k: whole[k][:, 5:] if k == "input_ids" else whole[k] for k in text}
+    second |= {k: whole[k][:, 1:] for k in image}
+
+    def turns():
+        cache = DynamicCache(config=model.config.text_config)
+        model(**first, past_key_values=cache)
+        SEEN.clear()
+        model(**second, past_key_values=cache)
+
+    weights = attention_of(model, turns)
+    with kvprune.compress(model, Reader()), torch.no_grad():
+        turns()
+    assert (seen[0].text.rows, seen[0].text.entries) == (3, 8)
+    assert seen[0].text.real.tolist() == whole["attention_mask"].bool().tolist()
+    require_attention(seen, weights)
+
+
+def test_the_first_layer_of_a_decoder_follows_no_text(seen):
+    model = tiny_mllama(1, cross_layers=(0, 1, 3))
+    with kvprune.compress(model, Reader()), torch.no_grad():
+        model(**mllama_inputs(("t4tt",)))
+    for view in seen[:2]:
+        with pytest.raises(UnsupportedModelError, match="first of the decoder"):
+            view.text  # noqa: B018
+    assert seen[2].text.layer_idx == 2
+
+
+def test_hooks_are_gone_after_prefill(seen):
+    model, inputs = mllama(), mllama_inputs(("tt4tt",))
+    with kvprune.compress(model, Reader()), torch.no_grad():
+        model(**inputs)
+        for module in model.modules():
+            assert not any("TextCapture" in repr(hook) for hook in module._forward_hooks.values())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_text_that_cannot_be_read_is_refused(seen):
+    model, inputs = mllama(), mllama_inputs(("tt4tt",))
+    with kvprune.compress(model, Reader()), torch.no_grad():
+        everything = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+        with pytest.raises(UnsupportedCacheError, match="must be causal"):
+            model(**{**inputs, "attention_mask": everything})
+        window = everything.tril() & everything.triu(-2)
+        with pytest.raises(UnsupportedCacheError, match="must be causal"):
+            model(**{**inputs, "attention_mask": window})
+        model(**{**inputs, "attention_mask": everything.tril()})
+    assert seen[-1].text.real.all()
+
+
+def test_a_static_cache_is_read_as_far_as_it_is_filled(seen):
+    model, inputs = model_of("BART", torch.float32, "eager"), inputs_of("BART", dtype=torch.float32)
+    weights = attention_of(model, lambda: forward(model, inputs))
+    with kvprune.compress(model, Reader()):
+        generate(model, inputs, steps=3, cache_implementation="static")
+    require_attention(seen, weights)
+
+
+def test_an_adapter_that_does_not_provide_is_refused_at_once():
+    class Plain(MllamaAdapter):
+        provides = frozenset({"queries"})
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"'reader' needs 'text', which the .*\(it provides 'queries'\)"
+    ):
+        Compression(Plain(mllama()), Reader(), 0)
+    assert isinstance(Compression(MllamaAdapter(mllama()), Reader(), 0).policy, Reader)
