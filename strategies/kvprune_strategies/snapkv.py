@@ -29,8 +29,8 @@ class SnapKV(ScoringPolicy):
         pool: Which tokens are neighbours. "1d": those next to each other in the cache, within one tile, its
             class token at the head of the line. "2d": a square of kernel x kernel patches of the image,
             across the borders of its tiles; class tokens keep their own score and are nobody's neighbours.
-            "none": no pooling. "1d" is what was published; on the embedded demo, whose digits are smaller
-            than the window, "1d" does better than "2d", and "none" better than both.
+            "none": no pooling. "1d" is what was published; on the embedded demo it does better than "2d", and
+            "none" does better than both.
         reduction: "avg" or "max" over neighbours.
 
     Deviations: no causal mask within the window and no part of the budget for it, because the window is text
