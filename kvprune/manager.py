@@ -306,6 +306,8 @@ class CrossKVManager:
             decision = self._ask(view, lambda: policy.choose(view))
         check_decision(decision, view, self.policy.name)
         prefill.record.chosen(watch)
+        if decision.note:
+            self.report.warn(decision.note)
         if decision.onward is not None:
             prefill.onward = compose(None, decision.onward)
 
@@ -339,6 +341,8 @@ class CrossKVManager:
         layer_idx = view.layer_idx
         check_decision(decision, view, self.policy.name)
         assert isinstance(decision, Decision)
+        if decision.note:
+            self.report.warn(decision.note)
         merge = None
         with torch.no_grad():
             if not prefill.cached:

@@ -6,6 +6,7 @@ device, and nothing ever holds a [B, H, T, S] tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,9 +18,12 @@ from kvprune.selection import Budget
 from kvprune.visibility import Visibility
 
 __all__ = [
+    "attention_density",
     "attention_mass",
     "by_kv_head",
     "each_stratum",
+    "group_counts",
+    "in_keeping_order",
     "keep_top",
     "last_rows",
     "limits",
@@ -56,19 +60,88 @@ def attention_mass(
     Cost: one product of queries and keys. Alive at a time: 64 rows of one KV head's query heads, about
     13 MiB at S = 6404 with four query heads to a KV head. One host transfer per sample.
     """
-    batch, query_heads, _, _ = queries.shape
+    batch, query_heads = queries.shape[:2]
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    mass = torch.zeros(batch, query_heads, keys.shape[2], dtype=dtype, device=keys.device)
+    for sample, heads, weights, _ in _logits(queries, keys, visibility, scaling, rows):
+        # In place: the softmax must not double what is alive.
+        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+        weights.div_(weights.sum(-1, keepdim=True))
+        mass[sample, heads] += weights.sum(1)
+    return mass
+
+
+def attention_density(
+    queries: Tensor,
+    keys: Tensor,
+    visibility: Visibility,
+    scaling: float,
+    threshold: float,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Return which fraction of attention weights is not small, by query head: 1 - sparsity.
+
+    A weight of a live row counts if it is at least ``threshold`` times the row's largest one. Rows and
+    columns that see each other are the pairs that there are; scaling a row's weights changes nothing.
+
+    Args:
+        queries: As for `attention_mass`, and so are the next three.
+        keys: See there.
+        visibility: See there.
+        scaling: See there.
+        threshold: In (0, 1].
+        columns: bool ``[B, S]``, look at these only, for a row's largest weight, too; at all by default.
+
+    Returns:
+        float64 ``[B, Hq]`` in [0, 1]; 0 where there is no pair, NaN where logits are not finite.
+
+    Cost: that of `attention_mass`.
+    """
+    batch, query_heads = queries.shape[:2]
+    large = torch.zeros(batch, query_heads, dtype=torch.float64, device=keys.device)
+    pairs = torch.zeros_like(large)
+    for sample, heads, logits, seen in _logits(queries, keys, visibility, scaling):
+        if columns is not None:
+            seen = seen & columns[sample]
+            logits.masked_fill_(~seen, -torch.inf)
+        # The softmax of a row is monotone, so its weights need not be computed.
+        largest = logits.amax(-1, keepdim=True)
+        above = ((logits >= largest + math.log(threshold)) & seen).sum((-1, -2)).double()
+        broken = (largest.isnan() | (largest == torch.inf)).any(-2).squeeze(-1)
+        large[sample, heads] += above.masked_fill(broken, torch.nan)
+        pairs[sample, heads] += seen.sum()
+    return large / pairs.clamp(min=1)
+
+
+def _logits(
+    queries: Tensor, keys: Tensor, visibility: Visibility, scaling: float, rows: Tensor | None = None
+) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Yield attention logits of live rows in chunks that may be written to.
+
+    Args:
+        queries: As for `attention_mass`, and so are the others.
+        keys: See there.
+        visibility: See there.
+        scaling: See there.
+        rows: See there.
+
+    Yields:
+        The sample, a run of query heads, their logits ``[heads, rows, S]`` with -inf where a row does not
+        see a column, and what it sees, bool ``[rows, S]``.
+    """
+    batch = len(queries)
     kv_heads, columns = keys.shape[1], keys.shape[2]
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
     counted = visibility.seeing if rows is None else visibility.seeing & rows
-    mass = torch.zeros(batch, kv_heads, query_heads // kv_heads, columns, dtype=dtype, device=keys.device)
     units = visibility.units.expand(batch, -1)
     grouped = rearrange(queries, "b (h g) t d -> b h g t d", h=kv_heads)
+    group = grouped.shape[2]
     for sample in range(batch):
         chosen = counted[sample].nonzero().squeeze(1)
         if len(chosen) == 0:
             continue
         heads_per_chunk = max(
-            1, _ELEMENTS_PER_CHUNK // max(1, grouped.shape[2] * min(len(chosen), _ROWS_PER_CHUNK) * columns)
+            1, _ELEMENTS_PER_CHUNK // max(1, group * min(len(chosen), _ROWS_PER_CHUNK) * columns)
         )
         seen = visibility.rows[sample].expand(queries.shape[2], -1)
         for rows_now in chosen.split(_ROWS_PER_CHUNK):
@@ -79,13 +152,9 @@ def attention_mass(
                 heads = slice(first, first + heads_per_chunk)
                 packed = rearrange(grouped[sample, heads][:, :, rows_now], "h g t d -> h (g t) d")
                 logits = packed.to(dtype).mul_(scaling) @ keys[sample, heads].to(dtype).mT
-                weights = rearrange(logits, "h (g t) s -> h g t s", t=len(rows_now))
-                # In place: the softmax must not double what is alive.
-                weights.masked_fill_(~visible, -torch.inf)
-                weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-                weights.div_(weights.sum(-1, keepdim=True))
-                mass[sample, heads] += weights.sum(2)
-    return rearrange(mass, "b h g s -> b (h g) s")
+                logits = rearrange(logits, "h (g t) s -> (h g) t s", t=len(rows_now))
+                query_heads = slice(first * group, first * group + len(logits))
+                yield sample, query_heads, logits.masked_fill_(~visible, -torch.inf), visible
 
 
 def rank_within(scores: Tensor, strata: Tensor, first: Tensor | None = None) -> Tensor:
@@ -164,22 +233,63 @@ def keep_top(scores: Tensor, strata: Tensor, limit: Tensor, visibility: Visibili
     Args:
         scores: ``[B, H, S]``, higher is better.
         strata: int64 ``[B, S]``; columns of stratum -1 are never kept.
-        limit: int64 ``[B, S]``, how many columns of the column's stratum are kept (see `limits`).
+        limit: int64 ``[B, S]``, how many columns of the column's stratum are kept (see `limits`), or
+            ``[B, H, S]`` where heads keep different numbers.
         visibility: Of the same columns.
 
     Returns:
         bool ``[B, H, S]``, the kept columns.
     """
     eligible = (strata >= 0)[:, None]
-    first = None
-    if visibility.has_several_groups:
-        groups = torch.where(strata >= 0, visibility.groups, -1)
-        first = (rank_within(scores, groups) == 0) & (groups >= 0)[:, None]
-    kept = (rank_within(scores, strata, first) < limit[:, None]) & eligible
+    rank, first = _keeping_order(scores, strata, visibility)
+    kept = (rank < (limit[:, None] if limit.ndim == 2 else limit)) & eligible
     if first is not None:
         kept |= first
     kept[..., 0] |= ~eligible.any(-1)
     return kept
+
+
+def in_keeping_order(scores: Tensor, strata: Tensor, visibility: Visibility) -> Tensor:
+    """Return scores in the order in which `keep_top` keeps columns of one stratum, ``[B, H, S]``.
+
+    Args:
+        scores: ``[B, H, S]``.
+        strata: int64 ``[B, S]``, 0 for columns that may be kept and -1 for others; these come last, as the
+            lowest number.
+        visibility: Of the same columns.
+    """
+    rank, _ = _keeping_order(scores, strata, visibility)
+    others = (strata < 0)[:, None].expand_as(rank)
+    # Ranks of other columns mean nothing: they are written to a place that is cut off.
+    width = scores.shape[-1]
+    lowest = torch.finfo(scores.dtype).min
+    ordered = scores.new_full((*scores.shape[:2], width + 1), lowest)
+    return ordered.scatter_(-1, rank.masked_fill(others, width), scores)[..., :width]
+
+
+def group_counts(strata: Tensor, visibility: Visibility) -> Tensor:
+    """Return how many columns a sample must keep, one for each visibility group, int64 ``[B]``.
+
+    Args:
+        strata: int64 ``[B, S]``; columns of stratum -1 are not counted.
+        visibility: Of the same columns.
+
+    Returns:
+        At least 1 where a sample has columns that count, and 0 where it has none.
+    """
+    counted = strata >= 0
+    groups = torch.where(counted, visibility.groups, -1)
+    present = groups.new_zeros(len(groups), len(visibility.images) + 1).scatter_(-1, groups + 1, 1)
+    return present[:, 1:].sum(-1).clamp(min=counted.any(-1).to(torch.int64))
+
+
+def _keeping_order(scores: Tensor, strata: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor | None]:
+    """Return the rank by which columns of a stratum are kept, and which are the first of their groups."""
+    first = None
+    if visibility.has_several_groups:
+        groups = torch.where(strata >= 0, visibility.groups, -1)
+        first = (rank_within(scores, groups) == 0) & (groups >= 0)[:, None]
+    return rank_within(scores, strata, first), first
 
 
 def pool_heads(scores: Tensor) -> Tensor:

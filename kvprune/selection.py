@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -242,18 +242,22 @@ class Decision:
         onward: Columns of this layer's view that later cross-attention layers still receive: they project,
             attend to and store only these. None leaves them as they are. The heads of different layers do
             not correspond, so this one is shared by heads (second axis 1).
+        note: What a user should know about the decision; it becomes a warning of the report, each text once.
 
     A selection that merges lets dropped columns live on in kept ones: in ``cache`` as sums of keys and of
     values, in ``onward`` as sums of the features from which later layers make their keys and values.
 
     Raises:
-        SelectionError: If ``onward`` differs by head.
+        SelectionError: If ``onward`` differs by head, or the note is no text.
     """
 
     cache: Selection | None = None
     onward: Selection | None = None
+    note: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.note, str):
+            raise SelectionError(f"the note of a decision is text, got {type(self.note).__name__}")
         if self.onward is not None and self.onward.indices.shape[1] != 1:
             raise SelectionError(
                 "KV01: what later layers receive is shared by heads, indices [B, 1, K], "

@@ -250,10 +250,28 @@ class LayerView(View):
             ScoreError: If attention is not finite: the model's activations are NaN or overflow.
         """
         mass = scoring.attention_mass(self.queries, self.keys, self.visibility, self.scaling, rows)
-        if not bool(mass.isfinite().all()):
+        return self._finite(mass, "pairs of head and token, so nothing can be ranked")
+
+    def attention_density(self, threshold: float, columns: Tensor | None = None) -> Tensor:
+        """Fraction of attention weights that are not small, float64 ``[B, Hq]``: 1 - sparsity.
+
+        Args:
+            threshold: A weight counts if it is at least this times the largest one of its row, in (0, 1].
+            columns: bool ``[B, S]``, to look at these only.
+
+        Raises:
+            ScoreError: If attention is not finite: the model's activations are NaN or overflow.
+        """
+        density = scoring.attention_density(
+            self.queries, self.keys, self.visibility, self.scaling, threshold, columns
+        )
+        return self._finite(density, "heads, so their sparsity is unknown")
+
+    def _finite(self, tensor: Tensor, what: str) -> Tensor:
+        if not bool(tensor.isfinite().all()):
             raise ScoreError(
                 f"policy {self.policy_name!r} {self.where}: attention is NaN or infinite for "
-                f"{int((~mass.isfinite()).sum())} of {mass.numel()} pairs of head and token, so nothing can "
-                f"be ranked; the model's queries or keys ({self.keys.dtype}) are not finite, or overflow"
+                f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} {what}; "
+                f"the model's queries or keys ({self.keys.dtype}) are not finite, or overflow"
             )
-        return mass
+        return tensor

@@ -269,3 +269,29 @@ def test_nobody_pays_for_features_that_nobody_needs(family):
 def test_a_prefill_policy_asked_about_one_layer_decides_as_if_there_were_no_other(visibility):
     view, late = make_view(visibility), Late()
     assert late.select(view) == late.conclude([view], [late.observe(view)])[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remarking(kvprune.FeaturePolicy):
+    """Decides nothing, and has something to say at each moment."""
+
+    name = "remarking"
+
+    def choose(self, view):
+        return Decision(note="before all layers")
+
+    def select(self, view):
+        return Decision(note="after a layer")
+
+
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_notes_on_decisions_are_warnings_of_the_report(family):
+    model, inputs = model_of(family), inputs_of(family, "one")
+    _, _, run = compressed(model, inputs, Remarking())
+    assert run.report.warnings == ("before all layers", "after a layer")
+
+
+def test_a_note_is_text_and_no_part_of_what_is_decided():
+    assert Decision(note="why") == Decision()
+    with pytest.raises(SelectionError, match="note of a decision is text, got list"):
+        Decision(note=["why"])

@@ -1,5 +1,6 @@
 """Attention mass against plain loops; ranks, limits and keeping the top against their definitions."""
 
+import dataclasses
 import math
 
 import pytest
@@ -390,3 +391,77 @@ def test_query_heads_of_one_kv_head_are_consecutive():
     scores = torch.tensor([[[1.0], [3.0], [10.0], [20.0]]])
     assert scoring.by_kv_head(scores, 2).tolist() == [[[2.0], [15.0]]]
     assert torch.equal(scoring.by_kv_head(scores, 4), scores)
+
+
+# attention_density
+
+
+def slow_density(view, sample, head, threshold, columns):
+    """Fraction of pairs of live row and column whose weight is at least a fraction of the row's largest."""
+    kv_head = head // (view.captured_queries.shape[1] // view.keys.shape[1])
+    keys = view.keys[sample, kv_head].double().tolist()
+    large = pairs = 0
+    for row in live_rows(view.visibility, sample):
+        query = view.captured_queries[sample, head, row].double().tolist()
+        seen = sorted(seen_by_row(view.visibility, sample, row) & columns)
+        products = [math.fsum(q * k for q, k in zip(query, keys[c], strict=True)) for c in seen]
+        weights = [math.exp(view.scaling * (product - max(products))) for product in products]
+        large += sum(weight / math.fsum(weights) >= threshold / math.fsum(weights) for weight in weights)
+        pairs += len(seen)
+    return large / pairs if pairs else 0.0
+
+
+@given(anything, st.sampled_from([0.05, 0.3, 0.9]), st.integers(0, 3), st.booleans())
+def test_density_counts_the_pairs_that_are_not_small_beside_the_largest_of_their_row(
+    visibility, threshold, seed, every_column
+):
+    view = make_view(visibility, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    columns = torch.rand(visibility.batch, visibility.columns, generator=random) < 0.7
+    density = scoring.attention_density(
+        view.queries, view.keys, visibility, view.scaling, threshold, None if every_column else columns
+    )
+    for sample in range(visibility.batch):
+        counted = set(range(visibility.columns))
+        if not every_column:
+            counted = set(columns[sample].nonzero().flatten().tolist())
+        for head in range(4):
+            expected = slow_density(view, sample, head, threshold, counted)
+            assert float(density[sample, head]) == pytest.approx(expected, abs=1e-12)
+
+
+@given(conversations(), st.integers(0, 3))
+def test_density_does_not_depend_on_the_order_of_columns(visibility, seed):
+    view = make_view(visibility, seed=seed)
+    order = torch.randperm(visibility.columns, generator=torch.Generator().manual_seed(seed))
+    moved = dataclasses.replace(visibility, units=visibility.units[:, order])
+    one, other = (
+        scoring.attention_density(view.queries, keys, see, view.scaling, 0.3)
+        for keys, see in ((view.keys, visibility), (view.keys[:, :, order], moved))
+    )
+    assert torch.equal(one, other)
+
+
+def test_density_of_even_rows_is_one_and_of_rows_with_one_token_the_least():
+    visibility = make_visibility([[[1, 0]] * 70], [5, 3])  # more rows than a chunk has
+    view = make_view(visibility)
+
+    def density(keys):
+        return scoring.attention_density(view.queries, keys, visibility, view.scaling, 0.01)
+
+    assert torch.equal(density(view.keys * 0), torch.ones(1, 4, dtype=torch.float64))
+    peaked = torch.where(torch.arange(8)[:, None] == 2, 1e6 * view.keys, 0 * view.keys)
+    peaked[:, :, 2] = peaked[:, :, 2].abs()
+    queries = view.queries.abs()
+    only = scoring.attention_density(queries, peaked, visibility, view.scaling, 0.01)
+    assert torch.equal(only, torch.full((1, 4), 1 / 5, dtype=torch.float64))
+
+
+def test_density_of_what_is_not_finite_is_no_number():
+    visibility = make_visibility([[[1]] * 2], 5)
+    view = make_view(visibility)
+    for value in (torch.nan, torch.inf):
+        keys = view.keys.clone()
+        keys[0, 0, 3, 0] = value
+        density = scoring.attention_density(view.queries.abs(), keys, visibility, view.scaling, 0.01)
+        assert density.isnan().tolist() == [[True, True, False, False]]

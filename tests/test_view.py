@@ -119,3 +119,5 @@ def test_attention_that_is_not_finite_is_a_typed_error(size):
     huge = dataclasses.replace(view, keys=view.keys * size, captured_queries=view.queries * size)
     with pytest.raises(ScoreError, match=r"layer 3: attention is NaN or infinite for \d+ of 16 pairs"):
         huge.attention_mass()
+    with pytest.raises(ScoreError, match=r"layer 3: attention is NaN or infinite for \d+ of 4 heads"):
+        huge.attention_density(0.01)
