@@ -21,6 +21,9 @@ from kvprune.selection import Budget
 
 __all__ = ["PrefillRecord", "Stopwatch"]
 
+_ROUNDING = 1e-6
+"""Of a mean of whole numbers over heads and layers; one token too many in one layer is more than that."""
+
 
 class Stopwatch:
     """Seconds that a block takes, on the device where its work is done."""
@@ -146,7 +149,8 @@ class PrefillRecord:
             report: To add to.
             visible: bool ``[R, S]``, what decoding can see.
             budget: What each sample was to keep exactly, if the policy has such a budget.
-            scope: Over what the budget is exact; "model" is the mean over layers.
+            scope: Over what the budget is exact: each "head" and the mean over heads of a "layer" are counted
+                by layer, "model" is the mean over layers.
         """
         decided = {index: layer for index, layer in self._layers.items() if layer.kept is not None}
         before = {layer.layer_idx: layer.decisions for layer in report.layers}
@@ -168,9 +172,9 @@ class PrefillRecord:
             self.cached
             and budget is not None
             and any(
-                round(fraction) > budget.resolve(total)
+                tokens > budget.resolve(total) + _ROUNDING
                 for by_sample in counted
-                for fraction, total in zip(by_sample, seen, strict=True)
+                for tokens, total in zip(by_sample, seen, strict=True)
                 if total
             )
         ):

@@ -295,3 +295,27 @@ def test_a_note_is_text_and_no_part_of_what_is_decided():
     assert Decision(note="why") == Decision()
     with pytest.raises(SelectionError, match="note of a decision is text, got list"):
         Decision(note=["why"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneTooMany(Late):
+    """Keep one token more in the last layer than its budget says."""
+
+    name = "one-too-many"
+
+    def conclude(self, views, observed):
+        decisions = super().conclude(views, observed)
+        kept = decisions[-1].cache.to_mask()
+        kept |= (~kept).cumsum(-1) == 1  # and the first that was dropped
+        decisions[-1] = Decision(cache=Selection.from_mask(kept))
+        return decisions
+
+
+def test_one_token_too_many_in_one_layer_of_all_is_noticed():
+    model, inputs = model_of("Mllama"), inputs_of("Mllama", "one")
+    with kvprune.compress(model, Late(keep_ratio=0.6)) as exact, torch.no_grad():
+        model(**inputs)
+    with kvprune.compress(model, OneTooMany(keep_ratio=0.6)) as over, torch.no_grad():
+        model(**inputs)
+    assert exact.report.warnings == ()
+    assert "the budget was exceeded" in over.report.warnings[0]

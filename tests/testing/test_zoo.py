@@ -13,6 +13,7 @@ from zoo import (
     groups,
     inputs,
     keep_all,
+    layers,
     leftovers,
     memory,
     merging,
@@ -52,6 +53,7 @@ def test_every_invariant_that_a_policy_can_break_has_its_animal():
 ALONE = {
     "check_shape": shape.Unsorted,
     "check_budget": budget.OffByOne,
+    "check_budget_of_layers": layers.OneMoreInLaterLayers,
     "check_counts": budget.OffByOne,
     "check_groups": groups.StarvesAnImage,
     "check_images": groups.StarvesAnImage,
@@ -72,6 +74,7 @@ ALONE = {
     "check_references": memory.KeepsADetachedTensor,
     "check_alone": batch.NormalisesOverTheBatch,
     "check_repeatable": randomness.GlobalRandom,
+    "check_alone_in_layers": layers.SharesWithTheBatch,
     "check_alone_in_model": batch.NormalisesOverTheBatch,
     "check_alignment": inputs.RollsTheValues,
     "check_process": leftovers.GlobalHook,
@@ -80,6 +83,7 @@ ALONE = {
     "check_monotone": monotone.Stride,
     "check_partition": merging.MergesPadding,
     "check_mass": merging.MergesAndWrites,
+    "check_monotone_in_layers": layers.TakesBack,
 }
 CHECKS = {check.__name__: (row, check) for row in INVARIANTS for check in (*row.on_layers, *row.on_models)}
 

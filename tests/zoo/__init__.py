@@ -17,6 +17,7 @@ MODULES = (
     "padding",
     "answers",
     "keep_all",
+    "layers",
     "inputs",
     "memory",
     "randomness",

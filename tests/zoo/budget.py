@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvprune import Budget, Decision, scoring
+from kvprune import Budget, Decision, Selection, scoring
 from zoo.helpers import Ranking, by_norm, keep, sizes
 
 
@@ -83,3 +83,20 @@ class FirstLayerOnly(Ranking):
             return Decision()
         strata = torch.where(view.strata == 0, 0, -1)
         return keep(view, by_norm(view), scoring.limits(Budget(keep_ratio=self.keep_ratio), strata))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneMoreInTheLastHead(Ranking):
+    """Heads share the budget of the layer, but together keep one more, if they are several."""
+
+    name = "one-more-in-the-last-head"
+    budget_scope = "layer"
+    caught_by = ("KV02",)
+
+    def select(self, view):
+        strata = torch.where(view.strata == 0, 0, -1)
+        scores = by_norm(view)
+        limit = scoring.limits(Budget(keep_ratio=self.keep_ratio), strata)[:, None].expand_as(scores).clone()
+        limit[:, 1:] += torch.arange(1, scores.shape[1])[:, None] == scores.shape[1] - 1
+        kept = scoring.keep_top(scores, strata, limit, view.visibility)
+        return Decision(cache=Selection.from_mask(kept))

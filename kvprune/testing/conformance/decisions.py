@@ -41,6 +41,9 @@ __all__ = [
     "check_visible",
     "decides_nothing",
     "pose",
+    "require_sum",
+    "require_well_formed",
+    "wanted_of",
 ]
 
 Sees = Callable[[Visibility, int], set[int]]
@@ -68,13 +71,18 @@ def answer(policy: CrossKVPolicy, view: FeatureView | LayerView) -> Decision:
             decision = policy.choose(view)
         else:
             decision = policy.select(view)
+    require_well_formed(decision, view)
+    return decision
+
+
+def require_well_formed(decision: object, view: FeatureView | LayerView) -> None:
+    """Raise unless a decision has the shape and order that KV01 asks for."""
     if not isinstance(decision, Decision):
         raise Violation("a Decision(cache=..., onward=...) from select (KV01)", repr(decision)[:200])
     batch, heads, columns = view.batch, view.heads, view.columns
     for part, selection in (("cache", decision.cache), ("onward", decision.onward)):
         if selection is not None:
             _well_formed(part, selection, batch, (1, heads) if part == "cache" else (1,), columns)
-    return decision
 
 
 def _well_formed(part: str, selection: Selection, batch: int, heads: tuple[int, ...], columns: int) -> None:
@@ -134,7 +142,11 @@ def check_shape(policy: CrossKVPolicy, problem: LayerProblem) -> None:
 
 
 def check_budget(policy: CrossKVPolicy, problem: LayerProblem) -> None:
-    """KV02: decoding sees exactly the budget, by sample and head, and later layers by stratum, too."""
+    """KV02: decoding sees exactly the budget, by sample and head, and later layers by stratum, too.
+
+    Where the policy says that its budget is one of the layer, heads share it. A policy with a budget of the
+    model is asked about its only layer here, and `layers.check_budget_of_layers` asks about several.
+    """
     view = pose(policy, problem)
     decision = answer(policy, view)
     if decision == Decision() and problem.rank > 0 and _decides_onward(policy, problem):
@@ -149,22 +161,39 @@ def check_budget(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     for sample in range(batch):
         if not slow_prefill(see, sample) and live_rows(see, sample):
             continue  # a turn that brought this sample no image: what is kept here is a placeholder
-        groups = slow_groups(see, sample)
         passed = (
             []
             if decision.onward is None
             else [("onward", kept_sets(decision.onward)[sample], strata[sample])]
         )
         for part, by_head, counted in (("cache", cached[sample], strata[sample][:1]), *passed):
-            for head, kept in enumerate(by_head):
-                for stratum in filter(None, counted):
-                    wanted = max(allowance(policy, len(stratum)), sum(bool(g & stratum) for g in groups))
-                    if len(kept & stratum) != wanted:
-                        raise Violation(
-                            f"{part}, sample {sample}, head {head} to keep {wanted} of {len(stratum)} "
-                            f"visible tokens at {policy.spec}",
-                            f"{len(kept & stratum)}: {sorted(kept & stratum)}",
-                        )
+            for stratum in filter(None, counted):
+                wanted = wanted_of(policy, see, sample, stratum)
+                kept = [head & stratum for head in by_head]
+                where = f"{part}, sample {sample}"
+                if policy.budget_scope == "layer":
+                    require_sum(f"{where}, {len(kept)} heads together", policy, kept, wanted, stratum)
+                    continue
+                for head, tokens in enumerate(kept):
+                    require_sum(f"{where}, head {head}", policy, [tokens], wanted, stratum)
+
+
+def wanted_of(policy: CrossKVPolicy, see: Visibility, sample: int, stratum: set[int]) -> int:
+    """How many tokens of a stratum the policy's budget keeps in one head, one of each group at least."""
+    groups = sum(bool(group & stratum) for group in slow_groups(see, sample))
+    return max(allowance(policy, len(stratum)), groups)
+
+
+def require_sum(
+    where: str, policy: CrossKVPolicy, kept: list[set[int]], wanted: int, visible: set[int]
+) -> None:
+    """Raise unless heads keep ``wanted`` tokens each, counted together."""
+    if sum(map(len, kept)) != wanted * len(kept):
+        of = f"{len(kept)} x {len(visible)}" if len(kept) > 1 else f"{len(visible)}"
+        raise Violation(
+            f"{where} to keep {wanted * len(kept)} of {of} visible tokens at {policy.spec}",
+            f"{sum(map(len, kept))}: {'; '.join(str(sorted(tokens)) for tokens in kept)}",
+        )
 
 
 def _decides_onward(policy: CrossKVPolicy, problem: LayerProblem) -> bool:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from kvprune.policy import CrossKVPolicy, ScoringPolicy
 from kvprune.session import Compression
-from kvprune.testing.conformance.budgets import allowance
+from kvprune.testing.conformance.decisions import require_sum, wanted_of
 from kvprune.testing.conformance.isolation import random_state
 from kvprune.testing.conformance.report import Violation
 from kvprune.testing.conformance.setting import Setting, run_under
@@ -53,21 +54,33 @@ def check_columns(policy: CrossKVPolicy, setting: Setting) -> None:
 
 
 def check_counts(policy: CrossKVPolicy, setting: Setting) -> None:
-    """KV02: decoding sees exactly the budget."""
+    """KV02: decoding sees exactly the budget, in each head or over what the policy's budget_scope says."""
     run, _ = run_under(policy, setting)
     see = setting.visibility
     whole = None if isinstance(policy, ScoringPolicy) else _left_whole(run)
-    for where, sample, kept in _kept(run, setting):
+    layers = {layer: kept_sets(selection) for layer, selection in run.selections.items()}
+    for row in range(len(next(iter(layers.values()), []))):
+        sample = _sample_of(row, run, setting)
         visible = slow_strata(see, sample)[0]
-        if where.startswith(f"layer {whole},") and visible <= kept:
+        wanted = wanted_of(policy, see, sample, visible)
+        kept = {layer: [head & visible for head in rows[row]] for layer, rows in layers.items()}
+        if policy.budget_scope == "model":
+            total = sum(Fraction(sum(map(len, heads)), len(heads)) for heads in kept.values())
+            if total != wanted * len(kept):
+                raise Violation(
+                    f"sample {sample} to keep {wanted * len(kept)} of {len(kept)} x {len(visible)} visible "
+                    f"tokens in all layers (mean over heads) at {policy.spec}",
+                    f"{float(total):g}",
+                )
             continue
-        groups = sum(bool(group & visible) for group in slow_groups(see, sample))
-        wanted = max(allowance(policy, len(visible)), groups)
-        if len(kept & visible) != wanted:
-            raise Violation(
-                f"{where} to keep {wanted} of {len(visible)} visible tokens at {policy.spec}",
-                f"{len(kept & visible)}: {sorted(kept & visible)}",
-            )
+        for layer, heads in kept.items():
+            if layer == whole and all(head == visible for head in heads):
+                continue
+            parts = [heads] if policy.budget_scope == "layer" else [[head] for head in heads]
+            for number, part in enumerate(parts):
+                where = f"layer {layer}, sample {sample}"
+                where += "" if len(part) > 1 else f", head {number}"
+                require_sum(where, policy, part, wanted, visible)
 
 
 def _left_whole(run: Compression) -> int | None:
@@ -185,13 +198,18 @@ def _has_no_image(setting: Setting, sample: int) -> bool:
 def _kept(run: Compression, setting: Setting) -> Iterator[tuple[str, int, set[int]]]:
     """Yield what decoding keeps, by layer, head and sample, beams included."""
     for layer_idx, selection in run.selections.items():
-        rows = kept_sets(selection)
         if selection.columns != setting.visibility.columns:
             raise Violation(
                 f"layer {layer_idx} to select out of {setting.visibility.columns} columns",
                 str(selection.columns),
             )
-        for row, heads in enumerate(rows):
+        for row, heads in enumerate(kept_sets(selection)):
             for head, kept in enumerate(heads):
-                sample = row * setting.visibility.batch // len(rows)
+                sample = _sample_of(row, run, setting)
                 yield f"layer {layer_idx}, sample {sample}, head {head}", sample, kept
+
+
+def _sample_of(row: int, run: Compression, setting: Setting) -> int:
+    """Return the sample whose beam a row is."""
+    rows = len(next(iter(run.selections.values())).indices)
+    return row * setting.visibility.batch // rows

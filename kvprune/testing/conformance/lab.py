@@ -10,7 +10,7 @@ import torch
 
 from kvprune.adapters.base import ModelAdapter
 from kvprune.policy import CrossKVPolicy
-from kvprune.testing.conformance import decisions, purity, surroundings
+from kvprune.testing.conformance import decisions, layers, purity, surroundings
 from kvprune.testing.conformance.corners import LAYER_CORNERS, MODEL_CORNERS
 from kvprune.testing.conformance.isolation import isolated
 from kvprune.testing.conformance.report import Result, Violation
@@ -21,6 +21,8 @@ from kvprune.testing.conformance.table import Invariant, ModelCheck
 from kvprune.testing.problems import LayerProblem, ModelProblem
 
 __all__ = ["Lab"]
+
+_WITH_EVERY_BUDGET = (decisions.check_budget, layers.check_budget_of_layers)
 
 
 class Lab:
@@ -87,7 +89,11 @@ class Lab:
         for on_layer in row.on_layers:
             if on_layer is surroundings.check_devices and not torch.cuda.is_available():
                 continue  # the row says so
-            exact = on_layer in (purity.check_alone, surroundings.check_devices)
+            exact = on_layer in (
+                purity.check_alone,
+                layers.check_alone_in_layers,
+                surroundings.check_devices,
+            )
             accepts = purity.is_exact if exact else None
             corners = [p for p in _given(problem, LAYER_CORNERS, LayerProblem) if not accepts or accepts(p)]
             drawn = strategies.layer_problems()
@@ -103,7 +109,7 @@ class Lab:
                 count=0 if problem else max(10, self._examples // len(row.on_layers)),
                 seed=self._seed,
                 shrink=True,
-                per_corner=len(policies) if on_layer is decisions.check_budget else 3,
+                per_corner=len(policies) if on_layer in _WITH_EVERY_BUDGET else 3,
             )
             posed += number
             if finding is not None:

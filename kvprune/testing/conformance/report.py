@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 __all__ = ["SUITE_VERSION", "ConformanceReport", "NotApplicable", "Outcome", "Result", "Violation"]
 
-SUITE_VERSION = 2
+SUITE_VERSION = 3
 """Raised whenever a policy or an adapter that passed before may fail now."""
 
 Outcome = Literal["passed", "failed", "expected failure", "unexpectedly passed", "not applicable"]

@@ -13,6 +13,7 @@ from kvprune.testing.conformance import (
     decisions,
     generation,
     held,
+    layers,
     merges,
     purity,
     surroundings,
@@ -85,7 +86,13 @@ def _one_device() -> str:
 
 INVARIANTS = (
     Invariant("KV01", "shape and order of what is kept", (decisions.check_shape,), (held.check_columns,)),
-    Invariant("KV02", "the exact budget", (decisions.check_budget,), (held.check_counts,), _no_budget),
+    Invariant(
+        "KV02",
+        "the exact budget",
+        (decisions.check_budget, layers.check_budget_of_layers),
+        (held.check_counts,),
+        _no_budget,
+    ),
     Invariant("KV03", "never empty, for no image", (decisions.check_groups,), (held.check_images,)),
     Invariant(
         "KV04", "padding goes before visible tokens", (decisions.check_visible,), (held.check_padding,)
@@ -123,6 +130,7 @@ INVARIANTS = (
             surroundings.check_devices,
             purity.check_references,
             purity.check_alone,
+            layers.check_alone_in_layers,
         ),
         (held.check_repeatable, held.check_alone_in_model),
         limits=_one_device,
@@ -135,7 +143,7 @@ INVARIANTS = (
     Invariant(
         "KV14",
         "a larger budget keeps a superset",
-        (decisions.check_monotone,),
+        (decisions.check_monotone, layers.check_monotone_in_layers),
         (),
         _not_ranking,
         lambda policy: tuple(map(str, (variant.spec for variant in widening(policy)))),
