@@ -19,7 +19,8 @@ def apportion(urgency: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Te
     """Return how many tokens each row keeps, int64 ``[B, R]``.
 
     Equally urgent tokens are taken by their place in their row, and then by row: rows that ask for the same
-    get the same, or the first of them one more.
+    get the same, or the first of them one more. Urgencies that agree to five digits are equal: rounding,
+    which depends on the batch and the device, must not decide between rows.
 
     Args:
         urgency: ``[B, R, S]``, of the i-th best token of each row, finite. A token is never more urgent than
@@ -34,13 +35,21 @@ def apportion(urgency: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Te
     """
     batch, rows, columns = urgency.shape
     place = torch.arange(columns, device=urgency.device)
-    asked = urgency.masked_fill(place < least[..., None], torch.inf).cummin(-1).values
+    asked = _coarse(urgency).masked_fill(place < least[..., None], torch.inf).cummin(-1).values
     asked = asked.masked_fill(place >= most[..., None], -torch.inf)
     # By place and then row, so that a stable sort breaks ties that way.
     order = asked.mT.reshape(batch, -1).argsort(dim=-1, descending=True, stable=True)
     wanted = total.clamp(min=least.sum(-1)).clamp(max=most.sum(-1))
     taken = (torch.arange(rows * columns, device=urgency.device) < wanted[:, None]).to(torch.int64)
     return torch.zeros_like(least).scatter_add_(-1, order % rows, taken)
+
+
+def _coarse(numbers: Tensor) -> Tensor:
+    """Round to 18 binary digits, float64."""
+    mantissa, exponent = torch.frexp(numbers.double())
+    rounded = torch.ldexp((mantissa * 2**18).round() / 2**18, exponent)
+    lowest = torch.finfo(rounded.dtype).min
+    return rounded.clamp(lowest, -lowest)
 
 
 def proportional(weights: Tensor, columns: int) -> Tensor:

@@ -88,6 +88,19 @@ def test_rows_that_want_the_same_get_the_same_and_the_first_ones_the_rest(rows, 
     assert counts == [even + 1] * rest + [even] * (rows - rest)
 
 
+@given(claims(), st.integers(0, 30), st.integers(0, 9))
+def test_rounding_does_not_decide_between_rows(drawn, total, seed):
+    urgency, least, most = drawn
+    noise = torch.rand(len(urgency), COLUMNS, generator=torch.Generator().manual_seed(seed)).double()
+    noisy = ((torch.tensor(urgency) + 1 / 3) * (1 + 1e-7 * noise)).tolist()
+    assert shared(noisy, least, most, total) == shared(urgency, least, most, total)
+
+
+def test_the_lowest_number_is_more_urgent_than_what_a_row_does_not_have():
+    lowest = torch.finfo(torch.float64).min
+    assert shared([[0.0, lowest, 0.0], [lowest, lowest, 0.0]], [0, 0], [2, 1], 3) == [2, 1]
+
+
 def test_a_token_is_never_more_urgent_than_a_better_one_of_its_row():
     assert shared([[1, 9, 9, 0], [2, 2, 2, 2]], [0, 0], [4, 4], 3) == [0, 3]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import kvprune
+from kvprune_strategies.adakv import AdaKV
 from kvprune_strategies.cdpruner import CDPruner
 from kvprune_strategies.divprune import DivPrune
 from kvprune_strategies.elastic import Elastic
@@ -12,14 +13,18 @@ from kvprune_strategies.h2o import H2O
 from kvprune_strategies.keydiff import KeyDiff
 from kvprune_strategies.lossless import Lossless
 from kvprune_strategies.norm import Norm
+from kvprune_strategies.prefixkv import PrefixKV
+from kvprune_strategies.pyramid import Pyramid
 from kvprune_strategies.random_keep import Random
 from kvprune_strategies.snapkv import SnapKV
 from kvprune_strategies.topv import TopV
 from kvprune_strategies.trim import Trim
 from kvprune_strategies.uniform import Uniform
+from kvprune_strategies.vlcache import VLCache
 
 __all__ = [
     "H2O",
+    "AdaKV",
     "CDPruner",
     "DivPrune",
     "Elastic",
@@ -28,11 +33,14 @@ __all__ = [
     "KeyDiff",
     "Lossless",
     "Norm",
+    "PrefixKV",
+    "Pyramid",
     "Random",
     "SnapKV",
     "TopV",
     "Trim",
     "Uniform",
+    "VLCache",
     "kvprune_policies",
 ]
 
@@ -41,6 +49,7 @@ __all__ = [
 def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
     """Return the policies that ship with kvprune."""
     return [
+        AdaKV,
         CDPruner,
         DivPrune,
         Elastic,
@@ -50,9 +59,12 @@ def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
         KeyDiff,
         Lossless,
         Norm,
+        PrefixKV,
+        Pyramid,
         Random,
         SnapKV,
         TopV,
         Trim,
         Uniform,
+        VLCache,
     ]

@@ -72,6 +72,7 @@ def check_monotone_in_layers(policy: CrossKVPolicy, problem: LayerProblem) -> No
     before: Kept | None = None
     smaller = ""
     for larger in widening(policy):
+        assert isinstance(larger, PrefillPolicy)
         now = _kept(larger, _views(larger, problem))
         for rank, layer in enumerate(now):
             for sample, heads in enumerate(layer):

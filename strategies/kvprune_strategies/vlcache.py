@@ -1,0 +1,88 @@
+"""`vlcache`: layers whose attention is spread over more tokens keep more of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvprune import LayerView, ScoringPolicy
+from kvprune.allocators import ProportionalAllocator
+from kvprune.errors import PolicyOptionError
+from kvprune.policy import Need
+from kvprune_strategies.h2o import H2O
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLCache(ProportionalAllocator):
+    """Share the budget out among layers in proportion to how dense their attention is.
+
+    A layer's density is the fraction of pairs of a live text row and a token that it may attend whose
+    attention weight is at least ``threshold`` times the row's largest one, mean over heads. Each layer keeps
+    a hundredth of its visible tokens at least (or its even share, if that is less) and all of them at most;
+    what such a bound adds or takes is shared among the other layers, and the report says so.
+
+    Args:
+        threshold: In (0, 1].
+        class_tokens: Whether the class tokens of the encoder "count" like others, or density is computed as
+            if they were not there ("ignore"). They often have the largest weight of a row, against which
+            all others look small. They may be kept in either case.
+        scorer: See `kvprune.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
+
+    Deviations: rows after the image are the rows that see it, and all tokens are of the image, so nothing is
+    left of the distinction between kinds of tokens. No tenth of the budget goes to recent tokens.
+    """
+
+    scorer: ScoringPolicy = field(default_factory=lambda: H2O(normalize=False))
+    threshold: float = 0.01
+    class_tokens: Literal["count", "ignore"] = "count"
+
+    name: ClassVar[str] = "vlcache"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "arXiv 2410.23317 (VL-Cache)"
+    bibtex: ClassVar[str] = """
+@article{vlcache2024,
+  title = {{VL-Cache}: Sparsity and Modality-Aware {KV} Cache Compression for Vision-Language Model Inference
+           Acceleration},
+  author = {Tu, Dezhan and Vashchilenko, Danylo and Lu, Yuzhe and Xu, Panpan},
+  year = {2024},
+  eprint = {2410.23317},
+  archivePrefix = {arXiv},
+}
+"""
+    fidelity: ClassVar[str] = "adapted"
+    cost: ClassVar[str] = (
+        "one product of queries and keys in each layer beside that of the scorer, 64 rows at a time; scores "
+        "of all layers until the last has attended, when L * S numbers are sorted; all layers hold all "
+        "tokens until then; one host synchronisation for each sample and layer"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold <= 1:
+            raise PolicyOptionError(
+                f"threshold of policy {self.name!r} is a part of a row's largest weight in (0, 1], "
+                f"got {self.threshold!r}"
+            )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Attention is recomputed from queries, because fused kernels return no weights."""
+        return super().needs | {"queries"}
+
+    def measure(self, view: LayerView) -> Tensor:
+        """Return the density of attention to what decoding sees, float64 ``[B, 1]``."""
+        columns = view.visible
+        if self.class_tokens == "ignore" and view.layout.class_tokens is not None:
+            columns = columns & ~view.layout.class_tokens
+        return view.attention_density(self.threshold, columns).mean(-1, keepdim=True)
+
+    def weights(self, measured: Tensor) -> Tensor:
+        """The densities."""
+        return measured[..., 0]
+
+    def least(self, even: Tensor, visible: Tensor) -> Tensor:
+        """A hundredth of the visible tokens, rounded up, if the even share is as much."""
+        return torch.minimum((visible + 99) // 100, even)
