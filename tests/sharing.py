@@ -18,7 +18,9 @@ def concluded(policy, views):
     """Decisions about all layers, asked as the cache manager asks."""
     observed = [policy.observe(view) for view in views]
     bare = [
-        dataclasses.replace(view, captured_queries=None, captured_raw_keys=None, captured_features=None)
+        dataclasses.replace(
+            view, captured_queries=None, captured_raw_keys=None, captured_features=None, captured_text=None
+        )
         for view in views
     ]
     return policy.conclude(bare, observed)

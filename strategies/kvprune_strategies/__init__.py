@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import kvprune
 from kvprune_strategies.adakv import AdaKV
+from kvprune_strategies.aircache import AirCache
 from kvprune_strategies.cdpruner import CDPruner
 from kvprune_strategies.divprune import DivPrune
 from kvprune_strategies.elastic import Elastic
@@ -25,6 +26,7 @@ from kvprune_strategies.vlcache import VLCache
 __all__ = [
     "H2O",
     "AdaKV",
+    "AirCache",
     "CDPruner",
     "DivPrune",
     "Elastic",
@@ -50,6 +52,7 @@ def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
     """Return the policies that ship with kvprune."""
     return [
         AdaKV,
+        AirCache,
         CDPruner,
         DivPrune,
         Elastic,
