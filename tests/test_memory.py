@@ -38,6 +38,12 @@ def test_scoring_needs_at_most_32_mib_at_11b_dimensions(spec, dtype):
         "divprune:keep_tokens=8",
         "cdpruner:keep_tokens=8",
         "topv",
+        "adakv",
+        "pyramid",
+        "vlcache",
+        "prefixkv",
+        "aircache",
+        "aircache:strength=output,alpha=0",
     ],
 )
 def test_scoring_of_published_methods_needs_at_most_64_mib_at_11b_dimensions(spec, dtype):

@@ -12,6 +12,7 @@ from kvprune import seeding
 from kvprune.layout import Layout
 from kvprune.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy import CrossKVPolicy
+from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView
 from kvprune.visibility import Visibility
 
@@ -138,6 +139,31 @@ def _layer(
         captured_features=_draw((1, size.columns, size.features), dtype, device, seed, rank, 4)
         if "features" in needs
         else None,
+        captured_text=_text(policy, size, rank, dtype, device, seed) if "text" in needs else None,
+    )
+
+
+def _text(
+    policy: CrossKVPolicy,
+    size: Dimensions,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+) -> TextView:
+    """The self-attention before a layer, with heads of the same numbers and width."""
+
+    def draw(what: int, heads: int) -> Tensor:
+        return _draw((1, heads, size.rows, size.width), dtype, device, seed, rank, what)
+
+    return TextView(
+        queries=draw(5, size.query_heads),
+        keys=draw(6, size.kv_heads),
+        values=draw(7, size.kv_heads),
+        real=torch.ones(1, size.rows, dtype=torch.bool, device=device),
+        scaling=size.width**-0.5,
+        layer_idx=size.layer_idx + 5 * rank - 1,
+        policy_name=policy.name,
     )
 
 
