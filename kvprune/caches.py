@@ -22,8 +22,16 @@ from transformers.cache_utils import (
 
 from kvprune.cache import CrossKVLayer
 from kvprune.errors import UnsupportedCacheError
+from kvprune.text_cache import TextKVLayer
 
-__all__ = ["OneCrossLayer", "OneLayer", "open_for_prefill", "open_layer", "require_cache"]
+__all__ = [
+    "OneCrossLayer",
+    "OneLayer",
+    "open_for_prefill",
+    "open_layer",
+    "open_text_layer",
+    "require_cache",
+]
 
 
 class OneLayer(Cache):
@@ -135,6 +143,26 @@ def open_for_prefill(cache: object, layer_idx: int, warn: Callable[[str], None])
             "(stock transformers loses the image here)"
         )
     return open_layer(usable, layer_idx)
+
+
+def open_text_layer(cache: Cache, layer_idx: int) -> TextKVLayer:
+    """Return our layer for pruned text at an index of a cache, taking the place of one of transformers.
+
+    Raises:
+        UnsupportedCacheError: If the layer there is no dynamic one: what others hold cannot be dropped.
+    """
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, TextKVLayer):
+        return layer
+    if type(layer) is not DynamicLayer:
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__} holds text in a {type(layer).__name__} at layer {layer_idx}, "
+            "of which nothing can be dropped; generate with the default DynamicCache, or use a policy that "
+            "prunes no text"
+        )
+    ours = TextKVLayer.adopt(layer)
+    cache.layers[layer_idx] = ours
+    return ours
 
 
 def _is_quantized(layer: object) -> TypeGuard[CacheLayerMixin]:

@@ -8,9 +8,10 @@ from torch import Tensor
 from kvprune.errors import ScoreError, SelectionError
 from kvprune.merging import Merge
 from kvprune.selection import Decision, Selection
+from kvprune.text_view import TextView
 from kvprune.view import FeatureView, View
 
-__all__ = ["check_decision", "check_scores"]
+__all__ = ["check_decision", "check_scores", "check_text"]
 
 
 def check_decision(decision: object, view: View, policy: str) -> None:
@@ -143,6 +144,66 @@ def _check_merge(what: str, selection: Selection, merge: object, view: View, whe
     ):
         if broken:
             raise SelectionError(f"KV15: {where}: {what} {message}")
+
+
+def check_text(selection: object, view: TextView, policy: str, counts: Tensor | None) -> Tensor:
+    """Refuse a selection of text entries that one mask for all heads and layers could not serve.
+
+    Args:
+        selection: What the policy returned; None for all entries.
+        view: What it decided about.
+        policy: Its name.
+        counts: What an earlier layer of this prefill keeps of each sample, int64 ``[B]``; None at the first.
+
+    Returns:
+        What this layer keeps of each sample; all entries, padding included, for None.
+
+    Raises:
+        SelectionError: Citing the invariant.
+    """
+    where = f"policy {policy!r} {view.where}: select_text"
+    if selection is None:
+        now = torch.full((view.batch,), view.entries, device=view.device)
+    elif not isinstance(selection, Selection):
+        raise SelectionError(f"{where} returned {type(selection).__name__}, expected a Selection or None")
+    else:
+        shape = list(selection.indices.shape)
+        if selection.columns != view.entries or shape[0] != view.batch or shape[1] not in (1, view.heads):
+            raise SelectionError(
+                f"KV01: {where} selects {shape} out of {selection.columns} entries, expected "
+                f"[{view.batch}, {view.heads} or 1, K] out of {view.entries}"
+            )
+        if selection.merge is not None:
+            raise SelectionError(f"KV15: {where} merges, which text cannot; leave merge out")
+        now = selection.counts[:, 0]
+        kept = selection.to_mask()
+        last = (view.entries - view.rows + view.last_row)[:, None, None].to(kept.device)
+        real = view.real.to(kept.device)[:, None]
+        uneven, padding, forgets = torch.stack(
+            [
+                (selection.counts != now[:, None]).any(),
+                (kept & ~real & real.any(-1, keepdim=True)).any(),
+                (~kept.gather(-1, last.expand(-1, kept.shape[1], -1))).any(),
+            ]
+        ).tolist()
+        if uneven:
+            raise SelectionError(
+                f"KV06: {where} keeps different numbers of entries in different heads, but one "
+                f"mask serves all of them; keep equally many (got {selection.counts.tolist()})"
+            )
+        if padding:
+            raise SelectionError(f"KV04: {where} keeps padding; select from view.real")
+        if forgets:
+            raise SelectionError(
+                f"KV03: {where} drops the last row's own entry, without which decoding does not know "
+                "what came last; keep entry view.entries - view.rows + view.last_row of each sample"
+            )
+    if counts is not None and not torch.equal(now, counts.to(now.device)):
+        raise SelectionError(
+            f"KV06: {where} keeps {now.tolist()} entries of each sample, but an earlier layer keeps "
+            f"{counts.tolist()}; one mask serves all layers, so keep equally many in each (or None in each)"
+        )
+    return now
 
 
 def check_scores(scores: object, view: View, strata: Tensor, policy: str) -> Tensor:

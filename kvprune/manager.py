@@ -17,6 +17,7 @@ held once. Here and in views, R counts the rows that differ; what users read cou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from torch import Tensor
 from kvprune.buckets import among_entries, anchors, compose, of_columns, positions
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
-from kvprune.judgement import check_decision
+from kvprune.judgement import check_decision, check_text
 from kvprune.layout import Layout
 from kvprune.merging import Merge
 from kvprune.moments import FeaturePolicy, PrefillPolicy
@@ -35,6 +36,7 @@ from kvprune.policy import CrossKVPolicy
 from kvprune.receipts import PrefillRecord, Stopwatch
 from kvprune.report import CompressionReport
 from kvprune.selection import Decision, Selection
+from kvprune.text_cache import TextKVLayer
 from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView
 from kvprune.visibility import Visibility
@@ -58,6 +60,13 @@ class _Prefill:
     onward: Selection | None = None
     prepared: bool = False
     observed: list[_Observed] = field(default_factory=list)
+    text: TextView | None = None  # of the latest self-attention, if the policy needs it
+    text_counts: Tensor | None = None
+
+    @functools.cached_property
+    def image_tokens(self) -> Tensor:
+        """Tokens of the images that arrive which decoding can see, int64 ``[R]``."""
+        return self.arriving(None).decode.sum(-1)
 
     @property
     def new_columns(self) -> int:
@@ -119,6 +128,7 @@ class CrossKVManager:
         self.layer_indices = tuple(layer_indices)
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._held: dict[int, _Held] = {}
+        self._text: dict[int, tuple[Tensor, int]] = {}  # tokens that entries stand for, out of how many
         self._prefill: _Prefill | None = None
 
     @property
@@ -137,6 +147,18 @@ class CrossKVManager:
         return {
             layer_idx: None if held.attended is None else held.attended.repeat(held.copies)
             for layer_idx, held in self._held.items()
+        }
+
+    @property
+    def text_selections(self) -> Mapping[int, Selection]:
+        """Tokens of the text that the latest prefill kept, by layer index; without layers that keep all."""
+        return {
+            layer_idx: Selection.from_mask(
+                torch.zeros(*tokens.shape[:2], seen, dtype=torch.bool, device=tokens.device).scatter_(
+                    -1, tokens, True
+                )
+            )
+            for layer_idx, (tokens, seen) in self._text.items()
         }
 
     def begin(
@@ -199,6 +221,36 @@ class CrossKVManager:
         layer.announce(prefill.onward, prefill.twins)
         return prefill.onward
 
+    def after_text(self, view: TextView, layer: TextKVLayer | None = None) -> None:
+        """Note what a self-attention layer has attended to, and let the policy prune its cache.
+
+        Args:
+            view: Of R rows, without drafts.
+            layer: Its cache layer, updated, for each row of the batch; None if text is not to be pruned.
+
+        Raises:
+            SelectionError: If the policy's selection breaks an invariant.
+            PolicyFailedError: If the policy raises an error of its own.
+        """
+        prefill = self._running()
+        tokens = prefill.image_tokens.to(view.device)
+        view = replace(view, image_tokens=tokens, cross_layers=len(self.layer_indices))
+        prefill.text = view if "text" in self.policy.needs else None
+        if layer is None:
+            return
+        with torch.no_grad(), Stopwatch(view.device) as watch:
+            selection = self._ask(view, lambda: self.policy.select_text(view))
+        prefill.text_counts = check_text(selection, view, self.policy.name, prefill.text_counts)
+        drafts = layer.held - view.entries
+        if selection is not None:
+            layer.retain(selection.repeat(prefill.twins.copies))
+        self._text.pop(view.layer_idx, None)
+        if layer.slots is not None:
+            self._text[view.layer_idx] = layer.tokens()[..., : layer.held - drafts], layer.seen - drafts
+        available = view.real.sum(-1).clamp(min=1)
+        fraction = torch.ones_like(available) if selection is None else prefill.text_counts / available
+        prefill.record.pruned_text(view.layer_idx, layer, watch, drafts, fraction)
+
     def after_layer(
         self,
         rank: int,
@@ -208,7 +260,6 @@ class CrossKVManager:
         queries: Tensor | None = None,
         raw_keys: Tensor | None = None,
         features: Tensor | None = None,
-        text: TextView | None = None,
         follows_text: bool = True,
     ) -> None:
         """Let the policy decide about a layer that has just attended, and apply the decision.
@@ -220,8 +271,7 @@ class CrossKVManager:
             queries: ``[B, Hq, T, D]``, if the policy needs them; draft rows included.
             raw_keys: ``[B, Hkv, new, D]``, likewise.
             features: ``[B, new, C]``, likewise, as they entered the layer's projections.
-            text: The self-attention before the layer, likewise, for R rows and without drafts.
-            follows_text: Whether there is one.
+            follows_text: Whether a self-attention of the text comes before the layer.
 
         Raises:
             SelectionError: If the decision breaks an invariant.
@@ -250,7 +300,7 @@ class CrossKVManager:
             captured_queries=None if queries is None else queries[::copies, :, : arriving.live.shape[1]],
             captured_raw_keys=None if raw_keys is None else raw_keys[::copies],
             captured_features=None if features is None else features[::copies],
-            captured_text=text,
+            captured_text=prefill.text if follows_text else None,
             follows_text=follows_text,
         )
         attended = None if layer.slots is None else _attended(layer, received, prefill.first_new)
@@ -357,7 +407,7 @@ class CrossKVManager:
         self._held[layer_idx] = _Held(asked.attended, kept, layer.copies)
         prefill.record.decided(layer_idx, layer, watches, visible=prefill.visibility.decode)
 
-    def _ask(self, view: FeatureView | LayerView, question: Callable[[], _Answer]) -> _Answer:
+    def _ask(self, view: FeatureView | LayerView | TextView, question: Callable[[], _Answer]) -> _Answer:
         """Ask the policy; what it raises is named after it."""
         try:
             return question()

@@ -23,13 +23,16 @@ from kvprune.options import AnyPolicy, check_option, default_of, is_option_type,
 from kvprune.selection import Budget, Decision, Selection
 from kvprune.spec import OptionValue, PolicySpec, suggestion
 from kvprune.text import shown
+from kvprune.text_view import TextView
 from kvprune.view import LayerView, View
 
 __all__ = ["CrossKVPolicy", "Need", "ScoringPolicy", "onward_decision", "require_policy_class"]
 
-Need = Literal["queries", "raw_keys", "features", "text"]
-"""What must be captured for a view beyond keys, values and visibility (docs/hooks.md: an adapter says what it
-provides)."""
+Need = Literal["queries", "raw_keys", "features", "text", "text_cache"]
+"""What must be captured for a view beyond keys, values and visibility.
+
+"text_cache" shows nothing: it asks for `CrossKVPolicy.select_text`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,19 @@ class CrossKVPolicy(AnyPolicy, ABC):
     @abstractmethod
     def select(self, view: LayerView) -> Decision:
         """Decide at one layer. Pure: neither writes to the view's tensors nor keeps references to them."""
+
+    def select_text(self, view: TextView) -> Selection | None:
+        """Decide which text entries one self-attention layer keeps for decoding; pure, as `select` is.
+
+        Asked once for each self-attention layer in each prefill that has a cache, right after its attention,
+        if the policy needs "text_cache".
+
+        Returns:
+            A selection out of the view's entries, ``[B, Hkv or 1, K]``; None keeps them all. It holds real
+            entries only, among them the last row's own, and for each sample equally many in all heads and
+            layers: one mask serves them all.
+        """
+        return None
 
     @property
     def needs(self) -> frozenset[Need]:

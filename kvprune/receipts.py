@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kvprune.cache import CrossKVLayer
-from kvprune.report import CompressionReport, LayerReceipt
+from kvprune.report import CompressionReport, LayerReceipt, TextReceipt
 from kvprune.selection import Budget
+from kvprune.text_cache import TextKVLayer
 
 __all__ = ["PrefillRecord", "Stopwatch"]
 
@@ -88,10 +89,36 @@ class PrefillRecord:
         self._copies = 1
         self._waited = False
         self._chosen: tuple[Stopwatch, ...] = ()
+        self._text: list[tuple[TextReceipt, weakref.ref[TextKVLayer], Stopwatch]] = []
+        self._text_kept: list[Tensor] = []
 
     def chosen(self, watch: Stopwatch) -> None:
         """Note a decision before the first layer; its time counts for that layer."""
         self._chosen = (watch,)
+
+    def pruned_text(
+        self, layer_idx: int, layer: TextKVLayer, watch: Stopwatch, drafts: int, kept: Tensor
+    ) -> None:
+        """Note what a self-attention layer holds after a decision about it.
+
+        Args:
+            layer_idx: Of the layer.
+            layer: The layer, pruned.
+            watch: Around the decision.
+            drafts: Draft tokens at the end, which are not counted.
+            kept: Share of the entries that there were, for each of R rows.
+        """
+        width, tokens = layer.held - drafts, layer.seen - drafts
+        each = layer.bytes_held // layer.held
+        receipt = TextReceipt(
+            layer_idx=layer_idx,
+            tokens=tokens,
+            width=width,
+            bytes_held=each * width,
+            bytes_full=each * tokens,
+        )
+        self._text.append((receipt, weakref.ref(layer), watch))
+        self._text_kept.append(kept)
 
     def waited(self) -> None:
         """Note that all layers kept everything until now, when the policy decides about them."""
@@ -185,6 +212,12 @@ class PrefillRecord:
             [total for total in seen for _ in range(self._copies)],
             bytes_peak=self._peak(),
             live=[layer.reference for layer in decided.values()] if self.cached else (),
+        )
+        report.add_text(
+            [receipt for receipt, _, _ in self._text],
+            torch.stack(self._text_kept).double().mean().item() if self._text else None,
+            seconds=sum(watch.seconds for _, _, watch in self._text),
+            live=[reference for _, reference, _ in self._text],
         )
 
     def _receipt(self, layer_idx: int, record: _Layer, decisions: int) -> LayerReceipt:

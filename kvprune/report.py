@@ -14,8 +14,9 @@ from typing import Any
 from kvprune.cache import CrossKVLayer
 from kvprune.errors import ReceiptError
 from kvprune.spec import PolicySpec
+from kvprune.text_cache import TextKVLayer
 
-__all__ = ["SCHEMA", "CompressionReport", "LayerReceipt"]
+__all__ = ["SCHEMA", "CompressionReport", "LayerReceipt", "TextReceipt"]
 
 SCHEMA = 2
 """Version of what `CompressionReport.to_dict` returns; raised when a field changes its meaning or goes."""
@@ -48,6 +49,25 @@ class LayerReceipt:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextReceipt:
+    """One self-attention layer whose text a policy decided about, after the latest prefill.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        tokens: Text tokens per sample that stock transformers would hold, padding included.
+        width: Text entries per sample and KV head that are held, padding of ragged batches included.
+        bytes_held: Bytes of their keys and values.
+        bytes_full: Bytes that stock transformers would hold.
+    """
+
+    layer_idx: int
+    tokens: int
+    width: int
+    bytes_held: int
+    bytes_full: int
+
+
 @dataclass
 class CompressionReport:
     """What one compression did so far.
@@ -69,6 +89,10 @@ class CompressionReport:
         bytes_peak: Most bytes of cross-attention keys and values alive at once in the latest prefill.
         seconds: Time that the policy took to decide, over all prefills.
         warnings: What a user should know, each once, in the order in which it came up.
+        text_layers: One receipt per self-attention layer, if the policy prunes text; all byte counts beside
+            these are of cross-attention alone.
+        text_kept_fraction: Text entries kept / text entries there were, mean over samples and layers of the
+            latest prefill; None if the policy prunes no text.
     """
 
     policy: PolicySpec
@@ -82,12 +106,15 @@ class CompressionReport:
     bytes_peak: int = 0
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    text_layers: tuple[TextReceipt, ...] = ()
+    text_kept_fraction: float | None = None
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
     _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)
+    _live_text: tuple[weakref.ref[TextKVLayer], ...] = field(default=(), repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": ()}  # a copy or a pickle has no cache
+        return {**self.__dict__, "_live": (), "_live_text": ()}  # a copy or a pickle has no cache
 
     def count_encoder_input(self) -> None:
         """Note that encoder states arrived."""
@@ -135,6 +162,36 @@ class CompressionReport:
             for tokens in by_sample
         ]
         self.kept_of_stored = sum(shares) / len(shares) if shares else float("nan")
+
+    def add_text(
+        self,
+        layers: Sequence[TextReceipt],
+        kept: float | None,
+        *,
+        seconds: float = 0.0,
+        live: Sequence[weakref.ref[TextKVLayer]] = (),
+    ) -> None:
+        """Add what the same prefill did to text; nothing, if the policy prunes none.
+
+        Args:
+            layers: One receipt per self-attention layer.
+            kept: Text entries kept / text entries there were.
+            seconds: What deciding took.
+            live: The cache layers themselves, for `verify`.
+        """
+        self.text_layers, self.text_kept_fraction = tuple(layers), kept
+        self.seconds += seconds
+        self._live_text = tuple(live)
+
+    @property
+    def text_bytes_held(self) -> int:
+        """Bytes of the text's keys and values held after the latest prefill, if the policy prunes text."""
+        return sum(layer.bytes_held for layer in self.text_layers)
+
+    @property
+    def text_bytes_full(self) -> int:
+        """Bytes that stock transformers would hold for them."""
+        return sum(layer.bytes_full for layer in self.text_layers)
 
     @property
     def kept_fraction(self) -> float:
@@ -204,7 +261,25 @@ class CompressionReport:
                     f"{self.policy}: layer {receipt.layer_idx} holds {layer.bytes_held} bytes of keys and "
                     f"values, but the memory behind them is {behind} bytes: it was not freed"
                 )
+        self._verify_text()
         return self.bytes_held
+
+    def _verify_text(self) -> None:
+        """Count the text that the latest prefill left, which decoding may only have added to."""
+        for receipt, reference in zip(self.text_layers, self._live_text, strict=False):
+            layer = reference()
+            if layer is None or not layer.held:
+                raise ReceiptError(
+                    f"{self.policy}: the text cache of layer {receipt.layer_idx} is gone; "
+                    "verify while it lives"
+                )
+            entries = layer.held if layer.slots is None else layer.chosen
+            bytes_held = layer.bytes_held // layer.held * receipt.width
+            if entries < receipt.width or bytes_held != receipt.bytes_held:
+                raise ReceiptError(
+                    f"{self.policy}: layer {receipt.layer_idx} holds {entries} text entries of prefill in "
+                    f"{bytes_held} bytes now, but the receipt says {receipt.width} in {receipt.bytes_held}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data; numbers that do not exist are null (docs/receipts.md)."""
@@ -223,9 +298,13 @@ class CompressionReport:
             "bytes_full": self.bytes_full,
             "bytes_peak": self.bytes_peak,
             "bytes_of_bookkeeping": self.bytes_of_bookkeeping,
+            "text_kept_fraction": self.text_kept_fraction,
+            "text_bytes_held": self.text_bytes_held if self.text_layers else None,
+            "text_bytes_full": self.text_bytes_full if self.text_layers else None,
             "seconds": self.seconds,
             "warnings": list(self.warnings),
             "layers": [asdict(layer) for layer in self.layers],
+            "text_layers": [asdict(layer) for layer in self.text_layers],
         }
 
     def __str__(self) -> str:
@@ -247,6 +326,12 @@ class CompressionReport:
             f"{layer.bytes_held / _MIB:>9.3f}  {layer.bytes_full / _MIB:>9.3f}"
             for layer in self.layers
         ]
+        if self.text_layers and self.text_kept_fraction is not None:
+            lines.append(
+                f"text cache {self.text_bytes_held / _MIB:.3f} MiB of "
+                f"{self.text_bytes_full / _MIB:.3f} MiB stock, in {len(self.text_layers)} layers; "
+                f"kept {self.text_kept_fraction:.1%} of text entries"
+            )
         lines.append(f"deciding took {self.seconds:.3g} s")
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 

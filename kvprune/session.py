@@ -84,6 +84,14 @@ class Compression:
         return self._manager.prefill_selections
 
     @property
+    def text_selections(self) -> Mapping[int, Selection]:
+        """Tokens of the text that decoding uses, by layer index, as the latest prefill left them.
+
+        Only layers whose text a policy pruned; what came after prefill is held besides.
+        """
+        return self._manager.text_selections
+
+    @property
     def is_attached(self) -> bool:
         """Whether the model runs under the policy now."""
         return self._attached

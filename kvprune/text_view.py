@@ -5,6 +5,7 @@ Read-only by contract, as all views. Nothing here holds a [B, H, T, Tk] tensor.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,8 @@ class TextView:
         rank: Index among the layers that have such a self-attention, 0 to num_layers - 1.
         num_layers: How many of these there are.
         policy_name: For messages.
+        image_tokens: int64 ``[B]``, tokens of the newly arrived images that decoding can see.
+        cross_layers: Number of cross-attention layers.
     """
 
     queries: Tensor
@@ -48,6 +51,8 @@ class TextView:
     rank: int = 0
     num_layers: int = 1
     policy_name: str = "?"
+    image_tokens: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    cross_layers: int = 1
 
     @property
     def batch(self) -> int:

@@ -36,6 +36,7 @@ ORDER = [
     "allocators",
     "hookspecs",
     "cache",
+    "text_cache",
     "caches",
     "report",
     "receipts",

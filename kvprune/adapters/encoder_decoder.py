@@ -76,7 +76,6 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._encoded: Tensor | None = None  # what the encoder read last
         self._prompt: int | None = None  # decoder tokens before the drafts of assisted decoding
         self._captured: dict[str, Tensor] = {}
-        self._text: TextCapture | None = None
         self._transient: CrossKVLayer | None = None  # stands in for a cache where there is none
         self._mask = ColumnMask(self._decoder.dtype)  # of the decoder call that runs now
 
@@ -185,9 +184,11 @@ class EncoderDecoderAdapter(ModelAdapter):
             for layer_idx, layer in enumerate(self._decoder.layers)
         }
         projections = self.query, self.key, self.value
-        name = self._manager.policy.name
-        self._text = TextCapture(name, modules, mask, drafts, copies, projections=projections)
-        self._text.hook(self, set(modules), cached=cached)
+        name, manager = self._manager.policy.name, self._manager
+        capture = TextCapture(
+            name, lambda view, _: manager.after_text(view), modules, mask, drafts, copies, None, projections
+        )
+        capture.hook(self, set(modules), cached=cached)
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether what this call projects will be read again."""
@@ -240,7 +241,6 @@ class EncoderDecoderAdapter(ModelAdapter):
         if self._manager.in_prefill:
             self._transient = None
             self._captured = {}
-            self._text = None
             self.end_of_call()
             self._manager.end(completed=output is not None)
 
@@ -326,7 +326,6 @@ class EncoderDecoderAdapter(ModelAdapter):
             queries=captured.pop("queries", None),
             raw_keys=raw_keys,
             features=captured.pop("features", None),
-            text=None if self._text is None else self._text.latest,
         )
         self._transient = None
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvprune.adapters.base import (
@@ -34,14 +35,16 @@ from kvprune.adapters.base import (
     probe_signatures,
 )
 from kvprune.adapters.text_capture import TextCapture
+from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
-from kvprune.caches import OneLayer, open_for_prefill, open_layer, require_cache
+from kvprune.caches import OneLayer, open_for_prefill, open_layer, open_text_layer, require_cache
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.layout import Layout
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
+from kvprune.text_view import TextView
 from kvprune.visibility import Visibility
 
 __all__ = ["MllamaAdapter"]
@@ -52,7 +55,7 @@ class MllamaAdapter(ModelAdapter):
 
     family = "Llama-3.2-Vision (Mllama)"
     model_classes = ("MllamaForConditionalGeneration", "MllamaModel")
-    provides = ModelAdapter.provides | {"text"}
+    provides = ModelAdapter.provides | {"text", "text_cache"}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -63,7 +66,6 @@ class MllamaAdapter(ModelAdapter):
         self._drafts = 0
         self._mask: TileMask | None = None  # of the forward call that runs now
         self._captured: dict[str, Tensor] = {}
-        self._capture: TextCapture | None = None
         self._transient: CrossKVLayer | None = None  # stands in for a cache where there is none
         self._manager: CrossKVManager | None = None
 
@@ -113,6 +115,8 @@ class MllamaAdapter(ModelAdapter):
         if tokens is None:
             return args, kwargs  # the model itself says what is missing
         batch, length = tokens.shape[:2]
+        text_mask = fit_text_mask(named.get("past_key_values"), named.get("attention_mask"), batch, length)
+        named = {**named, "attention_mask": text_mask}
         patches = self._inner.vision_model.num_patches
         rows = None if mask is None else self._rows(mask, length, named.get("past_key_values"))
         # The dtype of one weight: asking the model for its dtype walks over all of them.
@@ -182,20 +186,32 @@ class MllamaAdapter(ModelAdapter):
             layout=self._layout(named, twins.copies),
         )
         self._hook_prefill(self._manager.policy.needs, cached=cached)
-        if "text" in self._manager.policy.needs:
+        if {"text", "text_cache"} & self._manager.policy.needs:
             self._hook_text(named.get("attention_mask"), drafts, twins.copies, cached=cached)
 
     def _hook_text(self, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
-        """Capture the self-attention before each cross-attention layer."""
-        assert self._manager is not None
+        """Capture the self-attention before each cross-attention layer, or all if text is pruned."""
+        manager = self._manager
+        assert manager is not None
+        prunes = cached and "text_cache" in manager.policy.needs
+        if prunes and 0 in self._layer_indices:
+            raise UnsupportedModelError(
+                f"policy {manager.policy.name!r} prunes text, but the first layer of this decoder is a "
+                "cross-attention layer, by which transformers measures text; use a policy that does not"
+            )
         modules = {
             layer_idx: layer.self_attn
             for layer_idx, layer in enumerate(self._text.layers)
             if layer_idx not in self._layer_indices
         }
         before = {max((i for i in modules if i < cross), default=-1) for cross in self._layer_indices}
-        self._capture = TextCapture(self._manager.policy.name, modules, mask, drafts, copies, _rotate)
-        self._capture.hook(self, before - {-1}, cached=cached)
+
+        def done(view: TextView, cache: Cache | None) -> None:
+            layer = open_text_layer(cache, view.layer_idx) if prunes and cache is not None else None
+            manager.after_text(view, layer)
+
+        capture = TextCapture(manager.policy.name, done, modules, mask, drafts, copies, _rotate)
+        capture.hook(self, set(modules) if prunes else before - {-1}, cached=cached)
 
     def _layout(self, named: dict[str, Any], copies: int) -> Callable[[], Layout] | None:
         """Return what tells where the new columns lie in their images; None if nobody says."""
@@ -248,7 +264,6 @@ class MllamaAdapter(ModelAdapter):
         if self._manager.in_prefill:
             self._transient = None
             self._captured = {}
-            self._capture = None
             self.end_of_call()
             self._manager.end(completed=output is not None)
 
@@ -342,7 +357,6 @@ class MllamaAdapter(ModelAdapter):
             queries=captured.pop("queries", None),
             raw_keys=captured.pop("raw_keys", None),
             features=captured.pop("features", None),
-            text=None if self._capture is None else self._capture.latest,
             follows_text=rank < module.layer_idx,  # some layer before it is no cross-attention layer
         )
         self._transient = None

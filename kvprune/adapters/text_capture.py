@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 
 from kvprune.adapters.base import ModelAdapter, named_arguments
 from kvprune.errors import UnsupportedCacheError
+from kvprune.text_cache import TextKVLayer
 from kvprune.text_view import TextView
 
 __all__ = ["Rotate", "TextCapture"]
@@ -32,6 +33,7 @@ class TextCapture:
 
     Args:
         policy_name: For messages.
+        done: Called after each captured self-attention with its view and the cache that it wrote to.
         modules: The self-attention modules by layer index, in order: all that the decoder has.
         mask: int or bool ``[B, tokens so far]``, zero at padding, drafts included; or ``[B, 1, T, tokens]``
             as it enters attention, boolean or additive; None where there is none.
@@ -42,13 +44,13 @@ class TextCapture:
     """
 
     policy_name: str
+    done: Callable[[TextView, Cache | None], None]
     modules: Mapping[int, Any]
     mask: Tensor | None
     drafts: int = 0
     copies: int = 1
     rotate: Rotate | None = None
     projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
-    latest: TextView | None = field(default=None, init=False)
     _projected: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     _names: ClassVar[tuple[str, str, str]] = ("queries", "keys", "values")
@@ -80,7 +82,8 @@ class TextCapture:
 
     def _look(self, layer_idx: int) -> Callable[..., None]:
         def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.latest = self._view(layer_idx, module, named_arguments(module, args, kwargs))
+            named = named_arguments(module, args, kwargs)
+            self.done(self._view(layer_idx, module, named), named.get("past_key_values"))
 
         return look
 
@@ -112,20 +115,16 @@ class TextCapture:
     def _cached(self, cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values that a layer has attended to."""
         flat = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        layer = flat.layers[layer_idx]
+        layer: Any = flat.layers[layer_idx]
         if type(layer) is StaticLayer:  # as long as it may become
             seen = int(layer.get_seq_length())
-            held: tuple[Tensor, Tensor] = cast(Any, layer).keys, cast(Any, layer).values
-            return held[0][:, :, :seen], held[1][:, :, :seen]
-        if type(layer) is not DynamicLayer:
+            return layer.keys[:, :, :seen], layer.values[:, :, :seen]
+        if type(layer) not in (DynamicLayer, TextKVLayer):
             raise UnsupportedCacheError(
                 f"policy {self.policy_name!r} looks at text, but {type(flat).__name__} holds it in a "
                 f"{type(layer).__name__}, whose keys cannot be read; generate with the default cache"
             )
-        keys, values = layer.keys, layer.values
-        assert keys is not None
-        assert values is not None
-        return keys, values
+        return layer.keys, layer.values
 
     def _real(self, entries: int, keys: Tensor) -> Tensor:
         """Return which entries are no padding, bool ``[B, entries]``."""

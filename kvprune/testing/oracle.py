@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from kvprune.adapters.base import ModelAdapter
 from kvprune.selection import Selection
@@ -29,6 +30,8 @@ def masked_oracle(
     prefill_selections: Mapping[int, Selection | None],
     *,
     adapter: type[ModelAdapter] | None = None,
+    text_selections: Mapping[int, Selection] | None = None,
+    prefill_text_selections: Mapping[int, Selection] | None = None,
 ) -> Iterator[None]:
     """Run an untouched model so that it attends to selected columns only, merged as they say.
 
@@ -40,6 +43,10 @@ def masked_oracle(
         selections: What decoding may attend to, by layer index (``run.selections``).
         prefill_selections: What prefill may attend to, None for everything (``run.prefill_selections``).
         adapter: An `EncoderDecoderAdapter`, for the names that it declares; BART's names by default.
+        text_selections: Tokens of the text that decoding may attend to, by layer index
+            (``run.text_selections``); later tokens than those they are about are attended to besides. Mllama
+            only.
+        prefill_text_selections: Likewise for a call that brings an image: what an earlier turn left.
     """
     handles = []
 
@@ -80,6 +87,8 @@ def masked_oracle(
             before, after = overwrite(layer_idx, states)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
+    if text_selections or prefill_text_selections:
+        handles += _restrict_text(model, text_selections or {}, prefill_text_selections or {})
     try:
         yield
     finally:
@@ -98,6 +107,38 @@ def _sites(model: Any, adapter: type[ModelAdapter] | None) -> Iterator[tuple[int
     text = getattr(model, "model", model).language_model
     for layer_idx in text.config.cross_attention_layers:
         yield layer_idx, text.layers[layer_idx], "cross_attention_states", "cross_attention_mask"
+
+
+def _restrict_text(
+    model: Any, decode: Mapping[int, Selection], prefill: Mapping[int, Selection]
+) -> list[RemovableHandle]:
+    """Mask dropped tokens in the self-attention layers of an Mllama; return the hooks that do it."""
+    handles = []
+    for layer_idx, layer in enumerate(getattr(model, "model", model).language_model.layers):
+
+        def hook(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], layer_idx: int = layer_idx
+        ) -> Any:
+            selection = (decode if kwargs["cross_attention_states"] is None else prefill).get(layer_idx)
+            if selection is None:
+                return None
+            hidden, mask = args[0], kwargs.get("attention_mask")
+            seen = kwargs["past_key_values"].get_seq_length(layer_idx)
+            rows, columns = hidden.shape[1], seen + hidden.shape[1]
+            if mask is None:
+                causal = torch.ones(rows, columns, dtype=torch.bool, device=hidden.device).tril(seen)
+                mask = causal.expand(len(hidden), 1, -1, -1)
+            if mask.dtype == torch.bool:
+                lowest = torch.finfo(hidden.dtype).min
+                mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, lowest)
+            dropped = torch.nn.functional.pad(~selection.to_mask(), (0, columns - selection.columns))
+            heads = module.self_attn.num_heads
+            dropped = dropped.repeat_interleave(heads // dropped.shape[1], dim=1)[:, :, None].to(mask.device)
+            return args, {**kwargs, "attention_mask": mask.masked_fill(dropped, torch.finfo(mask.dtype).min)}
+
+        if layer_idx in decode or layer_idx in prefill:
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    return handles
 
 
 def _is_prefill(kwargs: dict[str, Any], states: str, layer_idx: int) -> bool:

@@ -136,6 +136,8 @@ class LayerProblem(_ShortRepr):
             rank=2 + 4 * self.rank,
             num_layers=4 * self.num_layers,
             policy_name=policy_name,
+            image_tokens=self.visibility().decode.sum(-1),
+            cross_layers=self.num_layers,
         )
 
     def features(self, policy_name: str = "?") -> FeatureView:
@@ -282,7 +284,9 @@ def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
 def cut_text(text: TextView, sample: slice, first: int) -> TextView:
     """Return the text of one sample without the ``first`` rows and entries, which are padding."""
     tensors = {name: getattr(text, name)[sample, :, first:].clone() for name in ("queries", "keys", "values")}
-    return dataclasses.replace(text, real=text.real[sample, first:], **tensors)
+    return dataclasses.replace(
+        text, real=text.real[sample, first:], image_tokens=text.image_tokens[sample], **tensors
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

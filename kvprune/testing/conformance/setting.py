@@ -170,13 +170,23 @@ class Setting:
 
     def masked(self, run: Compression) -> AbstractContextManager[None]:
         """Return the master oracle's context: the untouched model attends to what a run kept."""
-        return self._masked(run.selections, run.prefill_selections)
+        return self._masked(run.selections, run.prefill_selections, run.text_selections)
 
-    def _masked(self, selections: Any, prefill_selections: Any) -> AbstractContextManager[None]:
+    def _masked(
+        self, selections: Any, prefill_selections: Any, text_selections: Any = None
+    ) -> AbstractContextManager[None]:
         if self.oracle is not None:
+            if text_selections:
+                raise NotApplicable("the oracle of this adapter knows nothing of pruned text")
             return self.oracle(self.pristine, selections, prefill_selections)
         self.sites(self.pristine)  # not applicable where nothing is known
-        return masked_oracle(self.pristine, selections, prefill_selections, adapter=self.adapter_class)
+        return masked_oracle(
+            self.pristine,
+            selections,
+            prefill_selections,
+            adapter=self.adapter_class,
+            text_selections=text_selections,
+        )
 
     @cached_property
     def columns(self) -> int:
