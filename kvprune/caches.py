@@ -53,7 +53,10 @@ class OneLayer(Cache):
 
     @classmethod
     def spread(cls, layer_idx: int, layer: CrossKVLayer) -> Self:
-        """Return what a layer holds with a row for each row of the batch; the layer itself stays as it is."""
+        """Return what a layer holds, in its own dtype, with a row for each row of the batch.
+
+        The layer itself stays as it is; what is returned is dropped after the call.
+        """
         return cls(layer_idx, *layer.spread())
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "PolicyFailedError",
     "PolicyNeverRanError",
     "PolicyOptionError",
+    "QuantizationError",
     "ReceiptError",
     "ResultsError",
     "ScoreError",
@@ -71,6 +72,10 @@ class SelectionError(KVPruneError):
 
 class ScoreError(SelectionError):
     """A policy's ``score`` returned something that cannot rank tokens (wrong shape, NaN, no tensor)."""
+
+
+class QuantizationError(KVPruneError):
+    """Keys or values cannot be quantized (not finite), or to as many bits as were asked for."""
 
 
 class UnsupportedModelError(KVPruneError):

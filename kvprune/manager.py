@@ -35,7 +35,7 @@ from kvprune.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy import CrossKVPolicy
 from kvprune.receipts import PrefillRecord, Stopwatch
 from kvprune.report import CompressionReport
-from kvprune.selection import Decision, Selection
+from kvprune.selection import OWN_BITS, Decision, Selection
 from kvprune.text_cache import TextKVLayer
 from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView
@@ -284,9 +284,10 @@ class CrossKVManager:
         received = prefill.onward
         arriving = prefill.arriving(received)
         first = layer.width - arriving.columns
+        new = layer.own - arriving.columns  # what is quantized is of earlier images
         view = LayerView(
-            keys=layer.keys[..., first:, :],
-            values=layer.values[..., first:, :],
+            keys=layer.keys[..., new:, :],
+            values=layer.values[..., new:, :],
             visibility=arriving,
             layer_idx=layer_idx,
             rank=rank,
@@ -401,9 +402,9 @@ class CrossKVManager:
                 merge = self._retain(prefill, decision, asked)
             if decision.onward is not None:
                 prefill.onward = compose(prefill.onward, decision.onward)
-        slots, valid = layer.entries()
-        merge = _carrying(merge, layer, slots, valid, prefill.first_new)
-        kept = Selection.trusted(slots, valid, layer.columns, merge)
+        kept = layer.selection()
+        merge = _carrying(merge, layer, kept.indices, kept.valid, prefill.first_new)
+        kept = Selection.trusted(kept.indices, kept.valid, layer.columns, merge, kept.bits)
         self._held[layer_idx] = _Held(asked.attended, kept, layer.copies)
         prefill.record.decided(layer_idx, layer, watches, visible=prefill.visibility.decode)
 
@@ -426,6 +427,22 @@ class CrossKVManager:
                 "nothing would be pruned; call it with use_cache=True, or choose a policy that decides "
                 "onward (trim, or reach=onward)"
             )
+        if decision.cache is not None and decision.cache.quantizes:
+            raise UnsupportedCacheError(
+                f"policy {self.policy.spec} quantizes the cache of layer {layer_idx}, but the model was "
+                "called without a cache (use_cache=False, or gradient checkpointing), so nothing would be "
+                "quantized; call it with use_cache=True"
+            )
+
+    def _bits(self, decision: Decision, layer: CrossKVLayer, first: int) -> Tensor | None:
+        """Return in which precision a layer holds its entries, uint8 ``[R, H or 1, K]``; None for its own."""
+        if decision.cache is None or decision.cache.bits is None:
+            return None
+        if layer.keys.requires_grad and decision.cache.quantizes:
+            self.report.warn("quantized entries carry no gradient: nothing is learned from what reads them")
+        new = decision.cache.bits_by_column().to(layer.keys.device)
+        old = torch.full((*new.shape[:2], first), OWN_BITS, dtype=torch.uint8, device=new.device)
+        return torch.cat([old, new], dim=-1)
 
     def _running(self) -> _Prefill:
         if self._prefill is None:
@@ -440,7 +457,7 @@ class CrossKVManager:
         layer, selection = asked.layer, decision.cache
         kept = self._kept(prefill, decision, asked.view.visibility, layer, asked.first)
         if selection is None or selection.merge is None:
-            layer.retain(kept)
+            layer.retain(kept, bits=self._bits(decision, layer, asked.first))
             return None
         slots, valid = layer.entries()
         kept = kept & valid
@@ -472,7 +489,7 @@ class CrossKVManager:
 
 def _attended(layer: CrossKVLayer, received: Selection | None, first_new: int) -> Selection:
     """Return what a layer attends to in prefill: which features were merged, and which entries are biased."""
-    attended = Selection.from_mask(layer.held_columns())
+    attended = layer.selection()
     merge = None
     if received is not None and received.merge is not None:
         into = positions(attended)
@@ -482,7 +499,7 @@ def _attended(layer: CrossKVLayer, received: Selection | None, first_new: int) -
         weights[..., first_new:] = received.merge.weights
         merge = Merge(torch.cat([into[..., :first_new], new], -1), weights)
     merge = _carrying(merge, layer, attended.indices, attended.valid, first_new)
-    return Selection.trusted(attended.indices, attended.valid, attended.columns, merge)
+    return Selection.trusted(attended.indices, attended.valid, attended.columns, merge, attended.bits)
 
 
 def _carrying(

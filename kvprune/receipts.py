@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
@@ -69,7 +69,7 @@ class _Layer:
     bytes_gathering: int = 0
     bytes_after: int = 0
     columns: int = 0
-    width: int = 0
+    widths: Mapping[int, int] = field(default_factory=dict)
     bytes_full: int = 0
     bytes_of_bookkeeping: int = 0
     kept: Tensor | None = None
@@ -133,7 +133,7 @@ class PrefillRecord:
         # Where rows are held as one, each row of the batch was projected all the same.
         projected = layer.bytes_held * layer.copies if layer.copies > 1 else 0
         self._layers[layer_idx].bytes_attended = layer.bytes_held
-        self._layers[layer_idx].bytes_projected = layer.bytes_held + projected
+        self._layers[layer_idx].bytes_projected = layer.bytes_held + layer.bytes_read + projected
         self._copies = layer.copies
 
     def decided(
@@ -152,7 +152,7 @@ class PrefillRecord:
         self._chosen = ()
         if record.bytes_after < record.bytes_attended:  # what stays was gathered while all was alive
             record.bytes_gathering = record.bytes_attended + record.bytes_after
-        record.columns, record.width, record.bytes_full = layer.columns, layer.width, layer.bytes_full
+        record.columns, record.widths, record.bytes_full = layer.columns, layer.widths, layer.bytes_full
         record.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
         slots, valid = layer.entries()
         seen = visible.to(slots.device)[:, None].expand(-1, slots.shape[1], -1)
@@ -224,7 +224,8 @@ class PrefillRecord:
         return LayerReceipt(
             layer_idx=layer_idx,
             columns=record.columns,
-            width=record.width,
+            width=sum(record.widths.values()),
+            widths={str(bits): width for bits, width in record.widths.items()},
             bytes_held=record.bytes_after if self.cached else 0,
             bytes_full=record.bytes_full if self.cached else 0,
             bytes_of_bookkeeping=record.bytes_of_bookkeeping if self.cached else 0,

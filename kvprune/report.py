@@ -13,6 +13,7 @@ from typing import Any
 
 from kvprune.cache import CrossKVLayer
 from kvprune.errors import ReceiptError
+from kvprune.selection import OWN_BITS
 from kvprune.spec import PolicySpec
 from kvprune.text_cache import TextKVLayer
 
@@ -32,11 +33,12 @@ class LayerReceipt:
         layer_idx: Index of the decoder layer.
         columns: Tokens per sample that stock transformers would hold.
         width: Tokens per sample and KV head that are held, padding of ragged batches included.
-        bytes_held: Bytes of keys and values that are held.
+        bytes_held: Bytes of keys and values that are held; of quantized ones, codes and ends of groups.
         bytes_full: Bytes of keys and values that stock transformers would hold.
         bytes_of_bookkeeping: Bytes of column numbers and validity flags.
         decisions: How often the policy has decided about this layer so far.
         seconds: What its latest decision took.
+        widths: The width by the bits in which entries are held; "16" stands for the cache's own dtype.
     """
 
     layer_idx: int
@@ -47,6 +49,12 @@ class LayerReceipt:
     bytes_of_bookkeeping: int
     decisions: int = 1
     seconds: float = 0.0
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some entry is held in fewer bits than the cache's own dtype has."""
+        return any(bits != str(OWN_BITS) for bits in self.widths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +254,7 @@ class CompressionReport:
                 "bytes_held": layer.bytes_held,
                 "bytes_full": layer.bytes_full,
                 "width": layer.width,
+                "widths": {str(bits): width for bits, width in layer.widths.items()},
                 "columns": layer.columns,
                 "bytes_of_bookkeeping": layer.bytes_of_bookkeeping,
             }
@@ -319,11 +328,12 @@ class CompressionReport:
             f"{self.kept_of_stored:.1%} of those that stock holds",
             f"cross-attention cache {held:.2f} MiB of {full:.2f} MiB stock{share}; "
             f"at most {self.bytes_peak / _MIB:.2f} MiB in prefill",
-            f"{'layer':>5}  {'decided':>7}  {'held':>6}  {'stock':>6}  {'MiB held':>9}  {'MiB stock':>9}",
+            f"{'layer':>5}  {'decided':>7}  {'held':>6}  {'stock':>6}  {'MiB held':>9}  {'MiB stock':>9}"
+            + ("  held by bits" if any(layer.quantized for layer in self.layers) else ""),
         ]
         lines += [
             f"{layer.layer_idx:>5}  {layer.decisions:>7}  {layer.width:>6}  {layer.columns:>6}  "
-            f"{layer.bytes_held / _MIB:>9.3f}  {layer.bytes_full / _MIB:>9.3f}"
+            f"{layer.bytes_held / _MIB:>9.3f}  {layer.bytes_full / _MIB:>9.3f}{_by_bits(layer)}"
             for layer in self.layers
         ]
         if self.text_layers and self.text_kept_fraction is not None:
@@ -334,6 +344,12 @@ class CompressionReport:
             )
         lines.append(f"deciding took {self.seconds:.3g} s")
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+
+def _by_bits(layer: LayerReceipt) -> str:
+    if not layer.quantized:
+        return ""
+    return "  " + ", ".join(f"{width} at {bits}" for bits, width in layer.widths.items())
 
 
 def _or_none(value: float) -> float | None:

@@ -17,7 +17,13 @@ from torch import Tensor
 from kvprune.errors import BudgetError, SelectionError
 from kvprune.merging import Merge
 
-__all__ = ["Budget", "Decision", "Selection"]
+__all__ = ["BITS", "OWN_BITS", "Budget", "Decision", "Selection"]
+
+OWN_BITS = 16
+"""Stands for the cache's own dtype, whatever that is."""
+
+BITS = (OWN_BITS, 8, 4, 2)
+"""Precisions in which an entry may be held."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,9 @@ class Selection:
             last index; padding is not valid, and valid entries come first.
         columns: Width S of the unpruned cache, in tokens.
         merge: How dropped columns live on in kept ones; None if none do. `kvprune.buckets` makes it.
+        bits: uint8, same shape, in how many bits a number of the entry is held: 16 stands for the cache's own
+            dtype, 8, 4 and 2 are quantized (`kvprune.quantization`). Padding repeats those of its last
+            index. None where all entries are held in the own dtype.
 
     Raises:
         SelectionError: If any of this does not hold (KV01), or a row keeps nothing (KV03). What a merge says
@@ -88,6 +97,7 @@ class Selection:
     valid: Tensor
     columns: int
     merge: Merge | None = None
+    bits: Tensor | None = None
 
     def __post_init__(self) -> None:
         indices, valid = self.indices, self.valid
@@ -135,10 +145,47 @@ class Selection:
             raise SelectionError("KV01: indices are strictly increasing in each row; a row is not")
         if loose_padding:
             raise SelectionError("KV01: padding repeats the last index of its row; a row does not")
+        self._check_bits()
+
+    def _check_bits(self) -> None:
+        bits = self.bits
+        if bits is None:
+            return
+        if self.merge is not None:
+            raise SelectionError(
+                "KV01: a selection merges entries or states bits, got both; what is merged is held in the "
+                "cache's own dtype"
+            )
+        if not isinstance(bits, Tensor):
+            raise SelectionError(f"KV01: bits are a tensor or None, got {type(bits).__name__}")
+        if bits.dtype != torch.uint8 or bits.shape != self.indices.shape:
+            raise SelectionError(
+                f"KV01: bits are uint8 with the shape of indices {list(self.indices.shape)}, "
+                f"got {bits.dtype} {list(bits.shape)}"
+            )
+        if bits.device != self.indices.device:
+            raise SelectionError(
+                f"KV01: indices are on {self.indices.device}, but bits are on {bits.device}; "
+                "they share a device"
+            )
+        _require_known(bits)
+        if bool(((bits[..., 1:] != bits[..., :-1]) & ~self.valid[..., 1:]).any()):
+            raise SelectionError(
+                "KV01: padding repeats the bits of the last index of its row; a row does not"
+            )
 
     @classmethod
-    def from_mask(cls, kept: Tensor) -> Selection:
-        """Return the selection of the columns where ``kept`` (bool ``[B, H or 1, S]``) is true."""
+    def from_mask(cls, kept: Tensor, bits: Tensor | None = None) -> Selection:
+        """Return the selection of the columns where ``kept`` is true.
+
+        Args:
+            kept: bool ``[B, H or 1, S]``.
+            bits: uint8, same shape or one that expands to it, the precision of each column (see the class);
+                what it says of columns that are not kept does not matter.
+
+        Raises:
+            SelectionError: If the shapes are others, a row keeps nothing, or the bits are none of `BITS`.
+        """
         if not isinstance(kept, Tensor):
             raise SelectionError(f"KV01: a mask of kept columns is a tensor, got {type(kept).__name__}")
         if kept.dtype != torch.bool or kept.ndim != 3 or kept.numel() == 0:
@@ -153,7 +200,11 @@ class Selection:
         indices = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
         valid = torch.arange(width, device=kept.device) < counts
         last = indices.gather(-1, (counts - 1).clamp(min=0))
-        return cls.trusted(torch.where(valid, indices, last), valid, kept.shape[-1])
+        indices = torch.where(valid, indices, last)
+        if bits is None:
+            return cls.trusted(indices, valid, kept.shape[-1])
+        chosen = _bits_of_kept(bits, kept).gather(-1, indices)
+        return cls.trusted(indices, valid, kept.shape[-1], bits=chosen)
 
     @classmethod
     def all(cls, batch: int, columns: int, device: torch.device | str = "cpu") -> Selection:
@@ -166,7 +217,14 @@ class Selection:
         )
 
     @classmethod
-    def trusted(cls, indices: Tensor, valid: Tensor, columns: int, merge: Merge | None = None) -> Selection:
+    def trusted(
+        cls,
+        indices: Tensor,
+        valid: Tensor,
+        columns: int,
+        merge: Merge | None = None,
+        bits: Tensor | None = None,
+    ) -> Selection:
         """Return a selection that is right by construction, without the checks and their host transfer.
 
         Args:
@@ -174,9 +232,10 @@ class Selection:
             valid: See the class.
             columns: See the class.
             merge: See the class.
+            bits: See the class.
         """
         selection = object.__new__(cls)
-        parts = {"indices": indices, "valid": valid, "columns": columns, "merge": merge}
+        parts = {"indices": indices, "valid": valid, "columns": columns, "merge": merge, "bits": bits}
         for name, value in parts.items():
             object.__setattr__(selection, name, value)
         return selection
@@ -199,20 +258,34 @@ class Selection:
         # Padding repeats a valid index, so writing True everywhere marks exactly the kept columns.
         return kept.scatter_(-1, self.indices, True)
 
+    def bits_by_column(self) -> Tensor:
+        """Return the precision of each column, uint8 ``[B, H or 1, S]``; 16 also where nothing is kept."""
+        shape = *self.indices.shape[:2], self.columns
+        by_column = torch.full(shape, OWN_BITS, dtype=torch.uint8, device=self.indices.device)
+        # Padding repeats the bits of a valid entry with its index.
+        return by_column if self.bits is None else by_column.scatter_(-1, self.indices, self.bits)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether some entry is held in fewer bits than the cache's own dtype has."""
+        return self.bits is not None and bool((self.bits != OWN_BITS).any())
+
     def repeat(self, copies: int) -> Selection:
         """Return the selection with each row of its batch repeated, ``[B * copies, H or 1, K]``."""
         if copies == 1:
             return self
         indices, valid = (tensor.repeat_interleave(copies, dim=0) for tensor in (self.indices, self.valid))
         merge = None if self.merge is None else self.merge.repeat(copies)
-        return Selection.trusted(indices, valid, self.columns, merge)
+        bits = None if self.bits is None else self.bits.repeat_interleave(copies, dim=0)
+        return Selection.trusted(indices, valid, self.columns, merge, bits)
 
     def every(self, step: int) -> Selection:
         """Return the selection of every ``step``-th row of its batch: undoes `repeat`."""
         if step == 1:
             return self
         merge = None if self.merge is None else self.merge.every(step)
-        return Selection.trusted(self.indices[::step], self.valid[::step], self.columns, merge)
+        bits = None if self.bits is None else self.bits[::step]
+        return Selection.trusted(self.indices[::step], self.valid[::step], self.columns, merge, bits)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Selection):
@@ -222,14 +295,50 @@ class Selection:
             and torch.equal(self.indices, other.indices)
             and torch.equal(self.valid, other.valid)
             and (other.merge is None if self.merge is None else self.merge.equals(other.merge))
+            and self._same_bits(other)
         )
+
+    def _same_bits(self, other: Selection) -> bool:
+        if self.bits is not None and other.bits is not None:
+            return torch.equal(self.bits, other.bits)
+        return not self.quantizes and not other.quantizes  # None says what 16 everywhere says
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         batch, heads, kept = self.indices.shape
         merged = "" if self.merge is None else ", merged"
-        return f"Selection(batch={batch}, heads={heads}, kept={kept}, columns={self.columns}{merged})"
+        bits = ""
+        if self.bits is not None:
+            held = self.bits[self.valid].unique().tolist()
+            bits = f", bits={'/'.join(str(width) for width in sorted(held, reverse=True))}"
+        return f"Selection(batch={batch}, heads={heads}, kept={kept}, columns={self.columns}{merged}{bits})"
+
+
+def _require_known(bits: Tensor) -> None:
+    known = torch.tensor(BITS, dtype=torch.uint8, device=bits.device)
+    unknown = bits[~torch.isin(bits, known)]
+    if unknown.numel():
+        raise SelectionError(
+            f"KV01: an entry is held in {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits "
+            f"({OWN_BITS} being the cache's own dtype), got {int(unknown[0])}"
+        )
+
+
+def _bits_of_kept(bits: Tensor, kept: Tensor) -> Tensor:
+    """Check the bits of columns against a mask of kept ones, and expand them to its shape."""
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.ndim != 3:
+        got = f"{bits.dtype} {list(bits.shape)}" if isinstance(bits, Tensor) else type(bits).__name__
+        raise SelectionError(f"KV01: bits of columns are uint8 {list(kept.shape)}, got {got}")
+    if any(size not in (1, whole) for size, whole in zip(bits.shape, kept.shape, strict=True)):
+        raise SelectionError(f"KV01: bits of columns are {list(kept.shape)}, got {list(bits.shape)}")
+    if bits.device != kept.device:
+        raise SelectionError(
+            f"KV01: the mask is on {kept.device}, but bits are on {bits.device}; they share a device"
+        )
+    bits = bits.expand_as(kept)
+    _require_known(bits[kept])
+    return bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +346,8 @@ class Decision:
     """What a policy wants at one cross-attention layer; an empty one changes nothing.
 
     Args:
-        cache: Columns of this layer's view that its cache keeps for decoding; None leaves all columns that
-            decoding can see.
+        cache: Columns of this layer's view that its cache keeps for decoding, and in which precision; None
+            leaves all columns that decoding can see.
         onward: Columns of this layer's view that later cross-attention layers still receive: they project,
             attend to and store only these. None leaves them as they are. The heads of different layers do
             not correspond, so this one is shared by heads (second axis 1).
@@ -248,7 +357,7 @@ class Decision:
     values, in ``onward`` as sums of the features from which later layers make their keys and values.
 
     Raises:
-        SelectionError: If ``onward`` differs by head, or the note is no text.
+        SelectionError: If ``onward`` differs by head or states bits, or the note is no text.
     """
 
     cache: Selection | None = None
@@ -262,4 +371,9 @@ class Decision:
             raise SelectionError(
                 "KV01: what later layers receive is shared by heads, indices [B, 1, K], "
                 f"got {list(self.onward.indices.shape)}"
+            )
+        if self.onward is not None and self.onward.bits is not None:
+            raise SelectionError(
+                "KV01: bits say how a cache holds entries, and features that go onward are not cached; "
+                f"got onward={self.onward!r}; state bits in Decision(cache=...)"
             )

@@ -1,8 +1,9 @@
 """KV11 as a state machine: whatever is done to a cache, tensors and selection move together.
 
-Hypothesis draws any sequence of fill, append, decode, retain, reorder, expand, select, crop, reset, deep copy
-and moves of dtype and device, and compares two cache layers in a transformers cache with a model of them made
-of plain lists after every step: keys, values, columns, validity, the additive bias over them, and bytes.
+Hypothesis draws any sequence of fill, append, decode, retain (in any precision), reorder, expand, select,
+crop, reset, deep copy and moves of dtype and device, and compares two cache layers in a transformers cache
+with a model of them made of plain lists after every step: keys, values, columns, precision, validity, the
+additive bias over them, and bytes. Vectors have one number each, which quantization leaves as it is.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from kvprune.selection import Selection
 
 HEADS, PATCHES, LAYERS = 2, 2, 2
 
-# A row of the batch: for each KV head, the (column, key) pairs that are held, in order of columns.
-Row = list[list[tuple[int, float]]]
+# A row of the batch: for each KV head, what is held as (column, key, bits), in order of columns.
+Row = list[list[tuple[int, float, int]]]
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -87,7 +88,7 @@ class CacheMachine(RuleBasedStateMachine):
                             if not arriving.valid[row // twins.copies, 0, entry]:
                                 continue
                             column = int(arriving.indices[row // twins.copies, 0, entry])
-                        plain[row][head].append((self.columns + column, float(keys[row, head, entry])))
+                        plain[row][head].append((self.columns + column, float(keys[row, head, entry]), 16))
             attended_keys, attended_values = layer.update(
                 *(side.to(layer_dtype(layer)) for side in (keys, -keys))
             )
@@ -95,9 +96,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.columns += columns
 
     @filled
-    @rule(heads=st.sampled_from([1, HEADS]), seed=st.integers(0, 999), which=st.integers(0, LAYERS - 1))
-    def retain(self, heads: int, seed: int, which: int) -> None:
-        """Drop entries of one layer, at least one stays in each row and head."""
+    @rule(
+        heads=st.sampled_from([1, HEADS]),
+        seed=st.integers(0, 999),
+        which=st.integers(0, LAYERS - 1),
+        share=st.sampled_from([0.6, 1.0]),
+        precisions=st.lists(st.sampled_from([16, 8, 4, 2]), min_size=1, max_size=3),
+    )
+    def retain(self, heads: int, seed: int, which: int, share: float, precisions: list[int]) -> None:
+        """Drop and quantize entries of one layer, at least one stays in each row and head."""
         layer, plain = self.layers[which], self.plain[which]
         slots, valid = layer.entries()
         rows = slots.shape[0]
@@ -105,17 +112,24 @@ class CacheMachine(RuleBasedStateMachine):
         if heads < slots.shape[1]:
             heads = slots.shape[1]
             random = random.expand(-1, heads, -1)
-        kept = (random < 0.6) & valid.expand(-1, heads, -1)
-        kept[..., 0] = True  # valid entries come first
+        valid = valid.expand(-1, heads, -1)
+        kept = (random < share) & valid
+        # The first valid entry of each row stays; padding of one precision may come before it.
+        kept.scatter_(-1, valid.to(torch.uint8).argmax(-1, keepdim=True), True)
+        bits = torch.tensor(precisions, dtype=torch.uint8)[(random * 999).long() % len(precisions)]
         for row in range(self.batch):
             held = row // layer.copies
             for head in range(HEADS):
-                flags = kept[held, min(head, heads - 1)]
-                own = valid[held, min(head, slots.shape[1] - 1)]
+                flags, widths = (every[held, min(head, heads - 1)].tolist() for every in (kept, bits))
+                columns = slots[held, min(head, slots.shape[1] - 1)].tolist()
+                wanted = {c: width for c, stays, width in zip(columns, flags, widths, strict=True) if stays}
+                # What was quantized once stays as it is.
                 plain[row][head] = [
-                    pair for pair, stays in zip(plain[row][head], flags[own].tolist(), strict=True) if stays
+                    (column, key, min(before, wanted[column]) if before == 16 else before)
+                    for column, key, before in plain[row][head]
+                    if column in wanted
                 ]
-        layer.retain(kept)
+        layer.retain(kept, bits=bits if precisions != [16] or seed % 2 else None)
 
     @filled
     @rule(data=st.data())
@@ -209,11 +223,36 @@ class CacheMachine(RuleBasedStateMachine):
                     own = valid[held, min(head, valid.shape[1] - 1)]
                     columns = slots[held, min(head, slots.shape[1] - 1)][own].tolist()
                     found = keys[row, head, :, 0][own].tolist()
-                    assert list(zip(columns, found, strict=True)) == expected
+                    pairs = [(column, key) for column, key, _ in expected]
+                    assert sorted(zip(columns, found, strict=True)) == pairs
                     assert values[row, head, :, 0][own].tolist() == [-value for value in found]
-                    assert columns == sorted(set(columns))
+                    assert layer.pools or columns == sorted(set(columns))
+            self._agrees_about_precision(layer, plain)
             assert layer.bytes_behind <= layer.bytes_held
+            assert layer.keys.numel() > 0  # Mllama skips a layer whose keys are empty
             assert layer.bytes_full == self.batch * HEADS * self.columns * 2 * layer.keys.element_size()
+
+    def _agrees_about_precision(self, layer: CrossKVLayer, plain: list[Row]) -> None:
+        """The selection names columns in order, each in its precision; each pool has its own entries only."""
+        chosen = layer.selection()
+        chosen = Selection(chosen.indices, chosen.valid, chosen.columns, bits=chosen.bits)  # checked now
+        for row, heads in enumerate(plain):
+            held, most = row // layer.copies, chosen.indices.shape[1] - 1
+            for head, expected in enumerate(heads):
+                own = chosen.valid[held, min(head, most)]
+                columns = chosen.indices[held, min(head, most)][own]
+                bits = chosen.bits_by_column()[held, min(head, most)][columns]
+                found = list(zip(columns.tolist(), bits.tolist(), strict=True))
+                assert found == [(column, width) for column, _, width in expected]
+        for bits, width in layer.widths.items():
+            counts = [sum(one[2] == bits for one in entries) for heads in plain for entries in heads]
+            assert width >= max(counts)
+        assert sum(layer.widths.values()) == layer.width == layer.entries()[0].shape[-1]
+        assert layer.bytes_held == sum(
+            layer.keys.shape[0] * HEADS * 2 * width * (1 + 2 * size if bits < 16 else size)
+            for size in [layer.keys.element_size()]
+            for bits, width in layer.widths.items()
+        )
 
     @invariant()
     def bias_covers_what_is_held(self) -> None:
@@ -233,7 +272,7 @@ class CacheMachine(RuleBasedStateMachine):
             for row, heads in enumerate(plain):
                 for head, expected in enumerate(heads):
                     open_entries = int((bias[row, min(head, bias.shape[1] - 1), 0] == 0).sum())
-                    visible = sum((column // PATCHES) % 2 == 0 for column, _ in expected)
+                    visible = sum((column // PATCHES) % 2 == 0 for column, _, _ in expected)
                     assert open_entries == visible
 
 

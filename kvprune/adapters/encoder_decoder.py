@@ -273,7 +273,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             module=module,
             bias=layer.bias,
         )
-        if layer.copies > 1:
+        if not layer.is_readable:
             cache = OneCrossLayer(module.layer_idx, *layer.spread())
         return {**named, self.mask: mask, "past_key_values": cache}
 

@@ -297,7 +297,7 @@ class MllamaAdapter(ModelAdapter):
             raise UnsupportedCacheError(
                 f"the cache holds {layer.keys.shape[0] * layer.copies} rows, but the batch has {batch}"
             )
-        if layer.copies > 1:
+        if not layer.is_readable:
             kwargs = {**kwargs, "past_key_values": OneLayer.spread(module.layer_idx, layer)}
         return self._masked(module, kwargs, self._mask.over_layer(layer, module.cross_attn))
 

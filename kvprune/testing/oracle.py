@@ -4,6 +4,8 @@ It shares no code with the cache manager. It adds the dtype's minimum to the att
 model builds, in the layers and at the steps where a selection says that a column is gone. Where a selection
 merges, kept columns are overwritten with what plain loops make of stock's tensors in float64: the features
 that enter a layer in prefill, and the keys and values that stock has cached after it. All columns stay.
+Where a selection says that a column is held in few bits, the layer reads, at these steps, what plain loops in
+float64 make of the keys and values that the stock cache holds there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from kvprune.adapters.base import ModelAdapter
 from kvprune.selection import Selection
 
-__all__ = ["masked_oracle", "with_merges"]
+__all__ = ["as_held", "masked_oracle", "with_merges"]
 
 
 @contextmanager
@@ -49,6 +51,7 @@ def masked_oracle(
         prefill_text_selections: Likewise for a call that brings an image: what an earlier turn left.
     """
     handles = []
+    known: dict[tuple[Any, ...], list[float]] = {}
 
     def restrict(layer_idx: int, states: str, mask_name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -56,6 +59,8 @@ def masked_oracle(
             selection = prefill_selections[layer_idx] if prefill else selections[layer_idx]
             if selection is None:
                 return None
+            if selection.quantizes:
+                _swap(_cache_layer(kwargs, layer_idx), selection, known)
             hidden = args[0] if args else kwargs["hidden_states"]
             mask = _masked(kwargs.get(mask_name), selection, hidden, module)
             changed = {**kwargs, mask_name: mask}
@@ -80,13 +85,21 @@ def masked_oracle(
 
         return before, after
 
+    def restore(layer_idx: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            _swap_back(_cache_layer(kwargs, layer_idx))
+
+        return hook
+
     for layer_idx, module, states, mask_name in _sites(model, adapter):
         if layer_idx in selections:
             hook = restrict(layer_idx, states, mask_name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             before, after = overwrite(layer_idx, states)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after, with_kwargs=True))
+            # First, so that what is merged is the layer's own numbers.
+            put_back = module.register_forward_hook(restore(layer_idx), with_kwargs=True, always_call=True)
+            handles += [put_back, module.register_forward_hook(after, with_kwargs=True)]
     if text_selections or prefill_text_selections:
         handles += _restrict_text(model, text_selections or {}, prefill_text_selections or {})
     try:
@@ -146,6 +159,78 @@ def _is_prefill(kwargs: dict[str, Any], states: str, layer_idx: int) -> bool:
         return kwargs[states] is not None
     cache = kwargs["past_key_values"]
     return cache is None or not cache.is_updated.get(layer_idx)
+
+
+def _cache_layer(kwargs: dict[str, Any], layer_idx: int) -> Any:
+    """Return the stock cache layer of a call; None where there is no cache, or no such layer yet."""
+    cache = kwargs.get("past_key_values")
+    layers = getattr(getattr(cache, "cross_attention_cache", cache), "layers", [])
+    return layers[layer_idx] if layer_idx < len(layers) else None
+
+
+def _swap(layer: Any, selection: Selection, known: dict[tuple[Any, ...], list[float]]) -> None:
+    """Let a stock cache layer hold what the selection leaves of its numbers; `_swap_back` undoes it."""
+    if layer is None or getattr(layer, "keys", None) is None or not layer.keys.numel():
+        return
+    layer.kvprune_oracle = layer.keys, layer.values
+    layer.keys, layer.values = (as_held(full, selection, known) for full in (layer.keys, layer.values))
+
+
+def _swap_back(layer: Any) -> None:
+    """Let a stock cache layer hold its own numbers again, and what came in the meantime."""
+    saved = getattr(layer, "kvprune_oracle", None)
+    if saved is None:
+        return
+    del layer.kvprune_oracle
+    keys, values = saved
+    layer.keys = torch.cat([keys, layer.keys[:, :, keys.shape[2] :]], dim=2)
+    layer.values = torch.cat([values, layer.values[:, :, values.shape[2] :]], dim=2)
+
+
+def as_held(
+    full: Tensor, selection: Selection, known: dict[tuple[Any, ...], list[float]] | None = None
+) -> Tensor:
+    """Return keys or values as a selection's precision leaves them, by the definition, in plain loops.
+
+    Args:
+        full: ``[B, Hkv, S, D]``, as stock holds them.
+        selection: Of these columns or more. What it drops or holds in the own dtype stays as it is.
+        known: What was computed before, so that equal vectors are computed once.
+    """
+    known = {} if known is None else known
+    bits = selection.bits_by_column().tolist()
+    held = full.detach().to(torch.float64).clone()
+    for sample, heads in enumerate(held.tolist()):
+        for head, columns in enumerate(heads):
+            widths = bits[sample][head if len(bits[sample]) > 1 else 0]
+            for column, vector in enumerate(columns):
+                if widths[column] == 16:
+                    continue
+                key = (widths[column], *vector)
+                if key not in known:
+                    known[key] = _quantized(vector, widths[column])
+                held[sample, head, column] = torch.tensor(known[key], dtype=torch.float64)
+    return held.to(full.dtype)
+
+
+def _quantized(vector: list[float], bits: int) -> list[float]:
+    """Return each number as the nearest of evenly spaced levels between the ends of its group.
+
+    A group is as many neighbouring channels as divide the vector evenly, at most 64; the whole vector where
+    that would be fewer than 16.
+    """
+    size = max(size for size in range(1, 65) if len(vector) % size == 0)
+    size = len(vector) if size < 16 else size
+    levels: list[float] = []
+    for first in range(0, len(vector), size):
+        group = vector[first : first + size]
+        step = (max(group) - min(group)) / (2**bits - 1)
+        for number in group:
+            code = round((number - min(group)) / step) if step else 0
+            levels.append(min(group) + code * step)
+            if abs(levels[-1] - number) > step * 0.500001:  # what users are promised
+                raise AssertionError(f"{number} became {levels[-1]} with steps of {step}")
+    return levels
 
 
 def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, module: Any) -> Tensor:

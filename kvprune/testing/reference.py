@@ -15,6 +15,7 @@ from kvprune.visibility import Visibility
 
 __all__ = [
     "existing",
+    "kept_bits",
     "kept_sets",
     "live_rows",
     "same_by_head",
@@ -53,6 +54,15 @@ def takers(selection: Selection) -> list[list[dict[int, int]]]:
             for row, joined in zip(heads, into, strict=True)
         ]
         for heads, into in zip(selection.indices.tolist(), selection.merge.into.tolist(), strict=True)
+    ]
+
+
+def kept_bits(selection: Selection) -> list[list[set[tuple[int, int]]]]:
+    """Kept columns with their precision, as a list of samples, each a list of heads, each a set of pairs."""
+    bits = selection.bits_by_column().tolist()
+    return [
+        [{(column, bits[sample][head][column]) for column in kept} for head, kept in enumerate(heads)]
+        for sample, heads in enumerate(kept_sets(selection))
     ]
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from kvprune.policy import CrossKVPolicy
+from kvprune.selection import Selection
 from kvprune.session import Compression
 from kvprune.testing.conformance.calls import forward, next_turn
 from kvprune.testing.conformance.report import Violation
 from kvprune.testing.conformance.setting import Setting, run_under
+from kvprune.testing.oracle import as_held
 
 __all__ = ["check_alignment", "check_cache_operations", "check_turns", "require_aligned"]
 
@@ -51,7 +53,7 @@ def check_cache_operations(policy: CrossKVPolicy, setting: Setting) -> None:
         require_aligned(run, {layer_idx: layer}, setting, rows, "crop(1), which takes back text only")
     cache.reset()
     for layer_idx, layer in setting.layers_of(cache).items():
-        if layer.width or layer.columns or layer.slots is not None or layer.valid is not None:
+        if layer.width or layer.columns or layer.pools or layer.slots is not None or layer.valid is not None:
             raise Violation(f"layer {layer_idx} to hold nothing after reset", f"{layer.width} entries")
 
 
@@ -96,19 +98,31 @@ def require_aligned(
         if samples is not None and rows != len(samples):
             raise Violation(f"{where} to stand for {len(samples)} rows of the batch", f"{rows}")
         wanted_rows = samples or [row * setting.batch_size // rows for row in range(rows)]
-        selected = run.selections[layer_idx].to_mask()
-        selected = selected[[sample * len(selected) // setting.batch_size for sample in wanted_rows]]
+        selection = run.selections[layer_idx]
+        selected, precision = selection.to_mask(), selection.bits_by_column()
+        chosen = [sample * len(selected) // setting.batch_size for sample in wanted_rows]
+        selected, precision = selected[chosen], precision[chosen]
         held_columns = layer.held_columns().repeat_interleave(layer.copies, dim=0)
         if not torch.equal(held_columns, selected):
             raise Violation(f"{where} to hold the columns that run.selections names", "other columns")
+        bits = layer.selection().bits_by_column().repeat_interleave(layer.copies, dim=0)
+        if not bool((bits == precision).all()):
+            raise Violation(f"{where} to hold columns in the bits that run.selections names", "others")
+        by_column = Selection.trusted(
+            torch.arange(selection.columns).expand_as(precision),
+            torch.ones_like(precision, dtype=torch.bool),
+            selection.columns,
+            bits=precision,
+        )
         heads = layer.keys.shape[1]
         index, flags = slots.expand(-1, heads, -1)[..., None], valid.expand(-1, heads, -1)
         for name, held in zip(("keys", "values"), layer.spread(), strict=True):
-            full = getattr(reference[layer_idx], name)[wanted_rows]
+            full = as_held(getattr(reference[layer_idx], name)[wanted_rows], by_column)
             wanted = full.gather(-2, index.expand(-1, -1, -1, full.shape[-1]))
             apart = (wanted - held).abs().amax(-1)[flags].max()
             if not apart <= setting.tolerance:
                 raise Violation(
-                    f"{where} to hold, for each kept column, the {name} that stock caches there, merged",
+                    f"{where} to hold, for each kept column, the {name} that stock caches there, merged"
+                    f"{', in the bits that were asked for' if selection.quantizes else ''}",
                     f"{name} of other columns, or changed ones (difference {float(apart):.2e})",
                 )

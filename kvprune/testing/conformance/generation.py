@@ -78,6 +78,9 @@ def check_identity(policy: CrossKVPolicy, setting: Setting) -> None:
     if not setting.all_visible and not (unlimited is policy and policy.keeps_invisible):
         return
     run, generated = run_under(unlimited, setting)
+    if _quantizes(run):
+        _require_full_precision_in_prefill(unlimited, generated, setting)
+        return
     if not torch.equal(generated.sequences, setting.stock.sequences) or not torch.equal(
         generated.logits, setting.stock.logits
     ):
@@ -99,7 +102,29 @@ def check_lossless(policy: CrossKVPolicy, setting: Setting) -> None:
     early = any(selection is not None for selection in run.prefill_selections.values())
     if early and not setting.all_live:
         return  # text before the image attends to padding in stock: dropping that early is a change
+    if _quantizes(run):
+        _require_full_precision_in_prefill(unlimited, generated, setting)
+        return
     require_close(f"{unlimited.spec} to decode like the untouched model", generated, setting.stock, setting)
+
+
+def _quantizes(run: Compression) -> bool:
+    return any(selection.quantizes for selection in run.selections.values())
+
+
+def _require_full_precision_in_prefill(policy: CrossKVPolicy, generated: Generated, setting: Setting) -> None:
+    """Raise unless the first step's logits are those of stock, and later ones are not.
+
+    Keeping all in few bits changes decoding, by what KV13 says and no more; and prefill not at all.
+    """
+    first, stock = generated.logits[0], setting.stock.logits[0]
+    apart = float((first - stock).abs().max()) if first.shape == stock.shape else float("inf")
+    if not apart <= setting.tolerance:
+        raise Violation(
+            f"prefill under {policy.spec} to attend in full precision", f"logits that differ by {apart:.2e}"
+        )
+    if len(generated.logits) > 1 and torch.equal(generated.logits, setting.stock.logits):
+        raise Violation(f"decoding under {policy.spec} to read quantized entries", "the logits of stock")
 
 
 def check_storage_order(policy: CrossKVPolicy, setting: Setting) -> None:
@@ -113,10 +138,7 @@ def check_storage_order(policy: CrossKVPolicy, setting: Setting) -> None:
     def shuffle(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         for layer in setting.layers_of(output.past_key_values).values():
             if isinstance(layer, CrossKVLayer) and layer.slots is not None and layer.valid is not None:
-                order = draw.sample(range(layer.width), layer.width)
-                layer.keys, layer.values = layer.keys[:, :, order], layer.values[:, :, order]
-                layer.slots, layer.valid = layer.slots[..., order], layer.valid[..., order]
-                layer.bias = None if layer.bias is None else layer.bias[..., order]
+                _shuffle(layer, draw)
 
     handle = model.register_forward_hook(shuffle, with_kwargs=True)
     try:
@@ -125,6 +147,25 @@ def check_storage_order(policy: CrossKVPolicy, setting: Setting) -> None:
     finally:
         handle.remove()
     require_close("the same logits in any order of kept tokens", got, expected, setting)
+
+
+def _shuffle(layer: CrossKVLayer, draw: random.Random) -> None:
+    """Put the entries of a layer in another order; those of one precision stay together."""
+    assert layer.slots is not None
+    assert layer.valid is not None
+    orders, first, pools = [], 0, []
+    for pool in layer.pools:
+        order = draw.sample(range(pool.width), pool.width)
+        pools.append(pool.map(lambda tensor, order=order: tensor[:, :, order]))  # type: ignore[misc]
+        orders += [first + entry for entry in order]
+        first += pool.width
+    own = draw.sample(range(layer.width - first), layer.width - first)
+    layer.pools = tuple(pools)
+    if own:
+        layer.keys, layer.values = layer.keys[:, :, own], layer.values[:, :, own]
+    orders += [first + entry for entry in own]
+    layer.slots, layer.valid = layer.slots[..., orders], layer.valid[..., orders]
+    layer.bias = None if layer.bias is None else layer.bias[..., orders]
 
 
 def check_clean_exit(policy: CrossKVPolicy, setting: Setting) -> None:

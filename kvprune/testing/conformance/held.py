@@ -19,6 +19,7 @@ from kvprune.testing.conformance.isolation import random_state
 from kvprune.testing.conformance.report import Violation
 from kvprune.testing.conformance.setting import Setting, run_under
 from kvprune.testing.reference import (
+    kept_bits,
     kept_sets,
     live_rows,
     same_by_head,
@@ -162,7 +163,11 @@ def check_alone_in_model(policy: CrossKVPolicy, setting: Setting) -> None:
             # Columns beyond are there only because other samples have more images.
             present = set(range(selection.columns))
             kept = [columns & present for columns in kept_sets(together.selections[layer_idx])[sample]]
-            if not same_by_head(kept_sets(selection)[0], kept):
+            precise = [
+                {(column, bits) for column, bits in columns if column in present}
+                for columns in kept_bits(together.selections[layer_idx])[sample]
+            ]
+            if not same_by_head(kept_bits(selection)[0], precise):
                 raise Violation(
                     f"layer {layer_idx} to keep of sample {sample} alone what it keeps in the batch, "
                     f"{[sorted(columns) for columns in kept]}",

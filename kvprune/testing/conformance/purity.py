@@ -13,11 +13,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvprune.merging import Merge
 from kvprune.policy import CrossKVPolicy
-from kvprune.selection import Decision, Selection
+from kvprune.selection import OWN_BITS, Decision, Selection
 from kvprune.testing.conformance.decisions import answer, pose
 from kvprune.testing.conformance.report import Violation
 from kvprune.testing.problems import LayerProblem, cut_to_sample
-from kvprune.testing.reference import kept_sets, same_by_head, takers
+from kvprune.testing.reference import kept_bits, same_by_head, takers
 from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView
 
@@ -45,6 +45,7 @@ def written(decision: Decision) -> Written:
             selection.indices.tolist(),
             selection.valid.tolist(),
             merged(selection.merge),
+            selection.bits_by_column().tolist(),
         )
 
     def merged(merge: Merge | None) -> object:
@@ -175,7 +176,7 @@ def check_alone(policy: CrossKVPolicy, problem: LayerProblem) -> None:
                 raise Violation(f"{part} of sample {sample} alone as in the batch", "one is None, one is not")
             if in_batch is None:
                 continue
-            first, second = kept_sets(in_batch)[sample], kept_sets(by_itself)[0]
+            first, second = kept_bits(in_batch)[sample], kept_bits(by_itself)[0]
             if not same_by_head(first, second):
                 raise Violation(
                     f"{part} of sample {sample} alone as in the batch, {_listed(first)}", _listed(second)
@@ -188,8 +189,12 @@ def check_alone(policy: CrossKVPolicy, problem: LayerProblem) -> None:
                 )
 
 
-def _listed(by_head: list[set[int]]) -> str:
-    return "; ".join(str(sorted(kept)) for kept in by_head)
+def _listed(by_head: list[set[tuple[int, int]]]) -> str:
+    """Kept columns, and the bits of those that are quantized."""
+    return "; ".join(
+        f"[{', '.join(f'{c}' if bits == OWN_BITS else f'{c} at {bits} bits' for c, bits in sorted(kept))}]"
+        for kept in by_head
+    )
 
 
 def check_answers_stay(policy: CrossKVPolicy, problem: LayerProblem) -> None:
