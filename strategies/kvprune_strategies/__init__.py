@@ -22,6 +22,7 @@ from kvprune_strategies.topv import TopV
 from kvprune_strategies.trim import Trim
 from kvprune_strategies.uniform import Uniform
 from kvprune_strategies.vlcache import VLCache
+from kvprune_strategies.zipvl import ZipVL
 
 __all__ = [
     "H2O",
@@ -43,6 +44,7 @@ __all__ = [
     "Trim",
     "Uniform",
     "VLCache",
+    "ZipVL",
     "kvprune_policies",
 ]
 
@@ -70,4 +72,5 @@ def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
         Trim,
         Uniform,
         VLCache,
+        ZipVL,
     ]
