@@ -97,8 +97,9 @@ def nearest(kept: Tensor, cells: Tensor) -> Tensor:
     columns = torch.arange(kept.shape[-1], device=kept.device)
     by_head = cells[:, None].expand_as(kept)
     far = 2 * kept.shape[-1]
-    lower = torch.where(kept, columns, -1).cummax(-1).values
-    upper = torch.where(kept, columns, far).flip(-1).cummin(-1).values.flip(-1)
+    takes = kept & (by_head >= 0)
+    lower = torch.where(takes, columns, -1).cummax(-1).values
+    upper = torch.where(takes, columns, far).flip(-1).cummin(-1).values.flip(-1)
 
     def distance(anchor: Tensor) -> Tensor:
         there = anchor.clamp(min=0, max=kept.shape[-1] - 1)

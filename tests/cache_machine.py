@@ -1,9 +1,9 @@
 """KV11 as a state machine: whatever is done to a cache, tensors and selection move together.
 
-Hypothesis draws any sequence of fill, append, decode, retain (in any precision), reorder, expand, select,
-crop, reset, deep copy and moves of dtype and device, and compares two cache layers in a transformers cache
-with a model of them made of plain lists after every step: keys, values, columns, precision, validity, the
-additive bias over them, and bytes. Vectors have one number each, which quantization leaves as it is.
+Hypothesis draws any sequence of fill, append, decode, retain (in any precision), merge, reorder, expand,
+select, crop, reset, deep copy and moves of dtype and device, and compares two cache layers in a transformers
+cache with a model of them made of plain lists after every step: keys, values, columns, precision, validity,
+the additive bias over them, and bytes. Vectors have one number each, which quantization leaves as it is.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from transformers import DynamicCache
 
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache import CrossKVLayer, Twins
+from kvprune.merging import Merge
 from kvprune.selection import Selection
 
 HEADS, PATCHES, LAYERS = 2, 2, 2
 
-# A row of the batch: for each KV head, what is held as (column, key, bits), in order of columns.
-Row = list[list[tuple[int, float, int]]]
+# A row of the batch: for each KV head, what is held as (column, key, bits, tokens it counts for), by column.
+Row = list[list[tuple[int, float, int, int]]]
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -88,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
                             if not arriving.valid[row // twins.copies, 0, entry]:
                                 continue
                             column = int(arriving.indices[row // twins.copies, 0, entry])
-                        plain[row][head].append((self.columns + column, float(keys[row, head, entry]), 16))
+                        plain[row][head].append((self.columns + column, float(keys[row, head, entry]), 16, 1))
             attended_keys, attended_values = layer.update(
                 *(side.to(layer_dtype(layer)) for side in (keys, -keys))
             )
@@ -125,11 +126,46 @@ class CacheMachine(RuleBasedStateMachine):
                 wanted = {c: width for c, stays, width in zip(columns, flags, widths, strict=True) if stays}
                 # What was quantized once stays as it is.
                 plain[row][head] = [
-                    (column, key, min(before, wanted[column]) if before == 16 else before)
-                    for column, key, before in plain[row][head]
+                    (column, key, min(before, wanted[column]) if before == 16 else before, size)
+                    for column, key, before, size in plain[row][head]
                     if column in wanted
                 ]
         layer.retain(kept, bits=bits if precisions != [16] or seed % 2 else None)
+
+    @filled
+    @rule(seed=st.integers(0, 999), which=st.integers(0, LAYERS - 1), biased=st.booleans())
+    def merge(self, seed: int, which: int, biased: bool) -> None:
+        """Add up entries of one layer in those that stay; entries that take part have no bias yet."""
+        layer, plain = self.layers[which], self.plain[which]
+        if layer.pools:  # the numbers of sums would not be exact
+            return
+        slots, valid = layer.entries()
+        random = torch.Generator().manual_seed(seed)
+        kept = (torch.rand(slots.shape, generator=random) < 0.5) & valid
+        kept[..., 0] = True
+        fresh = valid if layer.bias is None else valid & (layer.bias == 0)
+        own = torch.where(kept, kept.cumsum(-1) - 1, -1)
+        into = own.clone()
+        takers: dict[tuple[int, int, int], int] = {}
+        for row, head, entry in (fresh & ~kept).nonzero().tolist():
+            able = (kept & fresh)[row, head].nonzero().flatten().tolist()
+            if able:
+                chosen = able[(seed + entry) % len(able)]
+                takers[row, head, entry] = chosen
+                into[row, head, entry] = own[row, head, chosen]
+        for row in range(self.batch):
+            held = row // layer.copies
+            for head in range(HEADS):
+                h = min(head, slots.shape[1] - 1)
+                entries = valid[held, h].nonzero().flatten().tolist()
+                sums = dict(zip(entries, plain[row][head], strict=True))
+                for entry in entries:
+                    taker = takers.get((held, h, entry))
+                    if taker is not None:
+                        column, key, bits, size = sums[taker]
+                        sums[taker] = column, key + sums[entry][1], bits, size + 1 if biased else size
+                plain[row][head] = [sums[entry] for entry in entries if kept[held, h, entry]]
+        layer.retain(kept, Merge(into, torch.ones(into.shape), size_bias=biased))
 
     @filled
     @rule(data=st.data())
@@ -223,8 +259,13 @@ class CacheMachine(RuleBasedStateMachine):
                     own = valid[held, min(head, valid.shape[1] - 1)]
                     columns = slots[held, min(head, slots.shape[1] - 1)][own].tolist()
                     found = keys[row, head, :, 0][own].tolist()
-                    pairs = [(column, key) for column, key, _ in expected]
-                    assert sorted(zip(columns, found, strict=True)) == pairs
+                    assert sorted(zip(columns, found, strict=True)) == [entry[:2] for entry in expected]
+                    sizes = [1] * len(expected)
+                    if layer.bias is not None:
+                        bias = layer.bias[held, min(head, layer.bias.shape[1] - 1)]
+                        sizes = bias[own].exp().round().long().tolist()
+                    by_column = [size for _, size in sorted(zip(columns, sizes, strict=True))]
+                    assert by_column == [entry[3] for entry in expected]
                     assert values[row, head, :, 0][own].tolist() == [-value for value in found]
                     assert layer.pools or columns == sorted(set(columns))
             self._agrees_about_precision(layer, plain)
@@ -243,7 +284,7 @@ class CacheMachine(RuleBasedStateMachine):
                 columns = chosen.indices[held, min(head, most)][own]
                 bits = chosen.bits_by_column()[held, min(head, most)][columns]
                 found = list(zip(columns.tolist(), bits.tolist(), strict=True))
-                assert found == [(column, width) for column, _, width in expected]
+                assert found == [(column, width) for column, _, width, _ in expected]
         for bits, width in layer.widths.items():
             counts = [sum(one[2] == bits for one in entries) for heads in plain for entries in heads]
             assert width >= max(counts)
@@ -271,9 +312,10 @@ class CacheMachine(RuleBasedStateMachine):
             assert bias.shape[-1] == layer.width
             for row, heads in enumerate(plain):
                 for head, expected in enumerate(heads):
-                    open_entries = int((bias[row, min(head, bias.shape[1] - 1), 0] == 0).sum())
-                    visible = sum((column // PATCHES) % 2 == 0 for column, _, _ in expected)
-                    assert open_entries == visible
+                    row_of_mask = bias[row, min(head, bias.shape[1] - 1), 0]
+                    open_sizes = row_of_mask[row_of_mask > -1].exp().round().long().tolist()
+                    visible = [size for column, _, _, size in expected if (column // PATCHES) % 2 == 0]
+                    assert sorted(open_sizes) == sorted(visible)
 
 
 def layer_dtype(layer: CrossKVLayer) -> torch.dtype:

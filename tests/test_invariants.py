@@ -1,4 +1,4 @@
-"""KV01 to KV14, each by its name, on models, layouts and policies drawn by hypothesis.
+"""KV01 to KV15, each by its name, on models, layouts and policies drawn by hypothesis.
 
 docs/invariants.md says what each of them means to users.
 """
@@ -393,3 +393,35 @@ def test_a_decision_that_breaks_an_invariant_is_refused_by_its_id(invariant, kep
     decision = Decision(cache=Selection.from_mask(torch.tensor([[kept]])))
     with pytest.raises(SelectionError, match=f"{invariant}: policy 'mine' at layer 3"):
         check_decision(decision, view, "mine")
+
+
+@few
+@given(batches, ratios, st.booleans(), st.sampled_from(["tile", "image"]))
+def test_kv15_merging_is_a_partition_that_preserves_mass(batch, ratio, bias, borders):
+    model, inputs = mllama(torch.float64), mllama_inputs(batch, dtype=torch.float64)
+    seen = seen_by_decoding(inputs)
+    seen[~seen.any(-1)] = True  # a sample without an image attends to everything
+    with torch.no_grad():
+        stock = model(**inputs, use_cache=True).past_key_values
+        with kvprune.compress(model, f"elastic:keep_ratio={ratio},size_bias={bias},borders={borders}") as run:
+            cache = model(**inputs, use_cache=True).past_key_values
+    per_image = seen.shape[-1] // inputs["cross_attention_mask"].shape[2]
+    for layer_idx, selection in run.selections.items():
+        if selection.merge is None:
+            continue
+        for sample in range(len(batch)):
+            into = selection.merge.into[sample, 0].tolist()
+            members = {
+                entry: [c for c, into_it in enumerate(into) if into_it == entry] for entry in set(into)
+            }
+            dropped = members.pop(-1, [])
+            mass = torch.zeros(2, 8, dtype=torch.float64)
+            for entry, columns in members.items():
+                anchor = int(selection.indices[sample, 0, entry])
+                assert anchor in columns
+                assert {column // per_image for column in columns} == {anchor // per_image}
+                mass += len(columns) * cache.layers[layer_idx].values[sample, :, entry]
+            assert inputs["cross_attention_mask"][sample].any() <= all(not seen[sample, c] for c in dropped)
+            merged = [column for column in range(len(into)) if column not in dropped]
+            wanted = stock.layers[layer_idx].values[sample][:, merged].sum(1)
+            assert (mass - wanted).abs().max() < 1e-10

@@ -9,7 +9,9 @@ import torch
 from generation import generate, mllama
 
 import kvprune
+from kvprune.adapters.base import gather_features
 from kvprune.bench import LLAMA_11B, PeakMemory, ask, make_problem, peak_memory
+from kvprune.cache import CrossKVLayer
 from kvprune.testing import mllama_inputs
 
 MIB = 1024 * 1024
@@ -51,6 +53,25 @@ def test_scoring_of_published_methods_needs_at_most_64_mib_at_11b_dimensions(spe
     problem = make_problem(policy, dtype=dtype)
     peak = peak_memory(lambda: ask(policy, problem))
     assert peak <= 64 * MIB, f"{peak / MIB:.1f} MiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_needs_at_most_64_mib_at_11b_dimensions_beside_what_it_keeps(dtype):
+    policy = kvprune.get_policy("elastic:keep_ratio=0.25,renormalize_keys=true,size_bias=true")
+    view = make_problem(policy, dtype=dtype)
+    layer = CrossKVLayer()
+    layer.update(view.keys, view.values)
+    with PeakMemory() as memory:
+        selection = policy.select(view).cache
+    assert memory.peak <= 32 * MIB, f"{memory.peak / MIB:.1f} MiB"
+    kept = selection.to_mask()
+    with PeakMemory() as memory:
+        layer.retain(kept, selection.merge)
+    assert memory.peak - layer.bytes_held <= 64 * MIB, f"{memory.peak / MIB:.1f} MiB"
+    features = torch.randn(1, 6404, 4096).to(dtype)
+    with PeakMemory() as memory:
+        merged = gather_features(features, selection)
+    assert memory.peak - 2 * merged.nbytes <= 64 * MIB, f"{memory.peak / MIB:.1f} MiB"
 
 
 def test_attention_is_never_held_as_a_whole():
