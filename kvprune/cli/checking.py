@@ -34,7 +34,7 @@ def check(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Check a policy, or an adapter, against the invariants KV01 to KV14, on tiny models."""
+    """Check a policy, or an adapter, against the invariants KV01 to KV15, on tiny models."""
     from kvprune.testing import check_adapter, check_policy
     from kvprune.testing.conformance import installed_adapter
 

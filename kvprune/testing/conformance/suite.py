@@ -30,7 +30,7 @@ def check_policy(
     seed: int = 0,
     examples: int = 40,
 ) -> ConformanceReport:
-    """Check a policy against the invariants KV01 to KV14, as far as a policy can break them.
+    """Check a policy against the invariants KV01 to KV15, as far as a policy can break them.
 
     A class, or the bare name of an installed policy, is checked with its default options and with several
     budgets and choices of its other options; a policy, or a spec with options, as it is.
