@@ -18,7 +18,10 @@ MIB = 1024 * 1024
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spec", ["trim:k_ratio=0.05", "random", "uniform", "norm", "norm:of=raw_keys"])
+@pytest.mark.parametrize(
+    "spec",
+    ["trim:k_ratio=0.05", "random", "uniform", "norm", "norm:of=raw_keys", "zipvl", "zipvl:low_bits=4"],
+)
 def test_scoring_needs_at_most_32_mib_at_11b_dimensions(spec, dtype):
     policy = kvprune.get_policy(spec)
     problem = make_problem(policy, dtype=dtype)

@@ -144,12 +144,14 @@ def test_equal_scores_go_by_position():
 def test_a_token_that_few_rows_see_is_judged_by_those_rows():
     """Two images, the second seen by the last of four rows only: attention per row decides who stays."""
     visibility = make_visibility([[[1, 0]] * 3 + [[1, 1]]], 4, images=[0, 1])
-    view = make_view(visibility, captured_queries=torch.zeros(1, 4, 4, 4, dtype=torch.float64))
-    # Columns 0 to 3 get 1/4 from three rows and 1/8 from one, on average 7/32; columns 4 to 7 get 1/8.
-    assert set(bits_of(zipvl(keep_ratio=0.5), view)) == {0, 1, 2, 4}
-    # 4 x 7/8 + 4 x 1/8 in all: the four large ones are 7/8 of it.
-    assert len(bits_of(zipvl(tau=0.875), view)) == 4
-    assert len(bits_of(zipvl(tau=0.876), view)) == 5
+    queries, keys = torch.zeros(1, 4, 4, 4).double(), torch.zeros(1, 2, 8, 4).double()
+    queries[:, :, 3], keys[:, :, 4:] = 1.0, 100.0
+    view = make_view(visibility, captured_queries=queries, keys=keys)
+    # Columns 0 to 3 get 1/4 from three of four rows; columns 4 to 7 get 1/4 from the only row that sees them.
+    assert set(bits_of(zipvl(keep_ratio=0.5), view)) == {0, 4, 5, 6}  # 0 for its image
+    # 3 of the attention and 1: the count goes by the sums.
+    assert len(bits_of(zipvl(tau=0.75), view)) == 4
+    assert len(bits_of(zipvl(tau=0.76), view)) == 5
 
 
 @few
