@@ -16,6 +16,7 @@ ORDER = [
     "text",
     "directions",
     "merging",
+    "quantization",
     "selection",
     "buckets",
     "visibility",
