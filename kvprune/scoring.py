@@ -39,7 +39,13 @@ _ELEMENTS_PER_CHUNK = 2**21  # 8 MiB of float32 attention weights alive at a tim
 
 
 def attention_mass(
-    queries: Tensor, keys: Tensor, visibility: Visibility, scaling: float, rows: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    visibility: Visibility,
+    scaling: float,
+    rows: Tensor | None = None,
+    *,
+    null_keys: float = 0.0,
 ) -> Tensor:
     """Return how much attention each column receives from text rows, by query head.
 
@@ -53,9 +59,11 @@ def attention_mass(
         visibility: Of the columns of ``keys``.
         scaling: Factor on the logits, usually D ** -0.5.
         rows: bool ``[B, T]``, rows to add up; all live rows by default. Rows that are not live never count.
+        null_keys: Weigh as if each row had so many more keys of logit zero ("n-softmax").
 
     Returns:
-        ``[B, Hq, S]``, float32 or float64. The sum over S is the number of rows that were added up.
+        ``[B, Hq, S]``, float32 or float64. Without null keys, the sum over S is the number of rows that were
+        added up.
 
     Cost: one product of queries and keys. Alive at a time: 64 rows of one KV head's query heads, about
     13 MiB at S = 6404 with four query heads to a KV head. One host transfer per sample.
@@ -65,8 +73,12 @@ def attention_mass(
     mass = torch.zeros(batch, query_heads, keys.shape[2], dtype=dtype, device=keys.device)
     for sample, heads, weights, _ in _logits(queries, keys, visibility, scaling, rows):
         # In place: the softmax must not double what is alive.
-        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-        weights.div_(weights.sum(-1, keepdim=True))
+        peak = weights.amax(-1, keepdim=True)
+        if null_keys:
+            peak.clamp_(min=0)
+        weights.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        weights.div_(total + null_keys * torch.exp(-peak) if null_keys else total)
         mass[sample, heads] += weights.sum(1)
     return mass
 

@@ -240,16 +240,19 @@ class LayerView(View):
             )
         return self._captured(self.captured_text, "text")
 
-    def attention_mass(self, rows: Tensor | None = None) -> Tensor:
+    def attention_mass(self, rows: Tensor | None = None, *, null_keys: float = 0.0) -> Tensor:
         """Attention that each column receives, summed over live rows, ``[B, Hq, S]`` in float32.
 
         Args:
             rows: bool ``[B, T]``, to add up only these of the live rows.
+            null_keys: Weigh as if each row had so many more keys of logit zero ("n-softmax").
 
         Raises:
             ScoreError: If attention is not finite: the model's activations are NaN or overflow.
         """
-        mass = scoring.attention_mass(self.queries, self.keys, self.visibility, self.scaling, rows)
+        mass = scoring.attention_mass(
+            self.queries, self.keys, self.visibility, self.scaling, rows, null_keys=null_keys
+        )
         return self._finite(mass, "pairs of head and token, so nothing can be ranked")
 
     def attention_density(self, threshold: float, columns: Tensor | None = None) -> Tensor:

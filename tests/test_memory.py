@@ -35,6 +35,7 @@ def test_scoring_needs_at_most_32_mib_at_11b_dimensions(spec, dtype):
     [
         "fastv",
         "fastv:rows=mean",
+        "csp",
         "h2o",
         "h2o:reach=onward",
         "keydiff",

@@ -11,6 +11,7 @@ from helpers import make_view, make_visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvprune.bench import peak_memory
 from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
 from kvprune.testing.problems import LayerProblem, cut_to_sample
 from kvprune.text_view import TextView
@@ -175,3 +176,17 @@ def test_problems_have_text():
     assert cut.text.real.tolist() == [[True, True]]
     assert torch.equal(cut.text.keys[0], view.text.keys[1, :, 4:])
     assert torch.equal(cut.text.queries[0], view.text.queries[1, :, 4:])
+
+
+def test_long_texts_need_little_memory():
+    """32 query heads, 8 KV heads and 2048 tokens at 11B dimensions: all weights at once would be 512 MiB."""
+    random = torch.Generator().manual_seed(0)
+    tokens = 2048
+    queries = torch.randn(1, 32, tokens, 128, generator=random)
+    keys = torch.randn(1, 8, tokens, 128, generator=random)
+    real = torch.ones(1, tokens, dtype=torch.bool)
+    text = TextView(queries=queries, keys=keys, values=keys, real=real, scaling=128**-0.5)
+    window = torch.arange(tokens)[None] >= tokens - 64
+    assert peak_memory(lambda: text.attention_mass(window)) <= 64 * 2**20
+    assert peak_memory(lambda: text.attention_of(text.last_row[:, None])) <= 64 * 2**20
+    assert peak_memory(lambda: text.attention_mass(torch.arange(tokens)[None] < 256)) <= 64 * 2**20

@@ -117,14 +117,15 @@ class TextCapture:
         flat = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         layer: Any = flat.layers[layer_idx]
         if type(layer) is StaticLayer:  # as long as it may become
-            seen, keys, values = int(layer.get_seq_length()), *_both(layer)
-            return keys[:, :, :seen], values[:, :, :seen]
+            seen = int(layer.get_seq_length())
+            static: Any = layer
+            return static.keys[:, :, :seen], static.values[:, :, :seen]
         if type(layer) not in (DynamicLayer, TextKVLayer):
             raise UnsupportedCacheError(
                 f"policy {self.policy_name!r} looks at text, but {type(flat).__name__} holds it in a "
                 f"{type(layer).__name__}, whose keys cannot be read; generate with the default cache"
             )
-        return _both(layer)
+        return layer.keys, layer.values
 
     def _real(self, entries: int, keys: Tensor) -> Tensor:
         """Return which entries are no padding, bool ``[B, entries]``."""
@@ -153,7 +154,3 @@ class TextCapture:
                 "padding; this one hides more, or less; pass a mask [B, tokens] with zeros at padding"
             )
         return real
-
-
-def _both(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.keys, layer.values

@@ -6,6 +6,7 @@ import kvprune
 from kvprune_strategies.adakv import AdaKV
 from kvprune_strategies.aircache import AirCache
 from kvprune_strategies.cdpruner import CDPruner
+from kvprune_strategies.csp import CSP
 from kvprune_strategies.divprune import DivPrune
 from kvprune_strategies.elastic import Elastic
 from kvprune_strategies.fastv import FastV
@@ -25,6 +26,7 @@ from kvprune_strategies.vlcache import VLCache
 from kvprune_strategies.zipvl import ZipVL
 
 __all__ = [
+    "CSP",
     "H2O",
     "AdaKV",
     "AirCache",
@@ -56,6 +58,7 @@ def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
         AdaKV,
         AirCache,
         CDPruner,
+        CSP,
         DivPrune,
         Elastic,
         FastV,

@@ -27,6 +27,7 @@ from kvprune.testing.conformance.isolation import process_state
 
 NOT_APPLICABLE = {
     "cdpruner": {"KV15"},
+    "csp": {"KV15"},
     "divprune": {"KV15"},
     "elastic": set(),
     "fastv": {"KV15"},

@@ -41,8 +41,10 @@ def without_text(monkeypatch):
 def test_a_model_that_does_not_fit_is_noted(without_text):
     everywhere = check_policy(ByText, only=["KV05", "KV13"], examples=16)
     noted = {result.id: result.detail for result in everywhere.results}
-    assert noted == dict.fromkeys(["KV05", "KV13"], "not checked on BART, which does not provide text")
-    assert "KV13 passed, but not checked on BART" in str(everywhere)
+    assert noted == dict.fromkeys(
+        ["KV05", "KV13"], "what needs text was not checked on BART, which does not provide it"
+    )
+    assert "KV13 passed, but what needs text was not checked on BART" in str(everywhere)
     here = recheck("KV13", ByText, ModelProblem(model="bart"))
     assert (here.outcome, here.problems) == ("passed", 0)
 

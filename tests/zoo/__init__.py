@@ -26,6 +26,7 @@ MODULES = (
     "monotone",
     "merging",
     "options",
+    "texts",
 )
 
 

@@ -42,7 +42,8 @@ def keeping_all(policy: CrossKVPolicy) -> CrossKVPolicy | None:
     """Return the policy with the budget 1; None if it has none."""
     if not any(field.name == "keep_ratio" for field in dataclasses.fields(policy)):
         return None
-    return _with(policy, keep_ratio=1.0, keep_tokens=None)
+    text = {"text_keep": 1.0} if "text_keep" in type(policy).option_types() else {}
+    return _with(policy, keep_ratio=1.0, keep_tokens=None, **text)
 
 
 def widening(policy: CrossKVPolicy) -> list[CrossKVPolicy]:
@@ -80,6 +81,8 @@ def variants(cls: type[CrossKVPolicy]) -> list[CrossKVPolicy]:
         made += [_with(default, keep_ratio=ratio) for ratio in KEEP_RATIOS]
     if "keep_tokens" in names:
         made += [_with(default, keep_ratio=None, keep_tokens=count) for count in (1, _HUGE)]
+    if "text_keep" in names:  # the fraction of text that a policy keeps; all of it by default
+        made += [_with(default, text_keep=keep) for keep in (0.01, 0.5)]
     if issubclass(cls, ScoringPolicy):
         made += [policy and _with(policy, reach="onward") for policy in tuple(made)]
     for name, values in _choices(cls):

@@ -10,7 +10,7 @@ import torch
 
 from kvprune.adapters.base import ModelAdapter
 from kvprune.policy import CrossKVPolicy
-from kvprune.testing.conformance import decisions, layers, purity, surroundings
+from kvprune.testing.conformance import decisions, layers, purity, surroundings, texts
 from kvprune.testing.conformance.corners import LAYER_CORNERS, MODEL_CORNERS
 from kvprune.testing.conformance.isolation import isolated
 from kvprune.testing.conformance.report import Result, Violation
@@ -92,6 +92,7 @@ class Lab:
             exact = on_layer in (
                 purity.check_alone,
                 layers.check_alone_in_layers,
+                texts.check_text_alone,
                 surroundings.check_devices,
             )
             accepts = purity.is_exact if exact else None
@@ -155,7 +156,8 @@ class Lab:
                 f"a model that provides what {policy.name!r} needs, {sorted(policy.needs)}",
                 f"none of those of the suite does ({families})",
             )
-        note = f"not checked on {adapter.family}, which does not provide {', '.join(missing)}"
+        names = ", ".join(missing)
+        note = f"what needs {names} was not checked on {adapter.family}, which does not provide it"
         self._left_out[note] = self._left_out.get(note, 0) + 1
 
 

@@ -17,6 +17,7 @@ from kvprune.testing.conformance import (
     merges,
     purity,
     surroundings,
+    texts,
 )
 from kvprune.testing.conformance.budgets import keeping_all, stated_budget, widening
 from kvprune.testing.conformance.corners import LAYER_CORNERS
@@ -85,7 +86,12 @@ def _one_device() -> str:
 
 
 INVARIANTS = (
-    Invariant("KV01", "shape and order of what is kept", (decisions.check_shape,), (held.check_columns,)),
+    Invariant(
+        "KV01",
+        "shape and order of what is kept",
+        (decisions.check_shape, texts.check_text),
+        (held.check_columns,),
+    ),
     Invariant(
         "KV02",
         "the exact budget",
@@ -131,6 +137,7 @@ INVARIANTS = (
             purity.check_references,
             purity.check_alone,
             layers.check_alone_in_layers,
+            texts.check_text_alone,
         ),
         (held.check_repeatable, held.check_alone_in_model),
         limits=_one_device,
