@@ -127,18 +127,18 @@ class CSP(CrossKVPolicy):
         rows = scoring.last_rows(view.visibility, self.window, strata == 0)
         scores = _by_kv_head(view.attention_mass(rows, null_keys=self.null_keys), view.heads)
         budget = self.exact_budget
-        notes: tuple[str, ...] = ()
+        note = ""
         if budget is not None:
             limit = scoring.limits(budget, strata)
         else:
             text = view.text
-            counts, notes = self._shares(
+            counts, note = self._shares(
                 view.visible.sum(-1), view.num_layers, text.real.sum(-1), text.num_layers, cross=True
             )
             # A sample without an image attends to all there is; one token of it stays.
             limit = torch.where(strata < 0, 0, counts.clamp(min=1)[:, None])
         kept = scoring.keep_top(scores, strata, limit, view.visibility)
-        return Decision(cache=Selection.from_mask(kept), notes=notes)
+        return Decision(cache=Selection.from_mask(kept), note=note)
 
     def select_text(self, view: TextView) -> Selection:
         """Keep the last text entries, and those with the highest scores in each KV head."""
@@ -161,14 +161,14 @@ class CSP(CrossKVPolicy):
 
     def _shares(
         self, images: Tensor, cross_layers: int, texts: Tensor, text_layers: int, *, cross: bool
-    ) -> tuple[Tensor, tuple[str, ...]]:
-        """Return how many entries each layer of one kind keeps of each sample ``[B]``, and notes about it."""
+    ) -> tuple[Tensor, str]:
+        """Return how many entries each layer of one kind keeps of each sample ``[B]``, and a note about it."""
         shares, notes = [], []
         for image, text in zip(images.tolist(), texts.tolist(), strict=True):
             share, note = self.split(image, cross_layers, text, text_layers)
             shares.append(share[0 if cross else 1])
             notes += [note] if note else []
-        return torch.tensor(shares, device=images.device), tuple(dict.fromkeys(notes))
+        return torch.tensor(shares, device=images.device), "; ".join(dict.fromkeys(notes))
 
     def split(
         self, image: int, cross_layers: int, text: int, text_layers: int
