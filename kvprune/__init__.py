@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from kvprune import errors, scoring
 from kvprune.errors import KVPruneError
+from kvprune.guidance import Guidance
+from kvprune.guide import Guide
 from kvprune.hookspecs import hookimpl
 from kvprune.layout import Layout
 from kvprune.moments import FeaturePolicy, FeatureScoringPolicy, PrefillPolicy
@@ -31,6 +33,8 @@ __all__ = [
     "FeaturePolicy",
     "FeatureScoringPolicy",
     "FeatureView",
+    "Guidance",
+    "Guide",
     "KVPruneError",
     "LayerView",
     "Layout",

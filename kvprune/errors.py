@@ -13,6 +13,7 @@ __all__ = [
     "CompressionStateError",
     "ConformanceError",
     "DataError",
+    "GuideError",
     "IncompatibleTransformersError",
     "KVPruneError",
     "NameClashError",
@@ -112,6 +113,10 @@ class ResultsError(KVPruneError):
 
 class PolicyFailedError(KVPruneError):
     """A policy raised an error of its own while it decided; that error is the cause."""
+
+
+class GuideError(KVPruneError):
+    """A guide cannot guide this model here, or the policy does not ask for one."""
 
 
 class ReceiptError(KVPruneError):

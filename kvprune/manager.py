@@ -27,7 +27,8 @@ from torch import Tensor
 
 from kvprune.buckets import among_entries, anchors, compose, of_columns, positions
 from kvprune.cache import CrossKVLayer, Twins
-from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
+from kvprune.errors import GuideError, KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
+from kvprune.guidance import Guidance, Prompt, to_rows
 from kvprune.judgement import check_decision, check_text
 from kvprune.layout import Layout
 from kvprune.merging import Merge
@@ -57,6 +58,8 @@ class _Prefill:
     cached: bool
     record: PrefillRecord
     layout: Callable[[], Layout] | None = None
+    prompt: Callable[[Tensor], Prompt] | None = None
+    guidance: Tensor | None = None
     onward: Selection | None = None
     prepared: bool = False
     observed: list[_Observed] = field(default_factory=list)
@@ -83,6 +86,12 @@ class _Prefill:
         if layout is None or received is None:
             return layout
         return lambda: layout().at(received.indices[:, 0], received.valid[:, 0])
+
+    def guidance_of(self, received: Selection | None) -> Tensor | None:
+        """What the guide says about these columns; None if the policy did not ask."""
+        if self.guidance is None or received is None:
+            return self.guidance
+        return self.guidance.gather(-1, received.indices[:, 0])
 
 
 @dataclass(frozen=True)
@@ -120,11 +129,19 @@ class CrossKVManager:
         policy: Decides.
         seed: For policies that draw random numbers.
         layer_indices: The model's cross-attention layers in order; their positions are the ranks.
+        guide: Answers policies that need "guidance"; asked once for each prefill, before its first layer.
     """
 
-    def __init__(self, policy: CrossKVPolicy, seed: int, layer_indices: Sequence[int]) -> None:
+    def __init__(
+        self,
+        policy: CrossKVPolicy,
+        seed: int,
+        layer_indices: Sequence[int],
+        guide: Callable[[Prompt], Guidance] | None = None,
+    ) -> None:
         self.policy = policy
         self.seed = seed
+        self.guide = guide
         self.layer_indices = tuple(layer_indices)
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._held: dict[int, _Held] = {}
@@ -170,6 +187,7 @@ class CrossKVManager:
         twins: Twins | None = None,
         cached: bool = True,
         layout: Callable[[], Layout] | None = None,
+        prompt: Callable[[Tensor], Prompt] | None = None,
     ) -> None:
         """Open a prefill.
 
@@ -180,6 +198,8 @@ class CrossKVManager:
             twins: How many consecutive rows of the batch are copies of one; none by default.
             cached: Whether there is a cache; without one, decisions reach later layers only.
             layout: Returns where the new columns lie in their images, for R rows; None if that is not known.
+            prompt: Returns what a guide needs to repeat this call for R rows, given the features of the new
+                columns, ``[R, S, C]``; None if the adapter cannot say.
         """
         self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
@@ -191,6 +211,7 @@ class CrossKVManager:
             cached,
             PrefillRecord(cached=cached),
             layout,
+            prompt,
         )
 
     def before_layer(self, rank: int, layer: CrossKVLayer, features: Tensor) -> Selection | None:
@@ -214,6 +235,8 @@ class CrossKVManager:
             )
         if not prefill.prepared:
             prefill.prepared = True
+            if "guidance" in self.policy.needs:
+                self._ask_guide(prefill, features[:: prefill.twins.copies])
             if isinstance(self.policy, FeaturePolicy):
                 self._choose(self.policy, prefill, features)
         layer.separate()
@@ -303,6 +326,7 @@ class CrossKVManager:
             captured_features=None if features is None else features[::copies],
             captured_text=prefill.text if follows_text else None,
             follows_text=follows_text,
+            captured_guidance=prefill.guidance_of(received),
         )
         attended = None if layer.slots is None else _attended(layer, received, prefill.first_new)
         asked = _Asked(view, layer, first, attended)
@@ -320,6 +344,7 @@ class CrossKVManager:
                 captured_raw_keys=None,
                 captured_features=None,
                 captured_text=None,
+                captured_guidance=None,
             )
             prefill.observed.append(_Observed(replace(asked, view=kept_views), statistics, watch))
         else:
@@ -342,6 +367,21 @@ class CrossKVManager:
                 self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
             )
 
+    def _ask_guide(self, prefill: _Prefill, features: Tensor) -> None:
+        """Let the guide rank the new columns."""
+        if self.guide is None or prefill.prompt is None:
+            raise GuideError(
+                f"policy {self.policy.spec} needs guidance, but nothing here can give it: "
+                f"{'no guide was given' if self.guide is None else 'the adapter passes no prompt on'}"
+            )
+        with torch.no_grad():
+            guidance = self.guide(prefill.prompt(features))
+            rows, copies = prefill.visibility.batch, prefill.twins.copies
+            scores = to_rows(guidance, rows, copies, prefill.new_columns)
+        self.report.add_guide(guidance.receipt)
+        prefill.guidance = scores.to(features.device)
+        prefill.prompt = None  # it holds the whole input
+
     def _choose(self, policy: FeaturePolicy, prefill: _Prefill, features: Tensor) -> None:
         """Let the policy decide what all layers receive."""
         view = FeatureView(
@@ -352,6 +392,7 @@ class CrossKVManager:
             policy_name=self.policy.name,
             layout_of=prefill.layout,
             captured_features=features[:: prefill.twins.copies],
+            captured_guidance=prefill.guidance,
         )
         with torch.no_grad(), Stopwatch(features.device) as watch:
             decision = self._ask(view, lambda: policy.choose(view))

@@ -71,7 +71,7 @@ class FeatureScoringPolicy(FeaturePolicy):
         return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
 
     @property
-    def exact_budget(self) -> Budget:
+    def exact_budget(self) -> Budget | None:
         """The budget that the options state."""
         return self.budget
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvprune.cache import CrossKVLayer
 from kvprune.errors import ReceiptError
+from kvprune.guidance import GuideReceipt
 from kvprune.selection import OWN_BITS
 from kvprune.spec import PolicySpec
 from kvprune.text_cache import TextKVLayer
@@ -95,7 +96,8 @@ class CompressionReport:
         kept_of_stored: Tokens that decoding keeps / tokens that stock transformers holds, padding tiles
             included; mean over samples, layers and heads of the latest prefill.
         bytes_peak: Most bytes of cross-attention keys and values alive at once in the latest prefill.
-        seconds: Time that the policy took to decide, over all prefills.
+        seconds: Time that the policy took to decide, over all prefills, without its guide.
+        guide: What a guide cost, over all prefills; None if the policy has none.
         warnings: What a user should know, each once, in the order in which it came up.
         text_layers: One receipt per self-attention layer, if the policy prunes text; all byte counts beside
             these are of cross-attention alone.
@@ -113,6 +115,7 @@ class CompressionReport:
     kept_of_stored: float = float("nan")
     bytes_peak: int = 0
     seconds: float = 0.0
+    guide: GuideReceipt | None = None
     warnings: tuple[str, ...] = ()
     text_layers: tuple[TextReceipt, ...] = ()
     text_kept_fraction: float | None = None
@@ -127,6 +130,10 @@ class CompressionReport:
     def count_encoder_input(self) -> None:
         """Note that encoder states arrived."""
         self.encoder_inputs += 1
+
+    def add_guide(self, receipt: GuideReceipt) -> None:
+        """Add what a guide cost."""
+        self.guide = receipt.plus(self.guide)
 
     def warn(self, text: str) -> None:
         """Add a warning, once."""
@@ -311,6 +318,7 @@ class CompressionReport:
             "text_bytes_held": self.text_bytes_held if self.text_layers else None,
             "text_bytes_full": self.text_bytes_full if self.text_layers else None,
             "seconds": self.seconds,
+            "guide": None if self.guide is None else self.guide.to_dict(),
             "warnings": list(self.warnings),
             "layers": [asdict(layer) for layer in self.layers],
             "text_layers": [asdict(layer) for layer in self.text_layers],
@@ -343,6 +351,8 @@ class CompressionReport:
                 f"kept {self.text_kept_fraction:.1%} of text entries"
             )
         lines.append(f"deciding took {self.seconds:.3g} s")
+        if self.guide is not None:
+            lines.append(str(self.guide))
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
 from torch import nn
 
-from kvprune.adapters.base import ModelAdapter
-from kvprune.errors import CompressionStateError, NestedCompressionError, PolicyNeverRanError
+from kvprune.adapters.base import ModelAdapter, compressing
+from kvprune.errors import (
+    CompressionStateError,
+    GuideError,
+    NestedCompressionError,
+    PolicyNeverRanError,
+)
+from kvprune.guidance import Guidance, Prompt
+from kvprune.guide import BoundGuide, Guide
 from kvprune.manager import CrossKVManager
 from kvprune.policy import CrossKVPolicy, require_policy_class
 from kvprune.registry import load
@@ -20,7 +27,13 @@ from kvprune.spec import PolicySpec
 __all__ = ["Compression", "compress"]
 
 
-def compress(model: nn.Module, policy: str | PolicySpec | CrossKVPolicy, *, seed: int = 0) -> Compression:
+def compress(
+    model: nn.Module,
+    policy: str | PolicySpec | CrossKVPolicy,
+    *,
+    seed: int = 0,
+    guide: nn.Module | Guide | Guidance | None = None,
+) -> Compression:
     """Compress the cross-attention cache of a model while a ``with`` block lasts.
 
     Every ``generate`` or forward call inside the block runs under the policy. For long-lived use, call
@@ -30,6 +43,10 @@ def compress(model: nn.Module, policy: str | PolicySpec | CrossKVPolicy, *, seed
         model: A supported transformers model (``kvprune doctor`` lists them).
         policy: A spec such as ``"trim:k_ratio=0.25"``, or a policy.
         seed: For policies that draw random numbers.
+        guide: For policies that need guidance, such as ``guided``: another model of the same vision geometry,
+            or a `kvprune.Guide` with options. None: the model guides itself, in a pass of its own over each
+            prompt. A `kvprune.Guidance` is what a guide said about the one batch that will be generated from.
+            The guide runs inside the model's forward call and its cost is in the report.
 
     Returns:
         The compression; nothing is attached yet.
@@ -38,6 +55,7 @@ def compress(model: nn.Module, policy: str | PolicySpec | CrossKVPolicy, *, seed
         UnsupportedModelError: If no adapter knows the model (lists the supported ones), or its adapter does
             not provide what the policy needs.
         IncompatibleTransformersError: If transformers lacks something that the adapter relies on.
+        GuideError: If the guide cannot guide this model, or the policy does not use one.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
 
     Example:
@@ -50,7 +68,7 @@ def compress(model: nn.Module, policy: str | PolicySpec | CrossKVPolicy, *, seed
     chosen = registry.get_policy(policy)
     require_policy_class(type(chosen))
     adapter.require_probes()
-    return Compression(adapter(model), chosen, seed)
+    return Compression(adapter(model), chosen, seed, guide)
 
 
 class Compression:
@@ -61,11 +79,17 @@ class Compression:
         report: What was kept and held so far, a `CompressionReport`.
     """
 
-    def __init__(self, adapter: ModelAdapter, policy: CrossKVPolicy, seed: int) -> None:
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        policy: CrossKVPolicy,
+        seed: int,
+        guide: nn.Module | Guide | Guidance | None = None,
+    ) -> None:
         adapter.require_needs(policy)
         self.policy = policy
         self._adapter = adapter
-        self._manager = CrossKVManager(policy, seed, adapter.layer_indices)
+        self._manager = CrossKVManager(policy, seed, adapter.layer_indices, _bound(guide, adapter, policy))
         self._attached = False
 
     @property
@@ -105,7 +129,7 @@ class Compression:
         """
         if self._attached:
             raise CompressionStateError(f"this compression ({self.policy.spec}) is attached already")
-        running = _compressing(self._adapter.model)
+        running = compressing(self._adapter.model)
         if running is not None:
             raise NestedCompressionError(
                 f"{type(self._adapter.model).__name__} is being compressed already ({running}); "
@@ -147,11 +171,17 @@ class Compression:
             self.check_ran()
 
 
-def _compressing(model: nn.Module) -> str | None:
-    """Return what compresses a model or a part of it now, found by its hooks; None if nothing does."""
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, ModelAdapter):
-                return owner.family
-    return None
+def _bound(
+    guide: nn.Module | Guide | Guidance | None, target: ModelAdapter, policy: CrossKVPolicy
+) -> Callable[[Prompt], Guidance] | None:
+    """Return what answers the policy's need for guidance; None if it has no such need."""
+    if "guidance" not in policy.needs:
+        if guide is not None:
+            raise GuideError(
+                f"policy {policy.spec} does not use a guide, but got one ({type(guide).__name__}); leave "
+                'guide out, or choose a policy that needs "guidance", such as guided'
+            )
+        return None
+    if isinstance(guide, Guidance):
+        return lambda prompt: guide
+    return BoundGuide(guide if isinstance(guide, Guide) else Guide(guide), target)

@@ -40,6 +40,7 @@ class View:
         layout_of: Returns where the columns lie in their images; None where that is not known.
         captured_features: ``[B, S, C]`` as they enter the projections to keys and values, present in a
             `FeatureView`, and in a `LayerView` if the policy needs "features".
+        captured_guidance: ``[B, S]``, present if the policy needs "guidance".
     """
 
     visibility: Visibility
@@ -49,6 +50,7 @@ class View:
     policy_name: str = "?"
     layout_of: Callable[[], Layout] | None = None
     captured_features: Tensor | None = None
+    captured_guidance: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -104,6 +106,15 @@ class View:
     def features(self) -> Tensor:
         """Encoder features as they enter the projections to keys and values, ``[B, S, C]``."""
         return self._captured(self.captured_features, "features")
+
+    @property
+    def guidance(self) -> Tensor:
+        """Importance of each encoder token according to the guide, ``[B, S]`` in float32 (or float64).
+
+        The attention that a token receives, summed over the guide's cross-attention layers, heads and live
+        text rows (see `kvprune.Guide`); 0 for what no row sees.
+        """
+        return self._captured(self.captured_guidance, "guidance")
 
     @property
     def images(self) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 from generation import generate, mllama
 
 import kvprune
+from kvprune import FeatureView
 from kvprune.adapters.base import gather_features
 from kvprune.bench import LLAMA_11B, PeakMemory, ask, make_problem, peak_memory
 from kvprune.cache import CrossKVLayer
@@ -101,3 +103,28 @@ def test_dropped_tokens_are_freed():
     assert (
         run.report.bytes_held == 2 * 2 * 5 * 8 * 2 * 4 * 3
     )  # a quarter of the 20 columns of the first sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", ["guided:keep_ratio=0.1", "guided:keep_ratio=0.1,start=1"])
+def test_ranking_by_guidance_needs_at_most_4_mib_at_11b_dimensions(spec, dtype):
+    policy = kvprune.get_policy(spec)
+    guidance = torch.rand(1, 6404, generator=torch.Generator().manual_seed(0))
+    layer = replace(make_problem(policy, dtype=dtype), captured_guidance=guidance)
+    before = FeatureView(visibility=layer.visibility, num_layers=layer.num_layers, captured_guidance=guidance)
+    decisions = []
+    peak = peak_memory(lambda: decisions.extend((policy.choose(before), policy.select(layer))))
+    assert peak <= 4 * MIB, f"{peak / MIB:.1f} MiB"
+    assert [one.onward for one in decisions].count(None) == 1
+
+
+def test_a_guide_holds_no_attention_of_a_whole_layer():
+    """Of 256 rows and 16 image tokens a tile, what a guide adds up is as small as its result."""
+    inputs = mllama_inputs(["4" + "t" * 255])
+    weights = 3 * 4 * 256 * 20 * 4  # layers, heads, rows, columns, bytes
+
+    def peak(spec):
+        with kvprune.compress(mllama(), spec), torch.no_grad():
+            return peak_memory(lambda: mllama()(**inputs, use_cache=True))
+
+    assert peak("guided:keep_ratio=1") - peak("full") < weights / 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,11 +16,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvprune.errors import (
+    GuideError,
     IncompatibleTransformersError,
     PluginError,
     UnsupportedCacheError,
     UnsupportedModelError,
 )
+from kvprune.guidance import Prompt
 from kvprune.manager import CrossKVManager
 from kvprune.merging import merge_features
 from kvprune.policy import CrossKVPolicy
@@ -28,6 +31,7 @@ from kvprune.selection import Selection
 __all__ = [
     "ModelAdapter",
     "Probe",
+    "compressing",
     "gather_features",
     "has_cache",
     "named_arguments",
@@ -44,6 +48,17 @@ class Probe:
     name: str
     ok: bool
     detail: str
+
+
+class _Hook:
+    """A hook of an adapter, which does nothing while the adapter stands aside."""
+
+    def __init__(self, adapter: ModelAdapter, hook: Callable[..., Any]) -> None:
+        self.adapter = adapter
+        self.hook = hook
+
+    def __call__(self, *call: Any) -> Any:
+        return None if self.adapter.is_aside else self.hook(*call)
 
 
 class ModelAdapter(ABC):
@@ -64,6 +79,7 @@ class ModelAdapter(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.is_aside = False
         self._handles: list[RemovableHandle] = []
         self._call_handles: list[RemovableHandle] = []
         self._restore: list[Callable[[], None]] = []
@@ -118,6 +134,60 @@ class ModelAdapter(ABC):
         while self._restore:
             self._restore.pop()()
 
+    @contextmanager
+    def standing_aside(self) -> Iterator[None]:
+        """Let the model run as if this adapter were not attached: another one may be, for as long."""
+        self.is_aside = True
+        try:
+            yield
+        finally:
+            self.is_aside = False
+
+    def geometry(self) -> Mapping[str, object] | None:
+        """Return what two models must have in common so that a token means the same to both; None if unknown.
+
+        A guide of the same geometry has the same encoder tokens in the same order, and the same token ids.
+        """
+        return None
+
+    def replay(
+        self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
+    ) -> Tensor | None:
+        """Run the model over a prompt and an answer, in one forward call that leaves no cache.
+
+        Optional; without it, the family supports no policy that needs guidance.
+
+        Args:
+            prompt: What another forward call was given.
+            answer: int64 ``[R, n]``; its last tokens are not read, as in generation.
+            written: bool ``[R, n]``, which of them belong to the answer.
+
+        Returns:
+            Logits ``[R, n, V]`` of the rows that predict the answer; None without one.
+
+        Raises:
+            GuideError: If the model cannot read the prompt.
+        """
+        raise GuideError(f"the adapter for {self.family} cannot run a guide: it does not define replay()")
+
+    def answer(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Generate greedily.
+
+        Args:
+            prompt: What another forward call was given.
+            max_new_tokens: Limit.
+
+        Returns:
+            New tokens, int64 ``[R, n]``; and which of them belong to the answer, bool, the same shape.
+
+        Raises:
+            GuideError: If the model cannot read the prompt, or cannot generate.
+        """
+        raise GuideError(
+            f"a guide of the family {self.family} is asked about the prompt only; "
+            f"use max_new_tokens=0, got {max_new_tokens}"
+        )
+
     def end_of_call(self) -> None:
         """Remove the hooks that were made for one forward call."""
         while self._call_handles:
@@ -126,7 +196,7 @@ class ModelAdapter(ABC):
     def before(self, module: nn.Module, hook: Callable[..., Any], *, for_one_call: bool = False) -> None:
         """Run ``hook(module, args, kwargs)`` before a module, until `detach` or `end_of_call`."""
         handles = self._call_handles if for_one_call else self._handles
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(_Hook(self, hook), with_kwargs=True))
 
     def after(
         self,
@@ -138,7 +208,7 @@ class ModelAdapter(ABC):
     ) -> None:
         """Run ``hook(module, args, kwargs, output)`` after a module, with ``always`` also if it raised."""
         handles = self._call_handles if for_one_call else self._handles
-        handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+        handles.append(module.register_forward_hook(_Hook(self, hook), with_kwargs=True, always_call=always))
 
     def override(self, module: nn.Module, attribute: str, value: object) -> None:
         """Set an attribute on one module instance until `detach`, which restores what was there."""
@@ -189,6 +259,15 @@ class ModelAdapter(ABC):
 
 def _listed(names: Collection[str]) -> str:
     return ", ".join(map(repr, sorted(names)))
+
+
+def compressing(model: nn.Module) -> str | None:
+    """Return what compresses a model or a part of it now, found by its hooks; None if nothing does."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Hook) and not hook.adapter.is_aside:
+                return hook.adapter.family
+    return None
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

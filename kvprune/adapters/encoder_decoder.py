@@ -28,11 +28,13 @@ from kvprune.adapters.base import (
     probe_signatures,
 )
 from kvprune.adapters.column_mask import ColumnMask
+from kvprune.adapters.prompts import plain_mask, rows_of
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.adapters.twins import find_twins
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.caches import OneCrossLayer, open_for_prefill, open_layer, require_cache
-from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
+from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
+from kvprune.guidance import Prompt
 from kvprune.layout import Layout
 from kvprune.manager import CrossKVManager
 from kvprune.seeding import fingerprint
@@ -58,6 +60,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             `provides` says "text".
     """
 
+    provides = ModelAdapter.provides | {"guidance"}
     modeling_module: ClassVar[str]
     attention_class: ClassVar[str]
     attention: ClassVar[str] = "encoder_attn"
@@ -104,6 +107,8 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _note_prompt(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the method that starts assisted decoding, which gets the tokens before the drafts."""
+        if self.is_aside:
+            return ask(*args, **kwargs)
         ids = inspect.signature(ask).bind(*args, **kwargs).arguments.get("input_ids")
         self._prompt = None if ids is None else int(ids.shape[1])
         return ask(*args, **kwargs)
@@ -171,6 +176,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             twins=twins,
             cached=cached,
             layout=lambda: Layout.line(columns, states.device),
+            prompt=self._guide_prompt(named, tokens.shape[1], drafts, twins.copies),
         )
         self._hook_prefill(self._manager.policy.needs, cached=cached)
         if "text" in self._manager.policy.needs:
@@ -189,6 +195,41 @@ class EncoderDecoderAdapter(ModelAdapter):
             name, lambda view, _: manager.after_text(view), modules, mask, drafts, copies, None, projections
         )
         capture.hook(self, set(modules), cached=cached)
+
+    def _guide_prompt(
+        self, named: dict[str, Any], length: int, drafts: int, copies: int
+    ) -> Callable[[Tensor], Prompt] | None:
+        """Return what makes the prompt for a guide; None if the policy does not ask for one."""
+        assert self._manager is not None
+        if "guidance" not in self._manager.policy.needs:
+            return None
+        cache = named.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()):
+            raise GuideError(
+                f"the decoder has read {int(cache.get_seq_length())} tokens before its encoder states came, "
+                "which its guide would not see; start with an empty cache"
+            )
+        mask = plain_mask(named.get("attention_mask"), length)
+        arguments = {}
+        for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
+            value = mask if name == "attention_mask" else named.get(name)
+            if isinstance(value, Tensor):
+                arguments[name] = rows_of(value, copies, length - drafts)
+        if isinstance(named.get("encoder_attention_mask"), Tensor):
+            arguments["encoder_attention_mask"] = rows_of(named["encoder_attention_mask"], copies)
+        return lambda features: Prompt(arguments, features)
+
+    def replay(
+        self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
+    ) -> Tensor | None:
+        """Run the decoder over its prompt again; only a model that guides itself has the encoder's states."""
+        if prompt.states is None or answer is not None:
+            raise GuideError(
+                f"{self.family} guides only itself, and only by the decoder's prompt; leave guide out, or "
+                "use kvprune.Guide(max_new_tokens=0)"
+            )
+        self._decoder(**prompt.arguments, encoder_hidden_states=prompt.states, use_cache=False)
+        return None
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether what this call projects will be read again."""

@@ -104,6 +104,7 @@ class LayerProblem(_ShortRepr):
         return LayerView(
             layout_of=self.layout,
             captured_features=self._draw("features", 1, see.columns)[:, 0],
+            captured_guidance=self._draw("guidance", 1, see.columns)[:, 0, :, 0].abs().float(),
             keys=self._draw("keys", self.kv_heads, see.columns),
             values=self._draw("values", self.kv_heads, see.columns),
             visibility=see,
@@ -259,6 +260,9 @@ def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
         "captured_features": None
         if view.captured_features is None
         else view.captured_features[one, :columns].clone(),
+        "captured_guidance": None
+        if view.captured_guidance is None
+        else view.captured_guidance[one, :columns].clone(),
         "visibility": Visibility(
             rows=rows if rows.shape[1] == 1 else rows[:, first_row:],
             units=see.units.expand(see.batch, -1)[one, :columns],

@@ -11,6 +11,7 @@ from kvprune_strategies.divprune import DivPrune
 from kvprune_strategies.elastic import Elastic
 from kvprune_strategies.fastv import FastV
 from kvprune_strategies.full import Full
+from kvprune_strategies.guided import Guided
 from kvprune_strategies.h2o import H2O
 from kvprune_strategies.keydiff import KeyDiff
 from kvprune_strategies.lossless import Lossless
@@ -35,6 +36,7 @@ __all__ = [
     "Elastic",
     "FastV",
     "Full",
+    "Guided",
     "KeyDiff",
     "Lossless",
     "Norm",
@@ -63,6 +65,7 @@ def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
         Elastic,
         FastV,
         Full,
+        Guided,
         H2O,
         KeyDiff,
         Lossless,

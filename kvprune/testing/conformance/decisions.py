@@ -51,8 +51,6 @@ Sees = Callable[[Visibility, int], set[int]]
 
 def pose(policy: CrossKVPolicy, problem: LayerProblem) -> FeatureView | LayerView:
     """Return the view of a problem, with what the policy declared that it needs and no more."""
-    if isinstance(policy, FeaturePolicy):
-        return problem.features(policy.name)
     view = problem.view(policy.name)
     fields = {field.name for field in dataclasses.fields(view)}
     unneeded: dict[str, Any] = {
@@ -60,6 +58,9 @@ def pose(policy: CrossKVPolicy, problem: LayerProblem) -> FeatureView | LayerVie
         for what in get_args(Need)
         if what not in policy.needs and (field := f"captured_{what}") in fields
     }
+    if isinstance(policy, FeaturePolicy):  # is shown features in any case, and could be shown guidance
+        unneeded = {name: None for name in unneeded if name == "captured_guidance"}
+        return dataclasses.replace(problem.features(policy.name), **unneeded)
     return dataclasses.replace(view, **unneeded)
 
 

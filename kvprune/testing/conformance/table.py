@@ -58,6 +58,9 @@ def _no_budget(policy: CrossKVPolicy) -> str:
         return f"{policy.spec} states no budget (keep_ratio, keep_tokens) that could be counted"
     if not isinstance(policy, ScoringPolicy) and not policy.ranks_tokens:
         return f"{policy.spec} has a budget but does not say that it ranks tokens (ranks_tokens is False)"
+    says_so = type(policy).exact_budget is not CrossKVPolicy.exact_budget
+    if says_so and policy.exact_budget is None:
+        return f"{policy.spec} says that its budget is not exact (exact_budget is None)"
     return ""
 
 

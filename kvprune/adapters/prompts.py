@@ -1,0 +1,53 @@
+"""What adapters share in making prompts for a guide from the arguments of a forward call."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import GuideError
+
+__all__ = ["copied_cache", "plain_mask", "rows_of"]
+
+
+def rows_of(tensor: Tensor, copies: int, rows: int | None = None) -> Tensor:
+    """Return one of each ``copies`` rows of the batch, and the first ``rows`` places of the second axis."""
+    tensor = tensor[::copies]
+    return tensor if rows is None else tensor[:, :rows]
+
+
+def plain_mask(mask: Tensor | None, length: int) -> Tensor | None:
+    """Return the attention mask of a first turn by token, ``[B, T]``.
+
+    Args:
+        mask: ``[B, T]``, or ``[B, 1, T, width]`` (bool, or added to logits) as generation with a static cache
+            makes it, or None.
+        length: Number of tokens T.
+    """
+    if mask is None or mask.ndim != 4:
+        return mask
+    last = mask[:, 0, length - 1, :length]  # the last token sees all that are no padding
+    return (last if last.dtype == torch.bool else last == 0).to(torch.int64)
+
+
+def copied_cache(cache: Any, batch: int, copies: int) -> Any:
+    """Return a copy of a cache of earlier turns, for one of each ``copies`` rows; None if it is empty.
+
+    Raises:
+        GuideError: If it cannot be copied.
+    """
+    if cache is None or int(cache.get_seq_length()) == 0:
+        return None
+    try:
+        past = copy.deepcopy(cache)
+        if copies > 1:
+            past.batch_select_indices(torch.arange(0, batch, copies))
+    except (RuntimeError, AttributeError, ValueError) as error:
+        raise GuideError(
+            f"the guide would read a copy of the cache of earlier turns, but this {type(cache).__name__} "
+            f"cannot be copied ({type(error).__name__}: {str(error)[:200]}); start the conversation anew"
+        ) from error
+    return past
