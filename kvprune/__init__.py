@@ -6,6 +6,7 @@ Importing it loads no plugin, changes nothing in torch or transformers, and star
 from __future__ import annotations
 
 from kvprune import errors, scoring
+from kvprune.early_exit import GuidedAnswers, guided_generate
 from kvprune.errors import KVPruneError
 from kvprune.guidance import Guidance
 from kvprune.guide import Guide
@@ -35,6 +36,7 @@ __all__ = [
     "FeatureView",
     "Guidance",
     "Guide",
+    "GuidedAnswers",
     "KVPruneError",
     "LayerView",
     "Layout",
@@ -47,6 +49,7 @@ __all__ = [
     "compress",
     "errors",
     "get_policy",
+    "guided_generate",
     "hookimpl",
     "list_policies",
     "onward_decision",
