@@ -162,7 +162,7 @@ class CSP(CrossKVPolicy):
     def _shares(
         self, images: Tensor, cross_layers: int, texts: Tensor, text_layers: int, *, cross: bool
     ) -> tuple[Tensor, str]:
-        """Return how many entries each layer of one kind keeps of each sample ``[B]``, and a note about it."""
+        """Return how many entries each layer of one kind keeps of each sample ``[B]``, and a note."""
         shares, notes = [], []
         for image, text in zip(images.tolist(), texts.tolist(), strict=True):
             share, note = self.split(image, cross_layers, text, text_layers)
