@@ -96,6 +96,10 @@ def test_rounding_does_not_decide_between_rows(drawn, total, seed):
     assert shared(noisy, least, most, total) == shared(urgency, least, most, total)
 
 
+def test_rows_that_are_equal_but_for_rounding_share_evenly():
+    assert shared([[1 / 3] * 4, [(1 + 1e-9) / 3] * 4], [0, 0], [4, 4], 4) == [2, 2]
+
+
 def test_the_lowest_number_is_more_urgent_than_what_a_row_does_not_have():
     lowest = torch.finfo(torch.float64).min
     assert shared([[0.0, lowest, 0.0], [lowest, lowest, 0.0]], [0, 0], [2, 1], 3) == [2, 1]

@@ -20,6 +20,7 @@ from sharing import (
 )
 
 import kvprune
+from kvprune.allocation import apportion
 from kvprune.errors import BudgetError, PolicyOptionError
 
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
@@ -62,6 +63,16 @@ def test_what_every_layer_holds_is_about_the_same_part(visibility, ratio, seed):
         parts.append((math.fsum(held[:-1]), math.fsum(held), len(held)))
     if any(count > 1 for _, _, count in parts):
         assert max(without for without, _, count in parts if count > 1) <= min(p for _, p, _ in parts) + 1e-4
+
+
+def test_a_token_counts_by_what_the_better_ones_hold_and_not_by_its_own():
+    """After one token each, 0.6 and 0.5 are held: the second is behind, whatever its next one has."""
+    counts = apportion(
+        PrefixKV().urgency(torch.tensor([[[0.6, 0.2, 0.2], [0.5, 0.45, 0.05]]]), torch.tensor([[3, 3]]), 3),
+        *(torch.tensor([[bound] * 2]) for bound in (1, 3)),
+        torch.tensor([3]),
+    )
+    assert counts.tolist() == [[1, 2]]
 
 
 def test_equal_layers_keep_equally_many_and_the_total_is_exact():
