@@ -20,8 +20,8 @@ class AirCache(ProportionalAllocator):
 
     Elite rows are those that get at least ``alpha`` times the largest weight which the last row gives to a
     text row in the self-attention before the layer, mean over heads. A token's importance is the attention
-    that it receives from them, mean over rows and heads. A layer's share of the budget is the mean of its
-    strength and its skewness (of importance over visible tokens), each divided by its mean over layers.
+    that it receives from them, mean over rows and heads. A layer's share of the budget is the mean of
+    two numbers, each divided by its mean over layers: its strength, and the skewness of importance.
 
     Args:
         alpha: In [0, 1]; at 0 all rows that see the image vote.
