@@ -21,6 +21,7 @@ from zoo import (
     padding,
     randomness,
     shape,
+    texts,
 )
 
 from kvprune.errors import ConformanceError
@@ -84,6 +85,8 @@ ALONE = {
     "check_partition": merging.MergesPadding,
     "check_mass": merging.MergesAndWrites,
     "check_monotone_in_layers": layers.TakesBack,
+    "check_text": texts.UnevenText,
+    "check_text_alone": texts.TextByBatch,
 }
 CHECKS = {check.__name__: (row, check) for row in INVARIANTS for check in (*row.on_layers, *row.on_models)}
 
