@@ -175,6 +175,8 @@ def check_text(selection: object, view: TextView, policy: str, counts: Tensor | 
             )
         if selection.merge is not None:
             raise SelectionError(f"KV15: {where} merges, which text cannot; leave merge out")
+        if selection.bits is not None:
+            raise SelectionError(f"KV01: {where} states bits, but text is held as it is; leave bits out")
         now = selection.counts[:, 0]
         kept = selection.to_mask()
         last = (view.entries - view.rows + view.last_row)[:, None, None].to(kept.device)

@@ -34,7 +34,9 @@ class SomeText(kvprune.CrossKVPolicy):
     text_keep: float = 0.5
     by_head: bool = True
     cross: bool = True
-    wrong: Literal["", "uneven heads", "uneven layers", "padding", "last", "shape", "type", "raises"] = ""
+    wrong: Literal[
+        "", "uneven heads", "uneven layers", "padding", "last", "shape", "type", "bits", "raises"
+    ] = ""
 
     @property
     def needs(self):
@@ -78,6 +80,10 @@ class SomeText(kvprune.CrossKVPolicy):
             kept[..., -1] = False
         elif self.wrong == "shape":
             return Selection.from_mask(kept[..., 1:])
+        elif self.wrong == "bits":
+            chosen = Selection.from_mask(kept)
+            bits = torch.full_like(chosen.indices, 8, dtype=torch.uint8)
+            return Selection.trusted(chosen.indices, chosen.valid, chosen.columns, bits=bits)
         elif self.wrong == "type":
             return kept
         elif self.wrong == "raises":
@@ -227,6 +233,7 @@ def test_a_second_turn_with_an_image_prunes_text_again():
         ("padding", SelectionError, "KV04: .* keeps padding"),
         ("last", SelectionError, "KV03: .* drops the last row's own entry"),
         ("shape", SelectionError, "KV01: .* out of 6 entries, expected .* out of 7"),
+        ("bits", SelectionError, "KV01: .* states bits, but text is held as it is"),
         ("type", SelectionError, "returned Tensor, expected a Selection or None"),
         ("raises", PolicyFailedError, "ZeroDivisionError at the self-attention of layer 0: no"),
     ],
