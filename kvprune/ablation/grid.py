@@ -26,8 +26,18 @@ __all__ = [
 REFERENCE = "full"
 """The policy that every other one is compared with; it drops nothing."""
 
-DEFAULT_POLICIES = ("lossless", "uniform:reach=onward", "random:reach=onward", "norm:reach=onward", "trim")
-"""All that drop something decide at the first cross-attention layer, so one-token answers show it, too."""
+DEFAULT_POLICIES = (
+    "lossless",
+    "uniform:reach=onward",
+    "random:reach=onward",
+    "norm:reach=onward",
+    "keydiff:reach=onward",
+    "divprune",
+    "snapkv:reach=onward",
+    "fastv",
+    "trim",
+)
+"""All that drop something decide at the first cross-attention layer or before it, so one-token answers show it."""
 
 DEFAULT_KEEP_RATIOS = (0.5, 0.25, 0.1, 0.05)
 
