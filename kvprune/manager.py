@@ -60,6 +60,7 @@ class _Prefill:
     layout: Callable[[], Layout] | None = None
     prompt: Callable[[Tensor], Prompt] | None = None
     guidance: Tensor | None = None
+    class_attention: Callable[[], Tensor] | None = None
     onward: Selection | None = None
     prepared: bool = False
     observed: list[_Observed] = field(default_factory=list)
@@ -92,6 +93,16 @@ class _Prefill:
         if self.guidance is None or received is None:
             return self.guidance
         return self.guidance.gather(-1, received.indices[:, 0])
+
+    def class_attention_of(self, received: Selection | None, device: torch.device) -> Tensor | None:
+        """What class tokens pay to these columns, if the policy needs it."""
+        if self.class_attention is None:
+            return None
+        paid = self.class_attention()
+        if received is not None:
+            index = received.indices[:, 0].to(paid.device)
+            paid = paid.gather(-1, index).masked_fill(~received.valid[:, 0].to(paid.device), 0)
+        return paid.to(device)
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,7 @@ class CrossKVManager:
         cached: bool = True,
         layout: Callable[[], Layout] | None = None,
         prompt: Callable[[Tensor], Prompt] | None = None,
+        class_attention: Callable[[], Tensor] | None = None,
     ) -> None:
         """Open a prefill.
 
@@ -200,6 +212,8 @@ class CrossKVManager:
             layout: Returns where the new columns lie in their images, for R rows; None if that is not known.
             prompt: Returns what a guide needs to repeat this call for R rows, given the features of the new
                 columns, ``[R, S, C]``; None if the adapter cannot say.
+            class_attention: Returns what the encoder's class tokens pay to the new columns, ``[R, new]``,
+                once the encoder has run; None unless the policy needs it.
         """
         self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
@@ -212,6 +226,7 @@ class CrossKVManager:
             PrefillRecord(cached=cached),
             layout,
             prompt,
+            class_attention=class_attention,
         )
 
     def before_layer(self, rank: int, layer: CrossKVLayer, features: Tensor) -> Selection | None:
@@ -325,6 +340,7 @@ class CrossKVManager:
             captured_raw_keys=None if raw_keys is None else raw_keys[::copies],
             captured_features=None if features is None else features[::copies],
             captured_text=prefill.text if follows_text else None,
+            captured_class_attention=prefill.class_attention_of(received, layer.keys.device),
             follows_text=follows_text,
             captured_guidance=prefill.guidance_of(received),
         )
@@ -343,6 +359,7 @@ class CrossKVManager:
                 captured_queries=None,
                 captured_raw_keys=None,
                 captured_features=None,
+                captured_class_attention=None,
                 captured_text=None,
                 captured_guidance=None,
             )
@@ -393,6 +410,7 @@ class CrossKVManager:
             layout_of=prefill.layout,
             captured_features=features[:: prefill.twins.copies],
             captured_guidance=prefill.guidance,
+            captured_class_attention=prefill.class_attention_of(None, features.device),
         )
         with torch.no_grad(), Stopwatch(features.device) as watch:
             decision = self._ask(view, lambda: policy.choose(view))

@@ -28,7 +28,7 @@ from kvprune.view import LayerView, View
 
 __all__ = ["CrossKVPolicy", "Need", "ScoringPolicy", "onward_decision", "require_policy_class"]
 
-Need = Literal["queries", "raw_keys", "features", "text", "text_cache", "guidance"]
+Need = Literal["queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention"]
 """What must be captured for a view beyond keys, values and visibility.
 
 "text_cache" shows nothing: it asks for `CrossKVPolicy.select_text`. "guidance" costs a pass of a guide

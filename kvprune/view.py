@@ -41,6 +41,7 @@ class View:
         captured_features: ``[B, S, C]`` as they enter the projections to keys and values, present in a
             `FeatureView`, and in a `LayerView` if the policy needs "features".
         captured_guidance: ``[B, S]``, present if the policy needs "guidance".
+        captured_class_attention: ``[B, S]``, present if the policy needs "class_attention".
     """
 
     visibility: Visibility
@@ -51,6 +52,7 @@ class View:
     layout_of: Callable[[], Layout] | None = None
     captured_features: Tensor | None = None
     captured_guidance: Tensor | None = None
+    captured_class_attention: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -115,6 +117,16 @@ class View:
         text rows (see `kvprune.Guide`); 0 for what no row sees.
         """
         return self._captured(self.captured_guidance, "guidance")
+
+    @property
+    def class_attention(self) -> Tensor:
+        """Attention that the vision encoder's class token pays to each patch of its own tile, ``[B, S]``.
+
+        Added up over the heads of one layer and scaled to add up to 1 in each tile, in float32 (float64 in
+        a float64 model); 0 for class tokens and padding tiles. Where columns were merged, it is that of the
+        column in whose place the merged one stands.
+        """
+        return self._captured(self.captured_class_attention, "class_attention")
 
     @property
     def images(self) -> Tensor:

@@ -156,6 +156,9 @@ def one_of(view, sample):
     see = view.visibility
     one = slice(sample, sample + 1)
     places = view.places.expand(see.batch, -1, -1)[one]
+    classes, paid = view.layout.class_tokens, view.captured_class_attention
+    classes = None if classes is None else classes.expand(see.batch, -1)[one]
+    paid = None if paid is None else paid[one]
     return dataclasses.replace(
         view,
         visibility=Visibility(
@@ -166,6 +169,7 @@ def one_of(view, sample):
             None if see.exists is None else see.exists[one],
         ),
         fingerprints=lambda: view.fingerprints().expand(see.batch)[one],
-        layout_of=lambda: Layout(places),
+        layout_of=lambda: Layout(places, classes),
         captured_features=view.captured_features[one],
+        captured_class_attention=paid,
     )

@@ -16,7 +16,7 @@ The hooks, in the order in which they run in a forward call (`docs/hooks.md` has
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
@@ -34,6 +34,7 @@ from kvprune.adapters.base import (
     probe_cache,
     probe_signatures,
 )
+from kvprune.adapters.class_attention import ClassAttention
 from kvprune.adapters.prompts import copied_cache, plain_mask, rows_of
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.adapters.text_mask import fit_text_mask
@@ -56,11 +57,20 @@ _IMAGE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
 class MllamaAdapter(ModelAdapter):
-    """``MllamaForConditionalGeneration`` and ``MllamaModel``."""
+    """``MllamaForConditionalGeneration`` and ``MllamaModel``.
+
+    Class attributes:
+        class_attention_layer: The encoder in the vision tower ("transformer", or "global_transformer", which
+            follows it), and the layer in it, whose class tokens `View.class_attention` shows. By default the
+            last: its output is what the text model receives. That is what the second last layer of CLIP is to
+            LLaVA. The text model also receives five intermediate layers of the first encoder, none of which
+            stands for all. Derive a class to look at another layer.
+    """
 
     family = "Llama-3.2-Vision (Mllama)"
     model_classes = ("MllamaForConditionalGeneration", "MllamaModel")
-    provides = ModelAdapter.provides | {"text", "text_cache", "guidance"}
+    provides = ModelAdapter.provides | {"text", "text_cache", "guidance", "class_attention"}
+    class_attention_layer: ClassVar[tuple[str, int]] = ("global_transformer", -1)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -190,6 +200,7 @@ class MllamaAdapter(ModelAdapter):
             cached=cached,
             layout=self._layout(named, twins.copies),
             prompt=self._prompt(named, batch, length, drafts, twins.copies),
+            class_attention=self._class_attention(named, twins.copies),
         )
         self._hook_prefill(self._manager.policy.needs, cached=cached)
         if {"text", "text_cache"} & self._manager.policy.needs:
@@ -218,6 +229,33 @@ class MllamaAdapter(ModelAdapter):
 
         capture = TextCapture(manager.policy.name, done, modules, mask, drafts, copies, _rotate)
         capture.hook(self, set(modules) if prunes else before - {-1}, cached=cached)
+
+    def _class_attention(self, named: dict[str, Any], copies: int) -> Callable[[], Tensor] | None:
+        """Capture what class tokens attend to, if the policy needs it."""
+        assert self._manager is not None
+        policy = self._manager.policy
+        if "class_attention" not in policy.needs:
+            return None
+        ratios, tiles = named.get("aspect_ratio_ids"), named.get("aspect_ratio_mask")
+        if named.get("pixel_values") is None:
+            raise UnsupportedModelError(
+                f"policy {policy.name!r} needs view.class_attention, which only the vision tower knows, and "
+                "that does not run where cross_attention_states are passed; pass pixel_values, "
+                "aspect_ratio_ids and aspect_ratio_mask instead"
+            )
+        if ratios is None or tiles is None:
+            return None  # the model itself says what is missing
+        encoder, number = self.class_attention_layer
+        vision = self._inner.vision_model
+        attention = ClassAttention(
+            policy.name,
+            getattr(vision, encoder).layers[number].self_attn,
+            vision.num_patches,
+            (ratios > 0)[..., None] & tiles.bool(),
+            copies,
+        )
+        attention.hook(self)
+        return attention.by_column
 
     def _layout(self, named: dict[str, Any], copies: int) -> Callable[[], Layout] | None:
         """Return what tells where the new columns lie in their images; None if nobody says."""
@@ -503,6 +541,7 @@ class MllamaAdapter(ModelAdapter):
                 ),
                 "MllamaTextCrossAttention": ("cross_attention_states", "attention_mask", "past_key_values"),
                 "MllamaTextSelfAttention": ("position_embeddings", "past_key_values"),
+                "MllamaVisionAttention": ("attention_mask",),
             },
         )
         from transformers.models.mllama import modeling_mllama  # here: it takes long to import

@@ -96,6 +96,7 @@ def make_problem(
         policy_name=policy.name,
         layout_of=lambda: _two_by_two(size, device),
         captured_features=_draw((1, size.columns, size.features), dtype, device, seed),
+        captured_class_attention=_paid(policy, size, device, seed),
     )
 
 
@@ -139,6 +140,7 @@ def _layer(
         captured_features=_draw((1, size.columns, size.features), dtype, device, seed, rank, 4)
         if "features" in needs
         else None,
+        captured_class_attention=_paid(policy, size, device, seed),
         captured_text=_text(policy, size, rank, dtype, device, seed) if "text" in needs else None,
     )
 
@@ -169,6 +171,15 @@ def _text(
 
 def _draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, *seeds: int) -> Tensor:
     return torch.randn(shape, generator=seeding.generator(*seeds)).to(device, dtype)
+
+
+def _paid(policy: CrossKVPolicy, size: Dimensions, device: torch.device | str, seed: int) -> Tensor | None:
+    """What the class token of each tile pays to its patches, if the policy needs it."""
+    if "class_attention" not in policy.needs:
+        return None
+    paid = _draw((size.tiles, size.patches), torch.float32, device, seed, 5)
+    paid[:, 0] = -torch.inf
+    return paid.softmax(-1).view(1, -1)
 
 
 def _two_by_two(size: Dimensions, device: torch.device | str) -> Layout:

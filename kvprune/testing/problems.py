@@ -105,6 +105,7 @@ class LayerProblem(_ShortRepr):
             layout_of=self.layout,
             captured_features=self._draw("features", 1, see.columns)[:, 0],
             captured_guidance=self._draw("guidance", 1, see.columns)[:, 0, :, 0].abs().float(),
+            captured_class_attention=self._class_attention(see),
             keys=self._draw("keys", self.kv_heads, see.columns),
             values=self._draw("values", self.kv_heads, see.columns),
             visibility=see,
@@ -119,6 +120,15 @@ class LayerProblem(_ShortRepr):
             captured_raw_keys=self._draw("raw keys", self.kv_heads, see.columns),
             captured_text=self.text(policy_name),
         )
+
+    def _class_attention(self, see: Visibility) -> Tensor:
+        """Draw what class tokens pay to patches; it adds up to 1 in each unit that is seen."""
+        paid = self._draw("class attention", 1, see.columns)[:, 0, :, 0].double().abs()
+        units = see.units.expand(see.batch, -1)
+        paid = paid.masked_fill(~see.prefill, 0)
+        total = torch.zeros(see.batch, see.rows.shape[-1], dtype=paid.dtype).scatter_add_(-1, units, paid)
+        shares = paid / total.gather(-1, units).clamp(min=1e-30)
+        return shares if self.dtype == "float64" else shares.float()
 
     def text(self, policy_name: str = "?") -> TextView:
         """Draw the self-attention before the layer; each call draws the same one anew."""
@@ -263,6 +273,9 @@ def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
         "captured_guidance": None
         if view.captured_guidance is None
         else view.captured_guidance[one, :columns].clone(),
+        "captured_class_attention": None
+        if view.captured_class_attention is None
+        else view.captured_class_attention[one, :columns].clone(),
         "visibility": Visibility(
             rows=rows if rows.shape[1] == 1 else rows[:, first_row:],
             units=see.units.expand(see.batch, -1)[one, :columns],

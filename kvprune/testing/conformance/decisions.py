@@ -51,16 +51,15 @@ Sees = Callable[[Visibility, int], set[int]]
 
 def pose(policy: CrossKVPolicy, problem: LayerProblem) -> FeatureView | LayerView:
     """Return the view of a problem, with what the policy declared that it needs and no more."""
-    view = problem.view(policy.name)
+    by_features = isinstance(policy, FeaturePolicy)  # which is shown features in any case
+    view = problem.features(policy.name) if by_features else problem.view(policy.name)
+    given = policy.needs | {"features"} if by_features else policy.needs
     fields = {field.name for field in dataclasses.fields(view)}
     unneeded: dict[str, Any] = {
         field: None
         for what in get_args(Need)
-        if what not in policy.needs and (field := f"captured_{what}") in fields
+        if what not in given and (field := f"captured_{what}") in fields
     }
-    if isinstance(policy, FeaturePolicy):  # is shown features in any case, and could be shown guidance
-        unneeded = {name: None for name in unneeded if name == "captured_guidance"}
-        return dataclasses.replace(problem.features(policy.name), **unneeded)
     return dataclasses.replace(view, **unneeded)
 
 
