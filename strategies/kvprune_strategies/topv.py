@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvprune import FeatureScoringPolicy, FeatureView, scoring
+from kvprune import FeatureScoringPolicy, FeatureView, evenly, scoring
 from kvprune.directions import Directions
 from kvprune.errors import PolicyOptionError
 
@@ -85,17 +85,9 @@ class TopV(FeatureScoringPolicy):
         if self.class_tokens == "keep" and view.layout.class_tokens is not None:
             importance = importance + view.columns * view.layout.class_tokens[:, None]
         limit = scoring.limits(self.budget, strata)
-        ranks = scoring.rank_within(importance, strata)[:, 0]
         share = Fraction(str(self.recover))
         back = limit * share.numerator // share.denominator
-        best = ranks < limit - back
-        # A fixed order that is even at every length: what is given back at a small budget is at a larger one.
-        turn = torch.where(best, math.inf, _even_order(strata).to(importance.dtype))
-        given_back = (scoring.rank_within(-turn[:, None], strata)[:, 0] < back) & ~best
-        groups = torch.where(strata >= 0, view.groups, -1)
-        first = (scoring.rank_within(importance, groups)[:, 0] == 0) & (groups >= 0)
-        position = 1 - (ranks + 1).to(importance.dtype) / (view.columns + 1)  # in (0, 1), by importance
-        return (position + (best | given_back) + first)[:, None]
+        return evenly.share(importance, view, strata, limit, back)[0]
 
     def importance(self, view: FeatureView) -> Tensor:
         """Return what the targets of its image draw from each source, relative to the mean, ``[B, S]``."""
@@ -135,19 +127,3 @@ def _from_centre(places: Tensor, nowhere: Tensor) -> Tensor:
     reach = (high - low).square().sum().sqrt() / 2
     distance = (places - (low + high) / 2).square().sum(-1).sqrt()
     return torch.where(nowhere, 1, torch.where(reach > 0, distance / reach, 0))
-
-
-def _even_order(strata: Tensor) -> Tensor:
-    """Return each column's turn in an order whose every beginning is spread evenly over its stratum.
-
-    That is the position among the stratum's columns with its bits reversed (van der Corput's sequence).
-    """
-    zeros = torch.zeros_like(strata, dtype=torch.float32)
-    position = scoring.rank_within(zeros[:, None], strata)[:, 0]
-    size = scoring.stratum_sizes(strata)
-    turn = torch.zeros_like(position)
-    for bit in range(max(1, int(strata.shape[-1] - 1).bit_length())):
-        # Reversed within as many bits as the stratum needs, so that padding of a batch changes nothing.
-        needed = size > (1 << bit)
-        turn = torch.where(needed, turn * 2 + (position >> bit & 1), turn)
-    return turn

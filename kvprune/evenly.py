@@ -1,0 +1,60 @@
+"""Giving a part of a budget to tokens that are spread evenly, so that a larger budget keeps a superset."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvprune import scoring
+from kvprune.view import View
+
+__all__ = ["order", "share"]
+
+
+def share(
+    importance: Tensor, view: View, strata: Tensor, limit: Tensor, back: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return scores by which the most important tokens are kept, and some of the others evenly.
+
+    Of ``limit`` columns of a stratum, ``back`` are spread evenly over what importance leaves out.
+
+    Args:
+        importance: ``[B, 1, S]``, finite; higher is better.
+        view: Of the same columns.
+        strata: int64 ``[B, S]``, the sets in which columns compete; -1 in none.
+        limit: int64 ``[B, S]``, how many columns of its stratum are kept, for each column.
+        back: int64 ``[B, S]``, how many of these are spread evenly.
+
+    Returns:
+        Scores ``[B, 1, S]`` for `scoring.keep_top`: importance in (0, 1) of its stratum, plus 1 for what is
+        kept, plus 1 for the best of each visibility group. And which columns importance alone keeps, bool
+        ``[B, S]``. If neither ``back`` nor ``limit - back`` falls when the budget rises, a larger budget
+        keeps a superset.
+    """
+    ranks = scoring.rank_within(importance, strata)[:, 0]
+    best = ranks < limit - back
+    # A fixed order that is even at every length: what is given back at a small budget is at a larger one.
+    turn = torch.where(best, math.inf, order(strata).to(importance.dtype))
+    given_back = (scoring.rank_within(-turn[:, None], strata)[:, 0] < back) & ~best
+    groups = torch.where(strata >= 0, view.groups, -1)
+    first = (scoring.rank_within(importance, groups)[:, 0] == 0) & (groups >= 0)
+    position = 1 - (ranks + 1).to(importance.dtype) / (view.columns + 1)  # in (0, 1), by importance
+    return (position + (best | given_back) + first)[:, None], best
+
+
+def order(strata: Tensor) -> Tensor:
+    """Return each column's turn in an order whose every beginning is spread evenly over its stratum.
+
+    That is the position among the stratum's columns with its bits reversed (van der Corput's sequence).
+    """
+    zeros = torch.zeros_like(strata, dtype=torch.float32)
+    position = scoring.rank_within(zeros[:, None], strata)[:, 0]
+    size = scoring.stratum_sizes(strata)
+    turn = torch.zeros_like(position)
+    for bit in range(max(1, int(strata.shape[-1] - 1).bit_length())):
+        # Reversed within as many bits as the stratum needs, so that padding of a batch changes nothing.
+        needed = size > (1 << bit)
+        turn = torch.where(needed, turn * 2 + (position >> bit & 1), turn)
+    return turn
