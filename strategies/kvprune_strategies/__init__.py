@@ -17,12 +17,14 @@ from kvprune_strategies.keydiff import KeyDiff
 from kvprune_strategies.lossless import Lossless
 from kvprune_strategies.norm import Norm
 from kvprune_strategies.prefixkv import PrefixKV
+from kvprune_strategies.prumerge import PruMerge
 from kvprune_strategies.pyramid import Pyramid
 from kvprune_strategies.random_keep import Random
 from kvprune_strategies.snapkv import SnapKV
 from kvprune_strategies.topv import TopV
 from kvprune_strategies.trim import Trim
 from kvprune_strategies.uniform import Uniform
+from kvprune_strategies.visionzip import VisionZip
 from kvprune_strategies.vlcache import VLCache
 from kvprune_strategies.zipvl import ZipVL
 
@@ -41,6 +43,7 @@ __all__ = [
     "Lossless",
     "Norm",
     "PrefixKV",
+    "PruMerge",
     "Pyramid",
     "Random",
     "SnapKV",
@@ -48,6 +51,7 @@ __all__ = [
     "Trim",
     "Uniform",
     "VLCache",
+    "VisionZip",
     "ZipVL",
     "kvprune_policies",
 ]
@@ -72,11 +76,13 @@ def kvprune_policies() -> list[type[kvprune.CrossKVPolicy]]:
         Norm,
         PrefixKV,
         Pyramid,
+        PruMerge,
         Random,
         SnapKV,
         TopV,
         Trim,
         Uniform,
+        VisionZip,
         VLCache,
         ZipVL,
     ]

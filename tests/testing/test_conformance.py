@@ -36,11 +36,13 @@ NOT_APPLICABLE = {
     "keydiff": {"KV15"},
     "lossless": {"KV02", "KV14", "KV15"},
     "norm": {"KV15"},
+    "prumerge": {"KV02", "KV14"},
     "random": {"KV15"},
     "snapkv": {"KV15"},
     "topv": {"KV15"},
     "trim": {"KV15"},
     "uniform": {"KV14", "KV15"},
+    "visionzip": set(),
 }
 
 

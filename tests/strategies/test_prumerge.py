@@ -1,0 +1,203 @@
+"""`prumerge` against the method's definition, written with loops."""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from class_tokens import choose_from, class_tokens, make_seen, members_of, require_joins
+from helpers import (
+    conversations,
+    exact_budget,
+    kept_sets,
+    make_visibility,
+    one_of,
+    slow_groups,
+    slow_strata,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from kvprune_strategies import PruMerge
+
+from kvprune import get_policy
+from kvprune.errors import BudgetError, PolicyOptionError, ScoreError
+from kvprune.merging import merge_features
+
+ratios = st.one_of(st.none(), st.integers(1, 100).map(lambda percent: percent / 100))
+choices = st.sampled_from(["keep", "rank"])
+
+
+def quartile(values, share):
+    """Between the two nearest values, in proportion."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def expected(policy, view, sample):
+    """What is kept of one sample."""
+    kept, classes = set(), class_tokens(view, sample)
+    groups = slow_groups(view.visibility, sample)
+    plain = view.class_attention[sample].tolist()
+    paid = [
+        number + 2 * (policy.class_tokens == "keep" and column in classes)
+        for column, number in enumerate(plain)
+    ]
+    share = Fraction(str(policy.spread)) if policy.plus else Fraction(0)
+    if policy.keep_ratio is not None:
+        for stratum in filter(None, slow_strata(view.visibility, sample)):
+            limit = exact_budget(policy.keep_ratio, len(stratum))
+            kept |= choose_from(stratum, groups, paid, limit, math.floor(limit * share))[0]
+        return kept
+    for group in groups:
+        values = [plain[column] for column in group - classes]
+        fence = math.inf
+        if values:
+            low, high = quartile(values, 0.25), quartile(values, 0.75)
+            fence = high + policy.fence * (high - low)
+        outliers = max(1, sum(value > fence for value in values))
+        back = math.floor(outliers * share / (1 - share))
+        besides = len(group & classes) if policy.class_tokens == "keep" else 0
+        kept |= choose_from(group, [group], paid, min(len(group), outliers + besides + back), back)[0]
+    return kept
+
+
+def weights_of(policy, view, sample, anchor, bucket):
+    """Weights of a kept token's members."""
+    paid = view.class_attention[sample].tolist()
+    if policy.merge == "sum":
+        return {column: 1.0 if column == anchor else paid[column] for column in bucket}
+    total = math.fsum(paid[column] for column in bucket)
+    return {column: paid[column] / total if total else float(column == anchor) for column in bucket}
+
+
+@given(
+    conversations(),
+    ratios,
+    st.booleans(),
+    choices,
+    st.sampled_from(["sum", "avg"]),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_the_choice_and_the_merge_are_those_of_the_definition(
+    visibility, ratio, plus, class_option, merge, classes, seed
+):
+    view = make_seen(visibility, seed=seed, classes=classes)
+    policy = PruMerge(keep_ratio=ratio, plus=plus, class_tokens=class_option, merge=merge, spread=0.6)
+    onward = policy.choose(view).onward
+    for sample in range(visibility.batch):
+        wanted = expected(policy, view, sample)
+        if not wanted:
+            continue
+        assert kept_sets(onward)[sample][0] == wanted
+        members, marked = members_of(onward, sample), class_tokens(view, sample)
+        require_joins(view, sample, members, wanted - marked, marked, slow_groups(visibility, sample))
+        if onward.merge is None:
+            continue
+        for anchor, bucket in members.items():
+            assert bucket == pytest.approx(weights_of(policy, view, sample, anchor, bucket))
+
+
+def test_outliers_are_kept_however_many_there_are():
+    visibility = make_visibility([[[1]], [[1]], [[1]]], 20)
+    paid = torch.linspace(1.0, 1.5, 20, dtype=torch.float64).repeat(3, 1)
+    paid[0, [3, 7, 11]] = 9
+    paid[1, 5] = 9
+    view = make_seen(visibility, captured_class_attention=paid / paid.sum(1, keepdim=True))
+    onward = PruMerge().choose(view).onward
+    assert kept_sets(onward) == [[{3, 7, 11}], [{5}], [{19}]]  # where none stands out, the best one stays
+    more = PruMerge(plus=True).choose(view).onward
+    assert more.counts.tolist() == [[12], [4], [4]]
+    assert [kept_sets(more)[i][0] > kept_sets(onward)[i][0] for i in range(3)] == [True] * 3
+    assert PruMerge(fence=100.0).choose(view).onward.counts.tolist() == [[1], [1], [1]]
+
+
+def test_each_image_has_quartiles_of_its_own():
+    visibility = make_visibility([[[1, 0], [1, 1]]], 20, images=[0, 1])
+    paid = torch.linspace(1.0, 1.5, 20, dtype=torch.float64).repeat(1, 2)
+    paid[0, 3] = 2.6
+    paid[0, 20:] *= 10  # each of them would stand out beside the first image
+    view = make_seen(visibility, captured_class_attention=paid)
+    assert kept_sets(PruMerge().choose(view).onward) == [[{3, 39}]]
+
+
+@given(conversations(), ratios)
+def test_merging_identical_tokens_by_their_mean_changes_nothing(visibility, ratio):
+    view = make_seen(visibility, captured_features=torch.full((visibility.batch, visibility.columns, 3), 0.3))
+    onward = PruMerge(keep_ratio=ratio, merge="avg").choose(view).onward
+    if onward.merge is not None:
+        entries = onward.indices.shape[-1]
+        merged = merge_features(view.features, onward.merge.into[:, 0], onward.merge.weights[:, 0], entries)
+        assert torch.allclose(merged[onward.valid[:, 0]], torch.tensor(0.3), rtol=0, atol=1e-6)
+
+
+@given(conversations(), st.booleans())
+def test_keeping_all_merges_nothing(visibility, plus):
+    assert PruMerge(keep_ratio=1.0, plus=plus).choose(make_seen(visibility)).onward.merge is None
+
+
+@given(conversations(), ratios.filter(bool), ratios.filter(bool), st.booleans(), st.booleans())
+def test_a_larger_budget_keeps_a_superset(visibility, one, other, plus, classes):
+    view = make_seen(visibility, classes=classes)
+    few, many = (
+        PruMerge(keep_ratio=ratio, plus=plus).choose(view).onward.to_mask() for ratio in sorted([one, other])
+    )
+    assert not bool((few & ~many).any())
+
+
+@given(conversations(), ratios, st.booleans(), st.booleans())
+def test_a_sample_keeps_alone_what_it_keeps_in_a_batch(visibility, ratio, plus, classes):
+    view, policy = make_seen(visibility, classes=classes), PruMerge(keep_ratio=ratio, plus=plus)
+    together = policy.choose(view).onward
+    for sample in range(visibility.batch):
+        by_itself = members_of(policy.choose(one_of(view, sample)).onward, 0)
+        found = members_of(together, sample)
+        assert {a: set(b) for a, b in by_itself.items()} == {a: set(b) for a, b in found.items()}
+        assert all(by_itself[anchor] == found[anchor] for anchor in found)
+
+
+def test_a_bucket_without_attention_is_its_kept_token():
+    paid = torch.zeros(1, 6, dtype=torch.float64)
+    view = make_seen(make_visibility([[[1]]], 6), captured_class_attention=paid)
+    onward = PruMerge(keep_tokens=2, merge="avg").choose(view).onward
+    assert kept_sets(onward) == [[{0, 1}]]
+    assert onward.merge.weights[0, 0].tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_attention_that_is_not_a_number_is_refused():
+    view = make_seen(make_visibility([[[1]]], 8))
+    broken = view.class_attention.index_fill(1, torch.tensor([3]), math.nan)
+    with pytest.raises(ScoreError, match="NaN for 1 tokens"):
+        PruMerge().choose(dataclasses.replace(view, captured_class_attention=broken))
+
+
+def test_what_is_asked_for():
+    assert PruMerge().exact_budget is None
+    assert PruMerge().requested == {}
+    assert PruMerge(keep_tokens=7).requested == {"keep_tokens": 7}
+    assert get_policy("prumerge:keep_ratio=0.25,plus=true") == PruMerge(keep_ratio=0.25, plus=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fence": -1.0}, "fence counts distances between quartiles, at least 0, got -1.0"),
+        ({"spread": 1.0}, r"spread is a share of the kept tokens in \[0, 1\), got 1.0"),
+        ({"merge": "max"}, r"must be sum \| avg"),
+        ({"class_tokens": "drop"}, r"must be rank \| keep"),
+    ],
+)
+def test_wrong_options_are_refused_with_what_would_be_right(options, message):
+    with pytest.raises(PolicyOptionError, match=message):
+        PruMerge(**options)
+
+
+def test_impossible_budgets_are_refused():
+    with pytest.raises(BudgetError, match="lies in"):
+        PruMerge(keep_ratio=2.0)
+    with pytest.raises(BudgetError, match="keep_ratio or keep_tokens, or neither"):
+        PruMerge(keep_ratio=0.5, keep_tokens=3)
