@@ -36,8 +36,9 @@ def share(
     ranks = scoring.rank_within(importance, strata)[:, 0]
     best = ranks < limit - back
     # A fixed order that is even at every length: what is given back at a small budget is at a larger one.
+    # What importance keeps comes last in it.
     turn = torch.where(best, math.inf, order(strata).to(importance.dtype))
-    given_back = (scoring.rank_within(-turn[:, None], strata)[:, 0] < back) & ~best
+    given_back = scoring.rank_within(-turn[:, None], strata)[:, 0] < back
     groups = torch.where(strata >= 0, view.groups, -1)
     first = (scoring.rank_within(importance, groups)[:, 0] == 0) & (groups >= 0)
     position = 1 - (ranks + 1).to(importance.dtype) / (view.columns + 1)  # in (0, 1), by importance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from helpers import make_features
+from helpers import make_features, make_visibility
 
 from kvprune import Layout
 
@@ -33,6 +33,12 @@ def make_seen(visibility, *, seed=0, ties=False, classes=False, **fields):
         layout = Layout(Layout.line(visibility.columns).places, first)
         fields = {"layout_of": lambda: layout} | fields
     return make_features(visibility, seed=seed, **({"captured_class_attention": paid} | fields))
+
+
+def large():
+    """A chat of three images with more tokens than random conversations have: two samples, padding tiles."""
+    rows = [[[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0]], [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]]
+    return make_visibility(rows, 25, images=[0, 1, 1, 2])
 
 
 def class_tokens(view, sample):

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from class_tokens import choose_from, class_tokens, make_seen, members_of, require_joins
+from class_tokens import choose_from, class_tokens, large, make_seen, members_of, require_joins
 from helpers import (
     conversations,
     exact_budget,
@@ -74,20 +74,9 @@ def weights_of(policy, view, sample, anchor, bucket):
     return {column: paid[column] / total if total else float(column == anchor) for column in bucket}
 
 
-@given(
-    conversations(),
-    ratios,
-    st.booleans(),
-    choices,
-    st.sampled_from(["sum", "avg"]),
-    st.booleans(),
-    st.integers(0, 3),
-)
-def test_the_choice_and_the_merge_are_those_of_the_definition(
-    visibility, ratio, plus, class_option, merge, classes, seed
-):
-    view = make_seen(visibility, seed=seed, classes=classes)
-    policy = PruMerge(keep_ratio=ratio, plus=plus, class_tokens=class_option, merge=merge, spread=0.6)
+def require_definition(policy, view):
+    """What is kept, who joined whom, and the weights are those of the definition."""
+    visibility = view.visibility
     onward = policy.choose(view).onward
     for sample in range(visibility.batch):
         wanted = expected(policy, view, sample)
@@ -102,6 +91,33 @@ def test_the_choice_and_the_merge_are_those_of_the_definition(
             assert bucket == pytest.approx(weights_of(policy, view, sample, anchor, bucket))
 
 
+@given(
+    conversations(),
+    ratios,
+    st.booleans(),
+    choices,
+    st.sampled_from(["sum", "avg"]),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_the_choice_and_the_merge_are_those_of_the_definition(
+    visibility, ratio, plus, class_option, merge, classes, seed
+):
+    view = make_seen(visibility, seed=seed, classes=classes)
+    policy = PruMerge(keep_ratio=ratio, plus=plus, class_tokens=class_option, merge=merge, spread=0.6)
+    require_definition(policy, view)
+
+
+@pytest.mark.parametrize("class_option", ["keep", "rank"])
+@pytest.mark.parametrize("ratio", [None, 0.05, 0.4])
+@pytest.mark.parametrize("classes", [True, False])
+@pytest.mark.parametrize("plus", [True, False])
+def test_large_images_too(class_option, ratio, classes, plus):
+    for seed in range(8):
+        view = make_seen(large(), seed=seed, classes=classes)
+        require_definition(PruMerge(keep_ratio=ratio, plus=plus, class_tokens=class_option), view)
+
+
 def test_outliers_are_kept_however_many_there_are():
     visibility = make_visibility([[[1]], [[1]], [[1]]], 20)
     paid = torch.linspace(1.0, 1.5, 20, dtype=torch.float64).repeat(3, 1)
@@ -114,6 +130,11 @@ def test_outliers_are_kept_however_many_there_are():
     assert more.counts.tolist() == [[12], [4], [4]]
     assert [kept_sets(more)[i][0] > kept_sets(onward)[i][0] for i in range(3)] == [True] * 3
     assert PruMerge(fence=100.0).choose(view).onward.counts.tolist() == [[1], [1], [1]]
+
+
+def test_what_is_as_high_as_the_fence_does_not_stand_out():
+    view = make_seen(make_visibility([[[1]]], 8), captured_class_attention=torch.full((1, 8), 0.125))
+    assert kept_sets(PruMerge().choose(view).onward) == [[{0}]]
 
 
 def test_each_image_has_quartiles_of_its_own():

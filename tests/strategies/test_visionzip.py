@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from class_tokens import choose_from, class_tokens, make_seen, members_of, require_joins
+from class_tokens import choose_from, class_tokens, large, make_seen, members_of, require_joins
 from helpers import (
     conversations,
     exact_budget,
@@ -44,12 +44,9 @@ def expected(policy, view, sample):
     return kept, dominant
 
 
-@given(conversations(), ratios, shares, choices, st.booleans(), st.booleans(), st.integers(0, 3))
-def test_the_choice_and_the_merge_are_those_of_the_definition(
-    visibility, ratio, share, class_option, classes, ties, seed
-):
-    view = make_seen(visibility, seed=seed, classes=classes, ties=ties)
-    policy = VisionZip(keep_ratio=ratio, dominant=share, class_tokens=class_option)
+def require_definition(policy, view):
+    """What is kept, who joined whom, and the weights are those of the definition."""
+    visibility = view.visibility
     onward = policy.choose(view).onward
     for sample in range(visibility.batch):
         wanted, dominant = expected(policy, view, sample)
@@ -62,6 +59,23 @@ def test_the_choice_and_the_merge_are_those_of_the_definition(
         for anchor, bucket in members.items():
             assert len(bucket) == 1 or anchor in takers
             assert list(bucket.values()) == pytest.approx([1 / len(bucket)] * len(bucket))
+
+
+@given(conversations(), ratios, shares, choices, st.booleans(), st.booleans(), st.integers(0, 3))
+def test_the_choice_and_the_merge_are_those_of_the_definition(
+    visibility, ratio, share, class_option, classes, ties, seed
+):
+    view = make_seen(visibility, seed=seed, classes=classes, ties=ties)
+    require_definition(VisionZip(keep_ratio=ratio, dominant=share, class_tokens=class_option), view)
+
+
+@pytest.mark.parametrize("class_option", ["keep", "rank"])
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.6])
+@pytest.mark.parametrize("classes", [True, False])
+def test_large_images_too(class_option, ratio, classes):
+    for seed in range(8):
+        view = make_seen(large(), seed=seed, classes=classes)
+        require_definition(VisionZip(keep_ratio=ratio, dominant=0.6, class_tokens=class_option), view)
 
 
 @given(conversations(), ratios, st.integers(0, 3))
