@@ -37,7 +37,7 @@ DEFAULT_POLICIES = (
     "fastv",
     "trim",
 )
-"""All that drop something decide at the first cross-attention layer or before it, so one-token answers show it."""
+"""All that drop something decide at the first cross-attention layer or before: one-token answers show it."""
 
 DEFAULT_KEEP_RATIOS = (0.5, 0.25, 0.1, 0.05)
 

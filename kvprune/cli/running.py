@@ -30,8 +30,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Spec such as trim or random:keep_tokens=32; repeatable. One that states no budget is "
-            "crossed with --keep-ratios. Default: lossless, fastv, divprune, trim, and uniform, random, norm, "
-            "keydiff and snapkv with reach=onward. The full cache is always compared, too."
+            "crossed with --keep-ratios. Default: lossless, fastv, divprune, trim, and uniform, random, "
+            "norm, keydiff and snapkv with reach=onward. The full cache is always compared, too."
         ),
     ] = None,
     every: Annotated[
