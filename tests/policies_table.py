@@ -19,8 +19,9 @@ from typing import Any
 
 from kvprune import registry
 from kvprune.cli.looking import read_docstrings
+from kvprune.options import describe_type
 from kvprune.policy import CrossKVPolicy, ScoringPolicy
-from kvprune.spec import PolicySpec, describe_type
+from kvprune.spec import PolicySpec
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "policies.md"
 MEASURED = DOCUMENT.with_suffix(".json")
