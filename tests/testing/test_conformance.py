@@ -36,7 +36,7 @@ NOT_APPLICABLE = {
     "keydiff": {"KV15"},
     "lossless": {"KV02", "KV14", "KV15"},
     "norm": {"KV15"},
-    "prumerge": {"KV02", "KV14"},
+    "prumerge": set(),
     "random": {"KV15"},
     "snapkv": {"KV15"},
     "topv": {"KV15"},
