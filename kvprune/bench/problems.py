@@ -97,6 +97,7 @@ def make_problem(
         layout_of=lambda: _two_by_two(size, device),
         captured_features=_draw((1, size.columns, size.features), dtype, device, seed),
         captured_class_attention=_paid(policy, size, device, seed),
+        captured_guidance=_guidance(policy, size, device, seed),
     )
 
 
@@ -141,6 +142,7 @@ def _layer(
         if "features" in needs
         else None,
         captured_class_attention=_paid(policy, size, device, seed),
+        captured_guidance=_guidance(policy, size, device, seed),
         captured_text=_text(policy, size, rank, dtype, device, seed) if "text" in needs else None,
     )
 
@@ -180,6 +182,14 @@ def _paid(policy: CrossKVPolicy, size: Dimensions, device: torch.device | str, s
     paid = _draw((size.tiles, size.patches), torch.float32, device, seed, 5)
     paid[:, 0] = -torch.inf
     return paid.softmax(-1).view(1, -1)
+
+
+def _guidance(
+    policy: CrossKVPolicy, size: Dimensions, device: torch.device | str, seed: int
+) -> Tensor | None:
+    if "guidance" not in policy.needs:
+        return None
+    return _draw((1, size.columns), torch.float32, device, seed, 5).abs()
 
 
 def _two_by_two(size: Dimensions, device: torch.device | str) -> Layout:

@@ -15,6 +15,7 @@ from kvprune.adapters.encoder_decoder import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache import CrossKVLayer, Twins
+from kvprune.selection import Selection
 
 
 class StockDecodeMask(BartAdapter):
@@ -284,16 +285,14 @@ class ForgetsWhileDecoding(BartAdapter):
 
 
 class UnsortedSlots(BartAdapter):
-    """Its cache layers hold what was kept in the reverse order, and say so to users."""
+    """Its cache layers tell users in reverse order what they keep."""
 
     caught_by = ("KV01",)
 
     class Layer(CrossKVLayer):
-        def retain(self, kept, merge=None):
-            super().retain(kept, merge)
-            self.keys, self.values = self.keys.flip(-2), self.values.flip(-2)
-            if self.slots is not None:
-                self.slots, self.valid = self.slots.flip(-1), self.valid.flip(-1)
+        def selection(self, *args, **kwargs):
+            said = super().selection(*args, **kwargs)
+            return Selection.trusted(said.indices.flip(-1), said.valid.flip(-1), said.columns)
 
     def _receive(self, module, cache, named):
         received = super()._receive(module, cache, named)
