@@ -17,26 +17,26 @@ held once. Here and in views, R counts the rows that differ; what users read cou
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kvprune.buckets import among_entries, anchors, compose, of_columns, positions
+from kvprune.buckets import compose
 from kvprune.cache import CrossKVLayer, Twins
 from kvprune.errors import GuideError, KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
 from kvprune.guidance import Guidance, Prompt, to_rows
 from kvprune.judgement import check_decision, check_text
+from kvprune.keeping import attended, carrying, retain
 from kvprune.layout import Layout
-from kvprune.merging import Merge
 from kvprune.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy import CrossKVPolicy
+from kvprune.prefill import Asked, Observed, Prefill
 from kvprune.receipts import PrefillRecord, Stopwatch
 from kvprune.report import CompressionReport
-from kvprune.selection import OWN_BITS, Decision, Selection
+from kvprune.selection import Decision, Selection
 from kvprune.text_cache import TextKVLayer
 from kvprune.text_view import TextView
 from kvprune.view import FeatureView, LayerView
@@ -45,83 +45,6 @@ from kvprune.visibility import Visibility
 __all__ = ["CrossKVManager"]
 
 _Answer = TypeVar("_Answer")
-
-
-@dataclass
-class _Prefill:
-    """What is known while one prefill runs; dropped when it ends."""
-
-    visibility: Visibility
-    first_new: int
-    fingerprints: Callable[[], Tensor]
-    twins: Twins
-    cached: bool
-    record: PrefillRecord
-    layout: Callable[[], Layout] | None = None
-    prompt: Callable[[Tensor], Prompt] | None = None
-    guidance: Tensor | None = None
-    class_attention: Callable[[], Tensor] | None = None
-    onward: Selection | None = None
-    prepared: bool = False
-    observed: list[_Observed] = field(default_factory=list)
-    text: TextView | None = None  # of the latest self-attention, if the policy needs it
-    text_counts: Tensor | None = None
-
-    @functools.cached_property
-    def image_tokens(self) -> Tensor:
-        """Tokens of the images that arrive which decoding can see, int64 ``[R]``."""
-        return self.arriving(None).decode.sum(-1)
-
-    @property
-    def new_columns(self) -> int:
-        return self.visibility.columns - self.first_new
-
-    def arriving(self, received: Selection | None) -> Visibility:
-        """Visibility of the columns that arrive at a layer: all new ones, or the survivors among them."""
-        new = self.visibility.from_column(self.first_new)
-        return new if received is None else new.at(received.indices[:, 0], received.valid[:, 0])
-
-    def layout_of(self, received: Selection | None) -> Callable[[], Layout] | None:
-        """Where these columns lie, computed if a policy asks."""
-        layout = self.layout
-        if layout is None or received is None:
-            return layout
-        return lambda: layout().at(received.indices[:, 0], received.valid[:, 0])
-
-    def guidance_of(self, received: Selection | None) -> Tensor | None:
-        """What the guide says about these columns; None if the policy did not ask."""
-        if self.guidance is None or received is None:
-            return self.guidance
-        return self.guidance.gather(-1, received.indices[:, 0])
-
-    def class_attention_of(self, received: Selection | None, device: torch.device) -> Tensor | None:
-        """What class tokens pay to these columns, if the policy needs it."""
-        if self.class_attention is None:
-            return None
-        paid = self.class_attention()
-        if received is not None:
-            index = received.indices[:, 0].to(paid.device)
-            paid = paid.gather(-1, index).masked_fill(~received.valid[:, 0].to(paid.device), 0)
-        return paid.to(device)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A layer about which a decision is due: what the policy saw, and where to apply its answer."""
-
-    view: LayerView
-    layer: CrossKVLayer
-    first: int
-    attended: Selection | None
-
-
-@dataclass(frozen=True)
-class _Observed:
-    """A layer that a policy has observed and about which it decides later."""
-
-    asked: _Asked
-    statistics: Any
-    watch: Stopwatch
 
 
 @dataclass(frozen=True)
@@ -157,7 +80,7 @@ class CrossKVManager:
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._held: dict[int, _Held] = {}
         self._text: dict[int, tuple[Tensor, int]] = {}  # tokens that entries stand for, out of how many
-        self._prefill: _Prefill | None = None
+        self._prefill: Prefill | None = None
 
     @property
     def in_prefill(self) -> bool:
@@ -217,7 +140,7 @@ class CrossKVManager:
         """
         self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
-        self._prefill = _Prefill(
+        self._prefill = Prefill(
             visibility,
             first_new,
             fingerprints,
@@ -344,8 +267,8 @@ class CrossKVManager:
             follows_text=follows_text,
             captured_guidance=prefill.guidance_of(received),
         )
-        attended = None if layer.slots is None else _attended(layer, received, prefill.first_new)
-        asked = _Asked(view, layer, first, attended)
+        before = None if layer.slots is None else attended(layer, received, prefill.first_new)
+        asked = Asked(view, layer, first, before)
         with torch.no_grad(), Stopwatch(layer.keys.device) as watch:
             policy = self.policy
             if isinstance(policy, PrefillPolicy):
@@ -363,7 +286,7 @@ class CrossKVManager:
                 captured_text=None,
                 captured_guidance=None,
             )
-            prefill.observed.append(_Observed(replace(asked, view=kept_views), statistics, watch))
+            prefill.observed.append(Observed(replace(asked, view=kept_views), statistics, watch))
         else:
             self._apply(prefill, asked, decision, watch)
 
@@ -384,7 +307,7 @@ class CrossKVManager:
                 self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
             )
 
-    def _ask_guide(self, prefill: _Prefill, features: Tensor) -> None:
+    def _ask_guide(self, prefill: Prefill, features: Tensor) -> None:
         """Let the guide rank the new columns."""
         if self.guide is None or prefill.prompt is None:
             raise GuideError(
@@ -399,7 +322,7 @@ class CrossKVManager:
         prefill.guidance = scores.to(features.device)
         prefill.prompt = None  # it holds the whole input
 
-    def _choose(self, policy: FeaturePolicy, prefill: _Prefill, features: Tensor) -> None:
+    def _choose(self, policy: FeaturePolicy, prefill: Prefill, features: Tensor) -> None:
         """Let the policy decide what all layers receive."""
         view = FeatureView(
             visibility=prefill.arriving(None),
@@ -421,7 +344,7 @@ class CrossKVManager:
         if decision.onward is not None:
             prefill.onward = compose(None, decision.onward)
 
-    def _conclude(self, prefill: _Prefill) -> None:
+    def _conclude(self, prefill: Prefill) -> None:
         """Let the policy decide about all layers that it has observed."""
         policy, observed = self.policy, prefill.observed
         assert isinstance(policy, PrefillPolicy)
@@ -445,7 +368,7 @@ class CrossKVManager:
                 )
             self._apply(prefill, layer.asked, decision, *watches)
 
-    def _apply(self, prefill: _Prefill, asked: _Asked, decision: object, *watches: Stopwatch) -> None:
+    def _apply(self, prefill: Prefill, asked: Asked, decision: object, *watches: Stopwatch) -> None:
         """Check a decision about one layer and carry it out."""
         view, layer = asked.view, asked.layer
         layer_idx = view.layer_idx
@@ -458,11 +381,15 @@ class CrossKVManager:
             if not prefill.cached:
                 self._require_onward(decision, layer_idx)
             elif decision.cache is not None or not self.policy.keeps_invisible:
-                merge = self._retain(prefill, decision, asked)
+                if decision.cache is not None and decision.cache.quantizes and layer.keys.requires_grad:
+                    self.report.warn(
+                        "quantized entries carry no gradient: nothing is learned from what reads them"
+                    )
+                merge = retain(prefill, decision, asked)
             if decision.onward is not None:
                 prefill.onward = compose(prefill.onward, decision.onward)
         kept = layer.selection()
-        merge = _carrying(merge, layer, kept.indices, kept.valid, prefill.first_new)
+        merge = carrying(merge, layer, kept.indices, kept.valid, prefill.first_new)
         kept = Selection.trusted(kept.indices, kept.valid, layer.columns, merge, kept.bits)
         self._held[layer_idx] = _Held(asked.attended, kept, layer.copies)
         prefill.record.decided(layer_idx, layer, watches, visible=prefill.visibility.decode)
@@ -493,94 +420,10 @@ class CrossKVManager:
                 "quantized; call it with use_cache=True"
             )
 
-    def _bits(self, decision: Decision, layer: CrossKVLayer, first: int) -> Tensor | None:
-        """Return in which precision a layer holds its entries, uint8 ``[R, H or 1, K]``; None for its own."""
-        if decision.cache is None or decision.cache.bits is None:
-            return None
-        if layer.keys.requires_grad and decision.cache.quantizes:
-            self.report.warn("quantized entries carry no gradient: nothing is learned from what reads them")
-        new = decision.cache.bits_by_column().to(layer.keys.device)
-        old = torch.full((*new.shape[:2], first), OWN_BITS, dtype=torch.uint8, device=new.device)
-        return torch.cat([old, new], dim=-1)
-
-    def _running(self) -> _Prefill:
+    def _running(self) -> Prefill:
         if self._prefill is None:
             raise UnsupportedCacheError(
                 "a cross-attention layer received encoder states outside the model's own forward call; "
                 "call the model that was given to compress()"
             )
         return self._prefill
-
-    def _retain(self, prefill: _Prefill, decision: Decision, asked: _Asked) -> Merge | None:
-        """Let a layer keep what was decided; return what was merged, in terms of its columns."""
-        layer, selection = asked.layer, decision.cache
-        kept = self._kept(prefill, decision, asked.view.visibility, layer, asked.first)
-        if selection is None or selection.merge is None:
-            layer.retain(kept, bits=self._bits(decision, layer, asked.first))
-            return None
-        slots, valid = layer.entries()
-        kept = kept & valid
-        merge = among_entries(selection, kept, asked.first)
-        layer.retain(kept, merge)
-        return None if merge is None else of_columns(merge, slots, valid, layer.columns)
-
-    def _kept(
-        self, prefill: _Prefill, decision: Decision, arriving: Visibility, layer: CrossKVLayer, first: int
-    ) -> Tensor:
-        """Return which entries of a layer stay, bool ``[R, H or 1, K]``."""
-        device = layer.keys.device
-        decodable = prefill.visibility.decode_units
-        new = arriving.by_column(decodable)[:, None].to(device)
-        if decision.cache is not None:
-            # A sample to which no image came selects a placeholder of what it cannot see; that goes here.
-            new = new & decision.cache.to_mask().to(device)
-        if first == 0:
-            return new
-        # Entries of earlier images stay as long as decoding can see them.
-        slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)
-        batch, heads, _ = slots.shape
-        all_units = prefill.visibility.units[:, None].expand(batch, heads, -1)
-        units = all_units.gather(-1, slots)
-        old = decodable[:, None].expand(-1, heads, -1).gather(-1, units).to(device)
-        width = max(heads, new.shape[1])
-        return torch.cat([old.expand(-1, width, -1), new.expand(-1, width, -1)], dim=-1)
-
-
-def _attended(layer: CrossKVLayer, received: Selection | None, first_new: int) -> Selection:
-    """Return what a layer attends to in prefill: which features were merged, and which entries are biased."""
-    attended = layer.selection()
-    merge = None
-    if received is not None and received.merge is not None:
-        into = positions(attended)
-        takers = anchors(received).expand(-1, into.shape[1], -1)
-        new = torch.where(takers < 0, -1, into.gather(-1, takers.clamp(min=0) + first_new))
-        weights = torch.ones_like(into, dtype=received.merge.weights.dtype)
-        weights[..., first_new:] = received.merge.weights
-        merge = Merge(torch.cat([into[..., :first_new], new], -1), weights)
-    merge = _carrying(merge, layer, attended.indices, attended.valid, first_new)
-    return Selection.trusted(attended.indices, attended.valid, attended.columns, merge, attended.bits)
-
-
-def _carrying(
-    merge: Merge | None, layer: CrossKVLayer, slots: Tensor, valid: Tensor, first_new: int
-) -> Merge | None:
-    """Return a merge for a report, with the bias that entries of earlier images have.
-
-    Args:
-        merge: Of columns, if this prefill merges any.
-        layer: The cache layer.
-        slots: The columns of the entries that are reported.
-        valid: Which of these are valid.
-        first_new: The first column that is new.
-    """
-    if layer.bias is None or first_new == 0:
-        return merge
-    held_slots, held_valid = layer.entries()
-    by_column = torch.zeros(*slots.shape[:2], layer.columns + 1, dtype=layer.bias.dtype, device=slots.device)
-    by_column.scatter_(-1, torch.where(held_valid, held_slots, layer.columns), layer.bias)
-    carried = by_column.gather(-1, slots).masked_fill(~valid | (slots >= first_new), 0)
-    if merge is None:
-        own = torch.arange(slots.shape[-1], device=slots.device).expand_as(slots)
-        ones = torch.ones_like(own, dtype=torch.float64)
-        merge = of_columns(Merge(own, ones), slots, valid, layer.columns)
-    return replace(merge, carried=carried)

@@ -44,6 +44,8 @@ ORDER = [
     "guidance",
     "report",
     "receipts",
+    "prefill",
+    "keeping",
     "manager",
     "adapters",
     "plugins",
