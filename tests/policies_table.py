@@ -3,7 +3,7 @@
 `python tests/policies_table.py` writes the part between the markers again; a test fails while it is older
 than the classes or the measurements. Measurements are in docs/policies.json, which is written by
 
-    kvprune bench memory --json > memory.json
+    kvprune bench memory --repetitions 0 --json > memory.json
     kvprune compare --all --repetitions 0 --output results
     python tests/policies_table.py --memory memory.json --demo results
 """

@@ -28,13 +28,13 @@ class Measurement:
         spec: canonical spec of the policy.
         dtype: of the model's tensors, such as ``bfloat16``.
         peak_bytes: most bytes that the decision held at the same time beside its inputs, its result included.
-        seconds: median over the repetitions.
+        seconds: median over the repetitions; None if nothing was timed.
     """
 
     spec: str
     dtype: str
     peak_bytes: int
-    seconds: float
+    seconds: float | None
 
 
 class PeakMemory(TorchDispatchMode):
@@ -122,16 +122,17 @@ def measure(
         dimensions: Shapes; by default those of Llama-3.2-11B-Vision.
         dtype: Of the model's tensors.
         device: Where they are.
-        repetitions: Of the timing, at least 1.
+        repetitions: Of the timing; 0 times nothing.
 
     Raises:
-        KVPruneError: If `repetitions` is below 1.
+        KVPruneError: If `repetitions` is negative.
     """
-    if repetitions < 1:
-        raise KVPruneError(f"repetitions is {repetitions}; it must be at least 1")
+    if repetitions < 0:
+        raise KVPruneError(f"repetitions is {repetitions}; it must be at least 0")
     problem = make_problem(policy, dimensions, dtype=dtype, device=device)
     peak = peak_memory(lambda: ask(policy, problem), device)
-    seconds = statistics.median(_seconds(policy, problem, device) for _ in range(repetitions))
+    times = [_seconds(policy, problem, device) for _ in range(repetitions)]
+    seconds = statistics.median(times) if times else None
     name = str(dtype).removeprefix("torch.")
     return Measurement(spec=str(policy.spec), dtype=name, peak_bytes=peak, seconds=seconds)
 

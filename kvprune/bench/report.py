@@ -64,12 +64,12 @@ def measure_all(
     Args:
         policies: What to measure.
         device: ``cpu`` or ``cuda``.
-        repetitions: Of the timing, at least 1.
+        repetitions: Of the timing; 0 times nothing.
         dimensions: Shapes.
         on_progress: Called with what is done and what there is, before the first and after each measurement.
 
     Raises:
-        KVPruneError: If there is no such device, or `repetitions` is below 1.
+        KVPruneError: If there is no such device, or `repetitions` is negative.
         PolicyFailedError: If a policy raises an error of its own.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():

@@ -37,7 +37,7 @@ def memory(
         typer.Option(help="Spec such as trim:k_ratio=0.1; repeatable. Default: every installed policy."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repetitions: Annotated[int, typer.Option(help="Repetitions of the timing.")] = 3,
+    repetitions: Annotated[int, typer.Option(help="Repetitions of the timing; 0 times nothing.")] = 3,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the measurements as JSON on standard output.")
     ] = False,
@@ -85,7 +85,9 @@ def _print(report: MemoryReport) -> None:
     by_spec = {(one.spec, one.dtype): one for one in report.measurements}
     for spec in dict.fromkeys(one.spec for one in report.measurements):
         row = [by_spec[spec, dtype] for dtype in dtypes]
-        cells = [f"{one.peak_bytes / _MIB:.1f}" for one in row] + [f"{one.seconds:.3f}" for one in row]
+        cells = [f"{one.peak_bytes / _MIB:.1f}" for one in row] + [
+            "-" if one.seconds is None else f"{one.seconds:.3f}" for one in row
+        ]
         table.add_row(spec, *cells)
     make_console().print(table)
     size = report.dimensions
@@ -93,6 +95,6 @@ def _print(report: MemoryReport) -> None:
         f"\nOne decision: {size.columns} encoder tokens, {size.rows} text rows, "
         f"{size.query_heads} query heads, {size.kv_heads} KV heads of width {size.width}.\n"
         "MiB: most memory held at once beside the inputs. "
-        f"s: median of {report.repetitions} repetitions.\n"
+        f"s: {f'median of {report.repetitions} repetitions' if report.repetitions else 'not timed'}.\n"
         f"{report.date}, {report.machine}, " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + "."
     )

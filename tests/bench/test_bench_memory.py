@@ -104,8 +104,8 @@ def test_a_report_says_where_and_when() -> None:
 
 
 def test_bad_requests_are_typed() -> None:
-    with pytest.raises(KVPruneError, match="repetitions is 0; it must be at least 1"):
-        measure_all([kvprune.get_policy("full")], repetitions=0, dimensions=SMALL)
+    with pytest.raises(KVPruneError, match="repetitions is -1; it must be at least 0"):
+        measure_all([kvprune.get_policy("full")], repetitions=-1, dimensions=SMALL)
     with pytest.raises(PolicyFailedError, match=r"policy hungry:.* cannot decide: RuntimeError: no appetite"):
         measure_all([Hungry(fails=True)], dimensions=SMALL)
 
@@ -131,7 +131,7 @@ def test_command_prints_a_table_or_json() -> None:
     [
         (["--device", "tpu"], "unknown device 'tpu'; choose cpu or cuda"),
         (["--policy", "trimm"], "unknown policy 'trimm'; did you mean 'trim'"),
-        (["--policy", "full", "--repetitions", "0"], "repetitions is 0"),
+        (["--policy", "full", "--repetitions", "-1"], "repetitions is -1"),
     ],
 )
 def test_command_refuses_by_name(arguments: list[str], message: str) -> None:
@@ -155,3 +155,9 @@ def test_cuda_counts_at_least_what_storages_hold() -> None:
     with PeakMemory() as memory:
         ask(policy, problem)
     assert memory.peak <= counted <= 2 * memory.peak + 2**25
+
+
+def test_nothing_is_timed_with_no_repetitions() -> None:
+    found = measure(kvprune.get_policy("norm"), SMALL, repetitions=0)
+    assert found.seconds is None
+    assert found.peak_bytes > 0
