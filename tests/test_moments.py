@@ -62,7 +62,7 @@ class Late(kvprune.PrefillPolicy):
 
 @pytest.mark.parametrize("cls", [LongFeatures, Late])
 def test_the_conformance_suite_knows_both_moments(cls):
-    check_policy(cls)
+    check_policy(cls, examples=10)
 
 
 @pytest.mark.parametrize("family", sorted(MODELS))
