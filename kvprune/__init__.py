@@ -14,7 +14,7 @@ from kvprune.hookspecs import hookimpl
 from kvprune.layout import Layout
 from kvprune.moments import FeaturePolicy, FeatureScoringPolicy, PrefillPolicy
 from kvprune.nesting import require_scorer
-from kvprune.policy import CrossKVPolicy, ScoringPolicy, onward_decision
+from kvprune.policy import BudgetPolicy, CrossKVPolicy, ScoringPolicy, onward_decision
 from kvprune.registry import get_policy, list_policies
 from kvprune.report import CompressionReport
 from kvprune.selection import Budget, Decision, Selection
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "BudgetPolicy",
     "Compression",
     "CompressionReport",
     "CrossKVPolicy",

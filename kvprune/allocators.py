@@ -16,15 +16,15 @@ from kvprune.errors import PolicyOptionError
 from kvprune.judgement import check_scores
 from kvprune.moments import PrefillPolicy
 from kvprune.nesting import require_scorer
-from kvprune.policy import Need, ScoringPolicy
-from kvprune.selection import Budget, Decision, Selection
+from kvprune.policy import BudgetPolicy, Need, ScoringPolicy
+from kvprune.selection import Decision, Selection
 from kvprune.view import LayerView
 
 __all__ = ["LayerAllocator", "ProportionalAllocator"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerAllocator(PrefillPolicy):
+class LayerAllocator(BudgetPolicy, PrefillPolicy):
     """Shares the budget of all layers out among them, when all have attended.
 
     All layers together keep exactly what they would if each kept ``keep_ratio`` of its visible tokens. A
@@ -39,30 +39,14 @@ class LayerAllocator(PrefillPolicy):
             ranking, where it has one.
     """
 
-    keep_ratio: float | None = None
-    keep_tokens: int | None = None
     scorer: ScoringPolicy | None = None
 
-    ranks_tokens: ClassVar[bool] = True
     budget_scope: ClassVar[Literal["head", "layer", "model"]] = "model"
 
     def __post_init__(self) -> None:
-        if self.keep_ratio is None and self.keep_tokens is None:
-            object.__setattr__(self, "keep_ratio", 0.5)
         super().__post_init__()
-        self.budget  # noqa: B018  raises on an impossible budget
         if self.scorer is not None:
             require_scorer(self.name, self.scorer)
-
-    @property
-    def budget(self) -> Budget:
-        """The budget that the options state, of a layer."""
-        return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
-
-    @property
-    def exact_budget(self) -> Budget:
-        """The budget that the options state, exact for the mean over layers."""
-        return self.budget
 
     @property
     def needs(self) -> frozenset[Need]:

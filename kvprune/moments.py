@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kvprune import scoring
 from kvprune.judgement import check_scores
-from kvprune.policy import CrossKVPolicy
-from kvprune.selection import Budget, Decision, Selection
+from kvprune.policy import BudgetPolicy, CrossKVPolicy
+from kvprune.selection import Decision, Selection
 from kvprune.view import FeatureView, LayerView
 
 __all__ = ["FeaturePolicy", "FeatureScoringPolicy", "PrefillPolicy"]
@@ -46,34 +46,8 @@ class FeaturePolicy(CrossKVPolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureScoringPolicy(FeaturePolicy):
-    """Keeps the tokens whose features score highest, exactly as many as the budget says.
-
-    Args:
-        keep_ratio: Fraction of visible tokens kept, in (0, 1]; 0.5 if neither this nor keep_tokens is given.
-        keep_tokens: Number of visible tokens kept, instead of a fraction.
-    """
-
-    keep_ratio: float | None = None
-    keep_tokens: int | None = None
-
-    ranks_tokens: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.keep_ratio is None and self.keep_tokens is None:
-            object.__setattr__(self, "keep_ratio", 0.5)
-        super().__post_init__()
-        self.budget  # noqa: B018  raises on an impossible budget
-
-    @property
-    def budget(self) -> Budget:
-        """The budget that the options state."""
-        return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
-
-    @property
-    def exact_budget(self) -> Budget | None:
-        """The budget that the options state."""
-        return self.budget
+class FeatureScoringPolicy(BudgetPolicy, FeaturePolicy):
+    """Keeps the tokens whose features score highest, exactly as many as the budget says."""
 
     @abstractmethod
     def score(self, view: FeatureView) -> Tensor:

@@ -26,7 +26,14 @@ from kvprune.text import shown
 from kvprune.text_view import TextView
 from kvprune.view import LayerView, View
 
-__all__ = ["CrossKVPolicy", "Need", "ScoringPolicy", "onward_decision", "require_policy_class"]
+__all__ = [
+    "BudgetPolicy",
+    "CrossKVPolicy",
+    "Need",
+    "ScoringPolicy",
+    "onward_decision",
+    "require_policy_class",
+]
 
 Need = Literal["queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention"]
 """What must be captured for a view beyond keys, values and visibility.
@@ -240,22 +247,16 @@ class _Unstated(float):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringPolicy(CrossKVPolicy):
-    """Keeps the tokens that score highest, exactly as many as the budget says.
+class BudgetPolicy(CrossKVPolicy):
+    """Ranks tokens and keeps exactly as many as the budget says.
 
     Args:
         keep_ratio: Fraction of visible tokens kept, in (0, 1]; 0.5 if neither this nor keep_tokens is given.
         keep_tokens: Number of visible tokens kept, instead of a fraction.
-        reach: What the scores decide about. "layer": each layer scores its own tokens after its attention
-            and prunes its own cache, so prefill and the first generated token are untouched; heads may keep
-            different tokens. "onward": the first cross-attention layer decides for itself and for
-            all later ones, which then project, attend to and store only survivors; scores are averaged over
-            heads.
     """
 
     keep_ratio: float | None = None
     keep_tokens: int | None = None
-    reach: Literal["layer", "onward"] = "layer"
 
     ranks_tokens: ClassVar[bool] = True
 
@@ -273,9 +274,24 @@ class ScoringPolicy(CrossKVPolicy):
         return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
 
     @property
-    def exact_budget(self) -> Budget:
-        """The budget that the options state."""
+    def exact_budget(self) -> Budget | None:
+        """The budget that the options state; over what it is exact, `budget_scope` says."""
         return self.budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringPolicy(BudgetPolicy):
+    """Keeps the tokens that score highest, exactly as many as the budget says.
+
+    Args:
+        reach: What the scores decide about. "layer": each layer scores its own tokens after its attention
+            and prunes its own cache, so prefill and the first generated token are untouched; heads may keep
+            different tokens. "onward": the first cross-attention layer decides for itself and for
+            all later ones, which then project, attend to and store only survivors; scores are averaged over
+            heads.
+    """
+
+    reach: Literal["layer", "onward"] = "layer"
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:

@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from kvprune import (
-    Budget,
-    CrossKVPolicy,
+    BudgetPolicy,
     Decision,
     LayerView,
     ScoringPolicy,
@@ -26,7 +25,7 @@ from kvprune_strategies.snapkv import SnapKV
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaKV(CrossKVPolicy):
+class AdaKV(BudgetPolicy):
     """Keep the tokens of a layer with the highest scores of all its heads together.
 
     With C tokens to a head, the KV heads of a layer together keep exactly Hkv * C: first each head its own
@@ -37,9 +36,6 @@ class AdaKV(CrossKVPolicy):
     kept_fraction is the budget, but its bytes count the padding: they are what is really held.
 
     Args:
-        keep_ratio: Fraction of visible tokens kept, mean over heads, in (0, 1]; 0.5 if neither this nor
-            keep_tokens is given.
-        keep_tokens: Number of visible tokens kept, mean over heads, instead of a fraction.
         alpha: Part of its even share that a head is sure of, in [0, 1]. 0.2 is what the published comparisons
             use; an example of the authors has 0.5.
         scorer: Scores tokens by KV head. Scores of different heads are compared as they are, so they should
@@ -51,8 +47,6 @@ class AdaKV(CrossKVPolicy):
     would keep, which would depend on the budget. The best token of each image stays in each head.
     """
 
-    keep_ratio: float | None = None
-    keep_tokens: int | None = None
     alpha: float = 0.2
     scorer: ScoringPolicy = field(default_factory=SnapKV)
 
@@ -73,30 +67,16 @@ class AdaKV(CrossKVPolicy):
     cost: ClassVar[str] = (
         "that of the scorer, and one sort of Hkv * S scores in each layer; three host synchronisations"
     )
-    ranks_tokens: ClassVar[bool] = True
     budget_scope: ClassVar[Literal["head", "layer", "model"]] = "layer"
 
     def __post_init__(self) -> None:
-        if self.keep_ratio is None and self.keep_tokens is None:
-            object.__setattr__(self, "keep_ratio", 0.5)
         super().__post_init__()
-        self.budget  # noqa: B018  raises on an impossible budget
         require_scorer(self.name, self.scorer)
         if not 0 <= self.alpha <= 1:
             raise PolicyOptionError(
                 f"alpha of policy {self.name!r} is a part of a head's even share in [0, 1], "
                 f"got {self.alpha!r}"
             )
-
-    @property
-    def budget(self) -> Budget:
-        """The budget that the options state, of a head."""
-        return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
-
-    @property
-    def exact_budget(self) -> Budget:
-        """The budget that the options state, exact for the mean over heads."""
-        return self.budget
 
     @property
     def needs(self) -> frozenset[Need]:

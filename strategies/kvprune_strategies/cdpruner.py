@@ -8,14 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvprune import Budget, CrossKVPolicy, Decision, LayerView, onward_decision, scoring
+from kvprune import BudgetPolicy, Decision, LayerView, onward_decision, scoring
 from kvprune.directions import Directions
 from kvprune.errors import PolicyOptionError
 from kvprune.policy import Need
 
 
 @dataclass(frozen=True, kw_only=True)
-class CDPruner(CrossKVPolicy):
+class CDPruner(BudgetPolicy):
     """Keep the set of tokens that spans the largest volume, each vector as long as the token is relevant.
 
     With the relevance r of each token and the cosine S of each pair, the kernel is diag(r) S diag(r); its
@@ -24,8 +24,6 @@ class CDPruner(CrossKVPolicy):
     prompt pays to a token there, scaled to lie between ``floor`` and 1 in each sample.
 
     Args:
-        keep_ratio: Fraction of visible tokens kept, in (0, 1]; 0.5 if neither this nor keep_tokens is given.
-        keep_tokens: Number of visible tokens kept, instead of a fraction.
         of: What cosines are taken of: the projected "features", or the "keys" of the first layer, all heads
             in one vector.
         floor: Relevance of the least relevant token, in (0, 1]; 1 makes all equally relevant, so that only
@@ -36,8 +34,6 @@ class CDPruner(CrossKVPolicy):
     the rest is ordered by relevance. An image that only earlier rows of a chat see is thinned on its own.
     """
 
-    keep_ratio: float | None = None
-    keep_tokens: int | None = None
     of: Literal["features", "keys"] = "features"
     floor: float = 0.01
 
@@ -49,7 +45,6 @@ class CDPruner(CrossKVPolicy):
         "one product of queries and keys, and S C products for each token kept, one after another; a basis "
         "of K x C numbers in float32 (50 MiB at half of 6404 features of 4096); one transfer to the host"
     )
-    ranks_tokens: ClassVar[bool] = True
     bibtex: ClassVar[str] = """@misc{cdpruner2025,
   title = {Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in {MLLMs}},
   author = {Zhang, Qizhe and others},
@@ -59,17 +54,9 @@ class CDPruner(CrossKVPolicy):
 }"""
 
     def __post_init__(self) -> None:
-        if self.keep_ratio is None and self.keep_tokens is None:
-            object.__setattr__(self, "keep_ratio", 0.5)
         super().__post_init__()
-        self.exact_budget  # noqa: B018  raises on an impossible budget
         if not 0 < self.floor <= 1:
             raise PolicyOptionError(f"floor is the least relevance and lies in (0, 1], got {self.floor!r}")
-
-    @property
-    def exact_budget(self) -> Budget:
-        """The budget that the options state."""
-        return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -81,7 +68,7 @@ class CDPruner(CrossKVPolicy):
         if view.rank > 0:
             return Decision()
         strata = view.strata
-        limit = scoring.limits(self.exact_budget, strata)
+        limit = scoring.limits(self.budget, strata)
         relevance = view.attention_mass().mean(1)  # [B, S]
         places = torch.full_like(relevance, float(view.columns))
         every = view.visibility.has_several_groups  # the best of each group must not depend on the budget

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvprune import Budget, CrossKVPolicy, Decision, LayerView, scoring
+from kvprune import BudgetPolicy, Decision, LayerView, scoring
 from kvprune.buckets import merge_mean, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elastic(CrossKVPolicy):
+class Elastic(BudgetPolicy):
     """Keep the tokens that receive most attention, each as the mean of the tokens nearest to it.
 
     In each layer, the importance of a token is the attention that it receives from live text rows, added up
@@ -22,9 +22,6 @@ class Elastic(CrossKVPolicy):
     of every bucket. Prefill is untouched.
 
     Args:
-        keep_ratio: Fraction of visible tokens that become anchors, in (0, 1]; 0.5 if neither this nor
-            keep_tokens is given.
-        keep_tokens: Number of anchors, instead of a fraction.
         borders: What no bucket crosses while it has an anchor: a "tile", whose tokens join the nearest anchor
             of the image if their tile has none; or only an "image", which no bucket ever crosses.
         class_tokens: "merge" treats class tokens of the encoder like any other. "apart" lets none into
@@ -43,8 +40,6 @@ class Elastic(CrossKVPolicy):
     goes.) renormalize_keys and size_bias are not in the paper.
     """
 
-    keep_ratio: float | None = None
-    keep_tokens: int | None = None
     borders: Literal["tile", "image"] = "tile"
     class_tokens: Literal["merge", "apart"] = "merge"
     renormalize_keys: bool = False
@@ -58,7 +53,6 @@ class Elastic(CrossKVPolicy):
         "one product of queries and keys in each layer, 64 rows at a time, and one pass over keys and "
         "values, a few heads at a time in float32; with size_bias, decoding adds one number to each logit"
     )
-    ranks_tokens: ClassVar[bool] = True
     bibtex: ClassVar[str] = """@misc{elastic2024,
   title = {Efficient Inference of Vision Instruction-Following Models with Elastic Cache},
   author = {Liu, Zuyan and others},
@@ -66,17 +60,6 @@ class Elastic(CrossKVPolicy):
   eprint = {2407.18121},
   archivePrefix = {arXiv}
 }"""
-
-    def __post_init__(self) -> None:
-        if self.keep_ratio is None and self.keep_tokens is None:
-            object.__setattr__(self, "keep_ratio", 0.5)
-        super().__post_init__()
-        self.exact_budget  # noqa: B018  raises on an impossible budget
-
-    @property
-    def exact_budget(self) -> Budget:
-        """The number of anchors."""
-        return Budget(keep_ratio=self.keep_ratio, keep_tokens=self.keep_tokens)
 
     @property
     def needs(self) -> frozenset[Literal["queries", "raw_keys", "features"]]:
@@ -87,7 +70,7 @@ class Elastic(CrossKVPolicy):
         """Merge what decoding can see; each layer decides for itself."""
         strata = torch.where(view.strata == 0, 0, -1)
         importance = scoring.pool_heads(view.attention_mass())  # [B, 1, S]
-        limit = scoring.limits(self.exact_budget, strata)
+        limit = scoring.limits(self.budget, strata)
         kept = scoring.keep_top(importance, strata, limit, view.visibility)
         buckets = self._buckets(view, kept, strata)
         return Decision(
