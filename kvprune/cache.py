@@ -14,7 +14,6 @@ What attention reads is put together for one layer and one call (`CrossKVLayer.s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -23,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvprune.errors import SelectionError, UnsupportedCacheError
 from kvprune.merging import Merge, merge_heads
+from kvprune.pools import Part, join, lower, pack_left
 from kvprune.quantization import QUANTIZED_BITS, Pool, gather_entries
 from kvprune.selection import OWN_BITS, Selection
 
@@ -311,19 +311,19 @@ class CrossKVLayer(DynamicLayer):
         heads = max(slots.shape[1], kept.shape[1])
         slots, kept = (tensor.expand(-1, heads, -1) for tensor in (slots, kept))
         quantized = self.width - self.own
-        lower = _lower(kept[..., quantized:], None if bits is None else bits[..., quantized:])
-        if bool(kept.all()) and not lower:
+        quantize = lower(kept[..., quantized:], None if bits is None else bits[..., quantized:])
+        if bool(kept.all()) and not quantize:
             return
         if not bool(kept.any(-1).all()):
             raise SelectionError("KV03: a selection keeps at least one token per row; a row keeps none")
         parts, own = self._keep_pools(kept), kept[..., quantized:]
-        for width, chosen in lower.items():
-            place, valid = _pack_left(chosen)
-            parts.append(_Part(Pool.of(self.keys, self.values, place, width), place + quantized, valid))
+        for width, chosen in quantize.items():
+            place, valid = pack_left(chosen)
+            parts.append(Part(Pool.of(self.keys, self.values, place, width), place + quantized, valid))
             own = own & ~chosen
-        place, valid = _pack_left(own)
+        place, valid = pack_left(own)
         self._hold(gather_entries(self.keys, place), gather_entries(self.values, place))
-        joined = [_join(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])]
+        joined = [join(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])]
         self.pools = tuple(part.pool for part in joined)
         places = torch.cat([*(part.places for part in joined), place + quantized], -1)
         self.slots = slots.gather(-1, places)
@@ -332,13 +332,13 @@ class CrossKVLayer(DynamicLayer):
         if self.bias is not None:
             self.bias = self.bias.expand(-1, heads, -1).gather(-1, places)
 
-    def _keep_pools(self, kept: Tensor) -> list[_Part]:
+    def _keep_pools(self, kept: Tensor) -> list[Part]:
         """Return what is kept of the pools."""
         parts, first = [], 0
         for pool in self.pools:
-            place, valid = _pack_left(kept[..., first : first + pool.width])
+            place, valid = pack_left(kept[..., first : first + pool.width])
             if place.shape[-1]:
-                parts.append(_Part(pool.at(place), place + first, valid))
+                parts.append(Part(pool.at(place), place + first, valid))
             first += pool.width
         return parts
 
@@ -461,52 +461,3 @@ class CrossKVLayer(DynamicLayer):
             return self.slots, self.valid
         everything = Selection.all(self.keys.shape[0], self.columns, self.keys.device)
         return everything.indices, everything.valid
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Entries of a pool, with their places among the entries before and validity, ``[R, H or 1, K]``."""
-
-    pool: Pool
-    places: Tensor
-    valid: Tensor
-
-    @property
-    def bits(self) -> int:
-        return self.pool.bits
-
-
-def _lower(kept: Tensor, bits: Tensor | None) -> dict[int, Tensor]:
-    """Return which kept entries are to be quantized, by their bits; only widths that some entry gets."""
-    if bits is None:
-        return {}
-    masks = {width: kept & (bits == width) for width in QUANTIZED_BITS}
-    found: list[bool] = torch.stack([mask.any() for mask in masks.values()]).tolist()
-    return {width: mask for (width, mask), some in zip(masks.items(), found, strict=True) if some}
-
-
-def _pack_left(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places of kept entries, int64 ``[R, H, most]``, and which of them are no padding.
-
-    Padding repeats the last kept entry of its row, or the first entry of a row that keeps none.
-    """
-    counts = kept.sum(-1, keepdim=True)
-    most = int(counts.max())
-    places = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
-    valid = torch.arange(most, device=kept.device) < counts
-    if not most:
-        return places, valid
-    last = places.gather(-1, (counts - 1).clamp(min=0))
-    return torch.where(valid, places, last), valid
-
-
-def _join(parts: list[_Part]) -> _Part:
-    """Join entries of equal bits, without the padding between them."""
-    if len(parts) == 1:
-        return parts[0]
-    pool = Pool.cat([part.pool for part in parts])
-    places, valid = torch.cat([p.places for p in parts], -1), torch.cat([p.valid for p in parts], -1)
-    place, packed = _pack_left(valid)
-    if place.shape[-1] == valid.shape[-1]:
-        return _Part(pool, places, valid)
-    return _Part(pool.at(place), places.gather(-1, place), packed)

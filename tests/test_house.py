@@ -17,6 +17,7 @@ ORDER = [
     "directions",
     "merging",
     "quantization",
+    "pools",
     "selection",
     "buckets",
     "visibility",

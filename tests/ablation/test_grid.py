@@ -44,7 +44,7 @@ def test_labels_and_budgets_share_the_spec_between_them() -> None:
 
 def test_default_policies_decide_at_the_same_point() -> None:
     configurations = expand(DEFAULT_POLICIES, DEFAULT_KEEP_RATIOS)
-    assert len(configurations) == 2 + 4 * len(DEFAULT_KEEP_RATIOS)
+    assert len(configurations) == 2 + 8 * len(DEFAULT_KEEP_RATIOS)
     assert {one.reach for one in configurations} == {None, "onward"}
 
 

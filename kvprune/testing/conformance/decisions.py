@@ -149,8 +149,9 @@ def check_budget(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     """
     view = pose(policy, problem)
     decision = answer(policy, view)
-    if decision == Decision() and problem.rank > 0 and _decides_onward(policy, problem):
-        return  # its first layer decided for this one
+    whole = policy.exact_budget is None  # then a layer that comes before the decision keeps everything
+    if decision == Decision() and (problem.rank > 0 or whole) and _decides_onward(policy, problem):
+        return  # another layer decides for this one
     see, batch = view.visibility, view.visibility.batch
     strata = [slow_strata(see, sample) for sample in range(batch)]
     cached = [[strata[sample][0]] for sample in range(batch)]  # what decoding sees if nothing is decided
@@ -197,8 +198,10 @@ def require_sum(
 
 
 def _decides_onward(policy: CrossKVPolicy, problem: LayerProblem) -> bool:
-    first = dataclasses.replace(problem, rank=0, received=1.0)
-    return answer(policy, pose(policy, first)).onward is not None
+    """Whether some layer decides what later ones receive; the first one, if the budget is exact."""
+    ranks = range(problem.num_layers if policy.exact_budget is None else 1)
+    layers = (dataclasses.replace(problem, rank=rank, received=1.0) for rank in ranks)
+    return any(answer(policy, pose(policy, layer)).onward is not None for layer in layers)
 
 
 def check_groups(policy: CrossKVPolicy, problem: LayerProblem) -> None:

@@ -58,7 +58,7 @@ def check_counts(policy: CrossKVPolicy, setting: Setting) -> None:
     """KV02: decoding sees exactly the budget, in each head or over what the policy's budget_scope says."""
     run, _ = run_under(policy, setting)
     see = setting.visibility
-    whole = None if isinstance(policy, ScoringPolicy) else _left_whole(run)
+    whole = set() if isinstance(policy, ScoringPolicy) else _left_whole(policy, run)
     layers = {layer: kept_sets(selection) for layer, selection in run.selections.items()}
     for row in range(len(next(iter(layers.values()), []))):
         sample = _sample_of(row, run, setting)
@@ -75,7 +75,7 @@ def check_counts(policy: CrossKVPolicy, setting: Setting) -> None:
                 )
             continue
         for layer, heads in kept.items():
-            if layer == whole and all(head == visible for head in heads):
+            if layer in whole and all(head == visible for head in heads):
                 continue
             parts = [heads] if policy.budget_scope == "layer" else [[head] for head in heads]
             for number, part in enumerate(parts):
@@ -84,13 +84,17 @@ def check_counts(policy: CrossKVPolicy, setting: Setting) -> None:
                 require_sum(where, policy, part, wanted, visible)
 
 
-def _left_whole(run: Compression) -> int | None:
-    """Return the layer that decided for later ones, which may leave its own cache whole."""
+def _left_whole(policy: CrossKVPolicy, run: Compression) -> set[int]:
+    """Return the layer that decided for later ones, which may leave its own cache whole.
+
+    So may the layers before it, if the policy states no exact budget.
+    """
     early = list(run.prefill_selections.items())
-    for (layer_idx, before), (_, after) in itertools.pairwise(early):
-        if before is None and after is not None:
-            return layer_idx
-    return None
+    for place, ((layer_idx, attended), (_, next_attended)) in enumerate(itertools.pairwise(early)):
+        if attended is None and next_attended is not None:
+            before_it = {layer for layer, _ in early[:place]} if policy.exact_budget is None else set()
+            return before_it | {layer_idx}
+    return set()
 
 
 def check_images(policy: CrossKVPolicy, setting: Setting) -> None:
