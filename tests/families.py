@@ -52,3 +52,15 @@ def compressed(model: Any, inputs: dict[str, Any], spec: str, **options: Any) ->
     with kvprune.compress(model, spec) as run:
         sequences, logits, _ = generate(model, inputs, **options)
     return sequences, logits, run
+
+
+def rows_so_far(mask: Tensor, before: int) -> Tensor:
+    """Return a cross-attention mask as a stock forward call of a later turn wants it.
+
+    Args:
+        mask: Of the rows of the call, ``[B, T, images, tiles]``.
+        before: Number of rows of earlier turns, which old releases want, too; they do not read them.
+    """
+    if not OLD:
+        return mask
+    return torch.cat([mask[:, :1].expand(-1, before, -1, -1), mask], dim=1)

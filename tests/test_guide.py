@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from families import rows_so_far
 from generation import bart, difference_to_oracle, generate, mllama, whisper
 from guidance import Watched, alone, live_rows_of, probe, slow_sum, stock_importance
 from hypothesis import given
@@ -224,8 +225,11 @@ def test_an_image_of_a_later_turn_is_ranked_by_a_model_that_guides_itself():
     one, two = second_turn()
     with torch.no_grad():
         cache = model(**one, use_cache=True).past_key_values
+        plain = two | {
+            "cross_attention_mask": rows_so_far(two["cross_attention_mask"], cache.get_seq_length())
+        }
         with Watched(model) as watched:
-            model(**two, past_key_values=cache, use_cache=True)
+            model(**plain, past_key_values=cache, use_cache=True)
     # The new text sees the new image only, so stock's weights over its columns are whole, too.
     sees = two["cross_attention_mask"][0, :, 1].any(-1)
     call = [weights[..., 20:] for weights in watched.calls[0]]
