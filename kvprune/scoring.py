@@ -347,7 +347,13 @@ def last_rows(visibility: Visibility, count: int, columns: Tensor | None = None)
     return seeing & (from_here <= count)
 
 
-def row_counts(visibility: Visibility) -> Tensor:
-    """Return how many live rows may attend each column, int64 ``[B, S]``; 0 for unseen columns."""
-    by_unit = (visibility.rows & visibility.live[..., None]).sum(1)
+def row_counts(visibility: Visibility, rows: Tensor | None = None) -> Tensor:
+    """Return how many live rows may attend each column, int64 ``[B, S]``; 0 for unseen columns.
+
+    Args:
+        visibility: Of the columns.
+        rows: bool ``[B, T]``, to count only these of the live rows.
+    """
+    counted = visibility.live if rows is None else visibility.live & rows
+    by_unit = (visibility.rows & counted[..., None]).sum(1)
     return visibility.by_column(by_unit).clamp(min=0)

@@ -123,7 +123,7 @@ class ZipVL(CrossKVPolicy):
             limit = self._count(mass, strata, view.keys.dtype)[:, None].expand_as(strata)
         else:
             limit = scoring.limits(self.budget, strata)
-        scores = (mass / _readers(view, rows))[:, None]
+        scores = (mass / scoring.row_counts(view.visibility, rows).clamp(min=1))[:, None]
         important = scoring.keep_top(scores, strata, limit, view.visibility)  # [B, 1, S]
         if not self.low_bits:
             bits = None if self.high_bits == 16 else torch.full_like(strata[:, None], self.high_bits)
@@ -160,9 +160,3 @@ class ZipVL(CrossKVPolicy):
         drawn = draws.to(live.device).gather(1, place.clamp(min=0)).masked_fill(~earlier, 2.0)
         order = drawn.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
         return live & ((place < self.recent) | (order < self.probe))
-
-
-def _readers(view: LayerView, rows: Tensor) -> Tensor:
-    """Return how many of the rows that are read see each column, at least 1, ``[B, S]``."""
-    by_unit = (view.visibility.rows & rows[..., None]).sum(1)
-    return view.visibility.by_column(by_unit).clamp(min=1)
