@@ -6,22 +6,25 @@ Importing it loads no plugin, changes nothing in torch or transformers, and star
 from __future__ import annotations
 
 from kvprune import errors, scoring
-from kvprune.early_exit import GuidedAnswers, guided_generate
+from kvprune.engine.guidance import Guidance
+from kvprune.engine.report import CompressionReport
 from kvprune.errors import KVPruneError
-from kvprune.guidance import Guidance
-from kvprune.guide import Guide
-from kvprune.hookspecs import hookimpl
-from kvprune.layout import Layout
-from kvprune.moments import FeaturePolicy, FeatureScoringPolicy, PrefillPolicy
-from kvprune.nesting import require_scorer
-from kvprune.policy import BudgetPolicy, CrossKVPolicy, ScoringPolicy, onward_decision
-from kvprune.registry import get_policy, list_policies
-from kvprune.report import CompressionReport
-from kvprune.selection import Budget, Decision, Selection
-from kvprune.session import Compression, compress
-from kvprune.spec import PolicySpec
-from kvprune.text_view import TextView
-from kvprune.view import FeatureView, LayerView
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.budgeted import BudgetPolicy, ScoringPolicy, onward_decision
+from kvprune.policy.moments import FeaturePolicy, FeatureScoringPolicy, PrefillPolicy
+from kvprune.policy.nesting import require_scorer
+from kvprune.policy.spec import PolicySpec
+from kvprune.policy.text_view import TextView
+from kvprune.policy.view import FeatureView, LayerView
+from kvprune.session.compression import Compression, compress
+from kvprune.session.early_exit import GuidedAnswers, guided_generate
+from kvprune.session.guide import Guide
+from kvprune.session.hookspecs import hookimpl
+from kvprune.session.registry import get_policy, list_policies
+from kvprune.tokens.budget import Budget
+from kvprune.tokens.decision import Decision
+from kvprune.tokens.layout import Layout
+from kvprune.tokens.selection import Selection
 
 __version__ = "0.1.0"
 

@@ -23,9 +23,10 @@ from hypothesis.stateful import (
 from transformers import DynamicCache
 
 from kvprune.adapters.tile_mask import TileMask
-from kvprune.cache import CrossKVLayer, Twins
-from kvprune.merging import Merge
-from kvprune.selection import Selection
+from kvprune.cache.copies import Twins
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.tokens.merging import Merge
+from kvprune.tokens.selection import Selection
 
 HEADS, PATCHES, LAYERS = 2, 2, 2
 

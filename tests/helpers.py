@@ -17,7 +17,7 @@ from kvprune.testing.reference import (
     slow_strata,
 )
 from kvprune.testing.strategies import conversations, visibilities
-from kvprune.visibility import Visibility
+from kvprune.tokens.visibility import Visibility
 
 __all__ = [
     "alone",

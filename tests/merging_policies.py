@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvprune import Budget, CrossKVPolicy, Decision, FeaturePolicy, scoring
-from kvprune.buckets import merge_mean, merge_weighted, nearest
+from kvprune.tokens.buckets import merge_mean, merge_weighted, nearest
 
 
 def top(view, scores, strata, ratio):

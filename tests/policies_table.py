@@ -17,11 +17,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvprune import registry
 from kvprune.cli.looking import read_docstrings
-from kvprune.options import describe_type
-from kvprune.policy import CrossKVPolicy, ScoringPolicy
-from kvprune.spec import PolicySpec
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.budgeted import ScoringPolicy
+from kvprune.policy.options import describe_type
+from kvprune.policy.spec import PolicySpec
+from kvprune.session import registry
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "policies.md"
 MEASURED = DOCUMENT.with_suffix(".json")

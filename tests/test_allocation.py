@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import scoring
-from kvprune.allocation import apportion, each, is_clamped, proportional
+from kvprune.scoring.shares import apportion, each, is_clamped, proportional
 
 COLUMNS = 6
 anything = conversations() | visibilities()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kvprune_strategies import Norm
 from sharing import concluded, counts_of, groups_of, kept_by_layer, layers_over, visible_of
 
-from kvprune.allocators import LayerAllocator, ProportionalAllocator
 from kvprune.errors import BudgetError, PolicyOptionError
+from kvprune.policy.allocators import LayerAllocator, ProportionalAllocator
 from kvprune.testing import check_policy
 
 

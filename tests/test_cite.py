@@ -13,9 +13,9 @@ import yaml
 from typer.testing import CliRunner
 
 import kvprune
-from kvprune import registry
 from kvprune.cli import app
 from kvprune.cli.citing import own_bibtex
+from kvprune.session import registry
 
 POLICIES = registry.load().policies
 CFF = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text("utf-8"))

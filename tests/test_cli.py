@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 import kvprune
-from kvprune import registry
-from kvprune.ablation import sources
 from kvprune.cli import app
+from kvprune.comparison.storage import sources
+from kvprune.session import registry
 
 runner = CliRunner()
 
@@ -140,7 +140,7 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvprune.ablation.compare", interrupted)
+    monkeypatch.setattr("kvprune.comparison.compare", interrupted)
     err = kvprune_command("compare", "--output", str(tmp_path), code=130)
     assert "interrupted; the same command continues where this one stopped" in err
 
@@ -205,7 +205,7 @@ def test_documentation_names_every_option_of_compare() -> None:
 def test_defaults_are_those_of_the_library() -> None:
     import typer
 
-    from kvprune.ablation import DEFAULT_KEEP_RATIOS, Settings
+    from kvprune.comparison import DEFAULT_KEEP_RATIOS, Settings
 
     command = typer.main.get_command(app).commands["compare"]  # type: ignore[attr-defined]
     defaults = {parameter.name: parameter.default for parameter in command.params}

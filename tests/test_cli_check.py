@@ -9,7 +9,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from kvprune import cli, registry
+from kvprune import cli
+from kvprune.session import registry
 
 runner = CliRunner()
 
@@ -106,7 +107,7 @@ def with_adapters(monkeypatch: pytest.MonkeyPatch, *classes: type) -> None:
     real = registry.load()
     entries = [registry.AdapterEntry(cls, "zoo", "kvprune-zoo") for cls in classes]
     more = registry.Registry(real.policies, (*real.adapters, *entries), real.broken)
-    monkeypatch.setattr("kvprune.testing.conformance.adapter_suite.load", lambda: more)
+    monkeypatch.setattr("kvprune.testing.conformance.adapters.suite.load", lambda: more)
 
 
 def test_an_adapter_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kvprune.ablation.verification import DEFAULT_SAMPLE
 from kvprune.cli import app
+from kvprune.comparison.verification.verification import DEFAULT_SAMPLE
 
 ROOT = Path(__file__).parent.parent
 

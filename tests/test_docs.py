@@ -10,7 +10,8 @@ import torch
 from generation import generate, mllama
 
 import kvprune
-from kvprune import errors, hookspecs
+from kvprune import errors
+from kvprune.session import hookspecs
 from kvprune.testing import mllama_inputs
 
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvprune import doctor, registry
-from kvprune.adapters.base import Probe
-from kvprune.cli import app
+from kvprune.adapters.probes import Probe
+from kvprune.cli import app, doctor
+from kvprune.session import registry
 
 
 def failures() -> list[doctor.Check]:

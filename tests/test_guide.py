@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 import kvprune
 from kvprune.adapters.base import ModelAdapter, compressing
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.engine.guidance import Guidance, GuideReceipt, Prompt, to_rows
 from kvprune.errors import GuideError, NestedCompressionError, PolicyOptionError, UnsupportedModelError
-from kvprune.guidance import Guidance, GuideReceipt, Prompt, to_rows
-from kvprune.guide import BoundGuide
-from kvprune.session import Compression
+from kvprune.session.compression import Compression
+from kvprune.session.guide import BoundGuide
 from kvprune.testing import mllama_inputs, tiny_mllama
 
 LAYOUTS = (["4ttt"], ["tt4ttt", "t1tt", "tt2tttt"], ["tt4tt1tt", "t2tt", "14ttt"])

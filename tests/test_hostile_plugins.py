@@ -12,8 +12,7 @@ from torch.nn.modules import module as torch_module
 from typer.testing import CliRunner
 
 import kvprune
-from kvprune import doctor, registry
-from kvprune.cli import app
+from kvprune.cli import app, doctor
 from kvprune.errors import (
     KVPruneError,
     NameClashError,
@@ -23,6 +22,7 @@ from kvprune.errors import (
     UnknownPolicyError,
     UnsupportedModelError,
 )
+from kvprune.session import registry
 
 POLICY = """
 from dataclasses import dataclass, field
@@ -240,7 +240,7 @@ def test_a_bad_plugin_is_named_and_takes_nobody_down(install, source, words):
     with pytest.raises(UnknownPolicyError, match=r"'odd'.*broken plugins.*bad"):
         kvprune.get_policy("odd")
     with pytest.raises(UnsupportedModelError, match=r"OddModel.*broken plugins.*bad"):
-        kvprune.registry.find_adapter(OddModel())
+        kvprune.session.registry.find_adapter(OddModel())
     listed = command("list")
     assert listed.exit_code == 0
     assert "after-it" in listed.stdout

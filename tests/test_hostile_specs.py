@@ -14,8 +14,8 @@ from test_spec import any_value, keys, names, nested, plain_text, versions
 import kvprune
 from kvprune import PolicySpec
 from kvprune.errors import KVPruneError, PolicyOptionError, SpecError
-from kvprune.options import check_option, parse_option
-from kvprune.spec import suggestion
+from kvprune.policy.options import check_option, parse_option
+from kvprune.policy.spec import suggestion
 from kvprune.text import error_line, printable, shown
 
 MEGABYTE = 10**6

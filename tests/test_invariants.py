@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
 import kvprune
-from kvprune.cache import CrossKVLayer
+from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import NestedCompressionError, SelectionError
-from kvprune.selection import Budget, Decision, Selection
 from kvprune.testing import mllama_inputs
-from kvprune.visibility import Visibility
+from kvprune.tokens.budget import Budget
+from kvprune.tokens.decision import Decision
+from kvprune.tokens.selection import Selection
+from kvprune.tokens.visibility import Visibility
 
 few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -371,8 +373,8 @@ def test_kv14_a_larger_budget_keeps_a_superset(batch, spec, one, other):
 )
 def test_a_decision_that_breaks_an_invariant_is_refused_by_its_id(invariant, kept):
     """Units: 0 and 1 are two visible images; 2 is padding (for KV04, unit 1 is the padding)."""
-    from kvprune.judgement import check_decision
-    from kvprune.view import LayerView
+    from kvprune.policy.checks import check_decision
+    from kvprune.policy.view import LayerView
 
     rows = torch.tensor([[[True, invariant == "KV03"]]])
     visibility = Visibility(

@@ -10,10 +10,10 @@ import torch
 from generation import generate, mllama
 
 import kvprune
-from kvprune.adapters.base import gather_features
-from kvprune.bench import LLAMA_11B, PeakMemory, ask, make_problem, peak_memory
-from kvprune.cache import CrossKVLayer
+from kvprune.adapters.features import gather_features
+from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.testing import mllama_inputs
+from kvprune.testing.cost import LLAMA_11B, PeakMemory, ask, make_problem, peak_memory
 
 MIB = 1024 * 1024
 

@@ -15,14 +15,15 @@ from merging_policies import MergesCaches, MergesFeatures
 
 import kvprune
 from kvprune import Decision, Selection
-from kvprune.adapters.base import gather_features
-from kvprune.buckets import compose, merge_mean, merge_weighted, nearest
-from kvprune.cache import CrossKVLayer
+from kvprune.adapters.features import gather_features
+from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import SelectionError
-from kvprune.judgement import check_decision
-from kvprune.merging import Merge, merge_features, merge_heads
+from kvprune.policy.checks import check_decision
 from kvprune.testing import masked_oracle, mllama_inputs
 from kvprune.testing.oracle import with_merges
+from kvprune.tokens.buckets import merge_mean, merge_weighted, nearest
+from kvprune.tokens.merging import Merge, merge_features, merge_heads
+from kvprune.tokens.translation import compose
 
 CACHES = (
     MergesCaches(),
@@ -71,7 +72,7 @@ def slow_sums(tokens, into, weights, entries):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 2**21])
 def test_sums_are_those_of_loops_however_they_are_cut(dtype, chunk, monkeypatch):
-    monkeypatch.setattr("kvprune.merging._ELEMENTS_PER_CHUNK", chunk)
+    monkeypatch.setattr("kvprune.tokens.merging._ELEMENTS_PER_CHUNK", chunk)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 3, 7, 5, generator=random).to(dtype)
     into = torch.randint(-1, 3, (2, 3, 7), generator=random)

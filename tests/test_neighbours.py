@@ -8,7 +8,7 @@ from helpers import make_visibility, visibilities
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune.neighbours import lines, pool_neighbours
+from kvprune.scoring.neighbours import lines, pool_neighbours
 
 kernels = st.sampled_from([1, 3, 5, 9])
 reductions = st.sampled_from(["avg", "max"])

@@ -19,19 +19,13 @@ from test_cli import kvprune_command
 
 import kvprune
 from kvprune import CrossKVPolicy, Decision, PolicySpec, ScoringPolicy, require_scorer
-from kvprune.ablation.grid import exactly, expand
-from kvprune.ablation.manifest import build_manifest
-from kvprune.errors import (
-    BudgetError,
-    PolicyOptionError,
-    ScoreError,
-    SpecError,
-    UnknownPolicyError,
-)
-from kvprune.nesting import make_nested, parts
-from kvprune.options import check_option, describe_type, is_option_type, parse_option
+from kvprune.comparison.plan.grid import exactly, expand
+from kvprune.comparison.storage.manifest import build_manifest
+from kvprune.errors import BudgetError, PolicyOptionError, ScoreError, SpecError, UnknownPolicyError
+from kvprune.policy.nesting import make_nested, parts
+from kvprune.policy.options import check_option, describe_type, is_option_type, parse_option
 from kvprune.testing import check_policy
-from kvprune.testing.conformance.reproduce import snippet
+from kvprune.testing.conformance.common.reproducers import snippet
 
 PAGE = (Path(__file__).parent.parent / "docs" / "write-a-policy.md").read_text("utf-8")
 EXAMPLE = re.search(r"<!-- test: composed -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
@@ -78,7 +72,7 @@ def kvprune_policies():
 def toys(install, monkeypatch):
     monkeypatch.delenv("KVPRUNE_PLUGINS", raising=False)
     install("toy-prune", toy=PLUGIN)
-    policies = kvprune.registry.load().policies
+    policies = kvprune.session.registry.load().policies
     return policies["by-rank"].cls, policies["wrap"].cls
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import policies_table
 import pytest
 
-from kvprune import registry
+from kvprune.session import registry
 
 
 def test_the_page_is_current():

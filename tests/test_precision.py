@@ -12,10 +12,10 @@ from generation import LAYOUTS, TOLERANCE, difference_to_oracle, generate, mllam
 
 import kvprune
 from kvprune import Decision, LayerView, Selection
-from kvprune.cache import CrossKVLayer
+from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import QuantizationError, SelectionError, UnsupportedCacheError
-from kvprune.merging import Merge
 from kvprune.testing import masked_oracle, mllama_inputs
+from kvprune.tokens.merging import Merge
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvprune.cache.quantization import QUANTIZED_BITS, Pool, group_width, pack, quantize, unpack
 from kvprune.errors import QuantizationError
-from kvprune.quantization import QUANTIZED_BITS, Pool, group_width, pack, quantize, unpack
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 bits = st.sampled_from(QUANTIZED_BITS)

@@ -18,7 +18,7 @@ from kvprune.errors import (
     UnknownPolicyError,
     UnsupportedModelError,
 )
-from kvprune.registry import find_adapter, load
+from kvprune.session.registry import find_adapter, load
 
 BUILTIN = sorted(policy.name for policy in kvprune_policies())
 

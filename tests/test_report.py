@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import CompressionReport, PolicySpec
-from kvprune.report import LayerReceipt
+from kvprune.engine.report import LayerReceipt
 
 MIB = 2**20
 

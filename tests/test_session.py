@@ -10,8 +10,8 @@ from generation import bart, generate, mllama
 from torch import nn
 
 import kvprune
-from kvprune.adapters.base import Probe
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.adapters.probes import Probe
 from kvprune.errors import (
     BudgetError,
     CompressionStateError,

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune.errors import PolicyOptionError, SpecError
-from kvprune.options import check_option, describe_type, parse_option
-from kvprune.spec import PolicySpec, suggestion
+from kvprune.policy.options import check_option, describe_type, parse_option
+from kvprune.policy.spec import PolicySpec, suggestion
 
 names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True)
 keys = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)

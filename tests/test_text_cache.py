@@ -9,8 +9,8 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from kvprune import Selection
+from kvprune.cache.text_layer import TextKVLayer
 from kvprune.errors import UnsupportedCacheError
-from kvprune.text_cache import TextKVLayer
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 2, 7, 3
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 import kvprune
 from kvprune import Selection
+from kvprune.cache.text_layer import TextKVLayer
 from kvprune.errors import (
     PolicyFailedError,
     ReceiptError,
@@ -22,7 +23,6 @@ from kvprune.errors import (
     UnsupportedModelError,
 )
 from kvprune.testing import masked_oracle, mllama_inputs, tiny_mllama
-from kvprune.text_cache import TextKVLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ from helpers import make_view, make_visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprune.bench import peak_memory
 from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
-from kvprune.testing.problems import LayerProblem, cut_to_sample
-from kvprune.text_view import TextView
+from kvprune.policy.text_view import TextView
+from kvprune.testing.cost import peak_memory
+from kvprune.testing.cutting import cut_to_sample
+from kvprune.testing.problems import LayerProblem
 
 
 def make_text(lengths=(3, 5), earlier=0, *, query_heads=4, kv_heads=2, seed=0, dtype=torch.float64):
@@ -111,8 +112,8 @@ def test_attention_mass_of_rows(text, null_keys, some):
 def test_mass_does_not_depend_on_chunks(monkeypatch):
     text = make_text((70, 130))
     whole = text.attention_mass()
-    monkeypatch.setattr("kvprune.text_view._ROWS_PER_CHUNK", 7)
-    monkeypatch.setattr("kvprune.text_view._ELEMENTS_PER_CHUNK", 1)
+    monkeypatch.setattr("kvprune.policy.text_view._ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr("kvprune.policy.text_view._ELEMENTS_PER_CHUNK", 1)
     assert torch.allclose(text.attention_mass(), whole, atol=1e-9)
     assert torch.allclose(whole.sum(-1), torch.tensor([[70.0], [130.0]], dtype=torch.float64), atol=1e-9)
 

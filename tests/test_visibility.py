@@ -18,7 +18,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune.visibility import Visibility
+from kvprune.tokens.visibility import Visibility
 
 anything = st.one_of(visibilities(), visibilities(broadcast=True), conversations())
 

@@ -13,13 +13,11 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune.windows import window_mass
-
 
 @given(st.one_of(visibilities(), conversations()), st.integers(1, 6))
 def test_each_stratum_is_scored_by_the_last_rows_that_see_it(visibility, rows):
     view = make_view(visibility)
-    mass = window_mass(view, rows)
+    mass = view.window_mass(rows)
     expected = torch.zeros_like(mass)
     for sample in range(visibility.batch):
         for stratum in slow_strata(visibility, sample):
@@ -38,7 +36,7 @@ def test_each_stratum_is_scored_by_the_last_rows_that_see_it(visibility, rows):
 
 @given(conversations(), st.integers(1, 6))
 def test_a_head_gives_each_stratum_as_much_as_its_window_has_rows(visibility, rows):
-    mass = window_mass(make_view(visibility), rows)
+    mass = make_view(visibility).window_mass(rows)
     for sample in range(visibility.batch):
         for stratum in slow_strata(visibility, sample):
             window = [

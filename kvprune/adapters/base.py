@@ -2,52 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kvprune.adapters.probes import Probe
+from kvprune.engine.guidance import Prompt
+from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import (
     GuideError,
     IncompatibleTransformersError,
     PluginError,
-    UnsupportedCacheError,
     UnsupportedModelError,
 )
-from kvprune.guidance import Prompt
-from kvprune.manager import CrossKVManager
-from kvprune.merging import merge_features
-from kvprune.policy import CrossKVPolicy
-from kvprune.selection import Selection
+from kvprune.policy.base import CrossKVPolicy
 
 __all__ = [
     "ModelAdapter",
-    "Probe",
     "compressing",
-    "gather_features",
     "has_cache",
     "named_arguments",
-    "probe_cache",
-    "probe_signatures",
-    "to_query_heads",
 ]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One thing that an adapter relies on in the installed transformers, and whether it holds."""
-
-    name: str
-    ok: bool
-    detail: str
 
 
 class _Hook:
@@ -293,86 +274,3 @@ def has_cache(named: Mapping[str, Any], config: Any) -> bool:
     return named.get("past_key_values") is not None or bool(
         config.use_cache if use_cache is None else use_cache
     )
-
-
-def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> list[Probe]:
-    """Check that a module has classes whose ``forward`` takes the parameters that hooks read or replace.
-
-    Args:
-        module_name: Dotted name of a modeling file of transformers.
-        wanted: Parameters of ``forward`` by class name.
-    """
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        return [Probe(module_name, False, f"cannot be imported ({error})")]
-    probes = []
-    for name, parameters in wanted.items():
-        found = getattr(module, name, None)
-        if found is None:
-            probes.append(Probe(name, False, f"is gone from {module_name}"))
-            continue
-        known = inspect.signature(inspect.unwrap(found.forward)).parameters
-        missing = [parameter for parameter in parameters if parameter not in known]
-        detail = (
-            f"forward lacks {', '.join(missing)}" if missing else f"forward takes {', '.join(parameters)}"
-        )
-        probes.append(Probe(name, not missing, detail))
-    return probes
-
-
-def probe_cache() -> Probe:
-    """Check that the default cache is made of layers whose place ours can take."""
-    cache = DynamicCache()
-    wanted = {
-        "layers that are DynamicLayer": cache.layer_class_to_replicate is DynamicLayer,
-        "the list `layers`": isinstance(cache.layers, list),
-        "the flag `offloading`": hasattr(cache, "offloading"),
-    }
-    missing = [what for what, there in wanted.items() if not there]
-    return Probe(
-        "DynamicCache", not missing, f"{'lacks' if missing else 'has'} {', '.join(missing or wanted)}"
-    )
-
-
-def to_query_heads(mask: Tensor, module: Any) -> Tensor:
-    """Repeat a mask by KV head ``[B, Hkv, T, K]`` for each query head; one that heads share stays.
-
-    Args:
-        mask: ``[B, 1 or Hkv, T, K]``.
-        module: The attention module that will use it.
-
-    Raises:
-        UnsupportedCacheError: If its attention cannot tell heads apart.
-    """
-    heads: int = module.num_heads
-    if mask.shape[1] == 1:
-        return mask
-    if module.config._attn_implementation == "flex_attention":
-        raise UnsupportedCacheError(
-            "heads keep different tokens, but flex attention in transformers applies the mask of the first "
-            "head to all of them; use attn_implementation='sdpa', or a policy whose heads share tokens"
-        )
-    if mask.shape[1] == heads:
-        return mask
-    return mask.repeat_interleave(heads // mask.shape[1], dim=1)
-
-
-def gather_features(features: Tensor, received: Selection) -> Tensor:
-    """Return the features that a layer receives: those of kept columns, or what was merged into them.
-
-    Args:
-        features: ``[B, S, C]``, all that arrive.
-        received: What the manager's ``before_layer`` returned, for each row of the batch, ``[B, 1, K]``.
-    """
-    indices, valid, merge = received.indices[:, 0], received.valid[:, 0], received.merge
-    if merge is not None:
-        entries = indices.shape[-1]
-        features = merge_features(features, merge.into[:, 0], merge.weights[:, 0], entries)
-        if not received.is_ragged:
-            return features
-        # Padding repeats the last entry, as it does where nothing is merged.
-        order = torch.arange(entries, device=valid.device)
-        indices = torch.minimum(order, valid.sum(-1, keepdim=True) - 1)
-    index = indices.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
-    return torch.gather(features, 1, index)

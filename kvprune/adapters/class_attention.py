@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvprune.adapters.base import ModelAdapter, named_arguments
 from kvprune.errors import UnsupportedModelError
+from kvprune.tokens.precision import accumulation_dtype
 
 __all__ = ["ClassAttention"]
 
@@ -91,7 +92,7 @@ class ClassAttention:
         heads = self.module.num_heads
         queries = rearrange(self._queries[image], "u (h d) -> h u d", h=heads)
         keys = rearrange(self._keys[image], "l (h d) -> h d l", h=heads)
-        dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(keys)
         some = max(1, _ELEMENTS_PER_CHUNK // keys[0].numel())
         logits = torch.cat(
             [q.to(dtype) @ k.to(dtype) for q, k in zip(queries.split(some), keys.split(some), strict=True)]

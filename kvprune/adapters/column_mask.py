@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.base import to_query_heads
+from kvprune.adapters.features import to_query_heads
 
 __all__ = ["ColumnMask"]
 

@@ -18,27 +18,22 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from kvprune.adapters.base import (
-    ModelAdapter,
-    Probe,
-    gather_features,
-    has_cache,
-    named_arguments,
-    probe_cache,
-    probe_signatures,
-)
+from kvprune.adapters import tiny
+from kvprune.adapters.base import ModelAdapter, has_cache, named_arguments
 from kvprune.adapters.column_mask import ColumnMask
+from kvprune.adapters.features import gather_features
+from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.prompts import plain_mask, rows_of
 from kvprune.adapters.text_capture import TextCapture
-from kvprune.adapters.twins import find_twins
-from kvprune.cache import CrossKVLayer, Twins
-from kvprune.caches import OneCrossLayer, open_for_prefill, open_layer, require_cache
+from kvprune.cache.copies import Twins, find_twins
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.placement import OneCrossLayer, open_for_prefill, open_layer, require_cache
+from kvprune.engine.guidance import Prompt
+from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
-from kvprune.guidance import Prompt
-from kvprune.layout import Layout
-from kvprune.manager import CrossKVManager
-from kvprune.seeding import fingerprint
-from kvprune.visibility import Visibility
+from kvprune.tokens.layout import Layout
+from kvprune.tokens.randomness import fingerprint
+from kvprune.tokens.visibility import Visibility
 
 __all__ = ["BartAdapter", "EncoderDecoderAdapter", "WhisperAdapter"]
 
@@ -406,9 +401,7 @@ class BartAdapter(EncoderDecoderAdapter):
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
         """Return a tiny BART, and texts of several lengths."""
-        from kvprune.testing import examples  # only who tests needs it
-
-        return examples.bart(dtype)
+        return tiny.example_bart(dtype)
 
 
 class WhisperAdapter(EncoderDecoderAdapter):
@@ -424,6 +417,4 @@ class WhisperAdapter(EncoderDecoderAdapter):
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
         """Return a tiny Whisper, and two sounds."""
-        from kvprune.testing import examples  # only who tests needs it
-
-        return examples.whisper(dtype)
+        return tiny.example_whisper(dtype)

@@ -25,30 +25,31 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvprune.adapters.base import (
-    ModelAdapter,
-    Probe,
-    gather_features,
-    has_cache,
-    named_arguments,
-    probe_cache,
-    probe_signatures,
-)
+from kvprune.adapters import tiny
+from kvprune.adapters.base import ModelAdapter, has_cache, named_arguments
 from kvprune.adapters.class_attention import ClassAttention
+from kvprune.adapters.features import gather_features
+from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.prompts import copied_cache, plain_mask, rows_of
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tile_mask import TileMask
-from kvprune.adapters.twins import find_twins
-from kvprune.cache import CrossKVLayer, Twins
-from kvprune.caches import OneLayer, open_for_prefill, open_layer, open_text_layer, require_cache
+from kvprune.cache.copies import Twins, find_twins
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.placement import (
+    OneLayer,
+    open_for_prefill,
+    open_layer,
+    open_text_layer,
+    require_cache,
+)
+from kvprune.engine.guidance import Prompt
+from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
-from kvprune.guidance import Prompt
-from kvprune.layout import Layout
-from kvprune.manager import CrossKVManager
-from kvprune.seeding import fingerprint
-from kvprune.text_view import TextView
-from kvprune.visibility import Visibility
+from kvprune.policy.text_view import TextView
+from kvprune.tokens.layout import Layout
+from kvprune.tokens.randomness import fingerprint
+from kvprune.tokens.visibility import Visibility
 
 __all__ = ["MllamaAdapter"]
 
@@ -521,9 +522,7 @@ class MllamaAdapter(ModelAdapter):
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
         """Return a tiny Mllama, and chats with several images, padding tiles and left padding."""
-        from kvprune.testing import examples  # only who tests needs it
-
-        return examples.mllama(dtype)
+        return tiny.example_mllama(dtype)
 
     @classmethod
     def probe(cls) -> list[Probe]:

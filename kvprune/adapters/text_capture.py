@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from kvprune.adapters.base import ModelAdapter, named_arguments
+from kvprune.cache.text_layer import TextKVLayer
 from kvprune.errors import UnsupportedCacheError
-from kvprune.text_cache import TextKVLayer
-from kvprune.text_view import TextView
+from kvprune.policy.text_view import TextView
 
 __all__ = ["Rotate", "TextCapture"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.cache.text_layer import TextKVLayer
 from kvprune.errors import UnsupportedCacheError
-from kvprune.text_cache import TextKVLayer
 
 __all__ = ["fit_text_mask"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.base import to_query_heads
-from kvprune.cache import CrossKVLayer
+from kvprune.adapters.features import to_query_heads
+from kvprune.cache.cross_layer import CrossKVLayer
 
 __all__ = ["TileMask"]
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprune import registry
 from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
 from kvprune.errors import KVPruneError
-from kvprune.policy import CrossKVPolicy
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.session import registry
 from kvprune.text import printable
 
 if TYPE_CHECKING:
-    from kvprune.bench import MemoryReport
+    from kvprune.testing.cost import MemoryReport
 
 __all__ = ["bench", "memory"]
 
@@ -45,9 +45,9 @@ def memory(
 ) -> None:
     """Measure peak extra memory and seconds of one decision, at the dimensions of Llama-3.2-11B-Vision."""
     with one_line_errors(debug):
-        from kvprune.ablation.console import progress_bar
-        from kvprune.ablation.settings import Progress
-        from kvprune.bench import measure_all
+        from kvprune.comparison.display.console import progress_bar
+        from kvprune.comparison.plan.settings import Progress
+        from kvprune.testing.cost import measure_all
 
         if device.partition(":")[0] not in ("cpu", "cuda"):
             raise KVPruneError(f"unknown device {device!r}; choose cpu or cuda")

@@ -9,7 +9,7 @@ import typer
 
 from kvprune.cli.common import Debug, load_quietly, one_line_errors
 from kvprune.errors import CitationError
-from kvprune.policy import CrossKVPolicy
+from kvprune.policy.base import CrossKVPolicy
 from kvprune.text import printable
 
 __all__ = ["FRAMEWORK", "cite", "own_bibtex"]

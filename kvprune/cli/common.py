@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvprune import registry
 from kvprune.errors import KVPruneError
+from kvprune.session import registry
 from kvprune.text import printable
 
 __all__ = [

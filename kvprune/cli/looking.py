@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from kvprune import registry
 from kvprune.cli.common import (
     Debug,
     load_quietly,
@@ -22,9 +21,10 @@ from kvprune.cli.common import (
     say,
 )
 from kvprune.errors import PluginError
-from kvprune.options import default_of, describe_type
-from kvprune.policy import CrossKVPolicy
-from kvprune.spec import written
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.options import default_of, describe_type
+from kvprune.policy.spec import written
+from kvprune.session import registry
 from kvprune.text import error_line, printable
 
 __all__ = ["doctor", "list_policies", "read_docstrings", "show"]
@@ -93,7 +93,7 @@ def _default(option: dataclasses.Field[Any]) -> str:
 
 def doctor(debug: Debug = False) -> None:
     """Check versions, plugins, what adapters rely on in transformers, and the demo model."""
-    from kvprune.doctor import examine
+    from kvprune.cli.doctor import examine
 
     with one_line_errors(debug), redirect_stdout(sys.stderr):
         quieten_transformers()

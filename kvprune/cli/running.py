@@ -11,7 +11,14 @@ from typing import Annotated
 
 import typer
 
-from kvprune.cli.common import Debug, load_quietly, make_console, one_line_errors, quieten_transformers, say
+from kvprune.cli.common import (
+    Debug,
+    load_quietly,
+    make_console,
+    one_line_errors,
+    quieten_transformers,
+    say,
+)
 from kvprune.errors import PolicyOptionError
 
 __all__ = ["compare", "verify"]
@@ -83,9 +90,9 @@ def compare(
 ) -> None:
     """Compare policies and budgets: accuracy, kept tokens, bytes and speed, on the same questions."""
     with one_line_errors(debug, resumes=True):
-        from kvprune.ablation import DEFAULT_POLICIES, Settings, every_policy
-        from kvprune.ablation import compare as run
-        from kvprune.ablation.console import progress_bar, show_summary
+        from kvprune.comparison import DEFAULT_POLICIES, Settings, every_policy
+        from kvprune.comparison import compare as run
+        from kvprune.comparison.display.console import progress_bar, show_summary
 
         settings = Settings(
             model=model,
@@ -132,8 +139,8 @@ def verify(
 ) -> None:
     """Run a part of a comparison again and say whether it reproduces; changes nothing. Exit code 1: no."""
     with one_line_errors(debug):
-        from kvprune.ablation import verify as run
-        from kvprune.ablation.console import progress_bar
+        from kvprune.comparison import verify as run
+        from kvprune.comparison.display.console import progress_bar
 
         quieten_transformers()
         with redirect_stdout(sys.stderr), progress_bar() as on_progress:

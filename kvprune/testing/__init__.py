@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kvprune.adapters.tiny import enliven, mllama_inputs, tiny_bart, tiny_mllama, tiny_whisper
 from kvprune.testing.conformance import (
     SUITE_VERSION,
     ConformanceReport,
@@ -18,7 +19,6 @@ from kvprune.testing.conformance import (
 )
 from kvprune.testing.oracle import masked_oracle
 from kvprune.testing.problems import LayerProblem, ModelProblem
-from kvprune.testing.tiny import enliven, mllama_inputs, tiny_bart, tiny_mllama, tiny_whisper
 
 if TYPE_CHECKING:
     from kvprune.testing import strategies

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kvprune.adapters.base import ModelAdapter
-from kvprune.selection import Selection
+from kvprune.tokens.selection import Selection
 
 __all__ = ["as_held", "masked_oracle", "with_merges"]
 

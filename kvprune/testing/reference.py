@@ -1,6 +1,6 @@
 """Slow references, written with plain loops and sets: what rows see, which columns belong together.
 
-They share no code with `kvprune.visibility` and `kvprune.scoring`, so that both can be checked against them.
+They share no code with `kvprune.tokens.visibility` and `kvprune.scoring`, so that both can be checked against them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from kvprune.selection import Selection
-from kvprune.visibility import Visibility
+from kvprune.tokens.selection import Selection
+from kvprune.tokens.visibility import Visibility
 
 __all__ = [
     "existing",

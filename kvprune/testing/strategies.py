@@ -14,13 +14,22 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune.policy import CrossKVPolicy
-from kvprune.selection import Budget, Selection
-from kvprune.spec import PolicySpec
-from kvprune.testing.conformance.budgets import variants
-from kvprune.testing.problems import DTYPES, Content, Family, LayerProblem, Model, ModelProblem, Precision
-from kvprune.view import LayerView
-from kvprune.visibility import Visibility
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.spec import PolicySpec
+from kvprune.policy.view import LayerView
+from kvprune.testing.conformance.common.budgets import variants
+from kvprune.testing.problems import (
+    DTYPES,
+    Content,
+    Family,
+    LayerProblem,
+    Model,
+    ModelProblem,
+    Precision,
+)
+from kvprune.tokens.budget import Budget
+from kvprune.tokens.selection import Selection
+from kvprune.tokens.visibility import Visibility
 
 __all__ = [
     "budgets",

@@ -6,21 +6,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-import torch
-
-from kvprune import (
-    BudgetPolicy,
-    Decision,
-    LayerView,
-    ScoringPolicy,
-    Selection,
-    require_scorer,
-    scoring,
-)
-from kvprune.allocation import apportion, each
+from kvprune import BudgetPolicy, Decision, LayerView, ScoringPolicy, Selection, require_scorer, scoring
 from kvprune.errors import PolicyOptionError
-from kvprune.judgement import check_scores
-from kvprune.policy import Need
+from kvprune.policy import Need, check_scores
 from kvprune_strategies.snapkv import SnapKV
 
 
@@ -85,13 +73,13 @@ class AdaKV(BudgetPolicy):
 
     def select(self, view: LayerView) -> Decision:
         """Share the layer's budget out among its heads."""
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         scores = check_scores(self.scorer.score(view), view, strata, self.scorer.name)
         visible = (strata == 0).sum(-1, keepdim=True).expand(-1, scores.shape[1])  # [B, H]
-        even = each(self.budget.resolve, visible)
-        least = each(lambda count: int(Fraction(str(self.alpha)) * count), even)
+        even = scoring.each(self.budget.resolve, visible)
+        least = scoring.each(lambda count: int(Fraction(str(self.alpha)) * count), even)
         least = least.maximum(scoring.group_counts(strata, view.visibility)[:, None])
         urgency = scoring.in_keeping_order(scores, strata, view.visibility)
-        counts = apportion(urgency, least, visible, even.sum(-1))
+        counts = scoring.apportion(urgency, least, visible, even.sum(-1))
         limit = counts[..., None].expand_as(scores)
         return Decision(cache=Selection.from_mask(scoring.keep_top(scores, strata, limit, view.visibility)))

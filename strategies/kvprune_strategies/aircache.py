@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from kvprune import LayerView, scoring
-from kvprune.allocators import ProportionalAllocator
 from kvprune.errors import PolicyOptionError
-from kvprune.policy import Need
+from kvprune.policy import Need, ProportionalAllocator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class AirCache(ProportionalAllocator):
             mean attention, over all heads (before the output projection and the layer's gate, which policies
             do not see). "none": skewness alone.
         scorer: Ranks tokens in place of their importance; shares stay as they are. See
-            `kvprune.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
+            `kvprune.policy.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
 
     Deviations: only rows that see what decoding sees can be elite, the last of them always is, and padding
     and what comes before the image are left out before the largest weight is looked for: the first token

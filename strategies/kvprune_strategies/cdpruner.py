@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kvprune import BudgetPolicy, Decision, LayerView, onward_decision, scoring
-from kvprune.directions import Directions
 from kvprune.errors import PolicyOptionError
 from kvprune.policy import Need
 
@@ -78,7 +77,7 @@ class CDPruner(BudgetPolicy):
                 view.features[sample] if self.of == "features" else view.keys[sample].mT.flatten(0, 1).mT
             )
             weights = _between(relevance[sample, columns], self.floor)
-            order = _largest_volume(Directions(vectors, columns), weights, count)
+            order = _largest_volume(scoring.Directions(vectors, columns), weights, count)
             places[sample, columns[order]] = torch.arange(
                 len(order), dtype=places.dtype, device=places.device
             )
@@ -92,7 +91,7 @@ def _between(relevance: Tensor, floor: float) -> Tensor:
     return floor + (1 - floor) * share
 
 
-def _largest_volume(directions: Directions, weights: Tensor, count: int) -> Tensor:
+def _largest_volume(directions: scoring.Directions, weights: Tensor, count: int) -> Tensor:
     """Return ``count`` positions in the order in which greedy volume maximisation picks them.
 
     The volume that a token adds is its weight times the length of what is left of its direction beside the

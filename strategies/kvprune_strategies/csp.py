@@ -123,7 +123,7 @@ class CSP(CrossKVPolicy):
 
     def select(self, view: LayerView) -> Decision:
         """Keep the image tokens with the highest scores in each KV head."""
-        strata = torch.where(view.strata == 0, 0, -1)  # only what decoding can see
+        strata = view.decode_strata  # only what decoding can see
         rows = scoring.last_rows(view.visibility, self.window, strata == 0)
         scores = _by_kv_head(view.attention_mass(rows, null_keys=self.null_keys), view.heads)
         budget = self.exact_budget

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kvprune import FeatureScoringPolicy, FeatureView, scoring
-from kvprune.directions import Directions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +49,13 @@ class DivPrune(FeatureScoringPolicy):
         every = view.visibility.has_several_groups  # the best of each group must not depend on the budget
         for sample, columns in scoring.members(strata):
             count = len(columns) if every else int(limit[sample, columns[0]])
-            order = _farthest_first(Directions(features[sample], columns), count)
+            order = _farthest_first(scoring.Directions(features[sample], columns), count)
             places = torch.arange(count, device=view.device, dtype=scores.dtype)
             scores[sample, 0, columns[order]] = -places
         return scores
 
 
-def _farthest_first(directions: Directions, count: int) -> Tensor:
+def _farthest_first(directions: scoring.Directions, count: int) -> Tensor:
     """Return the positions of ``count`` vectors in the order in which farthest-point sampling picks them."""
     nearest = directions.nearest()  # of the first pick: to any other token
     picked = torch.empty(count, dtype=torch.int64, device=nearest.device)

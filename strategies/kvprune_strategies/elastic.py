@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvprune import BudgetPolicy, Decision, LayerView, scoring
-from kvprune.buckets import merge_mean, nearest
+from kvprune.policy import merge_mean, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Elastic(BudgetPolicy):
 
     def select(self, view: LayerView) -> Decision:
         """Merge what decoding can see; each layer decides for itself."""
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         importance = scoring.pool_heads(view.attention_mass())  # [B, 1, S]
         limit = scoring.limits(self.budget, strata)
         kept = scoring.keep_top(importance, strata, limit, view.visibility)

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 from kvprune import Budget, CrossKVPolicy, Decision, LayerView, onward_decision, scoring
 from kvprune.errors import PolicyOptionError
 from kvprune.policy import Need
-from kvprune.windows import window_mass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ class FastV(CrossKVPolicy):
             )
         if view.rank != self.rank - 1:
             return Decision()
-        mass = window_mass(view, 1) if self.rows == "last" else view.attention_mass()
+        mass = view.window_mass(1) if self.rows == "last" else view.attention_mass()
         limit = scoring.limits(self.budget, view.strata)
         kept = scoring.keep_top(scoring.pool_heads(mass), view.strata, limit, view.visibility)
         return onward_decision(view, kept, crop_here=False)

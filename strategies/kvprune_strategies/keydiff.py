@@ -44,7 +44,7 @@ class KeyDiff(ScoringPolicy):
 
     def score(self, view: LayerView) -> Tensor:
         """Return minus the cosine to the anchor ``[B, Hkv, S]``, 0 for unseen columns."""
-        dtype = torch.float64 if view.keys.dtype == torch.float64 else torch.float32
+        dtype = scoring.accumulation_dtype(view.keys)
         scores = torch.zeros(view.keys.shape[:3], dtype=dtype, device=view.keys.device)
         for members in scoring.each_stratum(view.strata):
             for sample in range(view.batch):

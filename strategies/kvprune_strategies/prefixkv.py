@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kvprune import LayerView, scoring
-from kvprune.allocators import LayerAllocator
-from kvprune.policy import Need
+from kvprune.policy import LayerAllocator, Need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class PrefixKV(LayerAllocator):
 
     Args:
         scorer: Ranks tokens in place of attention; prefixes, and with them how many a layer keeps, are still
-            those of attention. See `kvprune.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
+            those of attention. See `kvprune.policy.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
 
     Deviations: the original profiles how much each layer keeps on calibration samples and then keeps it
     fixed; here each sample has its own p. First and last tokens are not protected, and nothing is evicted

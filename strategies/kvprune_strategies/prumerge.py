@@ -9,11 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvprune import Budget, Decision, FeaturePolicy, FeatureView, Selection, evenly, scoring
-from kvprune.buckets import merge_weighted
+from kvprune import Budget, Decision, FeaturePolicy, FeatureView, Selection, scoring
 from kvprune.errors import BudgetError, PolicyOptionError
-from kvprune.judgement import check_scores
-from kvprune.likeness import most_alike
+from kvprune.policy import check_scores, merge_weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +105,7 @@ class PruMerge(FeaturePolicy):
         paid = check_scores(view.class_attention[:, None], view, view.strata, self.name)
         kept = self._kept(view, paid, classes)
         takers, cells = kept[:, 0] & ~classes, torch.where((view.strata >= 0) & ~classes, view.groups, -1)
-        joined = most_alike(view.features, takers, ~kept[:, 0], cells)
+        joined = scoring.most_alike(view.features, takers, ~kept[:, 0], cells)
         if not bool((joined >= 0).any()):
             return Decision(onward=Selection.from_mask(kept))
         buckets = torch.where(kept[:, 0], torch.arange(view.columns, device=view.device), joined)
@@ -133,7 +131,7 @@ class PruMerge(FeaturePolicy):
             limit = limit + back
         if self.class_tokens == "keep":
             paid = paid + 2 * classes[:, None]  # attention is at most 1
-        scores, _ = evenly.share(paid, view, strata, limit, back)
+        scores, _ = scoring.share_evenly(paid, view.visibility, strata, limit, back)
         return scoring.keep_top(scores, strata, limit, view.visibility)
 
     def _outliers(self, paid: Tensor, cells: Tensor) -> Tensor:

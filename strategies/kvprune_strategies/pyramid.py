@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvprune import ScoringPolicy
-from kvprune.allocators import LayerAllocator
 from kvprune.errors import PolicyOptionError
+from kvprune.policy import LayerAllocator
 from kvprune_strategies.snapkv import SnapKV
 
 
@@ -26,7 +26,7 @@ class Pyramid(LayerAllocator):
         beta: How steep the line is, at least 1; at 1 all layers keep the same.
         shape: "inverted" gives the last layer what "pyramid" gives the first. Which cross-attention layers
             deserve more is an open question.
-        scorer: See `kvprune.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
+        scorer: See `kvprune.policy.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
 
     Deviations: the original adds a window of recent tokens to each layer; here the window is text and the
     cache holds images. It rounds the step of the line down, so that the total drifts; here all layers

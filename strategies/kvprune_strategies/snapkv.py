@@ -10,9 +10,7 @@ from torch import Tensor
 
 from kvprune import LayerView, ScoringPolicy, scoring
 from kvprune.errors import PolicyOptionError
-from kvprune.neighbours import lines, pool_neighbours
 from kvprune.policy import Need
-from kvprune.windows import window_mass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +80,7 @@ class SnapKV(ScoringPolicy):
 
     def score(self, view: LayerView) -> Tensor:
         """Return pooled attention of the window by KV head ``[B, Hkv, S]``."""
-        mass = window_mass(view, self.window)
+        mass = view.window_mass(self.window)
         if self.pool != "none":
             mass = self._pooled(view, mass)
         return scoring.by_kv_head(mass, view.heads)
@@ -92,9 +90,9 @@ class SnapKV(ScoringPolicy):
         pooled = mass
         for members in scoring.each_stratum(view.strata):
             if self.pool == "1d":
-                places, images = lines(view.visibility, members)
+                places, images = scoring.lines(view.visibility, members)
             else:
                 places, images = view.places, view.images
-            smooth = pool_neighbours(mass, places, images, members, self.kernel, self.reduction)
+            smooth = scoring.pool_neighbours(mass, places, images, members, self.kernel, self.reduction)
             pooled = torch.where(members[:, None], smooth, pooled)
         return pooled

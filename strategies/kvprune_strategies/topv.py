@@ -10,8 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvprune import FeatureScoringPolicy, FeatureView, evenly, scoring
-from kvprune.directions import Directions
+from kvprune import FeatureScoringPolicy, FeatureView, scoring
 from kvprune.errors import PolicyOptionError
 
 
@@ -87,7 +86,7 @@ class TopV(FeatureScoringPolicy):
         limit = scoring.limits(self.budget, strata)
         share = Fraction(str(self.recover))
         back = limit * share.numerator // share.denominator
-        return evenly.share(importance, view, strata, limit, back)[0]
+        return scoring.share_evenly(importance, view.visibility, strata, limit, back)[0]
 
     def importance(self, view: FeatureView) -> Tensor:
         """Return what the targets of its image draw from each source, relative to the mean, ``[B, S]``."""
@@ -98,11 +97,11 @@ class TopV(FeatureScoringPolicy):
         images = view.images.expand(view.batch, -1)
         inside = torch.where(view.strata >= 0, images, -1)
         for sample, columns in scoring.members(inside):
-            directions = Directions(view.features[sample], columns)
+            directions = scoring.Directions(view.features[sample], columns)
             found[sample, columns] = self._drawn(directions, places[sample, columns].to(found.dtype))
         return found
 
-    def _drawn(self, directions: Directions, places: Tensor) -> Tensor:
+    def _drawn(self, directions: scoring.Directions, places: Tensor) -> Tensor:
         """Return the mass drawn from each of n sources by n targets of mass 1, ``[n]``."""
         nowhere = places[:, 0] < 0
         fixed = self.gamma * _from_centre(places, nowhere)

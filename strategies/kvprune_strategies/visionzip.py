@@ -9,11 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvprune import Decision, FeatureScoringPolicy, FeatureView, Selection, evenly, scoring
-from kvprune.buckets import merge_mean, merge_weighted
+from kvprune import Decision, FeatureScoringPolicy, FeatureView, Selection, scoring
 from kvprune.errors import PolicyOptionError
-from kvprune.judgement import check_scores
-from kvprune.likeness import most_alike
+from kvprune.policy import check_scores, merge_mean, merge_weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,7 @@ class VisionZip(FeatureScoringPolicy):
         )
         takers = kept[:, 0] & ~dominant & patches
         cells = torch.where((strata >= 0) & patches, view.groups, -1)
-        joined = most_alike(view.features, takers, ~kept[:, 0], cells)
+        joined = scoring.most_alike(view.features, takers, ~kept[:, 0], cells)
         if not bool((joined >= 0).any()):
             return Decision(onward=Selection.from_mask(kept))
         columns = torch.arange(view.columns, device=view.device)
@@ -106,7 +104,9 @@ class VisionZip(FeatureScoringPolicy):
         paid = check_scores(paid, view, strata, self.name)
         limit = scoring.limits(self.budget, strata)
         rest = 1 - Fraction(str(self.dominant))
-        return evenly.share(paid, view, strata, limit, limit * rest.numerator // rest.denominator)
+        return scoring.share_evenly(
+            paid, view.visibility, strata, limit, limit * rest.numerator // rest.denominator
+        )
 
 
 def _target_and_mean(joined: Tensor) -> Tensor:

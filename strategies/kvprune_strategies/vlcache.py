@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from kvprune import LayerView, ScoringPolicy
-from kvprune.allocators import ProportionalAllocator
 from kvprune.errors import PolicyOptionError
-from kvprune.policy import Need
+from kvprune.policy import Need, ProportionalAllocator
 from kvprune_strategies.h2o import H2O
 
 
@@ -29,7 +28,7 @@ class VLCache(ProportionalAllocator):
         class_tokens: Whether the class tokens of the encoder "count" like others, or density is computed as
             if they were not there ("ignore"). They often have the largest weight of a row, against which
             all others look small. They may be kept in either case.
-        scorer: See `kvprune.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
+        scorer: See `kvprune.policy.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
 
     Deviations: rows after the image are the rows that see it, and all tokens are of the image, so nothing is
     left of the distinction between kinds of tokens. No tenth of the budget goes to recent tokens.

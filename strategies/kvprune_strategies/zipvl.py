@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvprune import Budget, CrossKVPolicy, Decision, LayerView, Selection, scoring, seeding
+from kvprune import Budget, CrossKVPolicy, Decision, LayerView, Selection, scoring
 from kvprune.errors import PolicyOptionError
+from kvprune.tokens import randomness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class ZipVL(CrossKVPolicy):
     again. Only tokens that decoding can see count, padding and earlier images of an interleaved chat do not.
     Rows that see no image are not read. The best token of each image is important. Heads share tokens; how
     the paper aggregates heads could not be verified. The bits come in groups of channels of one token
-    (`kvprune.quantization`). A sample without an image receives no attention that counts, and keeps all.
+    (`kvprune.cache.quantization`). A sample without an image receives no attention that counts, and keeps all.
     """
 
     tau: float = 0.975
@@ -118,7 +119,7 @@ class ZipVL(CrossKVPolicy):
         """Decide about one layer's cache."""
         rows = self._rows(view)
         mass = view.attention_mass(rows).mean(1).double()  # [B, S]
-        strata = torch.where(view.strata == 0, 0, -1)  # only what decoding can see
+        strata = view.decode_strata  # only what decoding can see
         if self.budget is None:
             limit = self._count(mass, strata, view.keys.dtype)[:, None].expand_as(strata)
         else:
@@ -142,7 +143,7 @@ class ZipVL(CrossKVPolicy):
         else:
             reached = mass.sort(dim=-1, descending=True).values.cumsum(-1)
             # What rounding in the dtype of attention may have taken away.
-            slack = 16 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+            slack = 16 * torch.finfo(scoring.accumulation_dtype(dtype)).eps
             count = (reached < (self.tau - slack) * total).sum(-1) + 1
         return torch.where(total[:, 0] > 0, torch.minimum(count, size), size)
 
@@ -156,7 +157,7 @@ class ZipVL(CrossKVPolicy):
             return live & (place < self.recent)
         fingerprints = view.fingerprints().expand(view.batch)
         # Another stream than that of `view.random`, whose ranks are not negative.
-        draws = seeding.uniform(view.seed, -2 - view.rank, fingerprints, 1, live.shape[1])[:, 0]
+        draws = randomness.uniform(view.seed, -2 - view.rank, fingerprints, 1, live.shape[1])[:, 0]
         drawn = draws.to(live.device).gather(1, place.clamp(min=0)).masked_fill(~earlier, 2.0)
         order = drawn.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
         return live & ((place < self.recent) | (order < self.probe))

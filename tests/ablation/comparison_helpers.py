@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from kvprune.ablation import Settings
-from kvprune.ablation.answers import Answer
-from kvprune.ablation.data import Example
+from kvprune.comparison import Settings
+from kvprune.comparison.data.examples import Example
+from kvprune.comparison.storage.answers import Answer
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import pytest
 from comparison_helpers import SMALL_POLICIES, SMALL_RATIOS, answer, example, small_settings
 from PIL import Image
 
-from kvprune.ablation import compare
-from kvprune.ablation.grid import Configuration, expand
-from kvprune.ablation.summary import Summary, summarise
-from kvprune.ablation.timing import Lap
+from kvprune.comparison import compare
+from kvprune.comparison.plan.grid import Configuration, expand
+from kvprune.comparison.statistics.summary import Summary, summarise
+from kvprune.comparison.storage.timings import Lap
 
 Rows = list[Any]
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import kvprune
-from kvprune.ablation import Progress, Settings, Summary, compare
-from kvprune.ablation.data import read_examples
-from kvprune.ablation.generation import Generator
+from kvprune.comparison import Progress, Settings, Summary, compare
+from kvprune.comparison.data.examples import read_examples
+from kvprune.comparison.execution.generation import Generator
 from kvprune.errors import (
     DataError,
     KVPruneError,

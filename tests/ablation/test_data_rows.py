@@ -17,7 +17,14 @@ import pytest
 from comparison_helpers import row
 from PIL import Image
 
-from kvprune.ablation.data import Example, choose, digest, is_correct, normalise, read_examples
+from kvprune.comparison.data.examples import (
+    Example,
+    choose,
+    digest,
+    is_correct,
+    normalise,
+    read_examples,
+)
 from kvprune.errors import DataError
 
 Write = Callable[[list[Any]], Path]

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 import kvprune
-from kvprune import registry
-from kvprune.ablation import DEFAULT_POLICIES, every_policy
-from kvprune.ablation.grid import DEFAULT_KEEP_RATIOS, expand
 from kvprune.cli import app
+from kvprune.comparison import DEFAULT_POLICIES, every_policy
+from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, expand
+from kvprune.session import registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def show(*_: Any, ranked: bool) -> None:
         seen["ranked"] = ranked
 
-    monkeypatch.setattr("kvprune.ablation.compare", compare)
-    monkeypatch.setattr("kvprune.ablation.console.show_summary", show)
+    monkeypatch.setattr("kvprune.comparison.compare", compare)
+    monkeypatch.setattr("kvprune.comparison.display.console.show_summary", show)
     return seen
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvprune.ablation.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, expand
+from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, expand
 from kvprune.errors import PolicyOptionError, SpecError, UnknownPolicyError
-from kvprune.spec import PolicySpec
+from kvprune.policy.spec import PolicySpec
 
 
 def specs(*policies: str | PolicySpec, ratios: tuple[float, ...] = (0.5, 0.1)) -> list[str]:

@@ -20,8 +20,9 @@ from comparison_helpers import SMALL_POLICIES, SMALL_RATIOS, small_settings
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvprune.ablation import compare, plot, verify
-from kvprune.ablation.generation import Generator
+from kvprune.comparison import compare, verify
+from kvprune.comparison.display import plot
+from kvprune.comparison.execution.generation import Generator
 from kvprune.errors import KVPruneError, ResultsError
 
 FILES = ("manifest.json", "results.jsonl", "timings.jsonl", "summary.json")
@@ -58,14 +59,14 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Generator, "load", load)
     monkeypatch.setattr(plot, "render", lambda _: b"a picture")
-    monkeypatch.setattr("kvprune.ablation.record.model_digest", lambda _: "sha256:fixed")
+    monkeypatch.setattr("kvprune.comparison.storage.record.model_digest", lambda _: "sha256:fixed")
 
 
 @pytest.fixture(scope="module")
 def whole(finished_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished folder whose manifest has the digest that `no_model` puts there."""
     folder = shutil.copytree(finished_folder, tmp_path_factory.mktemp("hostile") / "results")
-    from kvprune.ablation.manifest import digest
+    from kvprune.comparison.storage.manifest import digest
 
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["run"]["model_digest"] = "sha256:fixed"
@@ -241,7 +242,7 @@ def test_errors_of_the_disk_are_typed(whole: Path, name: str, monkeypatch: pytes
 
 
 def test_a_full_disk_is_typed_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvprune.ablation.journal import Journal, write_json
+    from kvprune.comparison.storage.journal import Journal, write_json
 
     journal = Journal(tmp_path / "results.jsonl")
     journal.append([{"a": 1}])

@@ -10,9 +10,9 @@ from comparison_helpers import answer, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprune.ablation.answers import Answer, to_row
-from kvprune.ablation.journal import Journal, write_json
-from kvprune.ablation.results import ResultsFolder
+from kvprune.comparison.storage.answers import Answer, to_row
+from kvprune.comparison.storage.journal import Journal, write_json
+from kvprune.comparison.storage.results import ResultsFolder
 from kvprune.errors import ResultsError
 
 EXAMPLES = [example(number) for number in range(6)]

@@ -11,10 +11,10 @@ import torch
 from comparison_helpers import small_settings
 
 import kvprune
-from kvprune.ablation import compare, verify
-from kvprune.ablation.data import Example, read_examples
-from kvprune.ablation.generation import Generator
-from kvprune.ablation.late import divide
+from kvprune.comparison import compare, verify
+from kvprune.comparison.data.examples import Example, read_examples
+from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.late_tokens import divide
 from kvprune.errors import DataError, KVPruneError, ResultsError, UnsupportedModelError
 from kvprune.testing import masked_oracle, mllama_inputs
 

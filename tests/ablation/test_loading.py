@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from kvprune import demo
-from kvprune.ablation.generation import Generator
-from kvprune.ablation.manifest import model_digest
+from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.storage.manifest import model_digest
 from kvprune.errors import UnsupportedModelError
 from kvprune.testing import tiny_mllama
 

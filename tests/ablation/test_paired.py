@@ -11,9 +11,9 @@ from comparison_helpers import answer, example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune.ablation.grid import expand
-from kvprune.ablation.paired import paired_difference
-from kvprune.ablation.summary import Summary, summarise
+from kvprune.comparison.plan.grid import expand
+from kvprune.comparison.statistics.paired import paired_difference
+from kvprune.comparison.statistics.summary import Summary, summarise
 
 
 def table(both: int, own: int, other: int, neither: int) -> tuple[list[bool], list[bool]]:

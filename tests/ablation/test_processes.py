@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from comparison_helpers import contents
 
-from kvprune.ablation import Settings, compare
-from kvprune.ablation.runner import require
+from kvprune.comparison import Settings, compare
+from kvprune.comparison.execution.runner import require
 from kvprune.errors import ResultsError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL and file locks")

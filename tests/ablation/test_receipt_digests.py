@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvprune
-from kvprune.ablation.receipts import receipts
-from kvprune.report import LayerReceipt
-from kvprune.selection import Selection
+from kvprune.comparison.storage.digests import receipts
+from kvprune.engine.report import LayerReceipt
 from kvprune.testing import mllama_inputs
+from kvprune.tokens.selection import Selection
 
 Masks = list[list[list[bool]]]
 

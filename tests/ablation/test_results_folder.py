@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from comparison_helpers import answer, example
 
-from kvprune.ablation.answers import to_row
-from kvprune.ablation.grid import Configuration
-from kvprune.ablation.manifest import build_manifest, first_difference, model_digest
-from kvprune.ablation.results import ResultsFolder
-from kvprune.ablation.timing import read_laps
+from kvprune.comparison.plan.grid import Configuration
+from kvprune.comparison.storage.answers import to_row
+from kvprune.comparison.storage.manifest import build_manifest, first_difference, model_digest
+from kvprune.comparison.storage.results import ResultsFolder
+from kvprune.comparison.storage.timings import read_laps
 from kvprune.errors import ResultsError
 
 

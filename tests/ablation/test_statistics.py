@@ -7,10 +7,11 @@ import math
 import pytest
 from comparison_helpers import answer, example
 
-from kvprune.ablation.grid import Configuration
-from kvprune.ablation.rates import rate
-from kvprune.ablation.summary import Summary, summarise
-from kvprune.ablation.timing import TIMED_TOKENS, Lap, read_laps, speeds
+from kvprune.comparison.plan.grid import Configuration
+from kvprune.comparison.statistics.rates import rate
+from kvprune.comparison.statistics.speed import speeds
+from kvprune.comparison.statistics.summary import Summary, summarise
+from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, read_laps
 from kvprune.errors import ResultsError
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune.ablation.strict import parse
+from kvprune.comparison.data.safe_json import parse
 
 VALUES = st.recursive(
     st.none()

@@ -8,11 +8,11 @@ import io
 from PIL import Image
 from rich.console import Console
 
-from kvprune.ablation import plot
-from kvprune.ablation.notes import notes
-from kvprune.ablation.paired import PairedDifference
-from kvprune.ablation.summary import Summary
-from kvprune.ablation.table import groups, table
+from kvprune.comparison.display import plot
+from kvprune.comparison.display.notes import notes
+from kvprune.comparison.display.table import groups, table
+from kvprune.comparison.statistics.paired import PairedDifference
+from kvprune.comparison.statistics.summary import Summary
 
 
 def printed(summary: Summary, width: int = 120, *, ranked: bool = False) -> list[str]:

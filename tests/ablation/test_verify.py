@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 from comparison_helpers import SMALL_SPECS, contents, small_settings
 
-from kvprune.ablation import Progress, Verification, compare, verify
-from kvprune.ablation.generation import Generator
-from kvprune.errors import DataError, KVPruneError, ResultsError, UnknownPolicyError, UnsupportedModelError
+from kvprune.comparison import Progress, Verification, compare, verify
+from kvprune.comparison.execution.generation import Generator
+from kvprune.errors import (
+    DataError,
+    KVPruneError,
+    ResultsError,
+    UnknownPolicyError,
+    UnsupportedModelError,
+)
 
 FULL, TRIM, RANDOM, LOSSLESS = SMALL_SPECS
 
@@ -44,7 +50,7 @@ def verify_unchanged(folder: Path, **options: Any) -> Verification:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing run again, for tests of what is found without a model."""
-    monkeypatch.setattr("kvprune.ablation.verification._run_again", lambda *_: [])
+    monkeypatch.setattr("kvprune.comparison.verification.verification._run_again", lambda *_: [])
 
 
 def test_an_untouched_folder_reproduces(folder: Path) -> None:
@@ -139,9 +145,9 @@ def test_an_edited_seed_is_named(folder: Path) -> None:
 def test_changed_policies_versions_and_weights_are_notes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, no_model: None
 ) -> None:
-    monkeypatch.setattr("kvprune.ablation.manifest._source_digest", lambda _: "edited")
-    monkeypatch.setattr("kvprune.ablation.manifest._core_digest", lambda: "edited, too")
-    monkeypatch.setattr("kvprune.ablation.record.model_digest", lambda _: "sha256:other")
+    monkeypatch.setattr("kvprune.comparison.storage.manifest._source_digest", lambda _: "edited")
+    monkeypatch.setattr("kvprune.comparison.storage.manifest._core_digest", lambda: "edited, too")
+    monkeypatch.setattr("kvprune.comparison.storage.record.model_digest", lambda _: "sha256:other")
     edit_json(folder / "manifest.json", lambda m: m["about"].update(python="2.7"))
     found = verify_unchanged(folder)
     assert found.reproduces, "what is not run again is still as it was"

@@ -14,10 +14,10 @@ import kvprune
 from kvprune import Decision, FeaturePolicy, Selection
 from kvprune.adapters.class_attention import ClassAttention
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.bench import PeakMemory
 from kvprune.errors import PolicyOptionError, UnsupportedModelError
-from kvprune.session import Compression
+from kvprune.session.compression import Compression
 from kvprune.testing import mllama_inputs, tiny_mllama
+from kvprune.testing.cost import PeakMemory
 
 SEEN: list = []
 LAYOUTS = ("tt4tt1tt", "t2tt", "13ttt", "tttt")  # several images, padding tiles, a sample without an image

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import kvprune
-from kvprune.cache import CrossKVLayer
+from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import PolicyNeverRanError, UnsupportedCacheError
 from kvprune.testing import masked_oracle, mllama_inputs
 

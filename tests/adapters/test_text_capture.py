@@ -13,9 +13,9 @@ from transformers import DynamicCache
 import kvprune
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
-from kvprune.session import Compression
+from kvprune.session.compression import Compression
 from kvprune.testing import mllama_inputs, tiny_mllama
-from kvprune.testing.conformance.calls import forward
+from kvprune.testing.conformance.models.calls import forward
 
 SEEN: list = []
 

@@ -7,8 +7,7 @@ import torch
 from generation import bart, difference_to_oracle, generate, mllama
 
 import kvprune
-from kvprune.adapters.twins import find_twins
-from kvprune.cache import Twins
+from kvprune.cache.copies import Twins, find_twins
 from kvprune.testing import mllama_inputs
 
 

@@ -11,9 +11,17 @@ import torch
 from typer.testing import CliRunner
 
 import kvprune
-from kvprune.bench import LLAMA_11B, PeakMemory, ask, make_problem, measure, measure_all, peak_memory
 from kvprune.cli import app
 from kvprune.errors import KVPruneError, PolicyFailedError
+from kvprune.testing.cost import (
+    LLAMA_11B,
+    PeakMemory,
+    ask,
+    make_problem,
+    measure,
+    measure_all,
+    peak_memory,
+)
 
 SMALL = dataclasses.replace(LLAMA_11B, tiles=2, patches=5, rows=3, query_heads=4, kv_heads=2, width=8)
 

@@ -17,7 +17,7 @@ from kvprune_strategies import CSP
 import kvprune
 from kvprune.errors import BudgetError, PolicyOptionError, UnsupportedModelError
 from kvprune.testing import LayerProblem, check_policy, masked_oracle, mllama_inputs
-from kvprune.testing.problems import cut_text, cut_to_sample
+from kvprune.testing.cutting import cut_text, cut_to_sample
 from kvprune.testing.strategies import layer_problems
 
 problems = layer_problems(contents=("random",), dtypes=("float64",))

@@ -20,8 +20,8 @@ from sharing import (
 )
 
 import kvprune
-from kvprune.allocation import apportion
 from kvprune.errors import BudgetError, PolicyOptionError
+from kvprune.scoring.shares import apportion
 
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
 

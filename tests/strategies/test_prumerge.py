@@ -22,7 +22,7 @@ from kvprune_strategies import PruMerge
 
 from kvprune import get_policy
 from kvprune.errors import BudgetError, PolicyOptionError, ScoreError
-from kvprune.merging import merge_features
+from kvprune.tokens.merging import merge_features
 
 ratios = st.one_of(st.none(), st.integers(1, 100).map(lambda percent: percent / 100))
 choices = st.sampled_from(["keep", "rank"])

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kvprune_strategies import VisionZip
 
 from kvprune.errors import BudgetError, PolicyOptionError, ScoreError
-from kvprune.merging import merge_features
+from kvprune.tokens.merging import merge_features
 
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
 shares = st.sampled_from([0.01, 0.5, 0.84, 1.0])

@@ -12,7 +12,7 @@ from sharing import best_of, concluded, counts_of, kept_by_layer, layers_over, s
 
 import kvprune
 from kvprune.errors import PolicyOptionError
-from kvprune.layout import Layout
+from kvprune.tokens.layout import Layout
 
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
 

@@ -23,7 +23,7 @@ from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.errors import ConformanceError, PluginError, UnknownInvariantError, UnsupportedModelError
 from kvprune.testing import check_adapter, enliven, masked_oracle, mllama_inputs, tiny_bart, tiny_mllama
 from kvprune.testing.conformance import ADAPTER_INVARIANTS
-from kvprune.testing.conformance.adapter_suite import _Bench
+from kvprune.testing.conformance.adapters.suite import _Bench
 
 
 def failure_of(*adapter, **options):

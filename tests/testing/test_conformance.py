@@ -24,7 +24,7 @@ from kvprune import ScoringPolicy, Selection
 from kvprune.errors import ConformanceError, PolicyOptionError, SpecError, UnknownInvariantError
 from kvprune.testing import LayerProblem, ModelProblem, check_policy, recheck, strategies
 from kvprune.testing.conformance import INVARIANTS, SUITE_VERSION
-from kvprune.testing.conformance.isolation import process_state
+from kvprune.testing.conformance.common.isolation import process_state
 
 NOT_APPLICABLE = {
     "adakv": {"KV15"},
@@ -130,7 +130,7 @@ def test_all_failures_are_collected_and_the_same_one_is_told_once():
     text = str(error)
     assert text.startswith("nan-scores breaks KV01 (failed), KV02 (failed), KV12 (failed)")
     assert "got ScoreError: policy 'nan-scores' at layer" in text
-    assert "kvprune/policy.py:" in text  # the last lines of the traceback
+    assert "kvprune/policy/base.py:" in text  # the last lines of the traceback
     assert [result.outcome for result in error.report.results] == ["failed"] * 3
     assert "  as KV01" in text
 
@@ -243,7 +243,7 @@ def test_reproducers_run_in_a_new_process():
 
 
 def test_a_reproducer_names_installed_policies_by_their_spec():
-    from kvprune.testing.conformance.reproduce import snippet
+    from kvprune.testing.conformance.common.reproducers import snippet
 
     text = snippet("KV02", kvprune.get_policy("trim:k_ratio=0.1"), LayerProblem(patches=10))
     assert "policy = kvprune.get_policy('trim:k_ratio=0.1')" in text

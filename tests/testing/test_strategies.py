@@ -82,7 +82,7 @@ def test_models_are_varied(wanted):
 
 
 def test_options_of_a_class_become_variants():
-    from kvprune.testing.conformance.budgets import variants
+    from kvprune.testing.conformance.common.budgets import variants
 
     made = [str(policy.spec) for policy in variants(type(kvprune.get_policy("norm")))]
     assert made[0] == "norm:keep_ratio=0.5"

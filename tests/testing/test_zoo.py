@@ -26,11 +26,12 @@ from zoo import (
 
 from kvprune.errors import ConformanceError
 from kvprune.testing import ModelProblem, check_policy
-from kvprune.testing.conformance import INVARIANTS, held
-from kvprune.testing.conformance.budgets import variants
-from kvprune.testing.conformance.lab import Lab
-from kvprune.testing.conformance.report import Violation
-from kvprune.testing.conformance.setting import Setting
+from kvprune.testing.conformance import INVARIANTS
+from kvprune.testing.conformance.common.budgets import variants
+from kvprune.testing.conformance.common.findings import Violation
+from kvprune.testing.conformance.models import held
+from kvprune.testing.conformance.models.setting import Setting
+from kvprune.testing.conformance.policies.lab import Lab
 
 CASES = [(cls, invariant) for cls in ALL for invariant in cls.caught_by]
 
@@ -128,6 +129,6 @@ def test_a_policy_that_looks_at_the_device_is_caught():
     ],
 )
 def test_runs_are_checked_even_if_the_core_would_let_it_pass(check, policy, layouts, monkeypatch):
-    monkeypatch.setattr("kvprune.manager.check_decision", lambda *arguments: None)
+    monkeypatch.setattr("kvprune.engine.manager.check_decision", lambda *arguments: None)
     with pytest.raises(Violation, match="one of"):
         check(policy, Setting.of(ModelProblem(layouts=layouts)))

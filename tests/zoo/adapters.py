@@ -14,8 +14,9 @@ from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.encoder_decoder import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.tile_mask import TileMask
-from kvprune.cache import CrossKVLayer, Twins
-from kvprune.selection import Selection
+from kvprune.cache.copies import Twins
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.tokens.selection import Selection
 
 
 class StockDecodeMask(BartAdapter):

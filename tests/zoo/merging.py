@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvprune import Budget, CrossKVPolicy, Decision, scoring
-from kvprune.buckets import merge_mean, nearest
+from kvprune.tokens.buckets import merge_mean, nearest
 from zoo.helpers import by_norm, unchecked
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kvprune.testing.conformance.adapter_suite import check_adapter, installed_adapter
-from kvprune.testing.conformance.adapter_table import ADAPTER_INVARIANTS
-from kvprune.testing.conformance.report import SUITE_VERSION, ConformanceReport, Result
-from kvprune.testing.conformance.suite import check_policy, recheck
-from kvprune.testing.conformance.table import INVARIANTS
+from kvprune.testing.conformance.adapters.suite import check_adapter, installed_adapter
+from kvprune.testing.conformance.adapters.table import ADAPTER_INVARIANTS
+from kvprune.testing.conformance.common.findings import SUITE_VERSION, ConformanceReport, Result
+from kvprune.testing.conformance.policies.suite import check_policy, recheck
+from kvprune.testing.conformance.policies.table import INVARIANTS
 
 __all__ = [
     "ADAPTER_INVARIANTS",

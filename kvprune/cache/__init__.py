@@ -1,0 +1,1 @@
+"""The only state: the cache layers that hold what is kept."""

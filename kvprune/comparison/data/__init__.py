@@ -1,0 +1,1 @@
+"""Questions, and reading files that may be broken."""

@@ -1,0 +1,1 @@
+"""Tables, notes and plots of a comparison."""

@@ -1,0 +1,62 @@
+"""A comparison on the terminal: a progress bar while it runs, a table and notes when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from kvprune.comparison.display.notes import notes
+from kvprune.comparison.display.table import table
+from kvprune.comparison.plan.settings import Progress
+from kvprune.comparison.statistics.summary import Summary
+
+__all__ = ["progress_bar", "show_summary"]
+
+
+def show_summary(summary: Summary, output: Path, console: Console, *, ranked: bool = False) -> None:
+    """Print the table, its notes, and where the files are.
+
+    Args:
+        summary: What to show.
+        output: The results folder.
+        console: Where to print.
+        ranked: Whether rows of one budget are ordered by accuracy; see `table`.
+    """
+    console.print(table(summary, console.width, ranked=ranked))
+    console.print()
+    for note in notes(summary, ranked=ranked):
+        console.print(note, highlight=False, markup=False)
+    console.print(
+        f"Everything is in {output}: results.jsonl, summary.json, manifest.json, accuracy_vs_kept.png.",
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """Show progress with the time left on standard error; what an earlier run did counts as done at once."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    bar = Bar(*columns, console=Console(stderr=True))
+    task = bar.add_task("", start=False)
+
+    def on_progress(progress: Progress) -> None:
+        bar.start()
+        bar.start_task(task)
+        bar.update(task, description=progress.phase, completed=progress.done, total=progress.total)
+
+    try:
+        yield on_progress
+    finally:
+        bar.stop()

@@ -1,0 +1,1 @@
+"""Runs a comparison: loads the model, generates answers, takes times."""

@@ -1,0 +1,86 @@
+"""Asks a model one batch of questions under one configuration; comparing and verifying both go this way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import kvprune
+from kvprune.comparison.data.examples import Example, is_correct, normalise
+from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.plan.devices import resolve_device
+from kvprune.comparison.plan.grid import REFERENCE, Configuration
+from kvprune.comparison.plan.settings import Settings
+from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.digests import receipts
+from kvprune.errors import ResultsError
+
+__all__ = ["ask", "batches", "load_generator"]
+
+
+def batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    """Return the examples in the batches in which they are asked; the last one may be smaller."""
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def load_generator(settings: Settings) -> Generator:
+    """Load the model that `settings` name; see `Generator.load`."""
+    return Generator.load(
+        settings.model,
+        device=resolve_device(settings.device),
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        max_new_tokens=settings.max_new_tokens,
+        late_tokens=settings.late_tokens,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def ask(
+    generator: Generator,
+    batch: Sequence[Example],
+    inputs: Mapping[str, Any],
+    one: Configuration,
+    seed: int,
+    full: Mapping[str, str],
+) -> list[Answer]:
+    """Answer a batch under one configuration.
+
+    Args:
+        generator: The model.
+        batch: The examples.
+        inputs: What `generator.encode` made of them.
+        one: The configuration.
+        seed: For policies that draw.
+        full: Text that the full cache answered, by example id; not read when `one` is the full cache.
+
+    Raises:
+        ResultsError: If the policy's report is not about every example.
+    """
+    with kvprune.compress(generator.model, one.policy, seed=seed) as run:
+        new = generator.generate(inputs)
+    report = run.report
+    kept = report.kept_per_sample
+    if len(kept) != len(batch) or any(math.isnan(fraction) for fraction in kept):
+        raise ResultsError(
+            f"{one.spec} reports kept fractions {kept} for {len(batch)} examples; each needs one"
+        )
+    proofs = receipts(one.spec, seed, report.layers, run.selections)
+    texts, finished = generator.texts(new), generator.finished(new)
+    return [
+        Answer(
+            spec=one.spec,
+            id=example.id,
+            task=example.task,
+            answer=texts[number],
+            correct=is_correct(texts[number], example.answers),
+            agrees_with_full=one.spec == REFERENCE or normalise(texts[number]) == normalise(full[example.id]),
+            finished=finished[number],
+            kept_fraction=kept[number],
+            bytes_held=report.bytes_held // len(batch),
+            bytes_full=report.bytes_full // len(batch),
+            receipt=proofs[number],
+        )
+        for number, example in enumerate(batch)
+    ]

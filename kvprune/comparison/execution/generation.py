@@ -1,0 +1,151 @@
+"""The model at work: loads it with its processor, encodes left-padded batches, decodes greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvprune.comparison.data.examples import Example, read_picture
+from kvprune.comparison.execution.late_tokens import divide
+from kvprune.comparison.execution.loading import load_model
+from kvprune.errors import DataError, UnsupportedModelError
+
+__all__ = ["Generator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """A model and its processor, ready for batched questions about pictures.
+
+    Args:
+        model: Anything with `generate` that an adapter supports.
+        processor: With a chat template; pads on the left.
+        max_new_tokens: Limit on an answer, in tokens.
+        late_tokens: Last tokens of each prompt that are decoded after pruning. The prompt without them is
+            prefilled first, and decoding goes on from that cache. With 0, a policy that prunes after prefill
+            leaves the first new token as it is, so one-token answers do not show what it dropped.
+    """
+
+    model: Any
+    processor: Any
+    max_new_tokens: int
+    late_tokens: int = 0
+
+    @classmethod
+    def load(
+        cls,
+        model: str | None,
+        *,
+        device: str,
+        dtype: str,
+        attn_implementation: str | None,
+        max_new_tokens: int,
+        late_tokens: int = 0,
+        trust_remote_code: bool = False,
+    ) -> Generator:
+        """Load a model and its processor, and check that kvprune supports the model.
+
+        Args:
+            model: Hub id or local folder; None is the embedded demo.
+            device: A torch device such as ``cpu`` or ``cuda:0``.
+            dtype: One of `DTYPES`.
+            attn_implementation: Passed to transformers; None is its default.
+            max_new_tokens: Limit on an answer, in tokens.
+            late_tokens: Last tokens of each prompt that are decoded after pruning.
+            trust_remote_code: Let transformers run Python files that come with the model.
+
+        Raises:
+            UnsupportedModelError: If the model cannot be loaded, wants to run code of its own, no adapter
+                knows it, or its processor has no chat template.
+        """
+        from kvprune.session.registry import find_adapter
+
+        loaded, processor = load_model(
+            model,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        find_adapter(loaded)
+        if not getattr(processor, "chat_template", None):
+            raise UnsupportedModelError(
+                f"the processor of {model!r} has no chat template; use an instruction-tuned checkpoint"
+            )
+        return cls(
+            model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens, late_tokens=late_tokens
+        )
+
+    def encode(self, examples: Sequence[Example]) -> Mapping[str, Any]:
+        """Return the model's inputs for one batch of user turns, each a picture followed by its question.
+
+        Raises:
+            DataError: If a picture cannot be read any more, or the processor pads on the right.
+        """
+        images, prompts = [], []
+        for example in examples:
+            images.append([read_picture(example.image)[0]])
+            content = [{"type": "image"}, {"type": "text", "text": example.question}]
+            turn = [{"role": "user", "content": content}]
+            prompts.append(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+        inputs = self.processor(
+            images=images,
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,  # the chat template has written them
+            return_tensors="pt",
+        )
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        used = inputs["attention_mask"]
+        if not bool(used[:, -1].all()):
+            raise DataError(
+                "the processor does not pad on the left, so batched answers would be wrong; "
+                "use --batch-size 1"
+            )
+        return dict(inputs)
+
+    def generate(self, inputs: Mapping[str, Any], tokens: int | None = None) -> torch.Tensor:
+        """Return new tokens, int64 ``[B, new]``, decoded greedily.
+
+        Args:
+            inputs: What `encode` returned.
+            tokens: Exact number of new tokens, whatever the model says; None ends answers as the model wants.
+
+        Raises:
+            DataError: If a prompt has too few tokens after its picture to decode `late_tokens` of them late.
+            UnsupportedModelError: If its prompts cannot be divided.
+        """
+        length = {"max_new_tokens": self.max_new_tokens}
+        if tokens is not None:
+            length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        given: Mapping[str, Any] = inputs
+        with torch.inference_mode():
+            if self.late_tokens:
+                early, given = divide(inputs, self.late_tokens)
+                # One new token, which is not used: the cache then holds the early part and nothing else.
+                done = self._decode(early, max_new_tokens=1, min_new_tokens=1, return_dict_in_generate=True)
+                given = {**given, "past_key_values": done.past_key_values}
+            out = self._decode(given, **length)
+        new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
+        return new
+
+    def _decode(self, inputs: Mapping[str, Any], **options: Any) -> Any:
+        # Sampling options of a checkpoint's generation config would only cause warnings here.
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        return self.model.generate(**inputs, **options, **greedy)
+
+    def texts(self, new: torch.Tensor) -> list[str]:
+        """Return the answers as text."""
+        decoded: list[str] = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
+
+    def finished(self, new: torch.Tensor) -> list[bool]:
+        """Return for each answer whether the model ended it itself."""
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=new.device)
+        done: list[bool] = torch.isin(new, ends).any(-1).tolist()
+        return done

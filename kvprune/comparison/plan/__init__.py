@@ -1,0 +1,1 @@
+"""What a comparison asks: policies, budgets, settings."""

@@ -1,0 +1,140 @@
+"""Which configurations a comparison runs: policies crossed with keep ratios, references once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvprune.errors import PolicyOptionError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.nesting import parts
+from kvprune.policy.spec import PolicySpec
+from kvprune.session import registry
+from kvprune.session.registry import Registry
+
+__all__ = [
+    "BUDGETS",
+    "DEFAULT_KEEP_RATIOS",
+    "DEFAULT_POLICIES",
+    "REFERENCE",
+    "Configuration",
+    "exactly",
+    "expand",
+]
+
+REFERENCE = "full"
+"""The policy that every other one is compared with; it drops nothing."""
+
+DEFAULT_POLICIES = (
+    "lossless",
+    "uniform:reach=onward",
+    "random:reach=onward",
+    "norm:reach=onward",
+    "keydiff:reach=onward",
+    "divprune",
+    "snapkv:reach=onward",
+    "fastv",
+    "trim",
+)
+"""All that drop something decide at the first cross-attention layer or before: one-token answers show it."""
+
+DEFAULT_KEEP_RATIOS = (0.5, 0.25, 0.1, 0.05)
+
+BUDGETS = ("keep_ratio", "keep_tokens", "k_ratio")
+"""Options that state how much is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """One policy with all its options: a row of the table.
+
+    Attributes:
+        policy: what `kvprune.compress` gets.
+        spec: its canonical spec.
+        label: the spec without its budget; configurations of one label make one curve.
+        budget: the budget as text, such as ``keep_ratio=0.25``; empty where the policy has none.
+        keep_ratio: the requested fraction of visible tokens, where the budget is one.
+        reach: the option of this name, where the policy has one.
+        plugin: entry point that provides the policy.
+        distribution: installed distribution of that entry point.
+        inner: installed distributions of the policies among its options.
+    """
+
+    policy: CrossKVPolicy
+    spec: str
+    label: str
+    budget: str
+    keep_ratio: float | None
+    reach: str | None
+    plugin: str
+    distribution: str
+    inner: tuple[str, ...] = ()
+
+
+def expand(policies: Sequence[str | PolicySpec], keep_ratios: Sequence[float]) -> tuple[Configuration, ...]:
+    """Cross policies that state no budget with `keep_ratios`; the reference comes first, nothing comes twice.
+
+    Args:
+        policies: Specs; one that states a budget, or has none, runs as it is.
+        keep_ratios: Fractions of visible tokens to keep, in (0, 1].
+
+    Raises:
+        PolicyOptionError: If a ratio is out of range, there is none to cross with, or an option is wrong.
+        UnknownPolicyError: If a policy is not installed.
+    """
+    for ratio in keep_ratios:
+        if not (isinstance(ratio, float | int) and math.isfinite(ratio) and 0 < ratio <= 1):
+            raise PolicyOptionError(f"keep ratio {ratio!r} is not a fraction in (0, 1]")
+    installed = registry.load()
+    found = {REFERENCE: _configure(installed, PolicySpec(REFERENCE))}
+    for given in policies:
+        spec = PolicySpec.parse(given) if isinstance(given, str) else given
+        for one in _cross(installed, spec, keep_ratios):
+            configuration = _configure(installed, one)
+            found.setdefault(configuration.spec, configuration)
+    return tuple(found.values())
+
+
+def exactly(specs: Sequence[str]) -> tuple[Configuration, ...]:
+    """Return one configuration per spec, as it is and in this order: how a manifest names them.
+
+    Raises:
+        KVPruneError: If a spec is damaged, or its policy is not installed or has other options now.
+    """
+    installed = registry.load()
+    return tuple(replace(_configure(installed, PolicySpec.parse(spec)), spec=spec) for spec in specs)
+
+
+def _cross(registry: Registry, spec: PolicySpec, keep_ratios: Sequence[float]) -> list[PolicySpec]:
+    takes_ratio = "keep_ratio" in registry.policy_class(spec.name).option_types()
+    if not takes_ratio or any(option in BUDGETS for option in spec.options):
+        return [spec]
+    if not keep_ratios:
+        raise PolicyOptionError(
+            f"policy {str(spec)!r} states no budget, and there is no keep ratio to cross it with"
+        )
+    return [replace(spec, options={**spec.options, "keep_ratio": ratio}) for ratio in keep_ratios]
+
+
+def _configure(registry: Registry, spec: PolicySpec) -> Configuration:
+    policy = registry.get_policy(spec)
+    budget = {
+        option: getattr(policy, option) for option in BUDGETS if getattr(policy, option, None) is not None
+    }
+    rest = {option: value for option, value in policy.spec.options.items() if option not in BUDGETS}
+    return Configuration(
+        policy=policy,
+        spec=str(policy.spec),
+        label=str(PolicySpec(policy.name, rest)),
+        budget=", ".join(f"{option}={value}" for option, value in budget.items()),
+        keep_ratio=budget.get("keep_ratio"),
+        reach=getattr(policy, "reach", None),
+        plugin=registry.policies[spec.name].plugin,
+        distribution=registry.policies[spec.name].distribution,
+        inner=tuple(
+            registry.policies[part.name].distribution
+            for part in parts(policy)
+            if part is not policy and part.name in registry.policies  # a default need not be installed
+        ),
+    )

@@ -1,0 +1,83 @@
+"""Everything a comparison can be told apart from its policies, and how it reports progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvprune.comparison.plan.devices import DTYPES
+from kvprune.errors import KVPruneError
+
+__all__ = ["DEFAULT_OUTPUT", "Progress", "Settings"]
+
+DEFAULT_OUTPUT = "kvprune-results"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a comparison is.
+
+    Attributes:
+        phase: what is being done, in words.
+        done: units of work done, those of earlier runs included.
+        total: all units; each takes about as long as any other.
+    """
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything a comparison can be told, apart from its policies.
+
+    Args:
+        model: Hub id or local folder; None is the embedded demo.
+        data: JSON-lines file; None is the embedded demo's, written into the results folder.
+        tasks: Tasks to ask; None asks all.
+        limit: Examples per task; None asks all of `data`, and `sources.DEFAULT_LIMIT` of the demo.
+        seed: For policies that draw, and for the demo's data.
+        output: Results folder.
+        batch_size: Examples per call of `generate`.
+        max_new_tokens: Limit on an answer, in tokens.
+        late_tokens: Last tokens of each prompt that are decoded after pruning; see `Generator`.
+        device: A torch device; None is the first CUDA device, or the CPU.
+        dtype: One of `DTYPES`.
+        attn_implementation: Passed to transformers; None is its default.
+        repetitions: Repetitions of the timing; 0 times nothing.
+        trust_remote_code: Let transformers run Python files that come with `model`.
+
+    Raises:
+        KVPruneError: If a value is out of range.
+    """
+
+    model: str | None = None
+    data: Path | None = None
+    tasks: Sequence[str] | None = None
+    limit: int | None = None
+    seed: int = 0
+    output: Path = Path(DEFAULT_OUTPUT)
+    batch_size: int = 16
+    max_new_tokens: int = 16
+    late_tokens: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    repetitions: int = 5
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch_size", 1),
+            ("max_new_tokens", 1),
+            ("late_tokens", 0),
+            ("repetitions", 0),
+            ("limit", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise KVPruneError(f"{name} is {value}; it must be at least {least}")
+        if self.dtype not in DTYPES:
+            raise KVPruneError(f"unknown dtype {self.dtype!r}; choose from {', '.join(DTYPES)}")

@@ -1,0 +1,1 @@
+"""From answers and times to rates, intervals and summaries."""

@@ -1,0 +1,200 @@
+"""Statistics of a comparison: accuracy with intervals, agreement, kept tokens, bytes and speed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvprune.comparison.data.examples import Example, is_correct, normalise
+from kvprune.comparison.plan.grid import REFERENCE, Configuration
+from kvprune.comparison.statistics.paired import PairedDifference, paired_difference
+from kvprune.comparison.statistics.rates import Rate, share
+from kvprune.comparison.statistics.speed import Speed, speeds
+from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.timings import Lap
+
+__all__ = ["BASELINE", "Row", "Summary", "summarise"]
+
+
+BASELINE = "trim"
+"""The label that every other one of the same keep ratio is compared with, question by question."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One configuration.
+
+    Attributes:
+        spec: canonical spec of the policy.
+        label: the spec without its budget.
+        budget: the requested budget as text, empty where the policy has none.
+        keep_ratio: the requested fraction of visible tokens, where the budget is one.
+        reach: the policy's option of this name, where it has one.
+        kept_fraction: fraction of visible tokens kept, measured, mean over examples.
+        bytes_held: cross-attention cache of one example in bytes, measured, mean over examples.
+        bytes_full: the same in stock transformers.
+        accuracy: share of right answers.
+        tasks: the same by task.
+        agreement: share of answers equal to those of the full cache.
+        lost: examples that the full cache answers rightly and this configuration does not.
+        gained: the reverse.
+        p_value: exact two-sided McNemar test of lost against gained.
+        versus_baseline: accuracy minus that of `BASELINE` at the same keep ratio, on the same questions; None
+            where there is no such row, and for that row itself.
+        unfinished: answers that were cut at the limit on new tokens.
+        speed: None where nothing was timed.
+    """
+
+    spec: str
+    label: str
+    budget: str
+    keep_ratio: float | None
+    reach: str | None
+    kept_fraction: float
+    bytes_held: float
+    bytes_full: float
+    accuracy: Rate
+    tasks: Mapping[str, Rate]
+    agreement: Rate
+    lost: int
+    gained: int
+    p_value: float
+    versus_baseline: PairedDifference | None
+    unfinished: int
+    speed: Speed | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A whole comparison.
+
+    Attributes:
+        rows: one per configuration, the reference first.
+        tasks: names of the tasks, in data order.
+        examples: number of examples.
+        constant_answer: share of right answers if the most frequent answer of each task were always given.
+        stock: speed of the untouched model; None where nothing was timed.
+        repetitions: repetitions of the timing.
+        batch_size: examples per call of `generate`.
+        device: where it ran.
+        late_tokens: last tokens of each prompt that were decoded after pruning.
+    """
+
+    rows: tuple[Row, ...]
+    tasks: tuple[str, ...]
+    examples: int
+    constant_answer: Mapping[str, float]
+    stock: Speed | None
+    repetitions: int
+    batch_size: int
+    device: str
+    late_tokens: int
+
+    @property
+    def reference(self) -> Row:
+        """The row of the full cache."""
+        return self.rows[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data: what summary.json holds."""
+        return asdict(self)
+
+
+def summarise(
+    configurations: Sequence[Configuration],
+    examples: Sequence[Example],
+    answers: Mapping[tuple[str, str], Answer],
+    laps: Mapping[int, Mapping[str | None, Lap]],
+    *,
+    batch_size: int,
+    device: str,
+    late_tokens: int,
+) -> Summary:
+    """Turn finished answers and timings into a summary; the same input always gives the same summary.
+
+    Args:
+        configurations: The reference and all others.
+        examples: What was asked.
+        answers: By spec and example id, complete.
+        laps: By repetition and spec; empty if nothing was timed.
+        batch_size: Examples per call of `generate`.
+        device: Where it ran.
+        late_tokens: Last tokens of each prompt that were decoded after pruning.
+    """
+    tasks = tuple(dict.fromkeys(example.task for example in examples))
+    timed = speeds(laps)
+    given = {one.spec: [answers[one.spec, example.id] for example in examples] for one in configurations}
+    baselines: dict[float | None, list[Answer]] = {
+        one.keep_ratio: given[one.spec]
+        for one in configurations
+        if one.label == BASELINE and one.keep_ratio is not None
+    }
+    rows = tuple(
+        _row(
+            one, given[one.spec], given[REFERENCE], baselines.get(one.keep_ratio), tasks, timed.get(one.spec)
+        )
+        for one in configurations
+    )
+    return Summary(
+        rows=rows,
+        tasks=tasks,
+        examples=len(examples),
+        constant_answer={task: _constant([e for e in examples if e.task == task]) for task in tasks},
+        stock=timed.get(None),
+        repetitions=len(laps),
+        batch_size=batch_size,
+        device=device,
+        late_tokens=late_tokens,
+    )
+
+
+def _row(
+    one: Configuration,
+    own: Sequence[Answer],
+    full: Sequence[Answer],
+    baseline: Sequence[Answer] | None,
+    tasks: Sequence[str],
+    speed: Speed | None,
+) -> Row:
+    lost = sum(before.correct and not after.correct for before, after in zip(full, own, strict=True))
+    gained = sum(after.correct and not before.correct for before, after in zip(full, own, strict=True))
+    return Row(
+        spec=one.spec,
+        label=one.label,
+        budget=one.budget,
+        keep_ratio=one.keep_ratio,
+        reach=one.reach,
+        kept_fraction=sum(answer.kept_fraction for answer in own) / len(own),
+        bytes_held=sum(answer.bytes_held for answer in own) / len(own),
+        bytes_full=sum(answer.bytes_full for answer in own) / len(own),
+        accuracy=share(answer.correct for answer in own),
+        tasks={task: share(answer.correct for answer in own if answer.task == task) for task in tasks},
+        agreement=share(answer.agrees_with_full for answer in own),
+        lost=lost,
+        gained=gained,
+        p_value=_mcnemar(lost, gained),
+        versus_baseline=None if baseline is None or own is baseline else _difference(own, baseline),
+        unfinished=sum(not answer.finished for answer in own),
+        speed=speed,
+    )
+
+
+def _difference(own: Sequence[Answer], other: Sequence[Answer]) -> PairedDifference:
+    return paired_difference([answer.correct for answer in own], [answer.correct for answer in other])
+
+
+def _mcnemar(lost: int, gained: int) -> float:
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+
+
+def _constant(examples: Sequence[Example]) -> float:
+    """Accuracy of always giving the answer that is right most often."""
+    candidates = Counter(
+        answer for example in examples for answer in {normalise(text) for text in example.answers}
+    )
+    best, _ = candidates.most_common(1)[0]
+    return sum(is_correct(best, example.answers) for example in examples) / len(examples)

@@ -1,0 +1,1 @@
+"""What a results folder holds, and how it is read and written."""

@@ -1,0 +1,55 @@
+"""The receipt of one answer: a digest of what was really kept for its example."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from kvprune.engine.report import LayerReceipt
+from kvprune.tokens.selection import OWN_BITS, Selection
+
+__all__ = ["receipts"]
+
+
+def receipts(
+    spec: str, seed: int, layers: Sequence[LayerReceipt], selections: Mapping[int, Selection]
+) -> list[str]:
+    """Return one SHA-256 (64 hexadecimal digits) for each sample of a batch.
+
+    A receipt covers the spec, the seed, and for each cross-attention layer: its index, the columns of the
+    unpruned cache, which of them are kept per head, the bytes of keys and values of the kept and of all
+    columns in the cache's own dtype, and the bits of each column where something is quantized. It is made of
+    whole numbers that belong to the sample alone, so neither the order of layers, nor the device, nor the
+    padding that other samples of the batch cause can change it.
+
+    Args:
+        spec: Canonical spec of the policy.
+        seed: What the policy drew with.
+        layers: What the report says of each layer after the batch's prefill.
+        selections: Kept columns by layer index, after the same prefill.
+    """
+    batch = next(iter(selections.values())).indices.shape[0]
+    found: list[list[object]] = [[] for _ in range(batch)]
+    for layer in sorted(layers, key=lambda one: one.layer_idx):
+        selection = selections[layer.layer_idx]
+        kept, bits = selection.to_mask().cpu(), selection.bits_by_column().tolist()
+        share = layer.bytes_full // batch
+        for sample, heads in enumerate(kept):
+            # Bytes of one column of one head are the same everywhere in a layer, so this division is exact.
+            held = int(heads.sum()) * share // heads.numel()
+            columns = [_pack(head.tolist()) for head in heads]
+            of_layer: list[object] = [layer.layer_idx, heads.shape[-1], columns, held, share]
+            if any(width != OWN_BITS for head in bits[sample] for width in head):
+                of_layer.append(bits[sample])
+            found[sample].append(of_layer)
+    return [_digest([spec, seed, of_sample]) for of_sample in found]
+
+
+def _pack(kept: Sequence[bool]) -> str:
+    """Return kept columns as hexadecimal digits of a number with one bit per column, the first highest."""
+    return f"{int(''.join('1' if one else '0' for one in kept), 2):0{-(-len(kept) // 4)}x}"
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()

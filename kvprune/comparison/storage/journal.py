@@ -1,0 +1,158 @@
+"""A JSON-lines file that grows batch by batch and survives being killed at any byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvprune.comparison.data.safe_json import parse
+from kvprune.errors import ResultsError
+
+__all__ = ["Journal", "check_plain_file", "read_plain_file", "write_atomically", "write_json"]
+
+
+class Journal:
+    """Appends objects to a file, one per line; what was appended is on disk when `append` returns.
+
+    Args:
+        path: The file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def recover(self) -> list[dict[str, Any]]:
+        """Cut an unfinished last line off the file and return the objects before it, in file order.
+
+        Raises:
+            ResultsError: If a finished line is no JSON object; the file is left as it is.
+        """
+        rows, finished = self.read()
+        with _typed(self.path, "written"):
+            if self.path.exists() and finished < self.path.stat().st_size:
+                with self.path.open("r+b") as file:
+                    file.truncate(finished)
+                    os.fsync(file.fileno())
+        return rows
+
+    def read(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the objects of all finished lines, in file order, and the bytes of these lines.
+
+        Raises:
+            ResultsError: If the file cannot be read, or a finished line is no JSON object.
+        """
+        raw = read_plain_file(self.path)
+        if raw is None:
+            return [], 0
+        finished = raw.rfind(b"\n") + 1
+        lines = raw[:finished].split(b"\n")[:-1]
+        return [self._parse(number, line) for number, line in enumerate(lines, start=1)], finished
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add one line per row, in one write.
+
+        Raises:
+            ResultsError: If the file cannot be written; what was finished before is not touched.
+        """
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        with _typed(self.path, "written"):
+            new = not self.path.exists()
+            with self.path.open("ab") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            if new:
+                _sync_folder(self.path.parent)
+
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = parse(line)
+        except ValueError as error:
+            shown = line[:60].decode(errors="replace")
+            raise ResultsError(
+                f"{self.path}, line {number} is damaged ({error}): {shown!r}; "
+                "delete this line to have it computed again, or choose another --output"
+            ) from error
+        if not isinstance(row, dict):
+            raise ResultsError(
+                f"{self.path}, line {number} is damaged: {line[:60]!r} is no JSON object; delete this line"
+            )
+        return row
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file by the indented JSON of `value`; see `write_atomically`."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by `content`; readers see the old one or the new one, whole, even after a power cut.
+
+    Raises:
+        ResultsError: If the file cannot be written; the old one stays.
+    """
+    with _typed(path, "written"):
+        handle, name = tempfile.mkstemp(prefix=".kvprune-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def read_plain_file(path: Path) -> bytes | None:
+    """Return what a file of a results folder holds, or None where there is none.
+
+    Raises:
+        ResultsError: If something else is in its place (see `check_plain_file`), or it may not be read.
+    """
+    check_plain_file(path)
+    with _typed(path, "read"):
+        return path.read_bytes() if path.exists() else None
+
+
+def check_plain_file(path: Path) -> None:
+    """Check that a plain file, or nothing, is at `path`.
+
+    Raises:
+        ResultsError: If a folder, a link, a pipe or a device is there.
+    """
+    with _typed(path, "read"):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            kind = (
+                "a symbolic link" if path.is_symlink() else "a folder" if path.is_dir() else "no plain file"
+            )
+            raise ResultsError(
+                f"{path} is {kind} where a plain file belongs; move it away, or choose another results folder"
+            )
+
+
+@contextmanager
+def _typed(path: Path, done: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be {done}: {error.strerror or error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:  # some network file systems cannot, and do it on their own
+            pass
+        finally:
+            os.close(handle)

@@ -1,0 +1,107 @@
+"""What a results folder holds, read without changing it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvprune.comparison.data.examples import Example, choose, digest, read_examples
+from kvprune.comparison.plan.grid import Configuration, exactly
+from kvprune.comparison.plan.settings import Settings
+from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.journal import Journal, read_plain_file
+from kvprune.comparison.storage.record import recorded_settings, recorded_specs
+from kvprune.comparison.storage.results import (
+    DATA,
+    RESULTS,
+    SUMMARY,
+    TIMINGS,
+    ResultsFolder,
+    index_answers,
+    lock,
+)
+from kvprune.comparison.storage.timings import Lap, read_laps
+from kvprune.errors import ResultsError
+
+__all__ = ["Stored", "read_stored"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A results folder as it was found.
+
+    Attributes:
+        folder: where it is.
+        manifest: as it stands in manifest.json.
+        settings: those of the run.
+        configurations: those of the run, the full cache first.
+        examples: those that the run asked, read from its data now.
+        data_sha256: digest of these examples.
+        answers: finished ones, by spec and example id.
+        laps: of the timing, in file order.
+        summary: content of summary.json; None where there is none.
+        notes: what is odd, but no error.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    settings: Settings
+    configurations: tuple[Configuration, ...]
+    examples: tuple[Example, ...]
+    data_sha256: str
+    answers: Mapping[tuple[str, str], Answer]
+    laps: Mapping[int, Mapping[str | None, Lap]]
+    summary: bytes | None
+    notes: tuple[str, ...]
+
+
+def read_stored(folder: Path) -> Stored:
+    """Read a results folder; nothing in it is changed, and an unfinished last line stays.
+
+    Raises:
+        ResultsError: If it is none, is damaged, or a run is working in it.
+        DataError: If its data are missing or damaged.
+        KVPruneError: If a policy of the run is not installed, or a setting is out of range.
+    """
+    opened = ResultsFolder(folder)
+    if opened.manifest is None:
+        raise ResultsError(f"there are no results at {folder}; expected a folder that kvprune compare wrote")
+    manifest, results, timings = opened.manifest, Journal(folder / RESULTS), Journal(folder / TIMINGS)
+    settings = recorded_settings(folder, manifest)
+    configurations = exactly(recorded_specs(folder, manifest))
+    specs = [one.spec for one in configurations]
+    table = folder / DATA / "data.jsonl" if settings.data is None else settings.data
+    examples = choose(read_examples(table), settings.tasks, settings.limit)
+    handle = lock(folder, shared=True)
+    try:
+        rows, size = results.read()
+        notes = _unfinished(results, size)
+        answers = index_answers(results.path, rows, specs, [example.id for example in examples])
+        rows, size = timings.read()
+        notes += _unfinished(timings, size)
+        laps = read_laps(str(timings.path), rows, specs)
+        summary = read_plain_file(folder / SUMMARY)
+    finally:
+        if handle is not None:
+            os.close(handle)
+    return Stored(
+        folder=folder,
+        manifest=manifest,
+        settings=settings,
+        configurations=configurations,
+        examples=examples,
+        data_sha256=digest(examples),
+        answers=answers,
+        laps=laps,
+        summary=summary,
+        notes=tuple(notes),
+    )
+
+
+def _unfinished(journal: Journal, finished: int) -> list[str]:
+    if not journal.path.exists() or journal.path.stat().st_size == finished:
+        return []
+    return [f"{journal.path.name} ends in an unfinished line, which the next compare computes again"]

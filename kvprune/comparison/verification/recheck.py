@@ -1,0 +1,139 @@
+"""What can be checked of a results folder without its model: judgements, completeness, the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from kvprune.comparison.data.examples import is_correct, normalise
+from kvprune.comparison.data.safe_json import parse
+from kvprune.comparison.plan.grid import REFERENCE
+from kvprune.comparison.statistics.summary import summarise
+from kvprune.comparison.storage.manifest import differences, digest
+from kvprune.comparison.storage.record import describe
+from kvprune.comparison.storage.results import MANIFEST, RESULTS, SUMMARY
+from kvprune.comparison.storage.stored import Stored
+
+__all__ = ["Difference", "changes_since", "compare_values", "recheck"]
+
+_ROUNDING = 1e-9
+"""Relative difference of floats that another version of a library may cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not what it should be.
+
+    Attributes:
+        where: file, or spec and example.
+        what: which value was stored, and which one comes out now.
+        spec: of the configuration, where it is about one.
+        example: id, where it is about one.
+    """
+
+    where: str
+    what: str
+    spec: str | None = None
+    example: str | None = None
+
+
+def compare_values(
+    where: str, stored: object, derived: object, spec: str | None = None, example: str | None = None
+) -> Iterator[Difference]:
+    """Return every difference between a stored JSON tree and the one that comes out now."""
+    for what in differences(stored, derived, tolerance=_ROUNDING):
+        yield Difference(where, what, spec, example)
+
+
+def changes_since(stored: Stored) -> list[str]:
+    """Say what of the model, the data, the policies, kvprune, versions and machine is not what it was.
+
+    Raises:
+        UnsupportedModelError: If the model is missing.
+    """
+    now = describe(stored.configurations, stored.settings)
+    before = stored.manifest["run"]
+    return [
+        *differences(
+            _by_spec(before), _by_spec({**now["run"], "pinned": {"data_sha256": stored.data_sha256}})
+        ),
+        *(
+            change
+            for name in ("platform", "python", "threads")
+            for change in differences({name: stored.manifest["about"].get(name)}, {name: now["about"][name]})
+        ),
+    ]
+
+
+def recheck(stored: Stored) -> tuple[list[Difference], list[str]]:
+    """Check everything that needs no model.
+
+    Returns:
+        What is wrong, and what is good to know.
+    """
+    run = stored.manifest["run"]
+    found = list(
+        compare_values(
+            f"{MANIFEST} (its 'run' was edited)",
+            {"run_sha256": stored.manifest.get("run_sha256")},
+            {"run_sha256": digest(run)},
+        )
+    )
+    found += _judgements(stored)
+    wrong, notes = _summary(stored)
+    return found + wrong, notes
+
+
+def _judgements(stored: Stored) -> Iterator[Difference]:
+    examples = {example.id: example for example in stored.examples}
+    for (spec, name), answer in stored.answers.items():
+        full = stored.answers.get((REFERENCE, name))
+        derived: dict[str, Any] = {
+            "task": examples[name].task,
+            "correct": is_correct(answer.answer, examples[name].answers),
+        }
+        if full is not None:
+            derived["agrees_with_full"] = normalise(answer.answer) == normalise(full.answer)
+        judged = {field: getattr(answer, field) for field in derived}
+        yield from compare_values(f"{spec}, example {name}", judged, derived, spec, name)
+
+
+def _summary(stored: Stored) -> tuple[list[Difference], list[str]]:
+    wanted = len(stored.configurations) * len(stored.examples)
+    missing = wanted - len(stored.answers)
+    if stored.summary is None:
+        state = f"{missing} of {wanted} answers are missing" if missing else f"{SUMMARY} is not written yet"
+        return [], [f"the comparison is unfinished: {state}"]
+    if missing:
+        return [
+            Difference(RESULTS, f"{missing} of {wanted} answers are missing, but there is a {SUMMARY}")
+        ], []
+    try:
+        written = parse(stored.summary)
+    except ValueError as error:
+        return [Difference(SUMMARY, f"is damaged ({error})")], []
+    timed = written.get("repetitions") if isinstance(written, dict) else None
+    if isinstance(timed, bool) or not isinstance(timed, int) or not 0 <= timed <= len(stored.laps):
+        what = f"repetitions was {timed!r:.40}, but {len(stored.laps)} were timed"
+        return [Difference(SUMMARY, what)], []
+    # Repetitions may be added later, and a run that was killed then has summarised the earlier ones.
+    derived = summarise(
+        stored.configurations,
+        stored.examples,
+        stored.answers,
+        dict(islice(stored.laps.items(), timed)),
+        batch_size=min(stored.settings.batch_size, len(stored.examples)),
+        device=str(stored.manifest["run"]["device"]),
+        late_tokens=stored.settings.late_tokens,
+    )
+    untimed = timed != len(stored.laps)
+    notes = [f"{SUMMARY} counts {timed} of {len(stored.laps)} timed repetitions"] if untimed else []
+    return list(compare_values(SUMMARY, written, json.loads(json.dumps(derived.to_dict())))), notes
+
+
+def _by_spec(run: dict[str, Any]) -> dict[str, Any]:
+    """Name policies by their spec instead of by their number."""
+    return {**run, "policies": {str(one["spec"]): one for one in run["policies"]}}

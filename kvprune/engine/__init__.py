@@ -1,0 +1,1 @@
+"""Asks the policy, applies its answer to the cache, and measures what happened."""

@@ -1,0 +1,366 @@
+"""The receipt of a compression: what was asked, what was really kept and held, what it cost.
+
+Everything is measured from the tensors in the cache and never estimated. `CompressionReport.to_dict` has a
+documented schema (docs/receipts.md), and `CompressionReport.verify` looks at the live cache again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.text_layer import TextKVLayer
+from kvprune.engine.guidance import GuideReceipt
+from kvprune.errors import ReceiptError
+from kvprune.policy.spec import PolicySpec
+from kvprune.tokens.selection import OWN_BITS
+
+__all__ = ["SCHEMA", "CompressionReport", "LayerReceipt", "TextReceipt"]
+
+SCHEMA = 2
+"""Version of what `CompressionReport.to_dict` returns; raised when a field changes its meaning or goes."""
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReceipt:
+    """One cross-attention layer after the latest prefill.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        columns: Tokens per sample that stock transformers would hold.
+        width: Tokens per sample and KV head that are held, padding of ragged batches included.
+        bytes_held: Bytes of keys and values that are held; of quantized ones, codes and ends of groups.
+        bytes_full: Bytes of keys and values that stock transformers would hold.
+        bytes_of_bookkeeping: Bytes of column numbers and validity flags.
+        decisions: How often the policy has decided about this layer so far.
+        seconds: What its latest decision took.
+        widths: The width by the bits in which entries are held; "16" stands for the cache's own dtype.
+    """
+
+    layer_idx: int
+    columns: int
+    width: int
+    bytes_held: int
+    bytes_full: int
+    bytes_of_bookkeeping: int
+    decisions: int = 1
+    seconds: float = 0.0
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some entry is held in fewer bits than the cache's own dtype has."""
+        return any(bits != str(OWN_BITS) for bits in self.widths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReceipt:
+    """One self-attention layer whose text a policy decided about, after the latest prefill.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        tokens: Text tokens per sample that stock transformers would hold, padding included.
+        width: Text entries per sample and KV head that are held, padding of ragged batches included.
+        bytes_held: Bytes of their keys and values.
+        bytes_full: Bytes that stock transformers would hold.
+    """
+
+    layer_idx: int
+    tokens: int
+    width: int
+    bytes_held: int
+    bytes_full: int
+
+
+@dataclass
+class CompressionReport:
+    """What one compression did so far.
+
+    Byte counts and layers are those of the latest prefill; kept fractions are averaged over all of them,
+    and seconds are added up.
+
+    Attributes:
+        policy: The spec that ran.
+        seed: The seed it ran with.
+        requested: What the policy's options ask to keep, by name, such as ``{"keep_ratio": 0.25}``.
+        encoder_inputs: Forward calls that brought encoder states (an image).
+        prefills: Those of them after which the policy's decisions were applied.
+        layers: One receipt per cross-attention layer.
+        kept_per_sample: Tokens that decoding keeps / tokens it could see, for each sample of the latest
+            prefill, averaged over layers and heads. NaN for samples that see no image.
+        kept_of_stored: Tokens that decoding keeps / tokens that stock transformers holds, padding tiles
+            included; mean over samples, layers and heads of the latest prefill.
+        bytes_peak: Most bytes of cross-attention keys and values alive at once in the latest prefill.
+        seconds: Time that the policy took to decide, over all prefills, without its guide.
+        guide: What a guide cost, over all prefills; None if the policy has none.
+        warnings: What a user should know, each once, in the order in which it came up.
+        text_layers: One receipt per self-attention layer, if the policy prunes text; all byte counts beside
+            these are of cross-attention alone.
+        text_kept_fraction: Text entries kept / text entries there were, mean over samples and layers of the
+            latest prefill; None if the policy prunes no text.
+    """
+
+    policy: PolicySpec
+    seed: int
+    requested: Mapping[str, float | int] = field(default_factory=dict)
+    encoder_inputs: int = 0
+    prefills: int = 0
+    layers: tuple[LayerReceipt, ...] = ()
+    kept_per_sample: tuple[float, ...] = ()
+    kept_of_stored: float = float("nan")
+    bytes_peak: int = 0
+    seconds: float = 0.0
+    guide: GuideReceipt | None = None
+    warnings: tuple[str, ...] = ()
+    text_layers: tuple[TextReceipt, ...] = ()
+    text_kept_fraction: float | None = None
+    _kept_sum: float = field(default=0.0, repr=False)
+    _kept_samples: int = field(default=0, repr=False)
+    _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)
+    _live_text: tuple[weakref.ref[TextKVLayer], ...] = field(default=(), repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": (), "_live_text": ()}  # a copy or a pickle has no cache
+
+    def count_encoder_input(self) -> None:
+        """Note that encoder states arrived."""
+        self.encoder_inputs += 1
+
+    def add_guide(self, receipt: GuideReceipt) -> None:
+        """Add what a guide cost."""
+        self.guide = receipt.plus(self.guide)
+
+    def warn(self, text: str) -> None:
+        """Add a warning, once."""
+        if text not in self.warnings:
+            self.warnings = (*self.warnings, text)
+
+    def add_prefill(
+        self,
+        layers: Sequence[LayerReceipt],
+        kept: Sequence[Sequence[float]],
+        visible: Sequence[int],
+        *,
+        bytes_peak: int = 0,
+        live: Sequence[weakref.ref[CrossKVLayer]] = (),
+    ) -> None:
+        """Add the receipts of one prefill.
+
+        Args:
+            layers: One receipt per layer.
+            kept: Tokens kept among those that decoding could see, by layer and sample, averaged over heads.
+            visible: Tokens that decoding could see, by sample.
+            bytes_peak: Most bytes of keys and values alive at once.
+            live: The cache layers themselves, for `verify`; empty if there is no cache.
+        """
+        self.prefills += 1
+        self.layers, self.bytes_peak, self._live = tuple(layers), bytes_peak, tuple(live)
+        self.seconds += sum(layer.seconds for layer in layers)
+        fractions = []
+        for sample, seen in enumerate(visible):
+            if seen == 0:
+                fractions.append(float("nan"))
+                continue
+            fraction = sum(by_sample[sample] for by_sample in kept) / len(kept) / seen
+            fractions.append(fraction)
+            self._kept_sum += fraction
+            self._kept_samples += 1
+        self.kept_per_sample = tuple(fractions)
+        shares = [
+            tokens / layer.columns
+            for layer, by_sample in zip(layers, kept, strict=True)
+            for tokens in by_sample
+        ]
+        self.kept_of_stored = sum(shares) / len(shares) if shares else float("nan")
+
+    def add_text(
+        self,
+        layers: Sequence[TextReceipt],
+        kept: float | None,
+        *,
+        seconds: float = 0.0,
+        live: Sequence[weakref.ref[TextKVLayer]] = (),
+    ) -> None:
+        """Add what the same prefill did to text; nothing, if the policy prunes none.
+
+        Args:
+            layers: One receipt per self-attention layer.
+            kept: Text entries kept / text entries there were.
+            seconds: What deciding took.
+            live: The cache layers themselves, for `verify`.
+        """
+        self.text_layers, self.text_kept_fraction = tuple(layers), kept
+        self.seconds += seconds
+        self._live_text = tuple(live)
+
+    @property
+    def text_bytes_held(self) -> int:
+        """Bytes of the text's keys and values held after the latest prefill, if the policy prunes text."""
+        return sum(layer.bytes_held for layer in self.text_layers)
+
+    @property
+    def text_bytes_full(self) -> int:
+        """Bytes that stock transformers would hold for them."""
+        return sum(layer.bytes_full for layer in self.text_layers)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Tokens that decoding keeps / tokens it could see, mean over samples, layers and heads.
+
+        NaN before the first prefill and if no sample saw an image.
+        """
+        return self._kept_sum / self._kept_samples if self._kept_samples else float("nan")
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of cross-attention keys and values held after the latest prefill."""
+        return sum(layer.bytes_held for layer in self.layers)
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes of cross-attention keys and values that stock transformers would hold."""
+        return sum(layer.bytes_full for layer in self.layers)
+
+    @property
+    def bytes_of_bookkeeping(self) -> int:
+        """Bytes of column numbers and validity flags beside the keys and values."""
+        return sum(layer.bytes_of_bookkeeping for layer in self.layers)
+
+    def verify(self) -> int:
+        """Count the bytes in the live cache again, and compare them with the receipt of the latest prefill.
+
+        The memory behind the tensors is counted, too: a small view into a large buffer frees nothing.
+
+        Returns:
+            Bytes of keys and values in the live cache: `bytes_held`.
+
+        Raises:
+            ReceiptError: If the cache is gone (keep ``past_key_values``, for instance with
+                ``return_dict_in_generate=True``), or holds something else than the receipt says.
+        """
+        if not self.prefills:
+            raise ReceiptError(f"{self.policy}: nothing was compressed yet, so there is nothing to verify")
+        if not self._live:
+            raise ReceiptError(
+                f"{self.policy}: no cache belongs to this report (the model was called without one, or this "
+                "is a copy of the report)"
+            )
+        for receipt, reference in zip(self.layers, self._live, strict=True):
+            layer = reference()
+            if layer is None:
+                raise ReceiptError(
+                    f"{self.policy}: the cache is gone; keep past_key_values "
+                    "(generate(..., return_dict_in_generate=True)) and verify while it lives"
+                )
+            held = {
+                "bytes_held": layer.bytes_held,
+                "bytes_full": layer.bytes_full,
+                "width": layer.width,
+                "widths": {str(bits): width for bits, width in layer.widths.items()},
+                "columns": layer.columns,
+                "bytes_of_bookkeeping": layer.bytes_of_bookkeeping,
+            }
+            for name, found in held.items():
+                if found != getattr(receipt, name):
+                    raise ReceiptError(
+                        f"{self.policy}: layer {receipt.layer_idx} has {name} {found} now, "
+                        f"but the receipt says {getattr(receipt, name)}"
+                    )
+            behind = layer.bytes_behind
+            if behind > layer.bytes_held:
+                raise ReceiptError(
+                    f"{self.policy}: layer {receipt.layer_idx} holds {layer.bytes_held} bytes of keys and "
+                    f"values, but the memory behind them is {behind} bytes: it was not freed"
+                )
+        self._verify_text()
+        return self.bytes_held
+
+    def _verify_text(self) -> None:
+        """Count the text that the latest prefill left, which decoding may only have added to."""
+        for receipt, reference in zip(self.text_layers, self._live_text, strict=False):
+            layer = reference()
+            if layer is None or not layer.held:
+                raise ReceiptError(
+                    f"{self.policy}: the text cache of layer {receipt.layer_idx} is gone; "
+                    "verify while it lives"
+                )
+            entries = layer.held if layer.slots is None else layer.chosen
+            bytes_held = layer.bytes_held // layer.held * receipt.width
+            if entries < receipt.width or bytes_held != receipt.bytes_held:
+                raise ReceiptError(
+                    f"{self.policy}: layer {receipt.layer_idx} holds {entries} text entries of prefill in "
+                    f"{bytes_held} bytes now, but the receipt says {receipt.width} in {receipt.bytes_held}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data; numbers that do not exist are null (docs/receipts.md)."""
+        return {
+            "schema": SCHEMA,
+            "policy": self.policy.to_dict(),
+            "spec": str(self.policy),
+            "seed": self.seed,
+            "requested": dict(self.requested),
+            "encoder_inputs": self.encoder_inputs,
+            "prefills": self.prefills,
+            "kept_fraction": _or_none(self.kept_fraction),
+            "kept_of_stored": _or_none(self.kept_of_stored),
+            "kept_per_sample": [_or_none(fraction) for fraction in self.kept_per_sample],
+            "bytes_held": self.bytes_held,
+            "bytes_full": self.bytes_full,
+            "bytes_peak": self.bytes_peak,
+            "bytes_of_bookkeeping": self.bytes_of_bookkeeping,
+            "text_kept_fraction": self.text_kept_fraction,
+            "text_bytes_held": self.text_bytes_held if self.text_layers else None,
+            "text_bytes_full": self.text_bytes_full if self.text_layers else None,
+            "seconds": self.seconds,
+            "guide": None if self.guide is None else self.guide.to_dict(),
+            "warnings": list(self.warnings),
+            "layers": [asdict(layer) for layer in self.layers],
+            "text_layers": [asdict(layer) for layer in self.text_layers],
+        }
+
+    def __str__(self) -> str:
+        if not self.prefills:
+            return f"{self.policy}: nothing compressed yet ({self.encoder_inputs} encoder inputs seen)"
+        held, full = self.bytes_held / _MIB, self.bytes_full / _MIB
+        share = f" ({held / full:.1%})" if full else ""
+        asked = ", ".join(f"{name} {value}" for name, value in self.requested.items()) or "no budget"
+        lines = [
+            f"{self.policy}  seed {self.seed}  prefills {self.prefills}",
+            f"asked: {asked}; kept {self.kept_fraction:.1%} of visible tokens, "
+            f"{self.kept_of_stored:.1%} of those that stock holds",
+            f"cross-attention cache {held:.2f} MiB of {full:.2f} MiB stock{share}; "
+            f"at most {self.bytes_peak / _MIB:.2f} MiB in prefill",
+            f"{'layer':>5}  {'decided':>7}  {'held':>6}  {'stock':>6}  {'MiB held':>9}  {'MiB stock':>9}"
+            + ("  held by bits" if any(layer.quantized for layer in self.layers) else ""),
+        ]
+        lines += [
+            f"{layer.layer_idx:>5}  {layer.decisions:>7}  {layer.width:>6}  {layer.columns:>6}  "
+            f"{layer.bytes_held / _MIB:>9.3f}  {layer.bytes_full / _MIB:>9.3f}{_by_bits(layer)}"
+            for layer in self.layers
+        ]
+        if self.text_layers and self.text_kept_fraction is not None:
+            lines.append(
+                f"text cache {self.text_bytes_held / _MIB:.3f} MiB of "
+                f"{self.text_bytes_full / _MIB:.3f} MiB stock, in {len(self.text_layers)} layers; "
+                f"kept {self.text_kept_fraction:.1%} of text entries"
+            )
+        lines.append(f"deciding took {self.seconds:.3g} s")
+        if self.guide is not None:
+            lines.append(str(self.guide))
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+
+def _by_bits(layer: LayerReceipt) -> str:
+    if not layer.quantized:
+        return ""
+    return "  " + ", ".join(f"{width} at {bits}" for bits, width in layer.widths.items())
+
+
+def _or_none(value: float) -> float | None:
+    return None if value != value else value

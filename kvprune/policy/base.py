@@ -1,0 +1,240 @@
+"""What a policy's author writes: `CrossKVPolicy`, and `ScoringPolicy` for policies that rank tokens.
+
+A policy is a pure function from a read-only view to a decision. It holds options and nothing else: a
+frozen keyword-only dataclass whose fields are its options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from kvprune.errors import PolicyOptionError
+from kvprune.policy.options import AnyPolicy, check_option, default_of, is_option_type, parse_option
+from kvprune.policy.spec import OptionValue, PolicySpec, suggestion
+from kvprune.policy.text_view import TextView
+from kvprune.policy.view import LayerView
+from kvprune.text import shown
+from kvprune.tokens.budget import Budget
+from kvprune.tokens.decision import Decision
+from kvprune.tokens.selection import Selection
+
+__all__ = [
+    "CrossKVPolicy",
+    "Need",
+    "require_policy_class",
+]
+
+Need = Literal["queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention"]
+"""What must be captured for a view beyond keys, values and visibility.
+
+"text_cache" shows nothing: it asks for `CrossKVPolicy.select_text`. "guidance" costs a pass of a guide
+(`kvprune.Guide`).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossKVPolicy(AnyPolicy, ABC):
+    """Decides which encoder tokens the cross-attention caches of a model keep.
+
+    ``select`` is asked once for each cross-attention layer in each prefill, in layer order, right after the
+    layer's attention. It answers with a `Decision` about this layer's cache and about what later layers
+    still receive. What decoding cannot see is evicted besides, unless the class says otherwise.
+
+    Class attributes:
+        name: The name in specs.
+        version: Raised whenever the same seed and input would select other tokens than before.
+        paper: Where the method comes from, or "".
+        bibtex: A BibTeX entry of that paper, which ``kvprune cite`` prints, or "".
+        fidelity: "faithful", "adapted", "inspired-by", or "baseline".
+        cost: What one decision costs, in words.
+        ranks_tokens: Whether a larger budget keeps a superset (KV14).
+        keeps_invisible: Whether caches about which the policy decides nothing also keep what decoding
+            cannot see (padding tiles, earlier images).
+        moment: When it decides, for tables: at each "layer", or what its base class says.
+        budget_scope: Over what `exact_budget` is exact: each "head" of each layer, the mean over the heads of
+            each "layer", or the mean over all layers of the "model".
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = ""
+    bibtex: ClassVar[str] = ""
+    fidelity: ClassVar[str] = "baseline"
+    cost: ClassVar[str] = ""
+    ranks_tokens: ClassVar[bool] = False
+    keeps_invisible: ClassVar[bool] = False
+    moment: ClassVar[str] = "layer"
+    budget_scope: ClassVar[Literal["head", "layer", "model"]] = "head"
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        """Decide by inheritance alone.
+
+        An abstract class would ask all classes derived from it, and one plugin's class with a broken
+        metaclass would fail `isinstance` for everybody.
+        """
+        return cls in type.__getattribute__(other, "__mro__")
+
+    def __post_init__(self) -> None:
+        self.check_class()
+        hints = self.option_types()
+        for option in dataclasses.fields(self):
+            check_option(self.name, option.name, hints[option.name], getattr(self, option.name))
+        self.nested_spec  # noqa: B018  raises if policies in policies are too deep for a spec
+
+    @abstractmethod
+    def select(self, view: LayerView) -> Decision:
+        """Decide at one layer. Pure: neither writes to the view's tensors nor keeps references to them."""
+
+    def select_text(self, view: TextView) -> Selection | None:
+        """Decide which text entries one self-attention layer keeps for decoding; pure, as `select` is.
+
+        Asked once for each self-attention layer in each prefill that has a cache, right after its attention,
+        if the policy needs "text_cache".
+
+        Returns:
+            A selection out of the view's entries, ``[B, Hkv or 1, K]``; None keeps them all. It holds real
+            entries only, among them the last row's own, and for each sample equally many in all heads and
+            layers: one mask serves them all.
+        """
+        return None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What must be captured beyond keys and values (see `Need`). Nothing by default."""
+        return frozenset()
+
+    @property
+    def exact_budget(self) -> Budget | None:
+        """The budget that what each sample keeps meets exactly (KV02); None where a method has none."""
+        return None
+
+    @property
+    def requested(self) -> typing.Mapping[str, float | int]:
+        """What the options ask to keep, by name, for receipts: that of `exact_budget` unless overridden."""
+        budget = self.exact_budget
+        if budget is None:
+            return {}
+        if budget.keep_tokens is not None:
+            return {"keep_tokens": budget.keep_tokens}
+        assert budget.keep_ratio is not None
+        return {"keep_ratio": budget.keep_ratio}
+
+    @property
+    def spec(self) -> PolicySpec:
+        """The spec that builds this policy again: every option that differs from its default."""
+        return self._write(nested=False)
+
+    @property
+    def nested_spec(self) -> PolicySpec:
+        """The spec as an option of another policy's: without a budget that nobody stated."""
+        return self._write(nested=True)
+
+    def _write(self, *, nested: bool) -> PolicySpec:
+        options: dict[str, OptionValue] = {}
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, _Unstated):
+                if nested:
+                    continue
+                value = float(value)
+            default = default_of(option)
+            if default is dataclasses.MISSING or value != default:
+                options[option.name] = value.nested_spec if isinstance(value, CrossKVPolicy) else value
+        return PolicySpec(self.name, options, self.version)
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """Return the type annotation of each option by its name."""
+        hints = typing.get_type_hints(cls)
+        return {option.name: hints[option.name] for option in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_options(cls, options: typing.Mapping[str, OptionValue | CrossKVPolicy]) -> Self:
+        """Build the policy from option values, reading those that are text by the type of their field.
+
+        Options that are policies are policies here; `kvprune.get_policy` makes them of nested specs.
+
+        Raises:
+            PolicyOptionError: If an option is unknown or its value is wrong; lists what would be right.
+        """
+        types = cls.option_types()
+        for option in options:
+            if option not in types:
+                known = ", ".join(sorted(types)) or "none"
+                raise PolicyOptionError(
+                    f"policy {cls.name!r} has no option {shown(option)}{suggestion(option, types)} "
+                    f"(options: {known})"
+                )
+        required = [
+            option.name
+            for option in dataclasses.fields(cls)
+            if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
+        ]
+        missing = [option for option in required if option not in options]
+        if missing:
+            raise PolicyOptionError(
+                f"policy {cls.name!r} needs option {missing[0]!r}, got {shown(dict(options))}"
+            )
+        for option, value in options.items():
+            if isinstance(value, PolicySpec):  # fits no field; before the author's own code meets it
+                check_option(cls.name, option, types[option], value)
+        values = {
+            option: parse_option(cls.name, option, types[option], value) if isinstance(value, str) else value
+            for option, value in options.items()
+        }
+        return cls(**values)
+
+    @classmethod
+    def check_class(cls) -> None:
+        """Raise unless the class can be used as a policy: concrete, named, a frozen dataclass.
+
+        Raises:
+            TypeError: With the class and what is missing.
+        """
+        require_policy_class(cls)
+
+
+def require_policy_class(cls: type[CrossKVPolicy]) -> None:
+    """Raise unless a class can be used as a policy; what `CrossKVPolicy.check_class` does, not overridable.
+
+    Raises:
+        TypeError: With the class and what is missing.
+        SpecError: If its name or version cannot stand in a spec.
+    """
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise TypeError(f"{where} is abstract: it does not define {missing}")
+    if not isinstance(getattr(cls, "name", None), str):
+        raise TypeError(f'{where} has no name; add the class attribute `name = "..."`')
+    if isinstance(cls.version, bool) or not isinstance(cls.version, int):
+        raise TypeError(f"{where} has the version {shown(cls.version)}; a version is a whole number")
+    PolicySpec(cls.name, version=cls.version)
+    for fact in ("paper", "bibtex", "fidelity", "cost"):
+        if not isinstance(getattr(cls, fact), str):
+            raise TypeError(f"{where} has the {fact} {shown(getattr(cls, fact))}; it is text, or empty")
+    own = cls.__dict__.get("__dataclass_params__")
+    if own is None or not own.frozen:
+        raise TypeError(f"{where} is no frozen dataclass; add @dataclass(frozen=True, kw_only=True)")
+    for option, annotation in cls.option_types().items():
+        if option in ("name", "version"):
+            raise TypeError(
+                f"{where} annotates {option!r}, which makes it an option; "
+                f"leave the annotation out, or write {option}: ClassVar[...]"
+            )
+        if not is_option_type(annotation):
+            raise TypeError(
+                f"{where} has the option {option!r} of type {shown(annotation)}; options are bool, int, "
+                "float, str, None, Literal, or a union of these, or a policy class (or None), "
+                "so that a spec can hold them"
+            )
+
+
+class _Unstated(float):
+    """A default that nobody stated, and otherwise the number: equal to it, and kept by copies and replace."""

@@ -1,0 +1,189 @@
+"""Checks a policy's answer against the invariants before anything is applied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import ScoreError, SelectionError
+from kvprune.policy.merge_checks import check_merge
+from kvprune.policy.text_view import TextView
+from kvprune.policy.view import FeatureView, View
+from kvprune.tokens.decision import Decision
+from kvprune.tokens.selection import Selection
+
+__all__ = ["check_decision", "check_scores", "check_text"]
+
+
+def check_decision(decision: object, view: View, policy: str) -> None:
+    """Refuse a decision that breaks KV01, KV03, KV04, KV05 or KV15, naming the policy and the layer.
+
+    Args:
+        decision: What the policy returned.
+        view: What it decided about.
+        policy: Its name.
+
+    Raises:
+        SelectionError: Citing the invariant.
+    """
+    where = f"policy {policy!r} {view.where}"
+    if not isinstance(decision, Decision):
+        raise SelectionError(
+            f"{where}: select returned {type(decision).__name__}, expected a Decision(cache=..., onward=...)"
+        )
+    if isinstance(view, FeatureView) and decision.cache is not None:
+        raise SelectionError(
+            f"{where}: choose decided about a cache, but nothing is cached yet; return Decision(onward=...)"
+        )
+    batch, heads, columns = view.batch, view.heads, view.columns
+    for what, selection, visible in (
+        ("cache", decision.cache, view.visible),
+        ("onward", decision.onward, view.visible_in_prefill),
+    ):
+        if selection is None:
+            continue
+        shape = list(selection.indices.shape)
+        if selection.columns != columns or shape[0] != batch or shape[1] not in (1, heads):
+            raise SelectionError(
+                f"KV01: {where}: {what} selects {shape} out of {selection.columns} columns, expected "
+                f"[{batch}, {heads} or 1, K] out of {columns}"
+            )
+        kept = selection.to_mask()
+        visible = visible.to(kept.device)[:, None]
+        sees = visible.any(-1, keepdim=True)
+        hidden_kept = kept & ~visible & sees
+        visible_dropped = visible & ~kept
+        padding, starved = torch.stack(
+            [
+                (hidden_kept.any(-1) & visible_dropped.any(-1)).any(),
+                _starved(view, kept, visible),
+            ]
+        ).tolist()
+        if padding:
+            raise SelectionError(
+                f"KV04: {where}: {what} keeps columns that no row can see while it drops visible ones; "
+                "select from view.visible (this layer's cache) or view.visible_in_prefill (onward)"
+            )
+        if starved:
+            raise SelectionError(
+                f"KV03: {where}: {what} keeps no column of a visibility group (an image that some text row "
+                "attends to); keep at least one column of each group in view.groups, as scoring.keep_top does"
+            )
+        if selection.merge is not None:
+            check_merge(what, selection, selection.merge, view, where)
+
+
+def _starved(view: View, kept: Tensor, visible: Tensor) -> Tensor:
+    """Return whether some visibility group with visible columns keeps none of them (a bool scalar)."""
+    groups = torch.where(visible[:, 0], view.groups.to(kept.device), -1)
+    width = int(groups.max()) + 2
+    slots = (groups + 1)[:, None].expand_as(kept)
+    zeros = torch.zeros(*kept.shape[:2], width, dtype=torch.int64, device=kept.device)
+    present = zeros.scatter_add(-1, slots, torch.ones_like(slots))
+    survivors = zeros.scatter_add(-1, slots, kept.to(torch.int64))
+    return ((present > 0) & (survivors == 0))[..., 1:].any()
+
+
+def check_text(selection: object, view: TextView, policy: str, counts: Tensor | None) -> Tensor:
+    """Refuse a selection of text entries that one mask for all heads and layers could not serve.
+
+    Args:
+        selection: What the policy returned; None for all entries.
+        view: What it decided about.
+        policy: Its name.
+        counts: What an earlier layer of this prefill keeps of each sample, int64 ``[B]``; None at the first.
+
+    Returns:
+        What this layer keeps of each sample; all entries, padding included, for None.
+
+    Raises:
+        SelectionError: Citing the invariant.
+    """
+    where = f"policy {policy!r} {view.where}: select_text"
+    if selection is None:
+        now = torch.full((view.batch,), view.entries, device=view.device)
+    elif not isinstance(selection, Selection):
+        raise SelectionError(f"{where} returned {type(selection).__name__}, expected a Selection or None")
+    else:
+        shape = list(selection.indices.shape)
+        if selection.columns != view.entries or shape[0] != view.batch or shape[1] not in (1, view.heads):
+            raise SelectionError(
+                f"KV01: {where} selects {shape} out of {selection.columns} entries, expected "
+                f"[{view.batch}, {view.heads} or 1, K] out of {view.entries}"
+            )
+        if selection.merge is not None:
+            raise SelectionError(f"KV15: {where} merges, which text cannot; leave merge out")
+        if selection.bits is not None:
+            raise SelectionError(f"KV01: {where} states bits, but text is held as it is; leave bits out")
+        now = selection.counts[:, 0]
+        kept = selection.to_mask()
+        last = (view.entries - view.rows + view.last_row)[:, None, None].to(kept.device)
+        real = view.real.to(kept.device)[:, None]
+        uneven, padding, forgets = torch.stack(
+            [
+                (selection.counts != now[:, None]).any(),
+                (kept & ~real & real.any(-1, keepdim=True)).any(),
+                (~kept.gather(-1, last.expand(-1, kept.shape[1], -1))).any(),
+            ]
+        ).tolist()
+        if uneven:
+            raise SelectionError(
+                f"KV06: {where} keeps different numbers of entries in different heads, but one "
+                f"mask serves all of them; keep equally many (got {selection.counts.tolist()})"
+            )
+        if padding:
+            raise SelectionError(f"KV04: {where} keeps padding; select from view.real")
+        if forgets:
+            raise SelectionError(
+                f"KV03: {where} drops the last row's own entry, without which decoding does not know "
+                "what came last; keep entry view.entries - view.rows + view.last_row of each sample"
+            )
+    if counts is not None and not torch.equal(now, counts.to(now.device)):
+        raise SelectionError(
+            f"KV06: {where} keeps {now.tolist()} entries of each sample, but an earlier layer keeps "
+            f"{counts.tolist()}; one mask serves all layers, so keep equally many in each (or None in each)"
+        )
+    return now
+
+
+def check_scores(scores: object, view: View, strata: Tensor, policy: str) -> Tensor:
+    """Refuse what cannot rank tokens.
+
+    Args:
+        scores: What the policy returned, ``[B, H or 1, S]``.
+        view: What it looked at.
+        strata: int64 ``[B, S]``; columns of stratum -1 are set to the lowest value.
+        policy: Its name.
+
+    Returns:
+        Finite floating-point scores of the same shape.
+
+    Raises:
+        ScoreError: If it is no such tensor, or NaN where a token could be kept.
+    """
+    batch, heads, columns = view.batch, view.heads, view.columns
+    where = f"policy {policy!r} {view.where}"
+    expected = f"[{batch}, {heads} or 1, {columns}]" if heads > 1 else f"[{batch}, 1, {columns}]"
+    if not isinstance(scores, Tensor):
+        raise ScoreError(f"{where}: score returned {type(scores).__name__}, expected a tensor {expected}")
+    if scores.shape not in ((batch, heads, columns), (batch, 1, columns)):
+        raise ScoreError(f"{where}: score returned shape {list(scores.shape)}, expected {expected}")
+    # Asked before anything reads the scores: a view of one number may claim to be any number of them.
+    if scores.layout != torch.strided or scores.device != view.device:
+        raise ScoreError(
+            f"{where}: score returned a {scores.layout} tensor on {scores.device}, "
+            f"expected a plain one on {view.device}, where the keys are"
+        )
+    if scores.is_complex():
+        raise ScoreError(f"{where}: score returned {scores.dtype}, which has no order")
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.double() if not scores.is_floating_point() else scores.float()
+    # Unseen columns may hold anything, NaN included.
+    scores = scores.masked_fill((strata < 0)[:, None], -torch.inf)
+    if bool(scores.isnan().any()):
+        raise ScoreError(
+            f"{where}: score returned NaN for {int(scores.isnan().sum())} tokens that could be kept, "
+            f"expected numbers of shape {expected}"
+        )
+    # Finite, so that averages over heads never meet inf - inf.
+    return scores.clamp(torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max)

@@ -1,0 +1,275 @@
+"""Policies as text and JSON: the grammar ``name:key=value,key=other(key=value;key=value)``.
+
+A spec is data: it names a policy and its options, some of which may be policies themselves. Turning it into
+a policy is the registry's business, and what types options have is that of `kvprune.policy.options`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, TypeGuard, Union
+
+from kvprune.errors import SpecError
+from kvprune.text import error_line, shown
+
+__all__ = ["LARGEST_BITS", "OptionValue", "PolicySpec", "suggestion", "written"]
+
+OptionValue = Union[bool, int, float, str, None, "PolicySpec"]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED = re.compile("[,;()]")
+_LONGEST_NAME = 64
+_LARGEST_VERSION = 10**9
+_DEEPEST = 4
+"""Levels of policies with options inside each other, the outermost included."""
+
+LARGEST_BITS = 1024
+"""Of a whole number: what no float holds is no option, and Python itself refuses to write far longer ones."""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy's name, its options as written, and the version of the policy if one is demanded.
+
+    Args:
+        name: Lower-case letters, digits, ``.``, ``_`` and ``-``; at most 64.
+        options: Values by option name: text from a spec string, or typed values from Python and JSON. An
+            option that is a policy has a spec; one that says nothing but a name is held as that name.
+        version: If given, the installed policy must have this version.
+
+    Raises:
+        SpecError: If the name, an option's name or a value cannot be part of a spec.
+    """
+
+    name: str
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    version: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or len(self.name) > _LONGEST_NAME or not _NAME.fullmatch(self.name):
+            raise SpecError(
+                f"{shown(self.name)} is no policy name; names are lower-case letters, digits and "
+                f"'.', '_', '-', at most {_LONGEST_NAME}"
+            )
+        version = self.version
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
+            raise SpecError(f"the version of a spec is a whole number, got {shown(version)}")
+        if version is not None and not 0 <= version <= _LARGEST_VERSION:
+            raise SpecError(f"the version of a spec is between 0 and 10**9, got {shown(version)}")
+        if not isinstance(self.options, Mapping):
+            raise SpecError(f"options of a spec are a mapping of names to values, got {shown(self.options)}")
+        for key, value in self.options.items():
+            if not isinstance(key, str) or not _KEY.fullmatch(key):
+                raise SpecError(f"{shown(key)} is no option name in the spec of {self.name!r}")
+            where = f"option {shown(key)} of {self.name!r}"
+            if not isinstance(value, bool | int | float | str | PolicySpec | None):
+                raise SpecError(f"{where} is text, a number, true, false, none or a spec, got {shown(value)}")
+            if isinstance(value, str) and (not value or value != value.strip() or _RESERVED.search(value)):
+                raise SpecError(
+                    f"{where} holds the text {shown(value)}; text in a spec is not empty, "
+                    "has no blanks at its ends, and none of ',', ';', '(' and ')'"
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SpecError(f"{where} must be a finite number, got {value!r}")
+            if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
+                raise SpecError(f"{where} must be a number that a float can hold, got {shown(value)}")
+        # Text has one form of a policy without options, its name; so the spec has one, too.
+        options = {key: value.name if _is_bare(value) else value for key, value in self.options.items()}
+        object.__setattr__(self, "options", types.MappingProxyType(options))
+        if _depth(self) > _DEEPEST:
+            raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got {shown(str(self))}")
+
+    def __reduce__(self) -> tuple[type[PolicySpec], tuple[str, dict[str, OptionValue], int | None]]:
+        return PolicySpec, (self.name, dict(self.options), self.version)  # a read-only view cannot be pickled
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.options.items(), key=itemgetter(0))), self.version))
+
+    @classmethod
+    def parse(cls, text: str) -> PolicySpec:
+        """Read ``name``, ``name:key=value,key=value`` or ``name(key=value,key=value)``.
+
+        ``;`` works like ``,``. A value may be a spec with parentheses; separators in there are its own.
+
+        Raises:
+            SpecError: If the text does not follow the grammar; the message says where.
+        """
+        if not isinstance(text, str):
+            raise SpecError(f"a spec is text such as 'trim:k_ratio=0.25', got {shown(text)}")
+        _require_balance(text)
+        opening = re.search("[:(]", text)
+        if opening is None:
+            return cls(text.strip())
+        if opening[0] == "(":
+            return _read_nested(text.strip(), text)
+        return cls(text[: opening.start()].strip(), _read_options(text[opening.end() :], text))
+
+    def __str__(self) -> str:
+        options = _join(self.options, ",")
+        return f"{self.name}:{options}" if options else self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as JSON-ready data; `from_dict` reads it back."""
+        options = {
+            key: value.to_dict() if isinstance(value, PolicySpec) else value
+            for key, value in self.options.items()
+        }
+        data: dict[str, Any] = {"name": self.name, "options": options}
+        if self.version is not None:
+            data["version"] = self.version
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PolicySpec:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            SpecError: If a key is missing or unknown, or a value has the wrong type.
+        """
+        return cls._from_dict(data, _DEEPEST)
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, Any], room: int) -> PolicySpec:
+        if not isinstance(data, Mapping) or "name" not in data:
+            raise SpecError(f"a spec in JSON is an object with a 'name', got {shown(data)}")
+        unknown = sorted(set(data) - {"name", "options", "version"}, key=repr)
+        if unknown:
+            raise SpecError(
+                f"unknown keys {shown(unknown)} in spec {shown(dict(data))}; known: name, options, version"
+            )
+        options = data.get("options", {})
+        if isinstance(options, Mapping):
+            if room < 0:  # before the recursion; a spec of this depth would be refused anyway
+                raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got a deeper one in JSON")
+            options = {
+                key: cls._from_dict(value, room - 1)
+                if isinstance(value, Mapping) and "name" in value
+                else value
+                for key, value in options.items()
+            }
+        return cls(data["name"], options, data.get("version"))
+
+    def to_json(self) -> str:
+        """Return `to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> PolicySpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SpecError: If the text is not JSON or not a spec, or an object in it has a key twice.
+        """
+        try:
+            data = json.loads(text, object_pairs_hook=_unique)
+        # ValueError: no JSON, no UTF-8, or more digits than Python reads; RecursionError: nested too deep.
+        except (ValueError, TypeError, RecursionError) as error:
+            raise SpecError(f"a spec in JSON does not parse ({error_line(error)}): {shown(text)}") from error
+        return cls.from_dict(data)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; JSON itself would let the last of two equal keys win."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("a key is given twice")
+    return data
+
+
+def written(value: OptionValue) -> str:
+    """Return an option's value as spec text; a spec has its options in parentheses, so it stays one value."""
+    if isinstance(value, PolicySpec):
+        # No commas: what is cut at commas outside of a spec should not cut one policy in two.
+        return f"{value.name}({_join(value.options, ';')})" if value.options else value.name
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _join(options: Mapping[str, OptionValue], separator: str) -> str:
+    return separator.join(f"{key}={written(value)}" for key, value in options.items())
+
+
+def _is_bare(value: OptionValue) -> TypeGuard[PolicySpec]:
+    return isinstance(value, PolicySpec) and not value.options and value.version is None
+
+
+def _depth(spec: PolicySpec) -> int:
+    inner = [_depth(value) for value in spec.options.values() if isinstance(value, PolicySpec)]
+    return 1 + max(inner, default=0) if spec.options else 0
+
+
+def _require_balance(text: str) -> None:
+    """Raise unless parentheses come in pairs, not too deep; so what reads them may recurse."""
+    opened: list[int] = []
+    for found in re.finditer("[()]", text):
+        if found[0] == "(":
+            opened.append(found.start())
+            if len(opened) > _DEEPEST:
+                raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got {shown(text)}")
+        elif not opened:
+            raise SpecError(f"')' at position {found.start() + 1} of spec {shown(text)} closes nothing")
+        else:
+            opened.pop()
+    if opened:
+        raise SpecError(f"'(' at position {opened[-1] + 1} of spec {shown(text)} is never closed")
+
+
+def _read_nested(part: str, text: str) -> PolicySpec:
+    """Read ``name(key=value;key=value)``, a part of a spec's text in which parentheses are balanced."""
+    name, _, rest = part.partition("(")
+    depth = 1
+    for found in re.finditer("[()]", rest):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            break
+    inside, behind = rest[: found.start()], rest[found.end() :].strip()
+    if behind:
+        raise SpecError(
+            f"expected nothing behind {shown(part[: -len(behind)])} in spec {shown(text)}, "
+            f"got {shown(behind)}"
+        )
+    if not inside.strip():
+        raise SpecError(
+            f"expected key=value between the parentheses of {shown(part)} in spec {shown(text)}; "
+            "without options, leave them out"
+        )
+    return PolicySpec(name.strip(), _read_options(inside, text))
+
+
+def _read_options(part: str, text: str) -> dict[str, OptionValue]:
+    options: dict[str, OptionValue] = {}
+    for piece in _pieces(part):
+        key, equals, value = (side.strip() for side in piece.partition("="))
+        if not equals or not key or not value or "(" in key:
+            raise SpecError(f"expected key=value in spec {shown(text)}, got {shown(piece.strip())}")
+        if key in options:
+            raise SpecError(f"option {shown(key)} is given twice in spec {shown(text)}")
+        options[key] = _read_nested(value, text) if "(" in value else value
+    return options
+
+
+def _pieces(part: str) -> Iterator[str]:
+    """Cut at the separators that stand in no parentheses."""
+    depth = start = 0
+    for found in re.finditer("[(),;]", part):
+        if found[0] in "()":
+            depth += 1 if found[0] == "(" else -1
+        elif not depth:
+            yield part[start : found.start()]
+            start = found.end()
+    yield part[start:]
+
+
+def suggestion(wrong: str, right: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest of the right names, or nothing."""
+    if not isinstance(wrong, str) or len(wrong) > _LONGEST_NAME:  # nothing is close, and looking takes long
+        return ""
+    close = difflib.get_close_matches(wrong, list(right), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,193 @@
+"""What a policy may look at of the text: the self-attention that came just before a cross-attention layer.
+
+Read-only by contract, as all views. Nothing here holds a [B, H, T, Tk] tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvprune.errors import ScoreError
+from kvprune.tokens.precision import accumulation_dtype
+
+__all__ = ["TextView"]
+
+_ROWS_PER_CHUNK = 64
+_ELEMENTS_PER_CHUNK = 2**21  # 8 MiB of float32 attention weights alive at a time
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextView:
+    """One self-attention layer of the text, as it attended in prefill.
+
+    Axes: B batch, T text rows of this call, Tk text entries that they may attend (those of earlier turns come
+    first, so Tk >= T), Hq and Hkv query and KV heads, D head width. Row t may attend the real entries up to
+    entry Tk - T + t. Rows of draft tokens and their entries are left out.
+
+    Args:
+        queries: ``[B, Hq, T, D]`` as they enter the attention product (rotated, in models that rotate).
+        keys: ``[B, Hkv, Tk, D]`` as they are cached (rotated, likewise).
+        values: ``[B, Hkv, Tk, D]``.
+        real: bool ``[B, Tk]``, entries that are no padding.
+        scaling: Factor on attention logits.
+        layer_idx: Index of the decoder layer in the model.
+        rank: Index among the layers that have such a self-attention, 0 to num_layers - 1.
+        num_layers: How many of these there are.
+        policy_name: For messages.
+        image_tokens: int64 ``[B]``, tokens of the newly arrived images that decoding can see.
+        cross_layers: Number of cross-attention layers.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    real: Tensor
+    scaling: float
+    layer_idx: int = 0
+    rank: int = 0
+    num_layers: int = 1
+    policy_name: str = "?"
+    image_tokens: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    cross_layers: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return self.keys.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Number of KV heads Hkv."""
+        return self.keys.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Number of text rows T of this call."""
+        return self.queries.shape[2]
+
+    @property
+    def entries(self) -> int:
+        """Number of text entries Tk."""
+        return self.keys.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.keys.device
+
+    @property
+    def where(self) -> str:
+        """Where the view is taken, for messages."""
+        return f"at the self-attention of layer {self.layer_idx}"
+
+    @property
+    def real_rows(self) -> Tensor:
+        """Text rows that are no padding, bool ``[B, T]``."""
+        return self.real[:, self.entries - self.rows :]
+
+    @property
+    def last_row(self) -> Tensor:
+        """The last row that is no padding, int64 ``[B]``: the row from which decoding goes on."""
+        return self.rows - 1 - self.real_rows.flip(1).to(torch.uint8).argmax(1)
+
+    def attention_of(self, rows: Tensor) -> Tensor:
+        """Return the attention weights of a few rows over all text entries.
+
+        Args:
+            rows: int64 ``[B, n]``, row numbers, different ones for each sample if need be. Keep n small: all
+                of the result is alive at once.
+
+        Returns:
+            ``[B, Hq, n, Tk]``, float32 (float64 for float64 inputs). Zero at padding and at what comes after
+            a row; zero everywhere for rows that are padding themselves.
+
+        Raises:
+            ScoreError: If attention is not finite: the model's activations are NaN or overflow.
+        """
+        batch, query_heads = self.queries.shape[:2]
+        weights = torch.zeros(
+            batch, query_heads, rows.shape[1], self.entries, dtype=self._dtype, device=self.device
+        )
+        rows = rows.to(self.device)
+        for sample in range(batch):
+            counted = self.real_rows[sample, rows[sample]].nonzero().squeeze(1)
+            if len(counted):
+                entries = self.real[sample].nonzero().squeeze(1)
+                keys = self.keys[sample, :, entries]
+                own = self._weights(sample, slice(None), rows[sample, counted], keys, entries, 0.0)
+                index = counted[:, None].expand(-1, len(entries)), entries.expand(len(counted), -1)
+                weights[sample][:, index[0], index[1]] = rearrange(own, "h g t s -> (h g) t s")
+        return self._finite(weights)
+
+    def attention_mass(self, rows: Tensor | None = None, *, null_keys: float = 0.0) -> Tensor:
+        """Return the attention that each text entry receives, summed over rows, by query head.
+
+        Args:
+            rows: bool ``[B, T]``, rows to add up; all by default. Rows that are padding never count.
+            null_keys: Weigh as if each row had so many more keys of logit zero ("n-softmax").
+
+        Returns:
+            ``[B, Hq, Tk]``, float32 (float64 for float64 inputs). Without null keys, the sum over Tk is the
+            number of rows that were added up.
+
+        Raises:
+            ScoreError: If attention is not finite: the model's activations are NaN or overflow.
+
+        Cost: one product of queries and keys, 64 rows of a few KV heads at a time. Samples are taken one by
+        one and without their padding, so no sum depends on the batch.
+        """
+        counted = self.real_rows if rows is None else self.real_rows & rows.to(self.real.device)
+        batch, query_heads = self.queries.shape[:2]
+        mass = torch.zeros(batch, query_heads, self.entries, dtype=self._dtype, device=self.device)
+        groups = query_heads // self.heads
+        for sample in range(batch):
+            chosen = counted[sample].nonzero().squeeze(1)
+            if len(chosen) == 0:
+                continue
+            entries = self.real[sample].nonzero().squeeze(1)
+            keys = self.keys[sample, :, entries]
+            own = torch.zeros(query_heads, len(entries), dtype=mass.dtype, device=mass.device)
+            per_head = groups * min(len(chosen), _ROWS_PER_CHUNK) * len(entries)
+            step = max(1, _ELEMENTS_PER_CHUNK // max(1, per_head))
+            for rows_now in chosen.split(_ROWS_PER_CHUNK):
+                for first in range(0, self.heads, step):
+                    heads = slice(first, first + step)
+                    weights = self._weights(sample, heads, rows_now, keys, entries, null_keys)
+                    own[first * groups : (first + step) * groups] += weights.sum(2).flatten(0, 1)
+            mass[sample, :, entries] = own
+        return self._finite(mass)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.keys)
+
+    def _weights(
+        self, sample: int, heads: slice, rows: Tensor, keys: Tensor, entries: Tensor, null_keys: float
+    ) -> Tensor:
+        """Return weights of some KV heads, ``[H, Hq / Hkv, rows, entries]``; ``keys`` are of ``entries``."""
+        grouped = rearrange(self.queries[sample], "(h g) t d -> h g t d", h=self.heads)[heads][:, :, rows]
+        packed = rearrange(grouped, "h g t d -> h (g t) d").to(self._dtype) * self.scaling
+        weights = rearrange(packed @ keys[heads].to(self._dtype).mT, "h (g t) s -> h g t s", t=len(rows))
+        weights.masked_fill_(entries > rows[:, None] + (self.entries - self.rows), -torch.inf)
+        peak = weights.amax(-1, keepdim=True)
+        if null_keys:
+            peak.clamp_(min=0)
+        weights.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        if null_keys:
+            total += null_keys * torch.exp(-peak)
+        return weights.div_(total)
+
+    def _finite(self, weights: Tensor) -> Tensor:
+        if not bool(weights.isfinite().all()):
+            raise ScoreError(
+                f"policy {self.policy_name!r} {self.where}: attention is NaN or infinite for "
+                f"{int((~weights.isfinite()).sum())} of {weights.numel()} numbers, so nothing can be ranked; "
+                f"the model's queries or keys ({self.keys.dtype}) are not finite, or overflow"
+            )
+        return weights

@@ -1,0 +1,334 @@
+"""What a policy may look at: encoder features before the first cross-attention layer, or one layer of them.
+
+Views are read-only by contract: a policy neither writes to their tensors nor keeps references to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kvprune import scoring
+from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
+from kvprune.policy.text_view import TextView
+from kvprune.tokens import randomness
+from kvprune.tokens.layout import Layout
+from kvprune.tokens.precision import accumulation_dtype
+from kvprune.tokens.visibility import Visibility
+
+__all__ = ["FeatureView", "LayerView", "View"]
+
+_Captured = TypeVar("_Captured", bound="Tensor | TextView")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class View:
+    """What every view has.
+
+    Axes: B batch as the model saw it, T text rows, S encoder tokens that reached this point, C width of
+    encoder features. When a second image arrives, S counts its columns only.
+
+    Args:
+        visibility: What text rows may attend; see the properties below for the questions usually asked.
+        num_layers: Number of cross-attention layers L.
+        seed: The seed that was given to ``compress``.
+        fingerprints: Returns an int64 ``[B]`` digest of what the encoder read for each sample.
+        policy_name: For messages.
+        layout_of: Returns where the columns lie in their images; None where that is not known.
+        captured_features: ``[B, S, C]`` as they enter the projections to keys and values, present in a
+            `FeatureView`, and in a `LayerView` if the policy needs "features".
+        captured_guidance: ``[B, S]``, present if the policy needs "guidance".
+        captured_class_attention: ``[B, S]``, present if the policy needs "class_attention".
+    """
+
+    visibility: Visibility
+    num_layers: int
+    seed: int = 0
+    fingerprints: Callable[[], Tensor] = lambda: torch.zeros(1, dtype=torch.int64)
+    policy_name: str = "?"
+    layout_of: Callable[[], Layout] | None = None
+    captured_features: Tensor | None = None
+    captured_guidance: Tensor | None = None
+    captured_class_attention: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return self.visibility.batch
+
+    @property
+    def columns(self) -> int:
+        """Number of columns S."""
+        return self.visibility.columns
+
+    @property
+    def heads(self) -> int:
+        """Number of heads that may keep columns of their own."""
+        return 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.visibility.rows.device
+
+    @property
+    def where(self) -> str:
+        """Where the view is taken, for messages."""
+        return "before the first cross-attention layer"
+
+    @property
+    def visible(self) -> Tensor:
+        """Columns that decoding can see, bool ``[B, S]``: budgets count these."""
+        return self.visibility.decode
+
+    @property
+    def visible_in_prefill(self) -> Tensor:
+        """Columns that some live text row can see, bool ``[B, S]``."""
+        return self.visibility.prefill
+
+    @property
+    def live(self) -> Tensor:
+        """Text rows that are no padding, no draft, and see an image, bool ``[B, T]``."""
+        return self.visibility.live
+
+    @property
+    def groups(self) -> Tensor:
+        """Visibility group of each column, int64 ``[B, S]``, -1 where unseen: each keeps one column."""
+        return self.visibility.groups
+
+    @property
+    def strata(self) -> Tensor:
+        """Sets over which a budget is counted, int64 ``[B, S]``: 0 what decoding sees, -1 unseen."""
+        return self.visibility.strata
+
+    @property
+    def decode_strata(self) -> Tensor:
+        """The one set over which the budget of a cache is counted, int64 ``[B, S]``: 0, and -1 for the rest."""
+        return self.visibility.decode_strata
+
+    @property
+    def features(self) -> Tensor:
+        """Encoder features as they enter the projections to keys and values, ``[B, S, C]``."""
+        return self._captured(self.captured_features, "features")
+
+    @property
+    def guidance(self) -> Tensor:
+        """Importance of each encoder token according to the guide, ``[B, S]`` in float32 (or float64).
+
+        The attention that a token receives, summed over the guide's cross-attention layers, heads and live
+        text rows (see `kvprune.Guide`); 0 for what no row sees.
+        """
+        return self._captured(self.captured_guidance, "guidance")
+
+    @property
+    def class_attention(self) -> Tensor:
+        """Attention that the vision encoder's class token pays to each patch of its own tile, ``[B, S]``.
+
+        Added up over the heads of one layer and scaled to add up to 1 in each tile, in float32 (float64 in
+        a float64 model); 0 for class tokens and padding tiles. Where columns were merged, it is that of the
+        column in whose place the merged one stands.
+        """
+        return self._captured(self.captured_class_attention, "class_attention")
+
+    @property
+    def images(self) -> Tensor:
+        """Image of each column, int64 ``[B or 1, S]``."""
+        return self.visibility.images[self.visibility.units]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where each column lies in its image.
+
+        Raises:
+            UnsupportedModelError: If that is not known.
+        """
+        if self.layout_of is None:
+            raise UnsupportedModelError(
+                f"policy {self.policy_name!r} asks where tokens lie in their image, which is not known here: "
+                "pass pixel_values and aspect_ratio_ids instead of cross_attention_states"
+            )
+        return self.layout_of()
+
+    @property
+    def places(self) -> Tensor:
+        """Row and column of each encoder token in its image, in patches, int64 ``[B or 1, S, 2]``.
+
+        Counted over the whole image, with the offset of the tile; -1, -1 for class tokens and padding.
+        """
+        return self.layout.places
+
+    @property
+    def _place(self) -> int:
+        """What separates the random numbers of one layer from those of another."""
+        return -1
+
+    def random(self, heads: int = 1) -> Tensor:
+        """Uniform numbers in [0, 1), float32 ``[B, heads, S]``.
+
+        They differ by seed, layer and sample, and are the same on any device and in any batch (KV10).
+        """
+        fingerprints = self.fingerprints().expand(self.batch)
+        return randomness.uniform(self.seed, self._place, fingerprints, heads, self.columns).to(self.device)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """CPU generator for this seed and layer.
+
+        What is drawn from it must not have a batch axis, or a sample's draw depends on its place in the
+        batch; `random` draws for each sample on its own.
+        """
+        return randomness.generator(self.seed, self._place)
+
+    def _captured(self, tensor: _Captured | None, what: str) -> _Captured:
+        if tensor is None:
+            raise PolicyOptionError(
+                f"policy {self.policy_name!r} reads view.{what} {self.where} without declaring "
+                f'it; add a property `needs` that returns frozenset({{"{what}"}})'
+            )
+        return tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureView(View):
+    """Encoder features before the first cross-attention layer: no queries, keys or values exist yet."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerView(View):
+    """One cross-attention layer after its attention in prefill.
+
+    Axes beside those of `View`: Hq and Hkv query and KV heads, D head width.
+
+    Args:
+        keys: ``[B, Hkv, S, D]`` as they are cached (in Mllama: after ``k_norm``).
+        values: ``[B, Hkv, S, D]``.
+        layer_idx: Index of the decoder layer in the model (3, 8, 13, ... in Llama-3.2-11B-Vision).
+        rank: Index among the cross-attention layers, 0 to L - 1.
+        scaling: Factor on attention logits.
+        captured_queries: ``[B, Hq, T, D]``, present if the policy needs "queries".
+        captured_raw_keys: ``[B, Hkv, S, D]`` before any key norm, present if the policy needs "raw_keys".
+        captured_text: The self-attention before this layer, present if the policy needs "text" and there is
+            one.
+        follows_text: Whether there is one: not for a cross-attention layer that is the decoder's first.
+    """
+
+    keys: Tensor
+    values: Tensor
+    layer_idx: int
+    rank: int
+    scaling: float
+    captured_queries: Tensor | None = None
+    captured_raw_keys: Tensor | None = None
+    captured_text: TextView | None = None
+    follows_text: bool = True
+
+    @property
+    def heads(self) -> int:
+        """Number of KV heads, which may keep columns of their own."""
+        return self.keys.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.keys.device
+
+    @property
+    def where(self) -> str:
+        """Where the view is taken, for messages."""
+        return f"at layer {self.layer_idx}"
+
+    @property
+    def _place(self) -> int:
+        return self.rank
+
+    @property
+    def queries(self) -> Tensor:
+        """Queries of this layer as they entered attention, ``[B, Hq, T, D]``."""
+        return self._captured(self.captured_queries, "queries")
+
+    @property
+    def raw_keys(self) -> Tensor:
+        """Keys before the key norm, ``[B, Hkv, S, D]``; the cached keys in models without one."""
+        return self._captured(self.captured_raw_keys, "raw_keys")
+
+    @property
+    def text(self) -> TextView:
+        """The self-attention of the text that came just before this layer.
+
+        Raises:
+            UnsupportedModelError: If none did, because this cross-attention layer is the decoder's first.
+        """
+        if not self.follows_text:
+            raise UnsupportedModelError(
+                f"policy {self.policy_name!r} reads view.text {self.where}, but this cross-attention layer "
+                "is the first of the decoder: no self-attention comes before it (view.follows_text tells)"
+            )
+        return self._captured(self.captured_text, "text")
+
+    def attention_mass(self, rows: Tensor | None = None, *, null_keys: float = 0.0) -> Tensor:
+        """Attention that each column receives, summed over live rows, ``[B, Hq, S]`` in float32.
+
+        Args:
+            rows: bool ``[B, T]``, to add up only these of the live rows.
+            null_keys: Weigh as if each row had so many more keys of logit zero ("n-softmax").
+
+        Raises:
+            ScoreError: If attention is not finite: the model's activations are NaN or overflow.
+        """
+        mass = scoring.attention_mass(
+            self.queries, self.keys, self.visibility, self.scaling, rows, null_keys=null_keys
+        )
+        return self._finite(mass, "pairs of head and token, so nothing can be ranked")
+
+    def attention_density(self, threshold: float, columns: Tensor | None = None) -> Tensor:
+        """Fraction of attention weights that are not small, float64 ``[B, Hq]``: 1 - sparsity.
+
+        Args:
+            threshold: A weight counts if it is at least this times the largest one of its row, in (0, 1].
+            columns: bool ``[B, S]``, to look at these only.
+
+        Raises:
+            ScoreError: If attention is not finite: the model's activations are NaN or overflow.
+        """
+        density = scoring.attention_density(
+            self.queries, self.keys, self.visibility, self.scaling, threshold, columns
+        )
+        return self._finite(density, "heads, so their sparsity is unknown")
+
+    def window_mass(self, rows: int) -> Tensor:
+        """Attention that each column receives from the last text rows, summed over them, ``[B, Hq, S]``.
+
+        Each stratum has a window of its own: the last live rows that see it. So an earlier image of an
+        interleaved chat is ranked by the rows that ended its turn, and not by rows that cannot see it.
+
+        Args:
+            rows: Length of the window; all rows where there are fewer.
+
+        Returns:
+            float32 (float64 for float64 inputs); 0 for unseen columns. Over the columns that a window's rows
+            see, a head's sum is the number of these rows, if they see one stratum only.
+
+        Raises:
+            ScoreError: If attention is not finite: the model's activations are NaN or overflow.
+        """
+        mass = self.queries.new_zeros(
+            *self.queries.shape[:2], self.columns, dtype=accumulation_dtype(self.keys)
+        )
+        for members in scoring.each_stratum(self.strata):
+            window = scoring.last_rows(self.visibility, rows, members)
+            mass = torch.where(members[:, None], self.attention_mass(window), mass)
+        return mass
+
+    def _finite(self, tensor: Tensor, what: str) -> Tensor:
+        if not bool(tensor.isfinite().all()):
+            raise ScoreError(
+                f"policy {self.policy_name!r} {self.where}: attention is NaN or infinite for "
+                f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} {what}; "
+                f"the model's queries or keys ({self.keys.dtype}) are not finite, or overflow"
+            )
+        return tensor

@@ -1,0 +1,1 @@
+"""From names to a running compression: plugins, the registry, `compress`, guides."""

@@ -1,0 +1,16 @@
+"""The plugin that provides the built-in adapters, through the same door as anybody else's."""
+
+from __future__ import annotations
+
+from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.encoder_decoder import BartAdapter, WhisperAdapter
+from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.session.hookspecs import hookimpl
+
+__all__ = ["kvprune_adapters"]
+
+
+@hookimpl
+def kvprune_adapters() -> list[type[ModelAdapter]]:
+    """Return the adapters that ship with kvprune."""
+    return [MllamaAdapter, BartAdapter, WhisperAdapter]

@@ -1,0 +1,182 @@
+"""`compress`: joins a model, a policy and the cache manager for as long as the user wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from kvprune.adapters.base import ModelAdapter, compressing
+from kvprune.engine.guidance import Guidance, Prompt
+from kvprune.engine.manager import CrossKVManager
+from kvprune.engine.report import CompressionReport
+from kvprune.errors import CompressionStateError, GuideError, NestedCompressionError, PolicyNeverRanError
+from kvprune.policy.base import CrossKVPolicy, require_policy_class
+from kvprune.policy.spec import PolicySpec
+from kvprune.session.guide import BoundGuide, Guide
+from kvprune.session.registry import load
+from kvprune.tokens.selection import Selection
+
+__all__ = ["Compression", "compress"]
+
+
+def compress(
+    model: nn.Module,
+    policy: str | PolicySpec | CrossKVPolicy,
+    *,
+    seed: int = 0,
+    guide: nn.Module | Guide | Guidance | None = None,
+) -> Compression:
+    """Compress the cross-attention cache of a model while a ``with`` block lasts.
+
+    Every ``generate`` or forward call inside the block runs under the policy. For long-lived use, call
+    `Compression.attach` and `Compression.detach` instead of ``with``.
+
+    Args:
+        model: A supported transformers model (``kvprune doctor`` lists them).
+        policy: A spec such as ``"trim:k_ratio=0.25"``, or a policy.
+        seed: For policies that draw random numbers.
+        guide: For policies that need guidance, such as ``guided``: another model of the same vision geometry,
+            or a `kvprune.Guide` with options. None: the model guides itself, in a pass of its own over each
+            prompt. A `kvprune.Guidance` is what a guide said about the one batch that will be generated from.
+            The guide runs inside the model's forward call and its cost is in the report.
+
+    Returns:
+        The compression; nothing is attached yet.
+
+    Raises:
+        UnsupportedModelError: If no adapter knows the model (lists the supported ones), or its adapter does
+            not provide what the policy needs.
+        IncompatibleTransformersError: If transformers lacks something that the adapter relies on.
+        GuideError: If the guide cannot guide this model, or the policy does not use one.
+        SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
+
+    Example:
+        >>> with kvprune.compress(model, "trim:keep_ratio=0.25") as run:  # doctest: +SKIP
+        ...     out = model.generate(**inputs, max_new_tokens=32)
+        >>> print(run.report)  # doctest: +SKIP
+    """
+    registry = load()
+    adapter = registry.adapter_for(model)
+    chosen = registry.get_policy(policy)
+    require_policy_class(type(chosen))
+    adapter.require_probes()
+    return Compression(adapter(model), chosen, seed, guide)
+
+
+class Compression:
+    """One policy on one model: attach, generate, read what happened, detach.
+
+    Attributes:
+        policy: The policy that runs.
+        report: What was kept and held so far, a `CompressionReport`.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        policy: CrossKVPolicy,
+        seed: int,
+        guide: nn.Module | Guide | Guidance | None = None,
+    ) -> None:
+        adapter.require_needs(policy)
+        self.policy = policy
+        self._adapter = adapter
+        self._manager = CrossKVManager(policy, seed, adapter.layer_indices, _bound(guide, adapter, policy))
+        self._attached = False
+
+    @property
+    def report(self) -> CompressionReport:
+        """What was kept and held so far."""
+        return self._manager.report
+
+    @property
+    def selections(self) -> Mapping[int, Selection]:
+        """Columns that decoding uses, by layer index, as the latest prefill left them."""
+        return self._manager.selections
+
+    @property
+    def prefill_selections(self) -> Mapping[int, Selection | None]:
+        """Columns that each layer's latest prefill attended to, by layer index; None for all there were."""
+        return self._manager.prefill_selections
+
+    @property
+    def text_selections(self) -> Mapping[int, Selection]:
+        """Tokens of the text that decoding uses, by layer index, as the latest prefill left them.
+
+        Only layers whose text a policy pruned; what came after prefill is held besides.
+        """
+        return self._manager.text_selections
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model runs under the policy now."""
+        return self._attached
+
+    def attach(self) -> Self:
+        """Put the model under the policy until `detach`.
+
+        Raises:
+            CompressionStateError: If this compression is attached already.
+            NestedCompressionError: If the model, or a part of it, is being compressed already.
+        """
+        if self._attached:
+            raise CompressionStateError(f"this compression ({self.policy.spec}) is attached already")
+        running = compressing(self._adapter.model)
+        if running is not None:
+            raise NestedCompressionError(
+                f"{type(self._adapter.model).__name__} is being compressed already ({running}); "
+                "two policies on one model would hide each other: leave the first block, or detach it"
+            )
+        try:
+            self._adapter.attach(self._manager)
+        except BaseException:
+            self._adapter.detach()
+            raise
+        self._attached = True
+        return self
+
+    def detach(self) -> None:
+        """Restore the model to what it was, to the last hook and attribute (KV12); harmless if detached."""
+        self._attached = False
+        self._adapter.detach()
+
+    def check_ran(self) -> None:
+        """Raise if an image went through the model while the policy was attached but never decided.
+
+        Raises:
+            PolicyNeverRanError: With what was seen.
+        """
+        if self.report.encoder_inputs and not self.report.prefills:
+            raise PolicyNeverRanError(
+                f"policy {self.policy.spec} never ran, although encoder states went through the model "
+                f"{self.report.encoder_inputs} times; no cross-attention layer reached its decision"
+            )
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+        if error is None:
+            self.check_ran()
+
+
+def _bound(
+    guide: nn.Module | Guide | Guidance | None, target: ModelAdapter, policy: CrossKVPolicy
+) -> Callable[[Prompt], Guidance] | None:
+    """Return what answers the policy's need for guidance; None if it has no such need."""
+    if "guidance" not in policy.needs:
+        if guide is not None:
+            raise GuideError(
+                f"policy {policy.spec} does not use a guide, but got one ({type(guide).__name__}); leave "
+                'guide out, or choose a policy that needs "guidance", such as guided'
+            )
+        return None
+    if isinstance(guide, Guidance):
+        return lambda prompt: guide
+    return BoundGuide(guide if isinstance(guide, Guide) else Guide(guide), target)

@@ -1,0 +1,261 @@
+"""A guide: a model that ranks the encoder tokens before the model under the policy sees them.
+
+The guide reads the same prompt and adds up the attention that each encoder token receives. It is a smaller
+model with the same vision geometry, or the target itself in a pass before (nothing is saved then, but it
+shows what the best of guides could tell). It runs inside the target's forward call, so whoever times that
+call times the guide, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvprune.adapters.base import ModelAdapter, compressing
+from kvprune.engine.guidance import Guidance, GuideReceipt, Prompt
+from kvprune.engine.manager import CrossKVManager
+from kvprune.engine.measurement import Stopwatch
+from kvprune.errors import GuideError, KVPruneError, NestedCompressionError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.session.guide_policies import AttentionRecord, MostImportant, OwnImages
+from kvprune.session.registry import find_adapter
+from kvprune.text import shown
+
+__all__ = ["BoundGuide", "Guide"]
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """Which model guides, and what it adds up.
+
+    The importance of encoder token j is ``sum over cross-attention layers, query heads and text rows of
+    A[layer, head, row, j]``, with ordinary softmax weights. Text rows are those of the prompt that see the
+    token's image, and those of the guide's own answer. A sample is ranked in a batch as it is alone.
+
+    Args:
+        model: A supported model of the target's vision geometry; None for the target itself.
+        max_new_tokens: Most tokens of the guide's answer, decoded greedily. 0: the rows of the prompt only,
+            in one forward call. Otherwise the guide generates, and reads prompt and answer once more; the
+            rows are those that it ran in generation, so the last token of the answer has none.
+        row_mean: Add the means over the rows of the prompt and over those of the answer instead of sums, so
+            that a long answer does not outvote the prompt.
+    """
+
+    model: nn.Module | None = None
+    max_new_tokens: int = field(default=0, kw_only=True)
+    row_mean: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.model is not None and not isinstance(self.model, nn.Module):
+            raise GuideError(f"a guide is a model, got {shown(self.model)}")
+        limit = self.max_new_tokens
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+            raise GuideError(f"max_new_tokens of a guide is a whole number, 0 or more, got {shown(limit)}")
+        if not isinstance(self.row_mean, bool):
+            raise GuideError(f"row_mean of a guide is True or False, got {shown(self.row_mean)}")
+
+
+class BoundGuide:
+    """A guide for one target: can be asked about prompts.
+
+    Args:
+        guide: Its options.
+        target: Adapter of the model that is guided; may be attached.
+
+    Raises:
+        GuideError: If the guide cannot guide this target; nothing has run then.
+        UnsupportedModelError: If no adapter knows the guide.
+        IncompatibleTransformersError: If transformers lacks something that its adapter relies on.
+    """
+
+    def __init__(self, guide: Guide, target: ModelAdapter) -> None:
+        self.options = guide
+        self.is_target = guide.model is None or guide.model is target.model
+        self._target = target
+        if self.is_target:
+            self._adapter = type(target)(target.model)
+        else:
+            assert guide.model is not None
+            kind = find_adapter(guide.model)
+            kind.require_probes()
+            self._adapter = kind(guide.model)
+            if not set(guide.model.modules()).isdisjoint(target.model.modules()):
+                raise GuideError(
+                    f"the guide {type(guide.model).__name__} is a part of the target, or shares modules with "
+                    "it, so both cannot run at once; leave guide out, and the target guides itself"
+                )
+            _require_same_geometry(self._adapter, target)
+        for method in ("replay", "answer")[: 1 + (guide.max_new_tokens > 0)]:
+            if getattr(type(self._adapter), method) is getattr(ModelAdapter, method):
+                raise GuideError(
+                    f"a {type(self._adapter.model).__name__} cannot guide with max_new_tokens="
+                    f"{guide.max_new_tokens}: the adapter for {self._adapter.family} lacks {method}()"
+                )
+
+    def __call__(self, prompt: Prompt) -> Guidance:
+        """Rank the encoder tokens of a prompt."""
+        return self.ask(prompt)
+
+    def ask(
+        self, prompt: Prompt, *, consistency_ratio: float | None = None, length_normalised: bool = True
+    ) -> Guidance:
+        """Rank the encoder tokens of a prompt, and rate the answer.
+
+        Args:
+            prompt: Of the target.
+            consistency_ratio: Rate the answer also by its probability when the guide receives only this
+                fraction of visible tokens, the most important ones. None: not.
+            length_normalised: Whether that is the geometric mean over the answer's tokens, or the product.
+
+        Raises:
+            GuideError: If the guide cannot read the prompt, or fails.
+            BudgetError: If ``consistency_ratio`` is no fraction in (0, 1].
+        """
+        few = None if consistency_ratio is None else MostImportant(keep_ratio=consistency_ratio)
+        prompt = self._readable(prompt)
+        model = type(self._adapter.model).__name__
+        passes = _Passes(GuideReceipt(model=model, is_target=self.is_target, runs=1), _attended(prompt))
+        try:
+            with Stopwatch(prompt.text.device) as watch, torch.no_grad():
+                guidance = self._ask(prompt, few, passes, length_normalised=length_normalised)
+        except (KVPruneError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise GuideError(
+                f"the guide ({model}) raised {type(error).__name__} over the target's prompt: "
+                f"{str(error)[:500]}"
+            ) from error
+        return replace(guidance, receipt=replace(passes.receipt, seconds=watch.seconds))
+
+    def _ask(
+        self, prompt: Prompt, few: CrossKVPolicy | None, passes: _Passes, *, length_normalised: bool
+    ) -> Guidance:
+        adapter, answer, written = self._adapter, None, None
+        if self.options.max_new_tokens:
+            with self._under(OwnImages()) as manager:
+                answer, written = adapter.answer(prompt, self.options.max_new_tokens)
+            passes.add(manager, written, calls=answer.shape[1])
+        record = AttentionRecord(prompt.text.shape[1])
+        with self._under(record.policy()) as manager:
+            logits = adapter.replay(prompt, answer, written)
+        passes.add(manager, written)
+        scores, rows = record.sums(len(prompt.text), by_mean=self.options.row_mean)
+        guidance = Guidance(scores=scores, rows=rows, answer=answer, written=written)
+        if logits is None or answer is None or written is None:
+            return guidance
+        guidance = replace(guidance, confidence=_mean_probability(logits, written))
+        if few is None:
+            return guidance
+        with self._under(few, lambda _: guidance) as manager:
+            logits = adapter.replay(prompt, answer, written)
+        passes.add(manager, written)
+        assert logits is not None
+        rated = _mean_probability(logits, written, answer, mean=length_normalised)
+        return replace(guidance, consistency=rated)
+
+    def _readable(self, prompt: Prompt) -> Prompt:
+        """Return the prompt as the guide can read it."""
+        if not self.is_target:
+            if prompt.past is not None:
+                raise GuideError(
+                    "an image came in a later turn, but the guide has not read the turns before; give the "
+                    "whole conversation at once, or let the model guide itself (guide=None)"
+                )
+            if "inputs_embeds" in prompt.arguments:
+                raise GuideError(
+                    "the target was called with inputs_embeds, which mean nothing to another model; pass "
+                    "input_ids, or let the model guide itself (guide=None)"
+                )
+            # Quantized weights have no dtype that an input could have.
+            weight = next(one for one in self._adapter.model.parameters() if one.is_floating_point())
+            prompt = replace(prompt, states=None).to(weight.device, weight.dtype)
+        return prompt
+
+    @contextmanager
+    def _under(
+        self, policy: CrossKVPolicy, guide: Callable[[Prompt], Guidance] | None = None
+    ) -> Iterator[CrossKVManager]:
+        """Run the guide under a policy of ours; if it is the target, the target's adapter stands aside."""
+        adapter = self._adapter
+        manager = CrossKVManager(policy, 0, adapter.layer_indices, guide)
+        with ExitStack() as stack:
+            if self.is_target:
+                stack.enter_context(self._target.standing_aside())
+            running = compressing(adapter.model)
+            if running is not None:
+                raise NestedCompressionError(
+                    f"the guide ({type(adapter.model).__name__}) is being compressed itself ({running}), so "
+                    "it would rank by what is left; detach that compression, or guide with another model"
+                )
+            stack.callback(adapter.detach)
+            adapter.attach(manager)
+            yield manager
+
+
+class _Passes:
+    """Counts what the passes over one prompt cost."""
+
+    def __init__(self, receipt: GuideReceipt, prompt_tokens: int) -> None:
+        self.receipt = receipt
+        self._prompt_tokens = prompt_tokens
+
+    def add(self, manager: CrossKVManager, written: Tensor | None, *, calls: int = 1) -> None:
+        """Add a pass: what it held, and what it read: the prompt, and all but the last of the answer."""
+        read = self._prompt_tokens + (0 if written is None else int(written[:, 1:].sum()))
+        held = manager.report.bytes_peak
+        self.receipt = replace(self.receipt, runs=0, forward_calls=calls, tokens=read, bytes_peak=held).plus(
+            self.receipt
+        )
+
+
+def _mean_probability(
+    logits: Tensor, written: Tensor, answer: Tensor | None = None, *, mean: bool = True
+) -> Tensor:
+    """Return the geometric mean (or product) of the probabilities of an answer's tokens, float64 ``[R]``.
+
+    Args:
+        logits: ``[R, n, V]``.
+        written: bool ``[R, n]``.
+        answer: int64 ``[R, n]``; None takes the highest probability at each place.
+        mean: Whether to take the mean.
+    """
+    rated = []
+    for row in range(len(logits)):  # one at a time: the vocabulary is wide
+        by_token = logits[row].float().log_softmax(-1)
+        chosen = by_token.amax(-1) if answer is None else by_token.gather(-1, answer[row, :, None])[:, 0]
+        total = chosen.double().masked_fill(~written[row], 0.0).sum()
+        rated.append((total / written[row].sum() if mean else total).exp())
+    return torch.stack(rated)
+
+
+def _require_same_geometry(guide: ModelAdapter, target: ModelAdapter) -> None:
+    """Raise unless encoder tokens and token ids of a guide are those of the target."""
+    ours, theirs = guide.geometry(), target.geometry()
+    for adapter, geometry in ((guide, ours), (target, theirs)):
+        if geometry is None:
+            raise GuideError(
+                f"{type(adapter.model).__name__} ({adapter.family}) takes no part in guiding between models: "
+                "what its encoder tokens mean to another model is not known; it can guide itself (guide=None)"
+            )
+    if ours != theirs:
+
+        def listed(geometry: Any) -> str:
+            return ", ".join(f"{name} {value}" for name, value in geometry.items())
+
+        raise GuideError(
+            f"the guide {type(guide.model).__name__} has another geometry than the target "
+            f"{type(target.model).__name__}, so its ranking would be about other tokens.\n"
+            f"guide:  {listed(ours)}\ntarget: {listed(theirs)}"
+        )
+
+
+def _attended(prompt: Prompt) -> int:
+    """Return how many text tokens of a prompt are no padding."""
+    mask = prompt.arguments.get("attention_mask")
+    rows, length = prompt.text.shape[:2]
+    return rows * length if mask is None or mask.ndim != 2 else int(mask[:, -length:].sum())

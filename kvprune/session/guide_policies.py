@@ -1,0 +1,107 @@
+"""The policies under which a guide runs, and the record of the attention in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import GuideError
+from kvprune.policy.base import CrossKVPolicy, Need
+from kvprune.policy.moments import FeaturePolicy, FeatureScoringPolicy
+from kvprune.policy.view import FeatureView, LayerView
+from kvprune.tokens.decision import Decision
+from kvprune.tokens.selection import Selection
+
+__all__ = ["AttentionRecord", "MostImportant", "OwnImages"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnImages(FeaturePolicy):
+    """Drops, for each sample, the images that only other samples of its batch have, and nothing else.
+
+    Text before an image attends to all columns in stock, also to these. So the guide is for each sample what
+    stock is for that sample alone (KV10), and bit by bit what stock is where all have as many images.
+    """
+
+    name = "guide"
+    keeps_invisible = True
+
+    def choose(self, view: FeatureView) -> Decision:
+        images = view.images.expand(view.batch, -1)
+        seen = view.visible_in_prefill
+        shown = torch.zeros_like(images).scatter_add_(-1, images, seen.to(images.dtype)) > 0
+        own = shown.gather(-1, images) | ~seen.any(-1, keepdim=True)
+        return Decision() if bool(own.all()) else Decision(onward=Selection.from_mask(own[:, None]))
+
+
+class AttentionRecord:
+    """Adds up attention over layers and heads, apart for the rows of prompt and answer."""
+
+    def __init__(self, prompt_rows: int) -> None:
+        self._prompt_rows = prompt_rows
+        self._parts: list[tuple[Tensor, Tensor]] = []  # of prompt and answer: sums [R, S], rows [R]
+        self._received: Selection | None = None
+
+    def policy(self) -> CrossKVPolicy:
+        """Return a policy that decides what `OwnImages` decides, and records what it is shown."""
+        record = self
+
+        @dataclass(frozen=True, kw_only=True)
+        class Recorder(OwnImages):
+            @property
+            def needs(self) -> frozenset[Need]:
+                return frozenset({"queries"})
+
+            def choose(self, view: FeatureView) -> Decision:
+                decision = super().choose(view)
+                record._received = decision.onward
+                return decision
+
+            def select(self, view: LayerView) -> Decision:
+                record.add(view)
+                return Decision()
+
+        return Recorder()
+
+    def add(self, view: LayerView) -> None:
+        """Add one layer."""
+        seeing = view.visibility.seeing
+        in_prompt = torch.arange(seeing.shape[1], device=seeing.device) < self._prompt_rows
+        for part, rows in enumerate((seeing & in_prompt, seeing & ~in_prompt)):
+            if part and seeing.shape[1] == self._prompt_rows:
+                break
+            mass = view.attention_mass(rows).sum(1)
+            if part == len(self._parts):
+                self._parts.append((mass, rows.sum(-1)))
+            else:
+                before, counted = self._parts[part]
+                self._parts[part] = before + mass.to(before.device), counted
+
+    def sums(self, batch: int, *, by_mean: bool) -> tuple[Tensor, Tensor]:
+        """Return scores ``[R, S]`` and the rows that were added up ``[R]``."""
+        if not self._parts:
+            raise GuideError("the guide ran, but none of its cross-attention layers received encoder states")
+        scores = [mass / rows.clamp(min=1)[:, None] if by_mean else mass for mass, rows in self._parts]
+        copies = batch // scores[0].shape[0]  # rows that the guide held as one
+        total = torch.stack(scores).sum(0)
+        if self._received is not None:  # back to all columns; what pads a ragged batch has no attention
+            everything = total.new_zeros(len(total), self._received.columns)
+            total = everything.scatter_add_(-1, self._received.indices[:, 0], total)
+        total = total.repeat_interleave(copies, dim=0)
+        return total, torch.stack([rows for _, rows in self._parts]).sum(0).repeat_interleave(copies)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MostImportant(FeatureScoringPolicy):
+    """Drops all but the most important tokens before the first layer."""
+
+    name = "guide-consistency"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"guidance"})
+
+    def score(self, view: FeatureView) -> Tensor:
+        return view.guidance[:, None]

@@ -1,0 +1,27 @@
+"""The two hooks by which any package, ours included, adds policies and model adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from kvprune.adapters.base import ModelAdapter
+    from kvprune.policy.base import CrossKVPolicy
+
+__all__ = ["hookimpl", "hookspec"]
+
+hookspec = pluggy.HookspecMarker("kvprune")
+hookimpl = pluggy.HookimplMarker("kvprune")
+
+
+@hookspec
+def kvprune_policies() -> Iterable[type[CrossKVPolicy]]:  # type: ignore[empty-body]
+    """Return the policy classes that a plugin provides."""
+
+
+@hookspec
+def kvprune_adapters() -> Iterable[type[ModelAdapter]]:  # type: ignore[empty-body]
+    """Return the adapter classes that a plugin provides."""

@@ -1,0 +1,276 @@
+"""Plugins: finds the installed ones and loads one at a time, so that what breaks one is its own affair.
+
+A plugin is foreign code, run when it is imported and when its hooks are called. Whatever it raises or
+returns is checked here. What it does besides (files, the environment, patches) cannot be undone, but hooks
+on all modules of torch are found, because they would change the numbers of every policy.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import pluggy
+from torch.nn.modules import module as torch_module
+
+from kvprune.adapters.base import ModelAdapter
+from kvprune.errors import NameClashError, PluginError
+from kvprune.policy.base import CrossKVPolicy, require_policy_class
+from kvprune.policy.spec import suggestion
+from kvprune.session import hookspecs
+from kvprune.text import error_line, printable, shown
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "PLUGINS_VARIABLE",
+    "AdapterEntry",
+    "BrokenPlugin",
+    "PolicyEntry",
+    "distribution_of",
+    "find",
+    "global_hooks",
+    "load_plugin",
+]
+
+ENTRY_POINT_GROUP = "kvprune"
+PLUGINS_VARIABLE = "KVPRUNE_PLUGINS"
+
+_MOST_CLASSES = 1000
+"""Classes that one hook may return; more can only be a generator that does not end."""
+
+_REFERENCE = re.compile(r"[\w.]+(\s*:\s*[\w.]+)?(\s*\[.*\])?\s*")
+
+
+@dataclass(frozen=True)
+class PolicyEntry:
+    """A policy class and where it comes from."""
+
+    name: str
+    cls: type[CrossKVPolicy]
+    plugin: str
+    distribution: str
+    version: int
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter class and where it comes from."""
+
+    cls: type[ModelAdapter]
+    plugin: str
+    distribution: str
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin that could not be used, and why."""
+
+    name: str
+    distribution: str
+    error: BaseException
+
+    @property
+    def problem(self) -> str:
+        """The error as one printable line."""
+        return error_line(self.error)
+
+
+def find() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
+    """Return the entry points that may load, in the order of their names, and unreadable distributions.
+
+    Raises:
+        NameClashError: If two distributions provide an entry point of one name.
+        PluginError: If ``KVPRUNE_PLUGINS`` names one that is not installed.
+    """
+    installed, unreadable = _installed()
+    found: dict[str, list[metadata.EntryPoint]] = {}
+    for entry_point in installed:
+        found.setdefault(entry_point.name, []).append(entry_point)
+    wanted = os.environ.get(PLUGINS_VARIABLE)
+    names = sorted(found) if wanted is None else [name.strip() for name in wanted.split(",") if name.strip()]
+    for name in names:
+        if name not in found:
+            raise PluginError(
+                f"{PLUGINS_VARIABLE}={shown(wanted)} names the plugin {shown(name)}, which is not installed"
+                f"{suggestion(name, found)} (installed: {printable(', '.join(sorted(found))) or 'none'})"
+            )
+        # One distribution may be listed twice on sys.path; two distributions must not share a name.
+        owners = sorted({distribution_of(entry_point) for entry_point in found[name]})
+        if len(owners) > 1:
+            raise NameClashError(
+                f"plugin {shown(name)} is provided by {' and by '.join(owners)}; uninstall one"
+            )
+    return [found[name][0] for name in sorted(set(names))], unreadable if wanted is None else []
+
+
+def _installed() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
+    """Return our entry points, and the distributions whose entry points cannot be read."""
+    try:
+        return list(metadata.entry_points(group=ENTRY_POINT_GROUP)), []
+    except Exception:  # one damaged file anywhere makes this raise for everybody: look at each alone
+        pass
+    found: list[metadata.EntryPoint] = []
+    unreadable: list[BrokenPlugin] = []
+    seen: set[str] = set()
+    for distribution in metadata.distributions():
+        path = getattr(distribution, "_path", None)
+        name = printable(str(getattr(path, "name", "a distribution without a path")))
+        try:
+            name = distribution.name or name
+            key = re.sub("[-_.]+", "-", name).lower()
+            if key not in seen:  # the first on sys.path is the one that is imported
+                seen.add(key)
+                found += [one for one in distribution.entry_points if one.group == ENTRY_POINT_GROUP]
+        except Exception as error:
+            problem = PluginError(f"the entry points under {path} cannot be read: {error_line(error)}")
+            problem.__cause__ = error
+            unreadable.append(BrokenPlugin(printable(name), printable(name), problem))
+    return found, unreadable
+
+
+def distribution_of(entry_point: metadata.EntryPoint) -> str:
+    """Return the name of the distribution that declares an entry point, or words where it has none."""
+    try:
+        name = entry_point.dist.name if entry_point.dist is not None else None
+    except Exception:  # damaged metadata
+        name = None
+    return printable(name) if name else "an unknown distribution"
+
+
+def load_plugin(entry_point: metadata.EntryPoint) -> tuple[list[PolicyEntry], list[AdapterEntry]]:
+    """Import one plugin, call its hooks, and check all that they return.
+
+    Raises:
+        PluginError: If it misuses the hooks, or leaves hooks on all modules of torch behind.
+        BaseException: Whatever the plugin itself raises.
+    """
+    name, distribution = printable(entry_point.name), distribution_of(entry_point)
+    before = dict(global_hooks())
+    reference = getattr(entry_point, "value", "")
+    if reference and not _REFERENCE.fullmatch(reference):
+        raise PluginError(
+            f"the entry point {shown(entry_point.name)} is {shown(reference)}; "
+            "expected module or module:attribute"
+        )
+    plugin = entry_point.load()
+    # A manager of its own: what a plugin leaves half registered (older pluggy) cannot reach another.
+    manager = pluggy.PluginManager("kvprune")
+    manager.add_hookspecs(hookspecs)
+    _register(manager, plugin, name)
+    policies: dict[str, PolicyEntry] = {}
+    for cls in _call(manager, plugin, name, "kvprune_policies", CrossKVPolicy):
+        require_policy_class(cls)
+        cls.check_class()
+        entry = PolicyEntry(cls.name, cls, name, distribution, cls.version)
+        if entry.name in policies:
+            raise PluginError(
+                f"plugin {name!r} provides two policies of the name {entry.name!r}: "
+                f"{policies[entry.name].cls.__qualname__} and {cls.__qualname__}; rename one"
+            )
+        policies[entry.name] = entry
+    adapters = []
+    for cls in _call(manager, plugin, name, "kvprune_adapters", ModelAdapter):
+        _check_adapter(cls)
+        adapters.append(AdapterEntry(cls, name, distribution))
+    _refuse_global_hooks(name, reference, before)
+    return list(policies.values()), adapters
+
+
+def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
+    """Register a plugin, refusing hooks that we do not have."""
+    manager.register(plugin, name=name)
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(
+            f"{error}; the hooks are kvprune_policies and kvprune_adapters, decorated with kvprune.hookimpl"
+        ) from error
+    if not manager.get_hookcallers(plugin):
+        # A function of the right name without the decorator is the usual reason.
+        bare = [hook for hook in ("kvprune_policies", "kvprune_adapters") if hasattr(plugin, hook)]
+        hint = f"; decorate {bare[0]} with @kvprune.hookimpl" if bare else ""
+        raise PluginError(f"plugin {name!r} implements neither kvprune_policies nor kvprune_adapters{hint}")
+
+
+def _call(
+    manager: pluggy.PluginManager, plugin: Any, name: str, hook: str, base: type[Any]
+) -> list[type[Any]]:
+    """Call one hook of the plugin and check what it returns."""
+    where = f"hook {hook} of plugin {name!r}"
+    results = getattr(manager.hook, hook)()
+    implemented = {one.name for one in manager.get_hookcallers(plugin) or []}
+    if hook in implemented and not results:  # pluggy leaves None out
+        raise PluginError(f"{where} returned None, expected a list of classes")
+    classes: list[type[Any]] = []
+    for returned in results:
+        try:
+            if isinstance(returned, str | bytes):
+                raise TypeError
+            iterator = iter(returned)
+        except TypeError:
+            raise PluginError(f"{where} returned {shown(returned)}, expected a list of classes") from None
+        for cls in iterator:
+            if not isinstance(cls, type) or not issubclass(cls, base):
+                raise PluginError(
+                    f"{where} returned {shown(cls)}, expected classes derived from {base.__name__}"
+                )
+            classes.append(cls)
+            if len(classes) > _MOST_CLASSES:
+                raise PluginError(f"{where} returned more than {_MOST_CLASSES} classes; does it ever end?")
+    return classes
+
+
+def _check_adapter(cls: type[ModelAdapter]) -> None:
+    """Raise TypeError unless the class can be used as an adapter: concrete, its models named."""
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    if inspect.isabstract(cls):
+        raise TypeError(
+            f"{where} is abstract: it does not define {', '.join(sorted(cls.__abstractmethods__))}"
+        )
+    family = getattr(cls, "family", None)
+    if not isinstance(family, str) or not family:
+        raise TypeError(f'{where} has the family {shown(family)}; write `family = "..."`')
+    classes = getattr(cls, "model_classes", None)
+    # A bare string would match by substring.
+    if not isinstance(classes, tuple) or not classes or not all(isinstance(one, str) for one in classes):
+        raise TypeError(
+            f"{where} has the model_classes {shown(classes)}; write a tuple of class names, "
+            'such as ("MllamaModel",)'
+        )
+
+
+def global_hooks() -> Iterator[tuple[tuple[str, int], object]]:
+    """Yield the hooks that torch runs for every module of every model, each with its table and key."""
+    for table, hooks in vars(torch_module).items():
+        if table.startswith("_global_") and table.endswith("_hooks") and isinstance(hooks, dict):
+            for key, hook in hooks.items():
+                yield (table, key), hook
+
+
+def _refuse_global_hooks(name: str, reference: str, before: dict[tuple[str, int], object]) -> None:
+    """Raise if the plugin has hooked all modules of torch, now or when it was first imported."""
+    module = reference.partition(":")[0].strip()
+    package = module.rpartition(".")[0] or module
+    left = [
+        f"{table.removeprefix('_global_').removesuffix('_hooks')} hook {shown(hook, 80)}"
+        for (table, key), hook in global_hooks()
+        # At a second look the import adds nothing, but the hook is still there and still the plugin's.
+        if (table, key) not in before or (package and f"{_module_of(hook)}.".startswith(f"{package}."))
+    ]
+    if left:
+        raise PluginError(
+            f"plugin {name!r} leaves hooks on all modules of torch behind: {', '.join(left)}; they change "
+            f"every model in this process, so remove them, or leave the plugin out with {PLUGINS_VARIABLE}"
+        )
+
+
+def _module_of(hook: object) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "") or "")

@@ -1,0 +1,129 @@
+"""What is checked about an adapter, on one page: which check, under which policies, in which settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvprune.testing.conformance.adapters import captures, declaration
+from kvprune.testing.conformance.models import alignment, decoding, held
+from kvprune.testing.conformance.policies.table import ModelCheck
+
+__all__ = ["ADAPTER_INVARIANTS", "SETTINGS", "AdapterInvariant", "Cases"]
+
+SETTINGS = {
+    "greedy": ("float64", "", 1),
+    "beams": ("float64", "", 3),
+    "float32": ("float32", "", 1),
+    "eager": ("float32", "eager", 1),
+    "sdpa": ("float32", "sdpa", 3),
+}
+"""By name: dtype, attention implementation ("" for the model's own), and number of beams."""
+
+FULL, LOSSLESS = ("full",), ("lossless",)
+# Each head keeps its own after prefill; queries decide for later layers; a draw for later layers.
+PRUNING = ("norm:keep_ratio=0.3", "trim:keep_ratio=0.3", "random:keep_ratio=0.3,reach=onward")
+ONE = PRUNING[:1]
+RAW_KEYS = ("norm:of=raw_keys,keep=low,keep_tokens=3",)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """A check, and what it is posed.
+
+    Attributes:
+        check: Called with a policy and a setting.
+        policies: Specs of built-in policies.
+        settings: Names in `SETTINGS`.
+    """
+
+    check: ModelCheck
+    policies: tuple[str, ...] = PRUNING
+    settings: tuple[str, ...] = ("greedy",)
+
+
+@dataclass(frozen=True)
+class AdapterInvariant:
+    """One row of the suite.
+
+    Attributes:
+        id: As in docs/invariants.md, or "class", or "view".
+        title: What is checked, in a few words.
+        cases: How.
+    """
+
+    id: str
+    title: str
+    cases: tuple[Cases, ...]
+
+
+ADAPTER_INVARIANTS = (
+    AdapterInvariant(
+        "class",
+        "declaration, probes, every cross layer",
+        (
+            Cases(declaration.check_declaration, ONE),
+            Cases(declaration.check_batch, ONE),
+            Cases(declaration.check_layer_indices, ONE),
+            Cases(declaration.check_every_layer_decides, ONE),
+        ),
+    ),
+    AdapterInvariant(
+        "view", "policies see what the model computes", (Cases(captures.check_view, ONE, ("eager",)),)
+    ),
+    AdapterInvariant("KV01", "columns of the unpruned cache", (Cases(held.check_columns),)),
+    AdapterInvariant("KV02", "the budget counts what is visible", (Cases(held.check_counts),)),
+    AdapterInvariant(
+        "KV03", "never empty, for no image", (Cases(held.check_images, settings=("greedy", "beams")),)
+    ),
+    AdapterInvariant("KV04", "padding goes before visible tokens", (Cases(held.check_padding),)),
+    AdapterInvariant("KV05", "no row goes blind", (Cases(held.check_prefill_rows),)),
+    AdapterInvariant(
+        "KV06",
+        "masks as wide as what is held",
+        (Cases(decoding.check_mask_width, settings=("greedy", "beams")),),
+    ),
+    AdapterInvariant(
+        "KV07",
+        "keeping all is bit-identical",
+        (Cases(decoding.check_identity, FULL, tuple(SETTINGS)),),
+    ),
+    AdapterInvariant(
+        "KV08",
+        "dropping only the unseen is lossless",
+        (Cases(decoding.check_lossless, LOSSLESS, tuple(SETTINGS)),),
+    ),
+    AdapterInvariant(
+        "KV09", "the order of kept tokens is irrelevant", (Cases(decoding.check_storage_order),)
+    ),
+    AdapterInvariant(
+        "KV10",
+        "purity",
+        (Cases(held.check_repeatable), Cases(held.check_alone_in_model, (*PRUNING, *RAW_KEYS))),
+    ),
+    AdapterInvariant(
+        "KV11",
+        "tensors and selection stay together",
+        (
+            Cases(alignment.check_alignment, settings=("greedy", "beams")),
+            Cases(alignment.check_cache_operations),
+            Cases(alignment.check_turns),
+        ),
+    ),
+    AdapterInvariant(
+        "KV12",
+        "nothing is left behind",
+        (
+            Cases(decoding.check_clean_exit, (*PRUNING[1:], *RAW_KEYS)),
+            Cases(declaration.check_failed_policy, ONE),
+            Cases(declaration.check_failed_attach, ONE),
+        ),
+    ),
+    AdapterInvariant(
+        "KV13",
+        "the master oracle",
+        (
+            Cases(decoding.check_oracle, (*LOSSLESS, *PRUNING, *RAW_KEYS), ("greedy", "beams")),
+            Cases(decoding.check_oracle, PRUNING, ("float32", "eager", "sdpa")),
+        ),
+    ),
+)

@@ -1,0 +1,124 @@
+"""Which budgets a policy states, and the same policy with another one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import math
+import typing
+from collections.abc import Iterator
+from fractions import Fraction
+
+from kvprune.errors import KVPruneError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.budgeted import ScoringPolicy
+from kvprune.policy.spec import OptionValue
+
+__all__ = ["KEEP_RATIOS", "allowance", "keeping_all", "stated_budget", "variants", "widening"]
+
+KEEP_RATIOS = (0.01, 0.07, 0.1, 0.3, 1.0)
+"""Floats make 7.000000000000001 of 7 % of 100 tokens, and (1 - 0.9) of 10 is 0.9999999999999998."""
+
+_HUGE = 10**6
+
+
+def stated_budget(policy: CrossKVPolicy) -> tuple[float | None, int | None] | None:
+    """Return keep_ratio and keep_tokens as a policy states them; None if it states neither."""
+    ratio, tokens = getattr(policy, "keep_ratio", None), getattr(policy, "keep_tokens", None)
+    return None if ratio is None and tokens is None else (ratio, tokens)
+
+
+def allowance(policy: CrossKVPolicy, visible: int) -> int:
+    """How many of ``visible`` tokens the policy's budget keeps, in exact arithmetic, rounded up."""
+    stated = stated_budget(policy)
+    assert stated is not None
+    ratio, tokens = stated
+    if tokens is not None:
+        return min(tokens, visible)
+    return math.ceil(Fraction(str(ratio)) * visible)
+
+
+def keeping_all(policy: CrossKVPolicy) -> CrossKVPolicy | None:
+    """Return the policy with the budget 1; None if it has none."""
+    if not any(field.name == "keep_ratio" for field in dataclasses.fields(policy)):
+        return None
+    text = {"text_keep": 1.0} if "text_keep" in type(policy).option_types() else {}
+    return _with(policy, keep_ratio=1.0, keep_tokens=None, **text)
+
+
+def widening(policy: CrossKVPolicy) -> list[CrossKVPolicy]:
+    """Return the policy with budgets from small to large, in the option by which it states its own.
+
+    That is keep_ratio or keep_tokens, or else an option named ``*_ratio`` that is set (``k_ratio``).
+    """
+    names = [field.name for field in dataclasses.fields(policy)]
+    names.sort(key=lambda name: name not in ("keep_ratio", "keep_tokens"))
+    for name in names:
+        if getattr(policy, name) is None:
+            continue
+        if name == "keep_tokens":
+            made = [_with(policy, keep_tokens=count) for count in (1, 2, 3, 5, _HUGE)]
+        elif name.endswith("_ratio"):
+            made = [_with(policy, **{name: ratio}) for ratio in (0.01, 0.1, 0.3, 0.5, 0.75, 1.0)]
+        else:
+            continue
+        return [variant for variant in made if variant is not None]
+    return []
+
+
+def variants(cls: type[CrossKVPolicy]) -> list[CrossKVPolicy]:
+    """Return policies of a class that together show what it can do; the first has default options.
+
+    Each choice of a bool or Literal option is taken once, and those with a budget are taken with several.
+
+    Raises:
+        KVPruneError: If the class cannot be made with default options.
+    """
+    default = cls.from_options({})
+    made: list[CrossKVPolicy | None] = [default]
+    names = set(cls.option_types())
+    if "keep_ratio" in names:
+        made += [_with(default, keep_ratio=ratio) for ratio in KEEP_RATIOS]
+    if "keep_tokens" in names:
+        made += [_with(default, keep_ratio=None, keep_tokens=count) for count in (1, _HUGE)]
+    if "text_keep" in names:  # the fraction of text that a policy keeps; all of it by default
+        made += [_with(default, text_keep=keep) for keep in (0.01, 0.5)]
+    if issubclass(cls, ScoringPolicy):
+        made += [policy and _with(policy, reach="onward") for policy in tuple(made)]
+    for name, values in _choices(cls):
+        if name != "reach":
+            made += [_with(default, **{name: value}) for value in values]
+    unique: list[CrossKVPolicy] = []
+    for policy in made:
+        if policy is not None and policy not in unique:
+            unique.append(policy)
+    return unique
+
+
+def _choices(cls: type[CrossKVPolicy]) -> Iterator[tuple[str, list[OptionValue]]]:
+    """Yield each option whose values can be listed."""
+    for name, annotation in cls.option_types().items():
+        parts = typing.get_args(annotation) if typing.get_origin(annotation) is not typing.Literal else ()
+        listed = [
+            (False, True) if part is bool else typing.get_args(part)
+            for part in (parts or (annotation,))
+            if part is bool or typing.get_origin(part) is typing.Literal
+        ]
+        if listed:
+            yield name, list(itertools.chain.from_iterable(listed))
+
+
+def _with(policy: CrossKVPolicy, **options: OptionValue) -> CrossKVPolicy | None:
+    """Return the policy with other options; None where it has none of that name, or refuses the value."""
+    if "keep_ratio" in options and options["keep_ratio"] is not None:
+        options.setdefault("keep_tokens", None)
+    if options.get("keep_tokens") is not None:
+        options.setdefault("keep_ratio", None)
+    known = inspect.signature(type(policy)).parameters
+    if any(name not in known and value is not None for name, value in options.items()):
+        return None
+    try:
+        return dataclasses.replace(policy, **{n: v for n, v in options.items() if n in known})
+    except KVPruneError:
+        return None

@@ -1,0 +1,1 @@
+"""Checks of a policy on generated layer problems, without a model."""

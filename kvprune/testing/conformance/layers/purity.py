@@ -1,0 +1,212 @@
+"""Purity of a policy on one layer's view (KV10), and answers that stay as they were given (KV06)."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.text_view import TextView
+from kvprune.policy.view import FeatureView, LayerView
+from kvprune.testing.conformance.common.findings import Violation
+from kvprune.testing.conformance.layers.decisions import answer, pose
+from kvprune.testing.cutting import cut_to_sample
+from kvprune.testing.problems import LayerProblem
+from kvprune.testing.reference import kept_bits, same_by_head, takers
+from kvprune.tokens.decision import Decision
+from kvprune.tokens.merging import Merge
+from kvprune.tokens.selection import OWN_BITS, Selection
+
+__all__ = [
+    "ask",
+    "check_alone",
+    "check_answers_stay",
+    "check_inputs",
+    "check_instance",
+    "check_order",
+    "check_references",
+    "is_exact",
+    "require_same",
+]
+
+Written = tuple[object, ...]
+
+
+def written(decision: Decision) -> Written:
+    """A decision as plain numbers, which nobody can change afterwards."""
+
+    def plain(selection: Selection | None) -> object:
+        return selection and (
+            selection.columns,
+            selection.indices.tolist(),
+            selection.valid.tolist(),
+            merged(selection.merge),
+            selection.bits_by_column().tolist(),
+        )
+
+    def merged(merge: Merge | None) -> object:
+        return merge and (
+            merge.into.tolist(),
+            merge.weights.tolist(),
+            merge.renormalize_keys,
+            merge.size_bias,
+        )
+
+    return plain(decision.cache), plain(decision.onward)
+
+
+def ask(policy: CrossKVPolicy, problem: LayerProblem) -> Written:
+    """Return what a policy decides about a problem, as plain numbers."""
+    return written(answer(policy, pose(policy, problem)))
+
+
+def require_same(expected: str, first: Written, second: Written) -> None:
+    """Raise unless two answers are the same."""
+    if first != second:
+        raise Violation(expected, f"first {_short(first)}, then {_short(second)}")
+
+
+def _short(decision: Written) -> str:
+    text = repr(decision)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def check_inputs(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: the view's tensors stay as they were, those derived from visibility included."""
+    view, fresh = pose(policy, problem), pose(policy, problem)
+    tensors = _tensors(view)
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    answer(policy, view)
+    after, before = _tensors(view), _tensors(fresh)
+    for name, tensor in after.items():
+        if tensor is not tensors[name] or not torch.equal(tensor, before[name]):
+            raise Violation(f"view.{name} to stay as it was", "another content")
+        if tensor._version != versions[name]:
+            raise Violation(f"no writing to view.{name}", "it was written to, and put back")
+    for name in ("visible", "visible_in_prefill", "groups", "strata"):
+        if not torch.equal(getattr(view, name), getattr(fresh, name)):
+            raise Violation(f"view.{name} to stay as it was", "another content")
+
+
+def _tensors(view: FeatureView | LayerView) -> dict[str, torch.Tensor]:
+    see = view.visibility
+    found = {
+        **{field.name.removeprefix("captured_"): getattr(view, field.name) for field in fields(view)},
+        **{f"visibility.{field.name}": getattr(see, field.name) for field in fields(see)},
+    }
+    text = found.get("text")
+    if isinstance(text, TextView):
+        found |= {f"text.{field.name}": getattr(text, field.name) for field in fields(text)}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def check_order(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: the same answers again, whatever was asked in between, and in another layer order."""
+    layers = [dataclasses.replace(problem, rank=rank) for rank in range(problem.num_layers)]
+    forwards = [ask(policy, layer) for layer in layers]
+    ask(policy, dataclasses.replace(problem, seed=problem.seed + 1))
+    backwards = [ask(policy, layer) for layer in reversed(layers)][::-1]
+    for layer, first, second in zip(layers, forwards, backwards, strict=True):
+        require_same(f"the same answer again at rank {layer.rank}", first, second)
+    anew = [ask(dataclasses.replace(policy), layer) for layer in layers]
+    for layer, first, second in zip(layers, forwards, anew, strict=True):
+        require_same(f"the same answer of an equal policy at rank {layer.rank}", first, second)
+
+
+def check_references(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: keeps no reference to the view or its tensors, which would keep their memory."""
+    view = pose(policy, problem)
+    watched: dict[str, Callable[[], bool]] = {}
+    for name, tensor in _tensors(view).items():
+        if not name.startswith("visibility"):
+            watched[name] = StorageWeakRef(tensor.untyped_storage()).expired
+    reference = weakref.ref(view)
+    watched["itself"] = lambda: reference() is None
+    answer(policy, view)
+    del view, tensor  # and with the view, its text
+    if not all(gone() for gone in watched.values()):
+        gc.collect()  # perhaps only a cycle of an exception or a closure
+    alive = [name for name, gone in watched.items() if not gone()]
+    if alive:
+        raise Violation("no reference to the view after the call", f"still alive: {', '.join(alive)}")
+
+
+def check_instance(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: the policy and its class are the same afterwards; a policy holds options and nothing else."""
+    policy = dataclasses.replace(policy)  # what is cached on an instance is cached in its first call
+    before = _held_by(policy)
+    answer(policy, pose(policy, problem))
+    after = _held_by(policy)
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        raise Violation("a policy that holds its options and nothing else", f"changed: {', '.join(changed)}")
+
+
+def _held_by(policy: CrossKVPolicy) -> dict[str, object]:
+    held: dict[str, object] = {f"instance attribute {name}": repr(v) for name, v in vars(policy).items()}
+    for cls in type(policy).__mro__:
+        if not cls.__module__.startswith(("kvprune.policy", "abc", "builtins")):
+            for name, value in vars(cls).items():
+                mutable = isinstance(value, list | dict | set)
+                held[f"class attribute {cls.__name__}.{name}"] = repr(value) if mutable else id(value)
+    return held
+
+
+def is_exact(problem: LayerProblem) -> bool:
+    """Whether a sample may be compared with itself in a batch: no ties that rounding could order anew."""
+    return (
+        len(problem.layouts) > 1 and problem.content == "random" and problem.dtype in ("float32", "float64")
+    )
+
+
+def check_alone(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV10: a sample selects alone what it selects in a batch, without the padding that the batch needs."""
+    view = pose(policy, problem)
+    together = answer(policy, view)
+    for sample in range(len(problem.layouts)):
+        alone_view = cut_to_sample(pose(policy, problem), problem, sample)
+        alone = answer(policy, alone_view)
+        for part in ("cache", "onward"):
+            in_batch, by_itself = getattr(together, part), getattr(alone, part)
+            if (in_batch is None) != (by_itself is None):
+                raise Violation(f"{part} of sample {sample} alone as in the batch", "one is None, one is not")
+            if in_batch is None:
+                continue
+            first, second = kept_bits(in_batch)[sample], kept_bits(by_itself)[0]
+            if not same_by_head(first, second):
+                raise Violation(
+                    f"{part} of sample {sample} alone as in the batch, {_listed(first)}", _listed(second)
+                )
+            joined, by_itself_joined = takers(in_batch)[sample], takers(by_itself)[0]
+            if not same_by_head(joined, by_itself_joined):
+                raise Violation(
+                    f"{part} of sample {sample} alone to merge as in the batch, {joined}",
+                    f"{by_itself_joined}",
+                )
+
+
+def _listed(by_head: list[set[tuple[int, int]]]) -> str:
+    """Kept columns, and the bits of those that are quantized."""
+    return "; ".join(
+        f"[{', '.join(f'{c}' if bits == OWN_BITS else f'{c} at {bits} bits' for c, bits in sorted(kept))}]"
+        for kept in by_head
+    )
+
+
+def check_answers_stay(policy: CrossKVPolicy, problem: LayerProblem) -> None:
+    """KV06: an answer given at one layer does not change when another layer is asked."""
+    given: list[tuple[int, Decision, Written]] = []
+    for rank in range(problem.num_layers):
+        decision = answer(policy, pose(policy, dataclasses.replace(problem, rank=rank)))
+        given.append((rank, decision, written(decision)))
+        for earlier, kept, as_given in given:
+            if written(kept) != as_given:
+                raise Violation(
+                    f"the answer given at rank {earlier} to stay as it was", f"another one after rank {rank}"
+                )

@@ -1,0 +1,1 @@
+"""Checks on tiny models that generate."""

@@ -1,0 +1,244 @@
+"""A tiny model with a batch, what the untouched model makes of it, and runs of it under a policy.
+
+It knows no policy by name, and no adapter, so that adapters can be checked in a `Setting`, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.adapters.base import ModelAdapter
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.session.compression import Compression
+from kvprune.session.registry import find_adapter
+from kvprune.testing.conformance.common.findings import NotApplicable
+from kvprune.testing.conformance.models.calls import forward
+from kvprune.testing.conformance.models.sites import Site, attention_sites, cross_layers
+from kvprune.testing.oracle import masked_oracle
+from kvprune.testing.problems import ModelProblem
+from kvprune.testing.reference import slow_decode, visibility_of
+from kvprune.tokens.selection import Selection
+from kvprune.tokens.visibility import Visibility
+
+__all__ = ["Generated", "Oracle", "Setting", "difference", "run_under"]
+
+# `generate` hands out logits in float32 whatever the model's dtype; one rounding step of them is 1e-6 there.
+_TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-5}
+
+
+Oracle = Callable[
+    [Any, Mapping[int, Selection], Mapping[int, Selection | None]], AbstractContextManager[None]
+]
+"""Called as `masked_oracle` is: a model, ``run.selections``, ``run.prefill_selections``."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model generated, and the cache that it left."""
+
+    sequences: Tensor
+    logits: Tensor  # [steps, B * beams, V]
+    cache: Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and a batch for it, and what the untouched model makes of them.
+
+    Args:
+        pristine: The model, which nothing changes.
+        inputs: Its batch.
+        beams: Beams of the search; 1 is greedy.
+        steps: New tokens.
+        seed: Of the compression.
+        adapter: Joins policies with the model; None for the installed one that knows it.
+        oracle: Makes the context of the master oracle for families that `masked_oracle` does not know.
+    """
+
+    pristine: Any
+    inputs: dict[str, Tensor]
+    beams: int = 1
+    steps: int = 3
+    seed: int = 0
+    adapter: type[ModelAdapter] | None = None
+    oracle: Oracle | None = None
+
+    @classmethod
+    def of(cls, problem: ModelProblem) -> Setting:
+        """Build what a problem describes."""
+        model, inputs = problem.make_model(), problem.make_inputs()
+        return cls(model, inputs, problem.beams, problem.steps, problem.seed)
+
+    @cached_property
+    def model(self) -> Any:
+        """A copy of the model, which a policy may spoil."""
+        return copy.deepcopy(self.pristine)
+
+    @cached_property
+    def adapter_class(self) -> type[ModelAdapter]:
+        """Found once: looking at what is installed takes longer than a forward call of a tiny model."""
+        return self.adapter or find_adapter(self.pristine)
+
+    def compress(self, policy: CrossKVPolicy) -> Compression:
+        """Put the working copy under a policy, as `kvprune.compress` does."""
+        return Compression(self.adapter_class(self.model), policy, self.seed)
+
+    def renew(self) -> None:
+        """Make a new copy of the model when it is needed next."""
+        self.__dict__.pop("model", None)
+
+    def batch(self) -> dict[str, Tensor]:
+        """Return a copy of the inputs."""
+        return {name: tensor.clone() for name, tensor in self.inputs.items()}
+
+    def generate(self, model: Any, inputs: dict[str, Tensor] | None = None) -> Generated:
+        """Generate greedily, or by beam search."""
+        caches: list[Any] = []
+
+        def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            caches[:] = [output.past_key_values]  # not every family's `generate` hands it out whole
+
+        handle = model.register_forward_hook(note, with_kwargs=True)
+        try:
+            out = model.generate(
+                **(inputs or self.batch()),
+                max_new_tokens=self.steps,
+                num_beams=self.beams,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        finally:
+            handle.remove()
+        return Generated(out["sequences"], torch.stack(list(out["logits"])), caches[0])
+
+    def prefill(
+        self, policy: CrossKVPolicy, inputs: dict[str, Tensor] | None = None
+    ) -> tuple[Compression, Any]:
+        """Run one forward call under the policy; return the compression and the cache."""
+        with self.compress(policy) as run, torch.no_grad():
+            cache = forward(self.model, inputs or self.batch())
+        return run, cache
+
+    @cached_property
+    def stock(self) -> Generated:
+        """What the untouched model generates."""
+        return self.generate(self.pristine)
+
+    @cached_property
+    def stock_layers(self) -> dict[int, Any]:
+        """The untouched model's cross-attention cache after prefill, by layer index."""
+        with torch.no_grad():
+            cache = forward(self.pristine, self.batch())
+        return self.layers_of(cache)
+
+    def reference_layers(self, run: Compression) -> dict[int, Any]:
+        """What the untouched model's cache holds after prefill, merged as a run says that it merged."""
+        selected, received = run.selections, run.prefill_selections
+        parts = [part for part in (*selected.values(), *received.values()) if part is not None]
+        if all(part.merge is None for part in parts):
+            return self.stock_layers
+        # Rows of one sample are alike: one of each is enough.
+        copies = len(parts[0].indices) // self.batch_size
+        once = (
+            {layer: part and part.every(copies) for layer, part in parts.items()}
+            for parts in (selected, received)
+        )
+        with torch.no_grad(), self._masked(*once):
+            return self.layers_of(forward(self.pristine, self.batch()))
+
+    @cached_property
+    def layer_indices(self) -> tuple[int, ...]:
+        """The cross-attention layers that the adapter names."""
+        return tuple(self.adapter_class(self.pristine).layer_indices)
+
+    def layers_of(self, cache: Any) -> dict[int, Any]:
+        """Return the cache layers of cross-attention, by layer index."""
+        return cross_layers(self.layer_indices, cache)
+
+    def sites(self, model: Any) -> list[Site]:
+        """Return the cross-attention modules of a model of this kind."""
+        return attention_sites(self.adapter_class, model)
+
+    def masked(self, run: Compression) -> AbstractContextManager[None]:
+        """Return the master oracle's context: the untouched model attends to what a run kept."""
+        return self._masked(run.selections, run.prefill_selections, run.text_selections)
+
+    def _masked(
+        self, selections: Any, prefill_selections: Any, text_selections: Any = None
+    ) -> AbstractContextManager[None]:
+        if self.oracle is not None:
+            if text_selections:
+                raise NotApplicable("the oracle of this adapter knows nothing of pruned text")
+            return self.oracle(self.pristine, selections, prefill_selections)
+        self.sites(self.pristine)  # not applicable where nothing is known
+        return masked_oracle(
+            self.pristine,
+            selections,
+            prefill_selections,
+            adapter=self.adapter_class,
+            text_selections=text_selections,
+        )
+
+    @cached_property
+    def columns(self) -> int:
+        """Columns that the untouched model caches."""
+        columns: int = next(iter(self.stock_layers.values())).keys.shape[-2]
+        return columns
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the batch, before beams."""
+        return len(next(iter(self.stock_layers.values())).keys)
+
+    @cached_property
+    def visibility(self) -> Visibility:
+        """What the text rows may attend, straight from the inputs."""
+        if not self.pristine.config.is_encoder_decoder and "cross_attention_mask" not in self.inputs:
+            raise NotApplicable("what text may attend does not follow from these inputs alone")
+        return visibility_of(self.inputs, self.columns)
+
+    @property
+    def tolerance(self) -> float:
+        """How far logits may differ."""
+        return _TOLERANCE[self.dtype]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        weight: Tensor = next(self.pristine.parameters())
+        return weight.dtype
+
+    @cached_property
+    def all_visible(self) -> bool:
+        """Whether decoding sees every column."""
+        see = self.visibility
+        return all(len(slow_decode(see, sample)) == see.columns for sample in range(see.batch))
+
+    @cached_property
+    def all_live(self) -> bool:
+        """Whether no text comes before the first image."""
+        if "cross_attention_mask" not in self.inputs:
+            return True
+        return bool((self.visibility.live | ~self.inputs["attention_mask"].bool()).all())
+
+
+def run_under(policy: CrossKVPolicy, setting: Setting) -> tuple[Compression, Generated]:
+    """Generate under a policy."""
+    with setting.compress(policy) as run:
+        return run, setting.generate(setting.model)
+
+
+def difference(one: Generated, other: Generated) -> float:
+    """Largest difference of logits; infinite where the search took another number of steps."""
+    if one.logits.shape != other.logits.shape:
+        return float("inf")
+    return float((one.logits - other.logits).abs().max())

@@ -1,0 +1,1 @@
+"""Checks of policies: the suite and its table."""

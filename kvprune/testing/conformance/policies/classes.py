@@ -1,0 +1,72 @@
+"""Checks of a policy's class: its options, and that its specs lead back to the same policy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import get_args
+
+from kvprune.policy.base import CrossKVPolicy, Need
+from kvprune.policy.nesting import make_nested, parts
+from kvprune.policy.spec import PolicySpec
+from kvprune.testing.conformance.common.budgets import variants
+from kvprune.testing.conformance.common.findings import Violation
+
+__all__ = ["check_class", "class_warnings"]
+
+
+def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
+    """Check a class, and that its policies (``made``, or variants) survive being written down."""
+    if not isinstance(cls, type) or not issubclass(cls, CrossKVPolicy):
+        raise Violation("a class derived from CrossKVPolicy", repr(cls))
+    cls.check_class()
+    for policy in made or variants(cls):
+        written = str(policy.spec)
+        if (again := _made_again(cls, policy, PolicySpec.parse(written))) != policy:
+            raise Violation(f"the spec {written!r} to make the same policy again", f"{again!r}")
+        as_json = policy.spec.to_json()
+        if (again := _made_again(cls, policy, PolicySpec.from_json(as_json))) != policy:
+            raise Violation(f"the spec {as_json} to make the same policy again", f"{again!r}")
+        if hash(copy.deepcopy(policy)) != hash(policy):
+            raise Violation("a policy that has the hash of its copy", f"two hashes of {written}")
+        known = frozenset(get_args(Need))
+        if not isinstance(policy.needs, frozenset) or not policy.needs <= known:
+            raise Violation(f"needs to be a frozenset of some of {sorted(known)}", f"{policy.needs!r}")
+        try:
+            pickle.dumps(policy)
+        except (pickle.PicklingError, AttributeError) as error:
+            if "<locals>" not in cls.__qualname__:
+                raise Violation("a policy that can be pickled", f"{error}") from error
+
+
+def _made_again(cls: type[CrossKVPolicy], policy: CrossKVPolicy, spec: PolicySpec) -> CrossKVPolicy:
+    """Build a policy of its spec; it and the policies in it need not be installed."""
+    classes = {part.name: type(part) for part in parts(policy)}
+
+    def make(inner: PolicySpec) -> CrossKVPolicy:
+        found = classes[inner.name]
+        return found.from_options(make_nested(found, inner.options, make, classes))
+
+    return cls.from_options(make_nested(cls, spec.options, make, classes))
+
+
+def class_warnings(cls: type[CrossKVPolicy]) -> tuple[str, ...]:
+    """Return what is no failure but should be looked at."""
+    found = []
+    if not _docstring(cls):
+        found.append(f"{cls.__name__} has no docstring; `kvprune list` and `kvprune show` print it")
+    undocumented = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if not any(f"{field.name}:" in _docstring(base) for base in cls.__mro__)
+    ]
+    if undocumented:
+        found.append(f"options without a line under Args: {', '.join(undocumented)}")
+    return tuple(found)
+
+
+def _docstring(cls: type) -> str:
+    """The docstring of a class itself, unless dataclass wrote it."""
+    own = cls.__dict__.get("__doc__") or ""
+    return "" if own.startswith(f"{cls.__name__}(") else own.strip()

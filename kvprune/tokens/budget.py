@@ -1,0 +1,59 @@
+"""How many tokens a policy keeps. All arithmetic is exact: a tenth of ten tokens is one token on every platform."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kvprune.errors import BudgetError
+
+__all__ = ["Budget"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many visible tokens a policy keeps: a fraction of them, or a number of them.
+
+    Args:
+        keep_ratio: Fraction of visible tokens to keep, in (0, 1]. The decimal that was written is what
+            counts: ``0.1`` is one tenth, not the binary number nearest to it.
+        keep_tokens: Number of tokens to keep, at least 1.
+
+    Raises:
+        BudgetError: If neither or both are given, or one is out of range.
+    """
+
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.keep_ratio is None) == (self.keep_tokens is None):
+            raise BudgetError(
+                "a budget is either keep_ratio or keep_tokens, "
+                f"got keep_ratio={self.keep_ratio!r} and keep_tokens={self.keep_tokens!r}"
+            )
+        ratio, tokens = self.keep_ratio, self.keep_tokens
+        if ratio is not None and (
+            isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1
+        ):
+            raise BudgetError(
+                f"keep_ratio is the fraction of visible tokens kept and lies in (0, 1], got {ratio!r}"
+            )
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+            raise BudgetError(f"keep_tokens is a whole number of tokens, at least 1, got {tokens!r}")
+
+    def resolve(self, visible: int) -> int:
+        """Return the number of tokens kept out of ``visible`` ones.
+
+        The ratio is rounded up, so at least one token stays as long as one is visible (KV03).
+        """
+        if self.keep_tokens is not None:
+            return min(self.keep_tokens, visible)
+        assert self.keep_ratio is not None
+        return math.ceil(Fraction(str(self.keep_ratio)) * visible)
+
+    def resolve_all(self, visible: Iterable[int]) -> list[int]:
+        """Apply `resolve` to each number of visible tokens."""
+        return [self.resolve(count) for count in visible]

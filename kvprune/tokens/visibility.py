@@ -1,0 +1,150 @@
+"""Which encoder columns each text row may attend, kept by unit and never as a [B, T, S] tensor.
+
+A *unit* is a run of columns that the model's mask treats alike (a tile in Mllama, "real" or "padding" in
+an encoder-decoder model). Everything that a policy or the cache manager asks about visibility is derived
+here: what prefill could see, what decoding can see, which columns form a group that must not be starved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+__all__ = ["Visibility"]
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Rows by units, and the unit of each column.
+
+    Args:
+        rows: bool ``[B, T, U]``, or ``[B, 1, U]`` where all text rows see the same: row t may attend the
+            columns of unit u. A row without any unit attends to everything in stock transformers.
+        units: int64 ``[B or 1, S]``, the unit of each column.
+        images: int64 ``[U]``, the image that each unit belongs to.
+        live: bool ``[B, T]``, rows that count: no padding, no draft token, and at least one visible unit.
+        exists: bool ``[B, S]``, false for columns that only pad a ragged batch; None where all exist.
+    """
+
+    rows: Tensor
+    units: Tensor
+    images: Tensor
+    live: Tensor
+    exists: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B, as the model saw them."""
+        return self.rows.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Number of columns S."""
+        return self.units.shape[-1]
+
+    @cached_property
+    def prefill(self) -> Tensor:
+        """Columns that some live row may attend, bool ``[B, S]``."""
+        return self.by_column(self._live_rows.any(1))
+
+    @cached_property
+    def decode(self) -> Tensor:
+        """Columns that the last live row may attend, bool ``[B, S]``: budgets count these."""
+        return self.by_column(self._last_live_row)
+
+    @cached_property
+    def decode_units(self) -> Tensor:
+        """Units that decoding really attends to in stock transformers, bool ``[B, U]``.
+
+        Decoding repeats the mask of the last row. Where that row sees nothing (a sample without an image),
+        stock attends to everything, so nothing may go if decoding is to stay as it was.
+        """
+        last_row = self.rows[:, -1]
+        return last_row | self._last_live_row | ~last_row.any(-1, keepdim=True)
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Visibility group of each column, int64 ``[B, S]``; -1 where no live row may attend it.
+
+        Columns of one group belong to one image and are seen by exactly the same live rows, so keeping one
+        column of each group leaves no row without a token to attend to (KV03, KV05).
+        """
+        pattern = rearrange(self._live_rows, "b t u -> b u t")
+        alike = (pattern[:, :, None] == pattern[:, None]).all(-1) & (self.images[:, None] == self.images)
+        first_alike = alike.to(torch.uint8).argmax(-1)
+        group = torch.where(pattern.any(-1), first_alike, -1)
+        return torch.where(self.prefill, self.by_column(group), -1)
+
+    @cached_property
+    def has_several_groups(self) -> bool:
+        """Whether some sample has more than one visibility group (one host transfer)."""
+        groups = self.groups
+        highest = groups.amax(-1)
+        lowest = torch.where(groups < 0, highest[:, None], groups).amin(-1)
+        return bool((lowest != highest).any())
+
+    @cached_property
+    def strata(self) -> Tensor:
+        """Stratum of each column, int64 ``[B, S]``: the sets over which one budget is counted.
+
+        Stratum 0 holds what decoding can see. Columns that only prefill can see (earlier images of an
+        interleaved chat) form one stratum for each visibility group, numbered from 1. -1: seen by no one.
+        Where no live row sees any of them, all is stratum 0: stock lets the rows of a sample without an image
+        attend to everything.
+        """
+        blind = ~self.prefill.any(-1, keepdim=True)
+        if self.exists is not None:
+            blind = blind & self.exists
+        seen_early = torch.where(self.groups < 0, -1, self.groups + 1)
+        return torch.where(self.decode | blind, 0, seen_early)
+
+    @cached_property
+    def decode_strata(self) -> Tensor:
+        """Stratum 0 alone, int64 ``[B, S]``: 0 for what decoding can see, -1 for everything else."""
+        return torch.where(self.strata == 0, 0, -1)
+
+    def by_column(self, by_unit: Tensor) -> Tensor:
+        """Spread ``[B, U]`` over the columns, ``[B, S]``; false or -1 where a column does not exist."""
+        spread = by_unit.gather(-1, self.units.expand(self.batch, -1))
+        if self.exists is None:
+            return spread
+        return torch.where(self.exists, spread, False if spread.dtype == torch.bool else -1)
+
+    def from_column(self, first: int) -> Visibility:
+        """Return the visibility of the columns from ``first`` on (those of a newly arrived image)."""
+        if first == 0:
+            return self
+        exists = None if self.exists is None else self.exists[:, first:]
+        return replace(self, units=self.units[:, first:], exists=exists)
+
+    def at(self, indices: Tensor, valid: Tensor) -> Visibility:
+        """Return the visibility of chosen columns, ``indices`` int64 and ``valid`` bool ``[B, K]``."""
+        exists = valid if self.exists is None else valid & self.exists.gather(-1, indices)
+        return replace(self, units=self.units.expand(self.batch, -1).gather(-1, indices), exists=exists)
+
+    @cached_property
+    def seeing(self) -> Tensor:
+        """Live rows that see some of these columns, bool ``[B, T]``: in a later turn, not all do."""
+        units = self.units.expand(self.batch, -1)
+        counted = torch.ones_like(units) if self.exists is None else self.exists.to(units.dtype)
+        present = torch.zeros_like(self.rows[:, 0], dtype=units.dtype).scatter_add(-1, units, counted) > 0
+        return self.live & (self.rows & present[:, None]).any(-1)
+
+    @cached_property
+    def _live_rows(self) -> Tensor:
+        """Rows by units without the rows that do not count, bool ``[B, T or 1, U]``."""
+        counted = self.live.any(1, keepdim=True) if self.rows.shape[1] == 1 else self.live
+        return self.rows & counted[..., None]
+
+    @cached_property
+    def _last_live_row(self) -> Tensor:
+        """What the last live row sees, bool ``[B, U]``; nothing where no row is live."""
+        seen = self._live_rows
+        if seen.shape[1] == 1:
+            return seen[:, 0]
+        last = self.live.shape[1] - 1 - self.live.flip(1).to(torch.uint8).argmax(1)
+        return seen.gather(1, last[:, None, None].expand(-1, 1, seen.shape[-1]))[:, 0]
