@@ -70,7 +70,7 @@ def _declare(row: Row) -> Callable[..., Any]:
 def collect() -> None:
     """Import every file of tests/surface, which fills the table in file order."""
     folder = Path(__file__).parent / "surface"
-    sys.path.insert(0, str(folder))
+    sys.path[:0] = [str(folder), str(Path(__file__).parent / "support")]
     ROWS.clear()
     for module in sorted(one.name for one in pkgutil.iter_modules([str(folder)])):
         sys.modules.pop(module, None)

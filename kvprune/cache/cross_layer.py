@@ -5,7 +5,8 @@ the model's ordinary cache, so whatever transformers does to a cache (reorder fo
 reset, deep copy, hand back in the next turn) happens to all of them together (KV11).
 
 Beams and return sequences of one sample see one image. Their rows are held once: R rows stand for
-B = R x copies rows of the batch, each ``copies`` in a row. `kvprune.cache.placement` decides which cache may hold us.
+B = R x copies rows of the batch, each ``copies`` in a row. `kvprune.cache.placement` decides
+which cache may hold this layer.
 
 Entries of low precision lie in pools, one for each number of bits, and come before those in the own dtype.
 What attention reads is put together for one layer and one call (`CrossKVLayer.spread`) and dropped after it.

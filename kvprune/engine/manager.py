@@ -137,7 +137,7 @@ class CrossKVManager:
         Args:
             visibility: Of all columns, those of earlier images included, for R rows.
             new_columns: How many of the last columns arrive in this call.
-            fingerprints: Returns int64 ``[R]``, what random policies are seeded with (`kvprune.tokens.randomness`).
+            fingerprints: Returns int64 ``[R]``, the seeds of random policies (`kvprune.tokens.randomness`).
             twins: How many consecutive rows of the batch are copies of one; none by default.
             cached: Whether there is a cache; without one, decisions reach later layers only.
             layout: Returns where the new columns lie in their images, for R rows; None if that is not known.

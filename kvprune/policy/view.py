@@ -108,7 +108,7 @@ class View:
 
     @property
     def decode_strata(self) -> Tensor:
-        """The one set over which the budget of a cache is counted, int64 ``[B, S]``: 0, and -1 for the rest."""
+        """The set over which the budget of a cache is counted, int64 ``[B, S]``: 0; -1 for the rest."""
         return self.visibility.decode_strata
 
     @property

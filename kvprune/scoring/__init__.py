@@ -1,7 +1,7 @@
 """Tensor mathematics that policies share: attention, ranks, budgets, similarity, neighbours.
 
-Nothing here knows a model or a cache. Ties are broken by position, so results do not depend on the device, and
-nothing ever holds a [B, H, T, S] tensor.
+Nothing here knows a model or a cache. Ties are broken by position, so results do not depend on the device.
+Nothing ever holds a [B, H, T, S] tensor.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ class OwnImages(FeaturePolicy):
     keeps_invisible = True
 
     def choose(self, view: FeatureView) -> Decision:
+        """Drop the images that no row of a sample sees."""
         images = view.images.expand(view.batch, -1)
         seen = view.visible_in_prefill
         shown = torch.zeros_like(images).scatter_add_(-1, images, seen.to(images.dtype)) > 0
@@ -101,7 +102,9 @@ class MostImportant(FeatureScoringPolicy):
 
     @property
     def needs(self) -> frozenset[Need]:
+        """What the guide says."""
         return frozenset({"guidance"})
 
     def score(self, view: FeatureView) -> Tensor:
+        """Return the importance of each token, ``[B, 1, S]``."""
         return view.guidance[:, None]

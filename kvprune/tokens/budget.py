@@ -1,4 +1,7 @@
-"""How many tokens a policy keeps. All arithmetic is exact: a tenth of ten tokens is one token on every platform."""
+"""How many tokens a policy keeps.
+
+All arithmetic is exact: a tenth of ten tokens is one token on every platform.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class PrefixKV(LayerAllocator):
 
     Args:
         scorer: Ranks tokens in place of attention; prefixes, and with them how many a layer keeps, are still
-            those of attention. See `kvprune.policy.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
+            those of attention. See `kvprune.policy.LayerAllocator`, also for keep_ratio and keep_tokens.
 
     Deviations: the original profiles how much each layer keeps on calibration samples and then keeps it
     fixed; here each sample has its own p. First and last tokens are not protected, and nothing is evicted

@@ -41,7 +41,8 @@ class ZipVL(CrossKVPolicy):
     again. Only tokens that decoding can see count, padding and earlier images of an interleaved chat do not.
     Rows that see no image are not read. The best token of each image is important. Heads share tokens; how
     the paper aggregates heads could not be verified. The bits come in groups of channels of one token
-    (`kvprune.cache.quantization`). A sample without an image receives no attention that counts, and keeps all.
+    (`kvprune.cache.quantization`). A sample without an image receives no attention that counts, and keeps
+    all.
     """
 
     tau: float = 0.975

@@ -54,7 +54,7 @@ except UnsupportedCacheError as error:
 @pytest.fixture(scope="module")
 def flex() -> str:
     here = Path(__file__).parents[1]
-    code = _FLEX.format(paths=[str(here)])
+    code = _FLEX.format(paths=[str(here), str(here / "support")])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
     )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import kvprune
 from kvprune.comparison.data.examples import Example, is_correct, normalise
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.plan.devices import resolve_device
@@ -15,6 +14,7 @@ from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.storage.answers import Answer
 from kvprune.comparison.storage.digests import receipts
 from kvprune.errors import ResultsError
+from kvprune.session.compression import compress
 
 __all__ = ["ask", "batches", "load_generator"]
 
@@ -58,7 +58,7 @@ def ask(
     Raises:
         ResultsError: If the policy's report is not about every example.
     """
-    with kvprune.compress(generator.model, one.policy, seed=seed) as run:
+    with compress(generator.model, one.policy, seed=seed) as run:
         new = generator.generate(inputs)
     report = run.report
     kept = report.kept_per_sample

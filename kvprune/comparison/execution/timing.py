@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-import kvprune
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.plan.grid import Configuration
 from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap
+from kvprune.session.compression import compress
 
 __all__ = ["measure"]
 
@@ -46,7 +46,7 @@ def measure(
             if runner is None:
                 laps[None] = _lap(generator, inputs)
             else:
-                with kvprune.compress(generator.model, runner.policy, seed=seed):
+                with compress(generator.model, runner.policy, seed=seed):
                     laps[runner.spec] = _lap(generator, inputs)
             on_lap()
         if repetition is not None:

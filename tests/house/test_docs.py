@@ -14,7 +14,7 @@ from kvprune import errors
 from kvprune.session import hookspecs
 from kvprune.testing import mllama_inputs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = {path.name: path.read_text("utf-8") for path in [*ROOT.glob("docs/*.md"), ROOT / "README.md"]}
 
 
@@ -37,7 +37,7 @@ def test_the_fifteen_line_policy_runs(page):
 
 
 def test_every_invariant_is_documented_and_tested():
-    tests = (ROOT / "tests/test_invariants.py").read_text("utf-8")
+    tests = (ROOT / "tests/engine/test_invariants.py").read_text("utf-8")
     for number in range(1, 16):
         assert re.search(rf"^\| KV{number:02d} ", DOCS["invariants.md"], re.MULTILINE)
         assert f"def test_kv{number:02d}_" in tests

@@ -194,7 +194,7 @@ def test_missing_typer_is_one_line() -> None:
 def test_documentation_names_every_option_of_compare() -> None:
     import typer
 
-    page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
     command = typer.main.get_command(app).commands["compare"]  # type: ignore[attr-defined]
     for parameter in command.params:
         for flag in parameter.opts:

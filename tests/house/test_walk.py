@@ -22,7 +22,7 @@ from PIL import Image
 
 pytest.importorskip("pip", reason="environments made by other tools may have no pip")
 
-PAGE = (Path(__file__).parent.parent / "docs" / "write-a-policy.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "write-a-policy.md").read_text("utf-8")
 BLOCK = re.compile(r"<!-- walk: ([^>]*?) -->\n(?:<!-- .*? -->\n)?```\w*\n(.*?)```\n", re.DOTALL)
 
 

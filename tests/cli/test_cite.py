@@ -18,7 +18,7 @@ from kvprune.cli.citing import own_bibtex
 from kvprune.session import registry
 
 POLICIES = registry.load().policies
-CFF = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text("utf-8"))
+CFF = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text("utf-8"))
 
 
 def read_bibtex(text: str) -> dict[str, str]:

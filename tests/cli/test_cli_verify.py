@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kvprune.cli import app
 from kvprune.comparison.verification.verification import DEFAULT_SAMPLE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str, code: int = 0) -> Any:

@@ -27,7 +27,7 @@ from kvprune.policy.options import check_option, describe_type, is_option_type, 
 from kvprune.testing import check_policy
 from kvprune.testing.conformance.common.reproducers import snippet
 
-PAGE = (Path(__file__).parent.parent / "docs" / "write-a-policy.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "write-a-policy.md").read_text("utf-8")
 EXAMPLE = re.search(r"<!-- test: composed -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
 
 PLUGIN = (

@@ -91,7 +91,9 @@ def test_fingerprint_of_a_sample_ignores_its_batch(dtype):
     assert together.dtype == torch.int64
     assert together.shape == (4,)
     for split in (1, 2, 3):
-        assert torch.equal(together, torch.cat([randomness.fingerprint(part) for part in pixels.split(split)]))
+        assert torch.equal(
+            together, torch.cat([randomness.fingerprint(part) for part in pixels.split(split)])
+        )
     assert torch.equal(together.flip(0), randomness.fingerprint(pixels.flip(0)))
 
 

@@ -1,0 +1,164 @@
+"""The house: who may import whom, what an import does, and what is installed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = (
+    "tokens",
+    "scoring",
+    "cache",
+    "policy",
+    "engine",
+    "adapters",
+    "session",
+    "testing",
+    "demo",
+    "comparison",
+    "cli",
+)
+"""From the ground up: a room imports from itself, from rooms before it, and from errors.py and text.py."""
+
+GROUND = ("errors", "text")
+MOST_LINES = 350
+MOST_FLOORS = 12
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the package by its dotted name."""
+    found = {}
+    for path in sorted((ROOT / "kvprune").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: Collection[str]) -> set[str]:
+    """Return the modules of the package that a file imports anywhere: in functions and for types, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path}: a relative import"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in known else node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return {name for name in found if name.split(".")[0] == "kvprune"}
+
+
+def room(module: str) -> str:
+    """Return the room that a module of kvprune belongs to, "" for the front door."""
+    return module.split(".")[1] if "." in module else ""
+
+
+GRAPH = {name: imports(path, modules()) for name, path in modules().items()}
+
+
+@pytest.mark.parametrize("module", sorted(GRAPH))
+def test_every_import_points_down(module):
+    own = room(module)
+    if own in ("", "__main__"):  # the front door opens to every room
+        return
+    allowed = {own} if own in GROUND else {*GROUND, *ROOMS[: ROOMS.index(own) + 1]}
+    for target in GRAPH[module]:
+        assert room(target) in allowed, f"{module} imports {target}, which stands above it"
+
+
+def test_the_picture_of_imports_has_few_floors():
+    below = {
+        own: {room(target) for name in GRAPH if room(name) == own for target in GRAPH[name]} for own in ROOMS
+    }
+    heights = dict.fromkeys(GROUND, 1)
+    for own in ROOMS:
+        heights[own] = 1 + max((heights[target] for target in below[own] - {own}), default=0)
+    assert max(heights.values()) <= MOST_FLOORS
+
+
+def floors() -> dict[str, int]:
+    """Return the floor of each room's highest file: one more than the highest that it imports in the room."""
+    heights: dict[str, int] = {}
+
+    def height(module: str, path: tuple[str, ...] = ()) -> int:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in heights:
+            below = {target for target in GRAPH.get(module, ()) if target in GRAPH} - {module}
+            heights[module] = 1 + max((height(target, (*path, module)) for target in below), default=0)
+        return heights[module]
+
+    for module in GRAPH:
+        height(module)
+    return heights
+
+
+def test_no_imports_go_round_in_circles():
+    assert floors()
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    for name, path in modules().items():
+        assert len(path.read_text("utf-8").splitlines()) <= MOST_LINES, name
+
+
+def test_only_adapters_and_testing_touch_models_of_transformers():
+    for path in (ROOT / "kvprune").rglob("*.py"):
+        if not {"adapters", "testing", "demo"} & set(path.parts):
+            assert "transformers.models" not in path.read_text("utf-8"), path
+
+
+def test_the_framework_does_not_know_its_strategies():
+    for path in (ROOT / "kvprune").rglob("*.py"):
+        assert "kvprune_strategies" not in path.read_text("utf-8"), path
+
+
+def test_built_in_policies_decide_and_never_touch_what_holds_state():
+    state = {"adapters", "cache", "engine", "session"}
+    for path in (ROOT / "strategies").rglob("*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "kvprune":
+                assert room(node.module) not in state, f"{path.name} imports {node.module}"
+
+
+def test_an_import_changes_nothing_and_loads_no_plugin():
+    code = """
+import json, sys
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import transformers.cache_utils as cache_utils
+def state():
+    tables = sorted(ALL_ATTENTION_FUNCTIONS.keys()), sorted(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
+    return [tables, [id(ALL_ATTENTION_FUNCTIONS[name]) for name in tables[0]]]
+before = state()
+import kvprune
+print(json.dumps([before == state(), "kvprune_strategies" in sys.modules, "sklearn" in sys.modules,
+                  "matplotlib" in sys.modules, "typer" in sys.modules and "kvprune.cli" in sys.modules]))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == [True, False, False, False, False]
+
+
+def test_nothing_generic_is_installed():
+    code = "import importlib.metadata as m; print(m.distribution('kvprune').read_text('top_level.txt') or '')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert set(run.stdout.split()) == {"kvprune", "kvprune_strategies"}
+    for name in ("strategies", "tests", "docs"):
+        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"
+        assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0, name
+
+
+def test_policies_are_found_from_any_directory(tmp_path):
+    code = "import kvprune; print(*kvprune.list_policies())"
+    for folder in (tmp_path, ROOT):
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder
+        )
+        assert {"full", "lossless", "uniform", "random", "norm", "trim"} <= set(run.stdout.split())
