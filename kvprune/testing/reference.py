@@ -1,6 +1,6 @@
 """Slow references, written with plain loops and sets: what rows see, which columns belong together.
 
-They share no code with `kvprune.tokens.visibility` and `kvprune.scoring`, so both can be checked against them.
+They share no code with `kvprune.tokens.visibility` or `kvprune.scoring`: both are checked against them.
 """
 
 from __future__ import annotations
