@@ -2,14 +2,14 @@
 
 from kvprune.comparison.display.notes import notes
 from kvprune.comparison.display.table import table
-from kvprune.comparison.execution.runner import compare
+from kvprune.comparison.execution.comparison import compare
 from kvprune.comparison.plan.all_policies import Everything, every_policy
 from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES
 from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.statistics.paired import PairedDifference
 from kvprune.comparison.statistics.rates import Rate
 from kvprune.comparison.statistics.summary import Row, Summary
-from kvprune.comparison.verification.recheck import Difference
+from kvprune.comparison.verification.consistency import Difference
 from kvprune.comparison.verification.verification import Verification, verify
 
 __all__ = [

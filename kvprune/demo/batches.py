@@ -1,141 +1,81 @@
-"""Training pictures: cut into tiles as the processor does, with labels of what each patch shows."""
+"""What the demo model is taught with: batches of pictures and questions, each made from its number."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from kvprune.demo.build import MAX_TILES, PATCH, TILINGS
-from kvprune.demo.handwriting import Handwriting
-from kvprune.demo.pictures import COLOURS, SHAPES, TILE, NoRoomError, Picture, paint, place
+from kvprune.demo.handwriting import Handwriting, handwriting
+from kvprune.demo.pictures import COLOURS, Picture
+from kvprune.demo.prompts import Packed, pack
+from kvprune.demo.recipe import Recipe
+from kvprune.demo.tasks import TASKS, Query, ask, compose
+from kvprune.demo.tiles import PatchLabels, Tiles, crowd, label_patches, to_tiles
 
-SIDE = TILE // PATCH
-"""Patches along the side of a tile."""
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
-NOT_SCORED = -100
-"""Label of a patch that no loss looks at."""
+__all__ = ["Batch", "Batches"]
 
-_LEAST_INK = 16  # pixels of ink below which a patch is too ambiguous to be labelled
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Pictures as `MllamaProcessor` would give them: [B, 1, 4, 3, 112, 112], [B, 1] and [B, 1, 4]."""
-
-    pixel_values: torch.Tensor
-    aspect_ratio_ids: torch.Tensor
-    aspect_ratio_mask: torch.Tensor
+_MIX = ("row", "count", "row", "read")  # pictures of the second stage; the hardest task is half of them
 
 
 @dataclass(frozen=True)
-class PatchLabels:
-    """What each patch shows, all int64 [B, 4, 64]; `NOT_SCORED` outside the picture and where unclear.
+class Batch:
+    """Pictures, what their patches show and, in the second stage, questions about them."""
 
-    Attributes:
-        value: 0..9, or 10 where there is no digit.
-        colour: position in `COLOURS`, or their number where there is no digit.
-        centre: 1 where a digit's centre lies in the patch, else 0.
-        column: 0..15 from the left of the picture to the right.
-        rank: 0..5, how many digits of the same colour are further left; only where a digit is.
-    """
-
-    value: torch.Tensor
-    colour: torch.Tensor
-    centre: torch.Tensor
-    column: torch.Tensor
-    rank: torch.Tensor
+    tiles: Tiles
+    labels: PatchLabels
+    text: Packed | None
 
 
-def shape_of(picture: Picture) -> tuple[int, int]:
-    """Tiles down and across."""
-    height, width = picture.pixels.shape[:2]
-    return -(-height // TILE), -(-width // TILE)
+class Batches(torch.utils.data.Dataset[Batch]):
+    """Batch i of a recipe, made on demand from a seed of its own."""
+
+    def __init__(self, recipe: Recipe, processor: ProcessorMixin, first: int = 0) -> None:
+        """Start at step `first`."""
+        self.recipe = recipe
+        self.processor = processor
+        self.first = first
+
+    def __len__(self) -> int:
+        """Number of batches left."""
+        return self.recipe.steps - self.first
+
+    def __getitem__(self, index: int) -> Batch:
+        """Make batch `index`."""
+        torch.set_num_threads(1)  # in the process that makes batches: leave the cores to the training
+        step = self.first + index
+        hand = handwriting("train")
+        rng = np.random.default_rng([self.recipe.seed, step])
+        if step < self.recipe.see_steps:
+            pictures = []
+            for _ in range(self.recipe.pictures):
+                large = rng.random() < 0.8
+                pictures.append(crowd(rng, hand, (2, 2) if large else None))
+            return Batch(to_tiles(pictures), label_patches(pictures), None)
+        return self._with_questions(rng, hand)
+
+    def _with_questions(self, rng: np.random.Generator, hand: Handwriting) -> Batch:
+        pictures: list[Picture] = []
+        queries: list[list[Query]] = []
+        for number in range(self.recipe.pictures):
+            picture, query = compose(_MIX[number % len(_MIX)], rng, hand)
+            pictures.append(picture)
+            queries.append([query, *_more_queries(rng, picture, query, self.recipe.questions - 1)])
+        tiles = to_tiles(pictures)
+        text = pack(self.processor, queries, tiles.aspect_ratio_mask.sum((1, 2)).tolist())
+        return Batch(tiles, label_patches(pictures), text)
 
 
-def to_tiles(pictures: Sequence[Picture]) -> Tiles:
-    """Cut pictures into tiles exactly as the processor does, for pictures that it need not enlarge.
-
-    Raises:
-        ValueError: a picture is smaller than a tile both ways, so that the processor would enlarge it.
-    """
-    pixels = np.zeros((len(pictures), 1, MAX_TILES, 3, TILE, TILE), dtype=np.float32)
-    mask = np.zeros((len(pictures), 1, MAX_TILES), dtype=np.int64)
-    ids = np.zeros((len(pictures), 1), dtype=np.int64)
-    for number, picture in enumerate(pictures):
-        height, width = picture.pixels.shape[:2]
-        if height < TILE and width < TILE:
-            raise ValueError(f"the processor would enlarge a picture of {width} x {height} pixels")
-        shape = shape_of(picture)
-        tiles = _cut(picture.pixels, shape).transpose(0, 3, 1, 2)
-        pixels[number, 0, : len(tiles)] = (tiles.astype(np.float32) / 255.0 - 0.5) / 0.5
-        mask[number, 0, : len(tiles)] = 1
-        ids[number, 0] = TILINGS.index(shape) + 1
-    return Tiles(torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(mask))
-
-
-def label_patches(pictures: Sequence[Picture]) -> PatchLabels:
-    """What each patch of each picture shows."""
-    labels = np.full((5, len(pictures), MAX_TILES, SIDE * SIDE), NOT_SCORED, dtype=np.int64)
-    for number, picture in enumerate(pictures):
-        down, across = shape_of(picture)
-        used = down * across
-        owner = _cut(picture.owner[..., None], (down, across))[..., 0]
-        patches = owner.reshape(used, SIDE, PATCH, SIDE, PATCH).swapaxes(2, 3).reshape(used * SIDE * SIDE, -1)
-        digits = len(picture.digits)
-        offset = np.arange(len(patches))[:, None] * (digits + 1)
-        ink = np.bincount((patches + offset).ravel(), minlength=len(patches) * (digits + 1))
-        ink = ink.reshape(len(patches), digits + 1)[:, 1:]
-        most, winner = ink.max(1), ink.argmax(1)
-        values = np.array([digit.value for digit in picture.digits])
-        colours = np.array([COLOURS.index(digit.colour) for digit in picture.digits])
-        unclear = (most > 0) & (most < _LEAST_INK)
-        value = np.where(most > 0, values[winner], 10)
-        colour = np.where(most > 0, colours[winner], len(COLOURS))
-        value[unclear] = colour[unclear] = NOT_SCORED
-        grid = np.zeros((down * SIDE, across * SIDE, 1), dtype=np.int64)
-        for digit in picture.digits:
-            grid[int(digit.y) // PATCH, int(digit.x) // PATCH] = 1
-        column = np.broadcast_to(np.arange(across * SIDE)[None, :, None], grid.shape)
-        centre, place_ = (_cut(part, (down, across), SIDE) for part in (grid, column))
-        rank = np.where((most > 0) & ~unclear, _ranks(picture)[winner], NOT_SCORED)
-        for kind, part in enumerate((value, colour, centre, place_, rank)):
-            labels[kind, number, :used] = part.reshape(used, -1)
-    return PatchLabels(*(torch.from_numpy(part) for part in labels))
-
-
-def _ranks(picture: Picture) -> NDArray[np.int64]:
-    """For each digit, how many of its colour are further left; `NOT_SCORED` for crowds and near ties."""
-    ranks = np.full(len(picture.digits), NOT_SCORED, dtype=np.int64)
-    for colour in COLOURS:
-        alike = [(digit.x, number) for number, digit in enumerate(picture.digits) if digit.colour == colour]
-        alike.sort()
-        gaps = [right[0] - left[0] for left, right in pairwise(alike)]
-        if len(alike) <= 6 and min(gaps, default=PATCH) > PATCH / 2:
-            ranks[[number for _, number in alike]] = np.arange(len(alike))
-    return ranks
-
-
-def crowd(rng: np.random.Generator, hand: Handwriting, shape: tuple[int, int] | None = None) -> Picture:
-    """A picture of `shape` tiles full of digits in random colours, for learning to see."""
-    down, across = shape if shape is not None else SHAPES[int(rng.integers(len(SHAPES)))]
-    colours = [str(name) for name in rng.choice(COLOURS, int(rng.integers(5, 10)) * down * across)]
-    while True:
-        try:
-            digits = place(rng, down * TILE, across * TILE, colours)
-            return paint(rng, down * TILE, across * TILE, digits, hand)
-        except NoRoomError:
-            colours.pop()
-
-
-def _cut(pixels: NDArray[Any], shape: tuple[int, int], side: int = TILE) -> NDArray[Any]:
-    """[H, W, C] to [tiles, side, side, C], filled up with zeros at the bottom and on the right."""
-    down, across = shape
-    missing = ((0, down * side - pixels.shape[0]), (0, across * side - pixels.shape[1]), (0, 0))
-    tiles = np.pad(pixels, missing).reshape(down, side, across, side, -1).swapaxes(1, 2)
-    return tiles.reshape(down * across, side, side, -1)
+def _more_queries(rng: np.random.Generator, picture: Picture, first: Query, count: int) -> list[Query]:
+    """Up to `count` other questions that the picture answers, those about rare facts first."""
+    asked = [ask(task, colour, picture.digits) for task in TASKS for colour in COLOURS]
+    possible = [query for query in asked if query is not None and query != first]
+    kinds = [query.answer if query.task == "count" else query.task for query in possible]
+    chances = np.array([1 / kinds.count(kind) for kind in kinds])
+    picks = rng.choice(len(possible), min(count, len(possible)), replace=False, p=chances / chances.sum())
+    return [possible[int(pick)] for pick in picks]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kvprune.demo.batches import SIDE, PatchLabels, Tiles
 from kvprune.demo.pictures import COLOURS
 from kvprune.demo.prompts import Packed
+from kvprune.demo.tiles import SIDE, PatchLabels, Tiles
 
 if TYPE_CHECKING:
     from transformers import MllamaForConditionalGeneration

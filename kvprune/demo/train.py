@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvprune.demo.build import build_model, build_processor
+from kvprune.demo.architecture import build_model, build_processor
+from kvprune.demo.batches import Batch, Batches
 from kvprune.demo.evaluate import accuracy
 from kvprune.demo.examples import examples
-from kvprune.demo.lessons import Batch, Batches
 from kvprune.demo.losses import PatchHeads, answer_loss, float32_attention, see, silenced, speaks
 from kvprune.demo.recipe import Recipe, fade, optimizers, rate
 from kvprune.demo.tasks import TASKS

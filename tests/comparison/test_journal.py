@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvprune.comparison.storage.answers import Answer, to_row
 from kvprune.comparison.storage.journal import Journal, write_json
-from kvprune.comparison.storage.results import ResultsFolder
+from kvprune.comparison.storage.results_folder import ResultsFolder
 from kvprune.errors import ResultsError
 
 EXAMPLES = [example(number) for number in range(6)]

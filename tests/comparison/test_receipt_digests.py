@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvprune
-from kvprune.comparison.storage.digests import receipts
+from kvprune.comparison.execution.receipts import receipts
 from kvprune.engine.report import LayerReceipt
 from kvprune.testing import mllama_inputs
 from kvprune.tokens.selection import Selection

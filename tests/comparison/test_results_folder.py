@@ -12,7 +12,7 @@ from comparison_helpers import answer, example
 from kvprune.comparison.plan.grid import Configuration
 from kvprune.comparison.storage.answers import to_row
 from kvprune.comparison.storage.manifest import build_manifest, first_difference, model_digest
-from kvprune.comparison.storage.results import ResultsFolder
+from kvprune.comparison.storage.results_folder import ResultsFolder
 from kvprune.comparison.storage.timings import read_laps
 from kvprune.errors import ResultsError
 

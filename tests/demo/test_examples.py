@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from kvprune.demo import TASKS, examples, write_dataset
-from kvprune.demo.batches import label_patches, to_tiles
-from kvprune.demo.build import build_processor
+from kvprune.demo.architecture import build_processor
 from kvprune.demo.handwriting import handwriting
 from kvprune.demo.pictures import COLOURS, NoRoomError, place
 from kvprune.demo.tasks import compose
+from kvprune.demo.tiles import label_patches, to_tiles
 
 
 def asked_colour(example):

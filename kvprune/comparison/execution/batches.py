@@ -8,11 +8,11 @@ from typing import Any
 
 from kvprune.comparison.data.examples import Example, is_correct, normalise
 from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.receipts import receipts
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.storage.answers import Answer
-from kvprune.comparison.storage.digests import receipts
 from kvprune.errors import ResultsError
 from kvprune.session.compression import compress
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvprune.comparison.data.examples import Example, choose, closest, read_examples
-from kvprune.comparison.storage.results import DATA, TEMPORARY
+from kvprune.comparison.storage.results_folder import DATA, TEMPORARY
 from kvprune.errors import DataError, ResultsError
 
 __all__ = ["DEFAULT_LIMIT", "check_demo_tasks", "demo_examples", "own_examples", "weights"]

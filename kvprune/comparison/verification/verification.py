@@ -12,13 +12,18 @@ import torch
 
 from kvprune.comparison.data.examples import Example
 from kvprune.comparison.execution.batches import ask, batches, load_generator
-from kvprune.comparison.execution.runner import require
+from kvprune.comparison.execution.comparison import require
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Progress
 from kvprune.comparison.storage.answers import Answer
-from kvprune.comparison.storage.results import SUMMARY
-from kvprune.comparison.storage.stored import Stored, read_stored
-from kvprune.comparison.verification.recheck import Difference, changes_since, compare_values, recheck
+from kvprune.comparison.storage.results_folder import SUMMARY
+from kvprune.comparison.storage.stored_run import StoredRun, read_run
+from kvprune.comparison.verification.consistency import (
+    Difference,
+    changes_since,
+    check_consistency,
+    compare_values,
+)
 from kvprune.errors import KVPruneError, ResultsError
 
 __all__ = ["DEFAULT_SAMPLE", "Verification", "verify"]
@@ -107,7 +112,7 @@ def verify(
     require("scipy", "PIL")
     if sample is not None and sample < 1:
         raise KVPruneError(f"sample is {sample}; it must be at least 1")
-    stored = read_stored(Path(folder))
+    stored = read_run(Path(folder))
     if not stored.answers:
         raise ResultsError(f"{folder} holds no finished answer yet, so there is nothing to verify")
     settings = replace(stored.settings, trust_remote_code=trust_remote_code)
@@ -115,7 +120,7 @@ def verify(
         settings = replace(settings, device="cpu")
     stored = replace(stored, settings=settings)
     changed = changes_since(stored)
-    found, notes = recheck(stored)
+    found, notes = check_consistency(stored)
     pairs = 0
     same = {"answer": 0, "receipt": 0}
     plan = _draw(stored, sample, seed)
@@ -142,7 +147,7 @@ def verify(
 _Plan = list[tuple[Sequence[Example], list[Configuration]]]
 
 
-def _draw(stored: Stored, sample: int | None, seed: int) -> _Plan:
+def _draw(stored: StoredRun, sample: int | None, seed: int) -> _Plan:
     """Choose batches, and for each the configurations it is run under, the full cache first."""
     every = batches(stored.examples, stored.settings.batch_size)
     generator = random.Random(seed)
@@ -170,7 +175,7 @@ def _draw(stored: Stored, sample: int | None, seed: int) -> _Plan:
 
 
 def _run_again(
-    stored: Stored, plan: _Plan, calls: int, on_progress: Callable[[Progress], None]
+    stored: StoredRun, plan: _Plan, calls: int, on_progress: Callable[[Progress], None]
 ) -> list[tuple[Answer, Answer]]:
     """Return stored and new answers, side by side."""
     pairs: list[tuple[Answer, Answer]] = []

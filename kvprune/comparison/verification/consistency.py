@@ -13,11 +13,11 @@ from kvprune.comparison.data.safe_json import parse
 from kvprune.comparison.plan.grid import REFERENCE
 from kvprune.comparison.statistics.summary import summarise
 from kvprune.comparison.storage.manifest import differences, digest
-from kvprune.comparison.storage.record import describe
-from kvprune.comparison.storage.results import MANIFEST, RESULTS, SUMMARY
-from kvprune.comparison.storage.stored import Stored
+from kvprune.comparison.storage.recorded_settings import describe
+from kvprune.comparison.storage.results_folder import MANIFEST, RESULTS, SUMMARY
+from kvprune.comparison.storage.stored_run import StoredRun
 
-__all__ = ["Difference", "changes_since", "compare_values", "recheck"]
+__all__ = ["Difference", "changes_since", "check_consistency", "compare_values"]
 
 _ROUNDING = 1e-9
 """Relative difference of floats that another version of a library may cause."""
@@ -48,7 +48,7 @@ def compare_values(
         yield Difference(where, what, spec, example)
 
 
-def changes_since(stored: Stored) -> list[str]:
+def changes_since(stored: StoredRun) -> list[str]:
     """Say what of the model, the data, the policies, kvprune, versions and machine is not what it was.
 
     Raises:
@@ -68,7 +68,7 @@ def changes_since(stored: Stored) -> list[str]:
     ]
 
 
-def recheck(stored: Stored) -> tuple[list[Difference], list[str]]:
+def check_consistency(stored: StoredRun) -> tuple[list[Difference], list[str]]:
     """Check everything that needs no model.
 
     Returns:
@@ -87,7 +87,7 @@ def recheck(stored: Stored) -> tuple[list[Difference], list[str]]:
     return found + wrong, notes
 
 
-def _judgements(stored: Stored) -> Iterator[Difference]:
+def _judgements(stored: StoredRun) -> Iterator[Difference]:
     examples = {example.id: example for example in stored.examples}
     for (spec, name), answer in stored.answers.items():
         full = stored.answers.get((REFERENCE, name))
@@ -101,7 +101,7 @@ def _judgements(stored: Stored) -> Iterator[Difference]:
         yield from compare_values(f"{spec}, example {name}", judged, derived, spec, name)
 
 
-def _summary(stored: Stored) -> tuple[list[Difference], list[str]]:
+def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
     wanted = len(stored.configurations) * len(stored.examples)
     missing = wanted - len(stored.answers)
     if stored.summary is None:

@@ -13,8 +13,8 @@ from kvprune.comparison.plan.grid import Configuration, exactly
 from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.storage.answers import Answer
 from kvprune.comparison.storage.journal import Journal, read_plain_file
-from kvprune.comparison.storage.record import recorded_settings, recorded_specs
-from kvprune.comparison.storage.results import (
+from kvprune.comparison.storage.recorded_settings import recorded_settings, recorded_specs
+from kvprune.comparison.storage.results_folder import (
     DATA,
     RESULTS,
     SUMMARY,
@@ -26,11 +26,11 @@ from kvprune.comparison.storage.results import (
 from kvprune.comparison.storage.timings import Lap, read_laps
 from kvprune.errors import ResultsError
 
-__all__ = ["Stored", "read_stored"]
+__all__ = ["StoredRun", "read_run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredRun:
     """A results folder as it was found.
 
     Attributes:
@@ -58,7 +58,7 @@ class Stored:
     notes: tuple[str, ...]
 
 
-def read_stored(folder: Path) -> Stored:
+def read_run(folder: Path) -> StoredRun:
     """Read a results folder; nothing in it is changed, and an unfinished last line stays.
 
     Raises:
@@ -87,7 +87,7 @@ def read_stored(folder: Path) -> Stored:
     finally:
         if handle is not None:
             os.close(handle)
-    return Stored(
+    return StoredRun(
         folder=folder,
         manifest=manifest,
         settings=settings,

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 from kvprune.comparison.data.examples import Example, digest
 from kvprune.comparison.display import plot
-from kvprune.comparison.execution.execution import Run
+from kvprune.comparison.execution.run import Run
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, Configuration, expand
 from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.statistics.summary import Summary
 from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.journal import write_atomically, write_json
-from kvprune.comparison.storage.record import describe
-from kvprune.comparison.storage.results import PLOT, SUMMARY, ResultsFolder
+from kvprune.comparison.storage.recorded_settings import describe
+from kvprune.comparison.storage.results_folder import PLOT, SUMMARY, ResultsFolder
 from kvprune.policy.spec import PolicySpec
 
 __all__ = ["compare", "require"]

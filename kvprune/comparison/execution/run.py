@@ -14,7 +14,7 @@ from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.statistics.summary import Summary, summarise
 from kvprune.comparison.storage.answers import Answer, to_row
-from kvprune.comparison.storage.results import ResultsFolder
+from kvprune.comparison.storage.results_folder import ResultsFolder
 from kvprune.comparison.storage.timings import read_laps
 
 __all__ = ["Run"]
