@@ -11,7 +11,7 @@ from comparison_helpers import answer, example
 
 from kvprune.comparison.plan.grid import Configuration
 from kvprune.comparison.storage.answers import to_row
-from kvprune.comparison.storage.manifest import build_manifest, first_difference, model_digest
+from kvprune.comparison.storage.manifest import build_manifest, model_digest, refusal
 from kvprune.comparison.storage.results_folder import ResultsFolder
 from kvprune.comparison.storage.timings import read_laps
 from kvprune.errors import ResultsError
@@ -210,11 +210,11 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_first_difference_names_the_path() -> None:
-    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
-    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a[1].b was 2 and is now 3"
-    assert first_difference({"a": 1}, {"a": 1, "c": 2}) == "c was null and is now 2"
-    assert first_difference({"a": True}, {"a": 1}) == "a was true and is now 1"
+def test_the_first_difference_is_named_by_its_path() -> None:
+    assert refusal({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
+    assert refusal({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a[1].b was 2 and is now 3"
+    assert refusal({"a": 1}, {"a": 1, "c": 2}) == "c was null and is now 2"
+    assert refusal({"a": True}, {"a": 1}) == "a was true and is now 1"
 
 
 def test_model_digest_follows_weights(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_changed_policies_versions_and_weights_are_notes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, no_model: None
 ) -> None:
     monkeypatch.setattr("kvprune.comparison.storage.manifest._source_digest", lambda _: "edited")
-    monkeypatch.setattr("kvprune.comparison.storage.manifest._core_digest", lambda: "edited, too")
+    monkeypatch.setattr("kvprune.comparison.storage.manifest.code_digest", lambda: "edited, too")
     monkeypatch.setattr("kvprune.comparison.storage.recorded_settings.model_digest", lambda _: "sha256:other")
     edit_json(folder / "manifest.json", lambda m: m["about"].update(python="2.7"))
     found = verify_unchanged(folder)

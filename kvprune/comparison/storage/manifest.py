@@ -9,17 +9,31 @@ import inspect
 import json
 import math
 import platform
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvprune.comparison.plan.grid import Configuration
+from kvprune.comparison.storage.code_digest import code_digest
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.nesting import parts
 
-__all__ = ["FORMAT", "KIND", "build_manifest", "differences", "digest", "first_difference", "model_digest"]
+__all__ = [
+    "FORMAT",
+    "KIND",
+    "build_manifest",
+    "differences",
+    "digest",
+    "model_digest",
+    "refusal",
+]
 
 KIND, FORMAT = "kvprune comparison", 3
+
+CODE_FIELD = "kvprune_source_sha256"
+"""Field of the manifest's "run" that holds the digest of kvprune's own code; see `code_digest`."""
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """What can change an answer: weights, settings, tokenizer, chat template, code; pickles are never read."""
@@ -43,15 +57,27 @@ def build_manifest(
             "policies": [_describe(configuration) for configuration in configurations],
             **settings,
             "versions": _versions(configurations),
-            "kvprune_source_sha256": _core_digest(),
+            CODE_FIELD: code_digest(),
         },
         "about": {"platform": platform.platform(), "python": platform.python_version(), **about},
     }
 
 
-def first_difference(old: object, new: object) -> str | None:
-    """Name the first value in which two JSON trees differ, or return None."""
-    return next(differences(old, new), None)
+def refusal(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Say why a run may not continue another one, or return None if it may.
+
+    Args:
+        old: What stands under "run" in the manifest of the folder.
+        new: The same for the run that wants to use the folder.
+    """
+    found = list(differences(old, new))
+    for what in found:
+        if what.startswith(CODE_FIELD):
+            return f"{what}: the code of kvprune is not what it was when this folder was written"
+    edited = re.match(r"policies\[(\d+)\]\.source_sha256 ", found[0]) if found else None
+    if edited:
+        return f"{found[0]}: the code of {new['policies'][int(edited[1])]['spec']} has changed since"
+    return found[0] if found else None
 
 
 def differences(old: object, new: object, *, tolerance: float = 0.0, where: str = "") -> Iterator[str]:
@@ -139,31 +165,32 @@ def _describe(configuration: Configuration) -> dict[str, Any]:
 
 
 def _sources_digest(classes: list[type]) -> str:
-    """Digest of the modules of a policy and of those in its options: none is edited unnoticed."""
+    """Return one digest for a policy and the policies among its options."""
     digests = [_source_digest(cls) for cls in classes]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else _joint_digest(digests)
 
 
 def _source_digest(cls: type) -> str:
-    """Digest of the module that defines a policy: an edited policy is never taken for its old self."""
+    """Return the digest of the file that defines a policy, and of the files of its bases outside kvprune.
+
+    An edited policy is therefore never taken for what it was. kvprune's own bases are in `code_digest`.
+    """
     try:
-        path = inspect.getsourcefile(cls)
-        return hashlib.sha256(Path(path or "").read_bytes()).hexdigest()
+        bases = [base for base in cls.__mro__[1:] if _is_foreign(base)]
+        paths = dict.fromkeys(inspect.getsourcefile(one) for one in (cls, *bases))
+        digests = [hashlib.sha256(Path(path or "").read_bytes()).hexdigest() for path in paths]
     except (OSError, TypeError):
         return "unavailable"
+    return digests[0] if len(digests) == 1 else _joint_digest(digests)
 
 
-def _core_digest() -> str:
-    """Digest of what computes in kvprune; comparing, showing and checking are left out."""
-    root = Path(__file__).parents[1]
-    files = [path for path in (*root.glob("*.py"), *root.glob("adapters/*.py")) if path.stem not in _NOT_CORE]
-    total = hashlib.sha256()
-    for path in sorted(files):
-        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()
+def _joint_digest(digests: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-_NOT_CORE = {"__main__", "cli", "doctor"}
+def _is_foreign(cls: type) -> bool:
+    """Whether a class belongs neither to kvprune nor to Python itself."""
+    return cls.__module__.partition(".")[0] not in {"kvprune", *sys.stdlib_module_names}
 
 
 def _versions(configurations: Sequence[Configuration]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from kvprune.comparison.data.safe_json import parse
 from kvprune.comparison.storage.answers import Answer, from_row
 from kvprune.comparison.storage.journal import Journal, check_plain_file, read_plain_file, write_json
-from kvprune.comparison.storage.manifest import FORMAT, KIND, digest, first_difference
+from kvprune.comparison.storage.manifest import FORMAT, KIND, digest, refusal
 from kvprune.errors import ResultsError
 
 __all__ = [
@@ -92,7 +92,7 @@ class ResultsFolder:
         new = json.loads(json.dumps(manifest))
         self._check_places()
         old = self._read_manifest()
-        difference = None if old is None else first_difference(_planned(old), new["run"])
+        difference = None if old is None else refusal(_planned(old), new["run"])
         if old is not None and difference is None:
             if old.get("run_sha256") != digest(old["run"]):
                 raise ResultsError(

@@ -1,0 +1,176 @@
+"""An edit of kvprune refuses a results folder, or does not, as the table in docs/compare.md says."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparison_helpers import answer, example
+
+import kvprune
+from kvprune.comparison.plan.grid import Configuration, expand
+from kvprune.comparison.storage import code_digest as module
+from kvprune.comparison.storage.answers import to_row
+from kvprune.comparison.storage.code_digest import CODE, code_digest, covered_files, find_part
+from kvprune.comparison.storage.manifest import build_manifest
+from kvprune.comparison.storage.results_folder import ResultsFolder
+from kvprune.errors import ResultsError
+
+PACKAGE = Path(kvprune.__file__).parent
+PAGE = (Path(__file__).parents[2] / "docs" / "compare.md").read_text("utf-8")
+SECTION = PAGE.split("## What a results folder depends on")[1].split("\n## ")[0]
+DOCUMENTED = re.findall(r"^\| `([^`]+)` \| (yes|no) \| (.+) \|$", SECTION, re.MULTILINE)
+
+
+def files() -> list[str]:
+    return sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package's Python files, whose digest manifests hold instead of the real one."""
+    for file in files():
+        target = tmp_path / "kvprune" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PACKAGE / file, target)
+    monkeypatch.setattr(module, "PACKAGE", tmp_path / "kvprune")
+    return tmp_path / "kvprune"
+
+
+def manifest(configurations: tuple[Configuration, ...]) -> dict[str, Any]:
+    return build_manifest(configurations, {"seed": 0}, {})
+
+
+def edit(file: Path) -> None:
+    file.write_text(file.read_text("utf-8") + "\n# one more line\n", encoding="utf-8")
+
+
+def test_the_table_of_the_page_is_that_of_the_code() -> None:
+    assert [(part.path, "yes" if part.covered else "no", part.reason) for part in CODE] == DOCUMENTED
+
+
+def test_every_file_belongs_to_exactly_one_entry_and_every_entry_has_files() -> None:
+    used = set()
+    for file in files():
+        (one,) = [part.path for part in CODE if file == part.path or file.startswith(part.path)]
+        used.add(one)
+        assert find_part(file).path == one
+    assert used == {part.path for part in CODE}, "an entry without files"
+
+
+@pytest.mark.parametrize(("path", "counts", "_"), DOCUMENTED, ids=[path for path, *_ in DOCUMENTED])
+def test_an_edit_refuses_or_resumes_as_the_page_says(
+    path: str,
+    counts: str,
+    _: str,
+    copy: Path,
+    tmp_path: Path,
+    configurations: tuple[Configuration, ...],
+) -> None:
+    with ResultsFolder(tmp_path / "out") as folder:
+        folder.claim(manifest(configurations))
+        folder.results.append([to_row(answer("full", example(0), "7"))])
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    edited = sorted((copy / path).rglob("*.py")) if path.endswith("/") else [copy / path]
+    whole = code_digest(copy)
+    for file in edited:
+        text = file.read_text("utf-8")
+        edit(file)
+        assert (code_digest(copy) != whole) == (counts == "yes"), file
+        if file is not edited[-1]:
+            file.write_text(text, encoding="utf-8")
+    with ResultsFolder(tmp_path / "out") as folder:
+        if counts == "yes":
+            message = r"another run: kvprune_source_sha256 was .*: the code of kvprune is not what it was"
+            with pytest.raises(ResultsError, match=message + r".*; choose another --output"):
+                folder.claim(manifest(configurations))
+        else:
+            folder.claim(manifest(configurations))
+            assert list(folder.answers(["full"], ["e0"])) == [("full", "e0")]
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("file", ["wing/new.py", "comparison/wing/new.py", "comparison/new.py", "new.py"])
+def test_what_has_no_entry_counts(copy: Path, file: str) -> None:
+    before = code_digest()
+    (copy / file).parent.mkdir(exist_ok=True)
+    (copy / file).write_text("")
+    assert find_part(file) is None
+    assert code_digest() != before
+
+
+def test_a_moved_or_missing_file_counts(copy: Path) -> None:
+    before = code_digest()
+    (copy / "engine" / "report.py").rename(copy / "engine" / "reports.py")
+    moved = code_digest()
+    (copy / "engine" / "reports.py").unlink()
+    assert len({before, moved, code_digest()}) == 3
+
+
+def test_the_running_package_is_what_is_digested() -> None:
+    covered = {path.relative_to(PACKAGE).as_posix() for path in covered_files()}
+    assert covered <= set(files())
+    assert {"tokens/selection.py", "engine/manager.py", "comparison/execution/generation.py"} <= covered
+    assert manifest(expand([], [1.0]))["run"]["kvprune_source_sha256"] == code_digest(PACKAGE)
+
+
+def test_what_counts_imports_nothing_that_does_not_count_but_could_compute() -> None:
+    harmless = {
+        "errors.py",
+        "text.py",
+        "__init__.py",  # `from kvprune import demo`
+        "comparison/statistics/",  # called with finished answers,
+        "comparison/display/",  # and so is the figure
+    }
+    for path in covered_files():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "kvprune":
+                parts = node.module.split(".")[1:]
+                target = PACKAGE.joinpath(*parts)
+                file = target / "__init__.py" if target.is_dir() else target.with_suffix(".py")
+                part = find_part(file.relative_to(PACKAGE).as_posix())
+                assert part.covered or part.path in harmless, f"{path.name} imports {node.module}"
+
+
+def test_a_policy_has_the_digest_of_the_classes_it_extends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base_policy.py").write_text(
+        "from kvprune import ScoringPolicy\n\n\nclass Base(ScoringPolicy):\n    name = 'base'\n"
+        "    version = 1\n\n    def score(self, view):\n        return view.values.float().norm(dim=-1)\n"
+    )
+    (tmp_path / "own_policy.py").write_text(
+        "from base_policy import Base\n\n\nclass Own(Base):\n    name = 'own'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from own_policy import Own
+
+    def digests() -> list[str]:
+        given = dataclasses.replace(expand([], [1.0])[0], policy=Own(keep_ratio=0.5), spec="own")
+        run = manifest((*expand(["norm:keep_ratio=0.5"], []), given))["run"]
+        return [one["source_sha256"] for one in run["policies"]]
+
+    before = digests()
+    edit(tmp_path / "base_policy.py")
+    after = digests()
+    assert before[:2] == after[:2], "policies that do not extend it"
+    assert before[2] != after[2]
+
+
+def test_an_edited_policy_is_named(configurations: tuple[Configuration, ...], tmp_path: Path) -> None:
+    old = manifest(configurations)
+    old["run"]["policies"][2]["source_sha256"] = "before"
+    with ResultsFolder(tmp_path) as folder:
+        folder.claim(old)
+        folder.results.append([to_row(answer("full", example(0), "7"))])
+        spec = re.escape(configurations[2].spec)
+        message = (
+            rf"policies\[2\].source_sha256 was \"before\" .*: the code of {spec} has changed since\. Results"
+        )
+        with pytest.raises(ResultsError, match=message):
+            folder.claim(manifest(configurations))
