@@ -27,6 +27,28 @@ SECTION = PAGE.split("## What a results folder depends on")[1].split("\n## ")[0]
 DOCUMENTED = re.findall(r"^\| `([^`]+)` \| (yes|no) \| (.+) \|$", SECTION, re.MULTILINE)
 
 
+BASE_POLICY = """
+from dataclasses import dataclass
+from kvprune import ScoringPolicy
+
+@dataclass(frozen=True, kw_only=True)
+class Base(ScoringPolicy):
+    name = "base"
+    version = 1
+
+    def score(self, view):
+        return view.values.float().norm(dim=-1)
+"""
+OWN_POLICY = """
+from dataclasses import dataclass
+from base_policy import Base
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Base):
+    name = "own"
+"""
+
+
 def files() -> list[str]:
     return sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
@@ -140,13 +162,8 @@ def test_what_counts_imports_nothing_that_does_not_count_but_could_compute() -> 
 def test_a_policy_has_the_digest_of_the_classes_it_extends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "base_policy.py").write_text(
-        "from kvprune import ScoringPolicy\n\n\nclass Base(ScoringPolicy):\n    name = 'base'\n"
-        "    version = 1\n\n    def score(self, view):\n        return view.values.float().norm(dim=-1)\n"
-    )
-    (tmp_path / "own_policy.py").write_text(
-        "from base_policy import Base\n\n\nclass Own(Base):\n    name = 'own'\n"
-    )
+    (tmp_path / "base_policy.py").write_text(BASE_POLICY)
+    (tmp_path / "own_policy.py").write_text(OWN_POLICY)
     monkeypatch.syspath_prepend(str(tmp_path))
     from own_policy import Own
 
