@@ -1,4 +1,4 @@
-"""How fast each configuration is, measured side by side: same inputs, same process, taking turns."""
+"""Measures how fast each configuration is: same inputs, same process, configurations take turns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.plan.grid import Configuration
-from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap
+from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, laps_to_row
 from kvprune.session.compression import compress
 
 __all__ = ["measure"]
@@ -26,21 +26,22 @@ def measure(
     seed: int,
     on_lap: Callable[[], None],
 ) -> Iterator[dict[str, Any]]:
-    """Time the untouched model and every configuration, one row for timings.jsonl per repetition.
+    """Time the untouched model and every configuration; yield a row of timings.jsonl for each repetition.
 
-    Within a repetition all take turns, in an order drawn anew each time, so drifts of the machine and what a
-    neighbour leaves behind hit all alike. One round that is not counted comes first.
+    Within a repetition each of them runs once, in an order drawn anew each time, so that a machine that slows
+    down, or a cache that a predecessor filled, does not favour one of them. A warm-up round comes first and
+    is not counted.
 
     Args:
         generator: The model.
         inputs: One batch, the same for all.
-        configurations: What to time.
+        configurations: The configurations to time.
         repetitions: Numbers of the repetitions to run.
-        seed: For policies that draw.
-        on_lap: Called after each pair of timed calls, also in the uncounted round.
+        seed: Seed for policies that draw at random.
+        on_lap: Called after each pair of timed calls, in the warm-up round, too.
     """
     runners: list[Configuration | None] = [None, *configurations]
-    for repetition in [None, *repetitions] if repetitions else []:
+    for repetition in [None, *repetitions] if repetitions else []:  # None is the warm-up round
         laps: dict[str | None, Lap] = {}
         for runner in random.Random(repetition).sample(runners, len(runners)):
             if runner is None:
@@ -50,9 +51,7 @@ def measure(
                     laps[runner.spec] = _lap(generator, inputs)
             on_lap()
         if repetition is not None:
-            timed = {spec: [lap.first, lap.all] for spec, lap in laps.items() if spec is not None}
-            stock = laps[None]
-            yield {"repetition": repetition, "stock": [stock.first, stock.all], "policies": timed}
+            yield laps_to_row(repetition, laps)
 
 
 def _lap(generator: Generator, inputs: Mapping[str, Any]) -> Lap:

@@ -1,4 +1,4 @@
-"""How fast each configuration is relative to the full cache: medians over repetitions."""
+"""Summarises measured times: how fast each configuration is relative to the full cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ __all__ = ["Ratio", "Speed", "speeds"]
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Median of paired ratios over repetitions, with quartiles; below 1 is faster than the reference."""
+    """A ratio of times, taken within each repetition; below 1 is faster than the full cache.
+
+    Attributes:
+        median: median over repetitions.
+        low: lower quartile.
+        high: upper quartile.
+    """
 
     median: float
     low: float
@@ -23,13 +29,14 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Prefill and decoding of one configuration.
+    """How fast one configuration is.
 
     Attributes:
         prefill_ms: median milliseconds until the first token of the batch.
         token_ms: median milliseconds per later token of the batch.
-        prefill_ratio: to the full cache under kvprune.
-        token_ratio: the same for later tokens; None where the clock could not tell it from prefill.
+        prefill_ratio: time until the first token, relative to the full cache under kvprune.
+        token_ratio: time per later token, relative to the full cache; None where in no repetition both times
+            could be told from that of prefill.
     """
 
     prefill_ms: float
@@ -39,7 +46,11 @@ class Speed:
 
 
 def speeds(laps: Mapping[int, Mapping[str | None, Lap]]) -> dict[str | None, Speed]:
-    """Summarise repetitions: medians, and medians of ratios that are paired within each repetition."""
+    """Return the speed of each configuration by spec, that of the untouched model under None.
+
+    Args:
+        laps: Times by repetition and spec; see `read_laps`.
+    """
     names = list(next(iter(laps.values()), {}))
     return {name: _speed([(one[name], one[REFERENCE]) for one in laps.values()]) for name in names}
 
@@ -48,7 +59,7 @@ def _speed(pairs: Sequence[tuple[Lap, Lap]]) -> Speed:
     tokens = [
         own.per_token / reference.per_token
         for own, reference in pairs
-        if min(own.per_token, reference.per_token) > 0
+        if min(own.per_token, reference.per_token) > 0  # noise can make the long call the shorter one
     ]
     return Speed(
         prefill_ms=1000 * statistics.median(own.first for own, _ in pairs),

@@ -1,8 +1,8 @@
-"""Settings of a run as its manifest records them, and read back from there."""
+"""The settings of a run as its manifest records them: written there, and read back from there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from kvprune.errors import ResultsError
 __all__ = ["describe", "recorded_settings", "recorded_specs"]
 
 _DEMO = "embedded demo"
+"""How a manifest names the demo's model and data."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "limit": (int, type(None)),
@@ -30,6 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "attn_implementation": (str, type(None)),
     "trust_remote_code": (bool,),
 }
+"""Settings that a manifest records under "run" as they are, and their types in JSON."""
 
 
 def describe(configurations: Sequence[Configuration], settings: Settings) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def describe(configurations: Sequence[Configuration], settings: Settings) -> dic
 
     Args:
         configurations: What is compared.
-        settings: With tasks and device resolved.
+        settings: The settings, in which tasks and device are no longer None.
 
     Raises:
         UnsupportedModelError: If there is no such model.
@@ -57,53 +59,65 @@ def describe(configurations: Sequence[Configuration], settings: Settings) -> dic
 
 
 def recorded_settings(folder: Path, manifest: Mapping[str, Any]) -> Settings:
-    """Return the settings that a manifest records; code that comes with a model is never trusted by it.
+    """Return the settings that a manifest records, except that code that comes with a model is never trusted.
 
     Args:
         folder: The results folder.
-        manifest: Of that folder.
+        manifest: The manifest of that folder.
 
     Raises:
         ResultsError: If something is missing or of another type.
         KVPruneError: If a value is out of range.
     """
-    run, about = manifest["run"], manifest.get("about")
-    tasks, origin = run.get("tasks"), run.get("data_origin")
-    problem = ""
-    for name, types in _TYPES.items():
-        value = run.get(name)
-        if name not in run or not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            problem = problem or f"run.{name} is {value!r:.60}"
-    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-        problem = problem or f"run.tasks is {tasks!r:.60}"
-    if origin not in ("file", "demo"):
-        problem = problem or f"run.data_origin is {origin!r:.60}"
-    if not isinstance(about, dict) or not all(isinstance(about.get(name), str) for name in ("model", "data")):
-        problem = problem or "about.model or about.data is no text"
-    if problem or not isinstance(about, dict):
-        raise ResultsError(f"{folder / 'manifest.json'} is damaged: {problem}")
+    run, about = manifest["run"], manifest.get("about", {})
+    problems = [*_wrong_settings(run), *_wrong_origins(run, about)]
+    if problems:
+        raise ResultsError(f"{folder / 'manifest.json'} is damaged: {problems[0]}")
     settings = Settings(
         model=None if about["model"] == _DEMO else about["model"],
-        data=Path(about["data"]) if origin == "file" else None,
-        tasks=tuple(tasks),
+        data=Path(about["data"]) if run["data_origin"] == "file" else None,
+        tasks=tuple(run["tasks"]),
         output=folder,
         **{name: run[name] for name in _TYPES},
     )
     return replace(settings, trust_remote_code=False)
 
 
+def _wrong_settings(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each setting that is missing or of another type."""
+    for name, types in _TYPES.items():
+        value = run.get(name)
+        known = name in run and isinstance(value, types)
+        if not known or (isinstance(value, bool) and bool not in types):  # True is an int for Python
+            yield f"run.{name} is {value!r:.60}"
+
+
+def _wrong_origins(run: Mapping[str, Any], about: object) -> Iterator[str]:
+    """Yield a sentence for each thing that does not say which model and which data were used."""
+    tasks, origin = run.get("tasks"), run.get("data_origin")
+    if not _is_list_of(str, tasks):
+        yield f"run.tasks is {tasks!r:.60}"
+    if origin not in ("file", "demo"):
+        yield f"run.data_origin is {origin!r:.60}"
+    if not isinstance(about, dict) or not _is_list_of(str, [about.get(name) for name in ("model", "data")]):
+        yield "about.model or about.data is no text"
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
 def recorded_specs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return the configurations that a manifest records, the full cache first.
+    """Return the specs of the configurations that a manifest records, the full cache first.
 
     Raises:
         ResultsError: If something is missing or of another type.
     """
     policies = manifest["run"].get("policies")
-    if isinstance(policies, list) and policies and all(isinstance(one, dict) for one in policies):
-        specs = [one.get("spec") for one in policies]
-        if all(isinstance(spec, str) for spec in specs) and len(set(specs)) == len(specs):
-            return [str(spec) for spec in specs]
-    raise ResultsError(f"{folder / 'manifest.json'} is damaged: run.policies is {policies!r:.60}")
+    specs = [one.get("spec") for one in policies] if _is_list_of(dict, policies) else []
+    if not specs or not _is_list_of(str, specs) or len(set(specs)) < len(specs):
+        raise ResultsError(f"{folder / 'manifest.json'} is damaged: run.policies is {policies!r:.60}")
+    return specs
 
 
 def _absolute(model: str) -> str:

@@ -1,4 +1,4 @@
-"""A results folder: claims it for one run, refuses foreign or damaged ones, knows what is already done."""
+"""A results folder: claims it for one run, refuses foreign and damaged ones, reads what is already done."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ DATA = "data"
 """Folder inside the results folder that holds the demo's pictures and questions."""
 
 TEMPORARY = ".kvprune-"
-"""Prefix of files that an interrupted run may leave behind and that may be deleted."""
+"""Prefix of temporary files. An interrupted run may leave some behind; they may be deleted."""
 
 _WHY = {
     "1": ", since format 1 has no receipts of what was kept, so its answers cannot be verified",
     "2": ", since format 2 does not say how many tokens of a prompt were decoded after pruning",
 }
-"""Why an old format is not read any more."""
+"""Why old formats are no longer read."""
 
 _REMEDY = "choose another --output, or delete this folder to start again"
 
 
 class ResultsFolder:
-    """A folder that holds one run; a context manager that keeps other processes out while it is open.
+    """A folder that holds one run; as a context manager, it keeps other processes out while it is open.
 
     Args:
-        path: The folder; made when `claim` is called.
+        path: The folder; entering the context creates it if it is missing.
 
     Raises:
-        ResultsError: If there is something at `path` that is neither an empty folder nor a results folder, or
-            its manifest is damaged.
+        ResultsError: If `path` is neither missing, nor an empty folder, nor a results folder, or if its
+            manifest is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,11 +83,11 @@ class ResultsFolder:
     def claim(self, manifest: Mapping[str, Any]) -> None:
         """Make this the folder of the run that `manifest` describes, or resume that run.
 
-        A folder whose run has finished nothing yet is free to be claimed by another run.
+        A folder whose run has not finished anything yet may be claimed by another run.
 
         Raises:
-            ResultsError: If the folder holds another run (the message names the first difference), or
-                something else stands where a file of the run belongs.
+            ResultsError: If the folder holds another run (the message names a difference), or something other
+                than a plain file is where a file of the run belongs.
         """
         new = json.loads(json.dumps(manifest))
         self._check_places()
@@ -112,12 +112,12 @@ class ResultsFolder:
         self._write_manifest()
 
     def pin(self, name: str, value: str) -> None:
-        """Note a digest in the manifest once it is known, or check it against the one noted there.
+        """Record a digest in the manifest as soon as it is known, or compare it with the recorded one.
 
         Raises:
-            ResultsError: If another value is noted: what the finished part of the run used has changed.
+            ResultsError: If another value is recorded: what the finished part of the run used has changed.
         """
-        assert self.manifest is not None, "claim comes first"
+        assert self.manifest is not None, "call claim first"
         pinned = self.manifest["run"].setdefault("pinned", {})
         if name not in pinned:
             pinned[name] = value
@@ -129,7 +129,7 @@ class ResultsFolder:
             )
 
     def answers(self, specs: Sequence[str], ids: Sequence[str]) -> dict[tuple[str, str], Answer]:
-        """Return finished answers by spec and example id, cutting an unfinished last line.
+        """Return finished answers by spec and example id; cuts an unfinished last line off the file.
 
         Raises:
             ResultsError: If a line is damaged, repeated, or not part of this run.
@@ -137,7 +137,7 @@ class ResultsFolder:
         return index_answers(self.results.path, self.results.recover(), specs, ids)
 
     def _check_places(self) -> None:
-        """Find out now, not after hours of work, that a file cannot be written where it belongs."""
+        """Raise now, and not after hours of work, if a file cannot be written where it belongs."""
         for name in (MANIFEST, RESULTS, TIMINGS, SUMMARY, PLOT):
             check_plain_file(self.path / name)
         data = self.path / DATA
@@ -145,48 +145,54 @@ class ResultsFolder:
             raise ResultsError(f"{data} is no folder; move it away, or {_REMEDY}")
 
     def _write_manifest(self) -> None:
-        assert self.manifest is not None, "there is one to write"
+        assert self.manifest is not None, "no manifest to write"
         self.manifest["run_sha256"] = digest(self.manifest["run"])
         write_json(self.path / MANIFEST, self.manifest)
 
     def _read_manifest(self) -> dict[str, Any] | None:
+        """Return the manifest, or None where there is nothing or an empty folder."""
+        names = self._names()
+        if names is None:
+            return None
+        path = self.path / MANIFEST
+        raw = read_plain_file(path)
+        if raw is None and names:
+            raise ResultsError(
+                f"{self.path} is no results folder: it holds {names[0]!r} but no {MANIFEST}; "
+                "choose an empty or new folder as --output"
+            )
+        return None if raw is None else _parse_manifest(path, raw)
+
+    def _names(self) -> list[str] | None:
+        """Return what is in the folder, temporary files left out; None where there is no folder."""
         try:
             if not self.path.exists():
                 return None
             if not self.path.is_dir():
                 raise ResultsError(f"{self.path} is a file; --output must name a folder")
-            names = sorted(one.name for one in self.path.iterdir() if not one.name.startswith(TEMPORARY))
+            return sorted(one.name for one in self.path.iterdir() if not one.name.startswith(TEMPORARY))
         except OSError as error:
             raise ResultsError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        raw = read_plain_file(self.path / MANIFEST)
-        if raw is None:
-            if names:
-                raise ResultsError(
-                    f"{self.path} is no results folder: it holds {names[0]!r} but no {MANIFEST}; "
-                    "choose an empty or new folder as --output"
-                )
-            return None
-        try:
-            manifest = parse(raw)
-        except ValueError as error:
-            raise ResultsError(f"{self.path / MANIFEST} is damaged ({error}); {_REMEDY}") from error
-        if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-            raise ResultsError(f"{self.path / MANIFEST} is not the manifest of a {KIND}; {_REMEDY}")
-        if manifest.get("format") != FORMAT:
-            raise ResultsError(
-                f"{self.path / MANIFEST} has format {str(manifest.get('format'))[:20]}, "
-                f"but this kvprune reads {FORMAT}{_WHY.get(str(manifest.get('format')), '')}; {_REMEDY}"
-            )
-        run = manifest.get("run")
-        for name, value in (
-            ("run", run),
-            ("run.pinned", run.get("pinned", {}) if isinstance(run, dict) else {}),
-        ):
-            if not isinstance(value, dict):
-                raise ResultsError(
-                    f"{self.path / MANIFEST} is damaged: field {name!r} is {str(value)[:60]}; {_REMEDY}"
-                )
-        return manifest
+
+
+def _parse_manifest(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        manifest = parse(raw)
+    except ValueError as error:
+        raise ResultsError(f"{path} is damaged ({error}); {_REMEDY}") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise ResultsError(f"{path} is not the manifest of a {KIND}; {_REMEDY}")
+    if manifest.get("format") != FORMAT:
+        found = str(manifest.get("format"))
+        raise ResultsError(
+            f"{path} has format {found[:20]}, but this kvprune reads {FORMAT}{_WHY.get(found, '')}; {_REMEDY}"
+        )
+    run = manifest.get("run")
+    pinned = run.get("pinned", {}) if isinstance(run, dict) else {}
+    for name, value in (("run", run), ("run.pinned", pinned)):
+        if not isinstance(value, dict):
+            raise ResultsError(f"{path} is damaged: field {name!r} is {str(value)[:60]}; {_REMEDY}")
+    return manifest
 
 
 def index_answers(
@@ -195,10 +201,10 @@ def index_answers(
     """Return answers by spec and example id.
 
     Args:
-        path: Of results.jsonl, for messages.
-        rows: Its finished lines.
-        specs: Configurations of the run.
-        ids: Examples of the run.
+        path: Path of results.jsonl, for messages.
+        rows: The finished lines of that file.
+        specs: Specs of the run's configurations.
+        ids: Ids of the run's examples.
 
     Raises:
         ResultsError: If a line is damaged, repeated, or not part of the run.
@@ -223,19 +229,22 @@ def index_answers(
 
 
 def _planned(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What was known of a run before it read its data."""
+    """Return what stands under "run" without what was recorded while the run was going on."""
     return {name: value for name, value in manifest["run"].items() if name != "pinned"}
 
 
 def lock(folder: Path, *, shared: bool = False) -> int | None:
-    """Hold a lock that the system drops when the process ends; None where there are no such locks.
+    """Lock a folder and return the file descriptor that holds the lock; the system drops it with the process.
 
     Args:
-        folder: What to lock.
-        shared: For reading: keeps out those who write, but not others who read.
+        folder: The folder to lock.
+        shared: Lock for reading: keeps out processes that write, but not others that read.
+
+    Returns:
+        The file descriptor, to be closed to release the lock; None where the system has no such locks.
 
     Raises:
-        ResultsError: If another process holds it, or the folder cannot be opened.
+        ResultsError: If another process holds the lock, or the folder cannot be opened.
     """
     try:
         import fcntl
@@ -252,6 +261,6 @@ def lock(folder: Path, *, shared: bool = False) -> int | None:
         raise ResultsError(
             f"{folder} is in use by another run of kvprune; wait for it, or choose another folder"
         ) from None
-    except OSError:  # a file system without locks: nothing keeps others out, and nothing breaks
+    except OSError:  # a file system without locks: other processes are not kept out
         pass
     return handle

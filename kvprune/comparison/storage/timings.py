@@ -1,4 +1,4 @@
-"""Measured times as a results folder holds them."""
+"""The lines of timings.jsonl: measured times, written and read."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 from kvprune.errors import ResultsError
 
-__all__ = ["TIMED_TOKENS", "Lap", "read_laps"]
+__all__ = ["TIMED_TOKENS", "Lap", "laps_to_row", "read_laps"]
 
 
 TIMED_TOKENS = 64
-"""Tokens of a timed answer: the first one is prefill, the others are decoding."""
+"""New tokens of a timed answer: prefill gives the first one, decoding the others."""
 
 
 _LONGEST = 1e9
-"""Seconds; what is longer is damage, not patience."""
+"""Seconds; a longer time in a file means that the file is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """Seconds of two calls of `generate`, one after the other.
+    """The times of two calls of `generate`, one after the other.
 
     Attributes:
-        first: for one new token.
-        all: for `TIMED_TOKENS` new tokens.
+        first: seconds for one new token.
+        all: seconds for `TIMED_TOKENS` new tokens.
     """
 
     first: float
@@ -37,10 +37,27 @@ class Lap:
         return (self.all - self.first) / (TIMED_TOKENS - 1)
 
 
+def laps_to_row(repetition: int, laps: Mapping[str | None, Lap]) -> dict[str, Any]:
+    """Return the JSON object that stands for one repetition in timings.jsonl.
+
+    Args:
+        repetition: Number of the repetition.
+        laps: Times by spec, those of the untouched model under None.
+    """
+    pairs = {spec: [lap.first, lap.all] for spec, lap in laps.items()}
+    stock = pairs.pop(None)
+    return {"repetition": repetition, "stock": stock, "policies": pairs}
+
+
 def read_laps(
     where: str, rows: Sequence[Mapping[str, Any]], specs: Sequence[str]
 ) -> dict[int, dict[str | None, Lap]]:
-    """Return laps by repetition and spec, those of the untouched model under None.
+    """Return times by repetition and spec, those of the untouched model under None.
+
+    Args:
+        where: Name of the file, for messages.
+        rows: JSON objects that `laps_to_row` made.
+        specs: Specs of the run's configurations.
 
     Raises:
         ResultsError: If a row is damaged or times other configurations.
