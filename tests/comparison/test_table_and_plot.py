@@ -120,7 +120,7 @@ def test_notes_warn_of_policies_that_decide_at_different_points(summary: Summary
     assert "Careful" not in "\n".join(notes(alone))
     fair = "\n".join(notes(dataclasses.replace(summary, rows=(*summary.rows, late), late_tokens=1)))
     assert "Careful" not in fair
-    assert "The last token of each prompt came after pruning (--late-tokens 1)" in fair
+    assert "The last token of each prompt was decoded after pruning (--late-tokens 1)" in fair
 
 
 def test_notes_warn_of_budgets_that_changed_nothing(summary: Summary) -> None:

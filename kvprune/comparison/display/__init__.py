@@ -1,1 +1,1 @@
-"""Tables, notes and plots of a comparison."""
+"""Shows a comparison: table, notes, figure, progress bar."""

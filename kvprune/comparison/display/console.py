@@ -1,4 +1,4 @@
-"""A comparison on the terminal: a progress bar while it runs, a table and notes when it is done."""
+"""Shows a comparison on the terminal: a progress bar while it runs, then the table and its notes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def show_summary(summary: Summary, output: Path, console: Console, *, ranked: bo
     """Print the table, its notes, and where the files are.
 
     Args:
-        summary: What to show.
+        summary: The results to show.
         output: The results folder.
-        console: Where to print.
+        console: The console to print to.
         ranked: Whether rows of one budget are ordered by accuracy; see `table`.
     """
     console.print(table(summary, console.width, ranked=ranked))
@@ -39,7 +39,11 @@ def show_summary(summary: Summary, output: Path, console: Console, *, ranked: bo
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Show progress with the time left on standard error; what an earlier run did counts as done at once."""
+    """Show progress and the time left on standard error; what an earlier run finished counts as done.
+
+    Yields:
+        The function to call with each `Progress`.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

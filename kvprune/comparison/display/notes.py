@@ -1,4 +1,4 @@
-"""Notes under the table of a comparison: how it was measured, and what to be careful about."""
+"""Notes under the table of a comparison: what was measured, and what to be careful about."""
 
 from __future__ import annotations
 
@@ -11,62 +11,94 @@ from kvprune.comparison.storage.timings import TIMED_TOKENS
 __all__ = ["notes", "times"]
 
 _TOLERANCE = 0.03
-"""Kept fractions farther from what was asked for get a note; rounding up may add 0.02 in small images."""
+"""Kept fractions farther from the requested one get a note. In small images rounding up may add 0.02."""
 
 
 def notes(summary: Summary, *, ranked: bool = False) -> list[str]:
-    """Return sentences that stand under the table: what was measured, and what to be careful about."""
-    asked = f"{summary.examples} examples"
-    if len(summary.tasks) > 1:
-        asked += f" ({', '.join(f'{task} {summary.reference.tasks[task].total}' for task in summary.tasks)})"
-    stock = "" if ranked else ", and what stock transformers holds"
-    lines = [
-        f"{asked}; 95 % Wilson intervals; kept % is of visible tokens; MiB is the cross-attention cache "
-        f"of one example{stock}.",
-        "Always giving a task's most frequent answer: "
-        + ", ".join(f"{task} {100 * share:.0f} %" for task, share in summary.constant_answer.items())
-        + ".",
+    """Return the sentences under the table: what was measured, and what to be careful about.
+
+    Args:
+        summary: What the table shows.
+        ranked: Whether the table is ranked; see `table`.
+    """
+    return [
+        _examples_note(summary, ranked),
+        _constant_answer_note(summary),
         *_late_note(summary),
         *(_ranking_note() if ranked else ()),
         *_timing_notes(summary),
+        *_unfinished_note(summary),
+        *_budget_notes(summary),
+        *_reach_note(summary),
     ]
-    unfinished = [row for row in summary.rows if row.unfinished]
-    if unfinished:
-        worst = max(unfinished, key=lambda row: row.unfinished)
-        lines.append(
-            f"Careful: {summary.reference.unfinished} of {summary.examples} answers of "
-            f"{summary.reference.spec} ({worst.unfinished} of {worst.spec}) were cut at --max-new-tokens."
-        )
-    for row in summary.rows:
-        if row.keep_ratio is not None and abs(row.kept_fraction - row.keep_ratio) > _TOLERANCE:
-            lines.append(
-                f"Careful: {row.spec} kept {100 * row.kept_fraction:.1f} % of visible tokens instead of "
-                f"{100 * row.keep_ratio:.4g} %; do not compare it with its neighbours."
-            )
+
+
+def _examples_note(summary: Summary, ranked: bool) -> str:
+    asked = f"{summary.examples} examples"
+    if len(summary.tasks) > 1:
+        asked += f" ({', '.join(f'{task} {summary.reference.tasks[task].total}' for task in summary.tasks)})"
+    memory = "MiB is" if ranked else "MiB/stock is"
+    stock = "" if ranked else ", with the policy and in stock transformers"
+    return (
+        f"{asked}; 95 % Wilson intervals; kept % is the share of visible tokens that is kept; "
+        f"{memory} the cross-attention cache of one example{stock}."
+    )
+
+
+def _constant_answer_note(summary: Summary) -> str:
+    shares = (f"{task} {100 * share:.0f} %" for task, share in summary.constant_answer.items())
+    return f"Right if always giving a task's most frequent answer: {', '.join(shares)}."
+
+
+def _unfinished_note(summary: Summary) -> list[str]:
+    worst = max(summary.rows, key=lambda row: row.unfinished)
+    if not worst.unfinished:
+        return []
+    return [
+        f"Careful: {summary.reference.unfinished} of {summary.examples} answers of {summary.reference.spec} "
+        f"({worst.unfinished} of {worst.spec}) were cut at --max-new-tokens."
+    ]
+
+
+def _budget_notes(summary: Summary) -> list[str]:
+    return [
+        f"Careful: {row.spec} kept {100 * row.kept_fraction:.1f} % of visible tokens instead of "
+        f"{100 * row.keep_ratio:.4g} %; do not compare it with its neighbours."
+        for row in summary.rows
+        if row.keep_ratio is not None and abs(row.kept_fraction - row.keep_ratio) > _TOLERANCE
+    ]
+
+
+def _reach_note(summary: Summary) -> list[str]:
+    """Warn where policies that prune after prefill stand beside policies that prune in prefill."""
     later = [row.spec for row in summary.rows if row.reach == "layer"]
-    if later and not summary.late_tokens and any(row.budget and row.reach != "layer" for row in summary.rows):
-        lines.append(
-            f"Careful: {later[0]} prunes after prefill (reach=layer), so its first token still uses the "
-            "full cache; others prune in prefill. Compare within one kind, or add reach=onward or "
-            "--late-tokens 1."
-        )
-    return lines
+    mixed = any(row.budget and row.reach != "layer" for row in summary.rows)
+    if not later or not mixed or summary.late_tokens:
+        return []
+    return [
+        f"Careful: {later[0]} prunes after prefill (reach=layer), so its first token still uses the "
+        "full cache; others prune in prefill. Compare only policies that prune at the same point, or add "
+        "reach=onward or --late-tokens 1."
+    ]
 
 
 def _late_note(summary: Summary) -> list[str]:
     if not summary.late_tokens:
         return []
     count = "token" if summary.late_tokens == 1 else f"{summary.late_tokens} tokens"
+    verb = "was" if summary.late_tokens == 1 else "were"
     return [
-        f"The last {count} of each prompt came after pruning (--late-tokens {summary.late_tokens}), the full "
-        "cache's too: answers show what was dropped from their first token on."
+        f"The last {count} of each prompt {verb} decoded after pruning "
+        f"(--late-tokens {summary.late_tokens}), with the full cache, too: even the first token of an "
+        "answer depends on what was kept."
     ]
 
 
 def _ranking_note() -> list[str]:
     return [
-        f"# orders one budget by right answers; '- {BASELINE}' is the difference to {BASELINE} on the same "
-        "questions, in points, with its 95 % paired interval; among many, some miss 0 by chance."
+        f"# is the rank by right answers within a budget; '- {BASELINE}' is the difference to {BASELINE} on "
+        "the same questions, in points, with its 95 % paired interval; of many such intervals, some miss 0 "
+        "by chance."
     ]
 
 
@@ -79,16 +111,22 @@ def _timing_notes(summary: Summary) -> list[str]:
     spread = statistics.median((ratio.high - ratio.low) / 2 for ratio in ratios) if ratios else 0.0
     token = times(stock.token_ratio, invert=True)
     return [
-        f"prefill and token: time relative to {summary.reference.spec} until the first token, and per later "
-        f"token; side by side on {summary.device}, batches of {summary.batch_size}, {TIMED_TOKENS} tokens, "
-        f"median of {summary.repetitions} repetitions, typical quartiles +-{100 * spread:.0f} %.",
+        "prefill is the time until the first token, token that per later token, relative to "
+        f"{summary.reference.spec}; measured in turns on {summary.device}, batches of {summary.batch_size}, "
+        f"{TIMED_TOKENS} tokens, median of {summary.repetitions} repetitions, typical quartiles "
+        f"+-{100 * spread:.0f} %.",
         f"{summary.reference.spec}: {full.prefill_ms:.1f} ms prefill, {full.token_ms:.2f} ms per token, "
         f"which is {times(stock.prefill_ratio, invert=True)} and {token} the time without kvprune.",
     ]
 
 
 def times(ratio: Ratio | None, invert: bool = False) -> str:
-    """Return a ratio, or how many times faster it is, such as ``x0.80``; ``?`` where there is none."""
+    """Return a ratio of times as text, such as ``x0.80``; ``?`` where there is none.
+
+    Args:
+        ratio: The ratio.
+        invert: Return one over the ratio.
+    """
     if ratio is None:
         return "?"
     return f"x{1 / ratio.median if invert else ratio.median:.2f}"

@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = ["render"]
 
-# Okabe and Ito's palette, told apart under the common kinds of colour blindness; yellow is too pale on white.
+# The palette of Okabe and Ito, which readers with common kinds of colour blindness can tell apart. Its yellow
+# is left out: it is too pale on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _COLUMNS = 3
 _LINES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _SHIFT = 0.03
-"""Points of equal kept fraction are set apart sideways by this share of it per curve."""
+"""Points of equal kept fraction are shifted sideways, curve by curve, by this share of the fraction."""
 _WIDEST = 0.24
-"""All curves together take up this share at most, so that points of different budgets stay apart."""
+"""The shifts of all curves together span at most this share, so that budgets stay apart."""
 _FEW = 9
-"""More curves have no intervals, which would hide the curves, and a legend beside them, the best first."""
+"""With more curves than this, intervals are left out and the legend stands beside the figure, best first."""
 
 
 def render(summary: Summary) -> bytes:
@@ -70,7 +71,10 @@ def render(summary: Summary) -> bytes:
 
 
 def _curves(summary: Summary) -> dict[str, list[Row]]:
-    """Rows by curve, without the reference, from few tokens to many; many curves by their mean accuracy."""
+    """Return rows by curve, without the full cache, by ascending kept fraction.
+
+    Curves come in the order of the summary; more than `_FEW` by descending mean accuracy.
+    """
     found: dict[str, list[Row]] = {}
     for row in sorted(summary.rows[1:], key=lambda row: row.kept_fraction):
         found.setdefault(_curve(row), []).append(row)
@@ -81,7 +85,7 @@ def _curves(summary: Summary) -> dict[str, list[Row]]:
 
 
 def _curve(row: Row) -> str:
-    """Rows of one policy whose budgets are of one kind make one curve."""
+    """Return the name of the curve that a row belongs to: its policy, with budgets of one kind."""
     kind = row.budget.partition("=")[0]
     return row.label if kind in ("", "keep_ratio") else f"{row.label} ({kind})"
 
@@ -127,7 +131,7 @@ def _rate(row: Row, task: str | None) -> Rate:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Return what tells a curve from others: no two of the first 28 share colour and line."""
+    """Return colour, marker and line of a curve: no two of the first 28 share colour and line."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],

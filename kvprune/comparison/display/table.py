@@ -1,4 +1,4 @@
-"""The table of a comparison: rows grouped by budget, in the order given or by accuracy."""
+"""The table of a comparison: rows grouped by budget, in the given order or ranked by accuracy."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def table(summary: Summary, width: int = 120, *, ranked: bool = False) -> Table:
     """Return the table, ready to print with rich.
 
     Args:
-        summary: What to show.
-        width: Columns of the terminal; columns of single tasks are left out where they do not fit.
-        ranked: Order rows of one keep ratio by accuracy, number them, and show how they differ from
+        summary: The results to show.
+        width: Width of the terminal in characters; the columns of single tasks are left out where they do not
+            fit.
+        ranked: Order the rows of each keep ratio by accuracy, number them, and show their difference to
             `BASELINE`.
     """
     from rich.console import Console
@@ -63,7 +64,7 @@ def _build(summary: Summary, tasks: Sequence[str], ranked: bool) -> Table:
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group rows that compare directly: without budget, by keep ratio, then others by what they kept."""
+    """Group rows by budget: none first, then each keep ratio, then other budgets by what they kept."""
     free = [row for row in rows if not row.budget]
     ratios = sorted({row.keep_ratio for row in rows if row.keep_ratio is not None}, reverse=True)
     by_ratio = [[row for row in rows if row.keep_ratio == ratio] for ratio in ratios]

@@ -1,1 +1,1 @@
-"""Runs a comparison: loads the model, generates answers, takes times."""
+"""Runs a comparison: loads the model, generates answers and their receipts, takes times."""

@@ -1,4 +1,4 @@
-"""Asks a model one batch of questions under one configuration; comparing and verifying both go this way."""
+"""Asks a model one batch of questions under one configuration, both to compare and to verify."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["ask", "batches", "load_generator"]
 
 
 def batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    """Return the examples in the batches in which they are asked; the last one may be smaller."""
+    """Return the examples in batches of `size`, in order; the last batch may be smaller."""
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 def load_generator(settings: Settings) -> Generator:
-    """Load the model that `settings` name; see `Generator.load`."""
+    """Load the model that the settings name; see `Generator.load`."""
     return Generator.load(
         settings.model,
         device=resolve_device(settings.device),
@@ -50,13 +50,16 @@ def ask(
     Args:
         generator: The model.
         batch: The examples.
-        inputs: What `generator.encode` made of them.
+        inputs: What `generator.encode` returned for these examples.
         one: The configuration.
-        seed: For policies that draw.
-        full: Text that the full cache answered, by example id; not read when `one` is the full cache.
+        seed: Seed for policies that draw at random.
+        full: What the full cache answered, by example id; not read when `one` is the full cache.
+
+    Returns:
+        One answer for each example, in the same order.
 
     Raises:
-        ResultsError: If the policy's report is not about every example.
+        ResultsError: If the policy's report does not cover every example.
     """
     with compress(generator.model, one.policy, seed=seed) as run:
         new = generator.generate(inputs)

@@ -1,4 +1,4 @@
-"""Runs a comparison: answers what is not answered yet, times it, writes the results folder."""
+"""The comparison as a whole: claims a results folder, runs what is missing, writes summary and figure."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def compare(
 ) -> Summary:
     """Compare policies on questions about pictures, and write a results folder.
 
-    The same call resumes an interrupted comparison; a finished one is only summarised again, without
+    The same call resumes an interrupted comparison. A finished one is only summarised again, without
     loading the model.
 
     Args:
-        policies: Specs; those that state no budget are crossed with `keep_ratios`. The full cache is always
-            compared, too.
+        policies: Specs. A spec without a budget is combined with each of `keep_ratios`. The full cache is
+            always compared, too.
         keep_ratios: Fractions of visible tokens to keep, in (0, 1].
         settings: Model, data and everything else; the embedded demo by default.
         on_progress: Called before the first and after each unit of work.
 
     Raises:
-        KVPruneError: Of the class that says what was wrong: `PolicyOptionError`, `UnknownPolicyError`,
-            `DataError`, `ResultsError`, `UnsupportedModelError`, ...
+        KVPruneError: If something is wrong with a policy, the data, the folder or the model; the class tells
+            which: `PolicyOptionError`, `UnknownPolicyError`, `DataError`, `ResultsError`,
+            `UnsupportedModelError`, ...
         ModuleNotFoundError: If an optional dependency is missing; the message says how to install it.
     """
     settings = settings or Settings()
@@ -60,10 +61,10 @@ def compare(
 
 
 def require(*modules: str) -> None:
-    """Raise now, before hours of work, if an optional dependency is missing.
+    """Raise now, and not after hours of work, if an optional dependency is missing.
 
     Raises:
-        ModuleNotFoundError: Naming the module and the command that installs it.
+        ModuleNotFoundError: If a module cannot be imported; names it and the command that installs it.
     """
     for module in modules:
         try:
@@ -77,7 +78,7 @@ def require(*modules: str) -> None:
 def _claim(
     folder: ResultsFolder, configurations: Sequence[Configuration], settings: Settings
 ) -> tuple[Example, ...]:
-    """Claim the folder for this run and return the run's examples."""
+    """Claim the folder for this run and return the examples to ask."""
     examples: tuple[Example, ...] | None = None
     limit = settings.limit
     if settings.data is None:

@@ -1,4 +1,4 @@
-"""The model at work: loads it with its processor, encodes left-padded batches, decodes greedy answers."""
+"""A model with its processor: encodes batches padded on the left, and decodes answers greedily."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ __all__ = ["Generator"]
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """A model and its processor, ready for batched questions about pictures.
+    """A model and its processor, ready to answer batches of questions about pictures.
 
     Args:
-        model: Anything with `generate` that an adapter supports.
-        processor: With a chat template; pads on the left.
-        max_new_tokens: Limit on an answer, in tokens.
-        late_tokens: Last tokens of each prompt that are decoded after pruning. The prompt without them is
-            prefilled first, and decoding goes on from that cache. With 0, a policy that prunes after prefill
-            leaves the first new token as it is, so one-token answers do not show what it dropped.
+        model: A model with `generate` that an adapter supports.
+        processor: A processor that has a chat template and can pad on the left.
+        max_new_tokens: Limit on the length of an answer, in tokens.
+        late_tokens: How many of the last tokens of each prompt are decoded after pruning. The prompt without
+            them is prefilled first, and decoding continues from that cache. With 0, a policy that prunes
+            after prefill does not change the first new token, so one-token answers do not show what it
+            dropped.
     """
 
     model: Any
@@ -53,13 +54,13 @@ class Generator:
             device: A torch device such as ``cpu`` or ``cuda:0``.
             dtype: One of `DTYPES`.
             attn_implementation: Passed to transformers; None is its default.
-            max_new_tokens: Limit on an answer, in tokens.
-            late_tokens: Last tokens of each prompt that are decoded after pruning.
+            max_new_tokens: Limit on the length of an answer, in tokens.
+            late_tokens: How many of the last tokens of each prompt are decoded after pruning.
             trust_remote_code: Let transformers run Python files that come with the model.
 
         Raises:
-            UnsupportedModelError: If the model cannot be loaded, wants to run code of its own, no adapter
-                knows it, or its processor has no chat template.
+            UnsupportedModelError: If the model cannot be loaded, needs code of its own, has no adapter, or
+                its processor has no chat template.
         """
         from kvprune.session.registry import find_adapter
 
@@ -80,10 +81,10 @@ class Generator:
         )
 
     def encode(self, examples: Sequence[Example]) -> Mapping[str, Any]:
-        """Return the model's inputs for one batch of user turns, each a picture followed by its question.
+        """Return the model's inputs for a batch of prompts, each one user turn: a picture, then its question.
 
         Raises:
-            DataError: If a picture cannot be read any more, or the processor pads on the right.
+            DataError: If a picture cannot be read, or the processor pads on the right.
         """
         images, prompts = [], []
         for example in examples:
@@ -96,7 +97,7 @@ class Generator:
             text=prompts,
             padding=True,
             padding_side="left",
-            add_special_tokens=False,  # the chat template has written them
+            add_special_tokens=False,  # the chat template has added them
             return_tensors="pt",
         )
         inputs = inputs.to(self.model.device, self.model.dtype)
@@ -113,11 +114,11 @@ class Generator:
 
         Args:
             inputs: What `encode` returned.
-            tokens: Exact number of new tokens, whatever the model says; None ends answers as the model wants.
+            tokens: Exact number of new tokens to generate; None lets the model end its answers.
 
         Raises:
             DataError: If a prompt has too few tokens after its picture to decode `late_tokens` of them late.
-            UnsupportedModelError: If its prompts cannot be divided.
+            UnsupportedModelError: If the model's prompts cannot be divided.
         """
         length = {"max_new_tokens": self.max_new_tokens}
         if tokens is not None:
@@ -126,7 +127,7 @@ class Generator:
         with torch.inference_mode():
             if self.late_tokens:
                 early, given = divide(inputs, self.late_tokens)
-                # One new token, which is not used: the cache then holds the early part and nothing else.
+                # generate must make one new token, which is not used: the cache holds the early part only.
                 done = self._decode(early, max_new_tokens=1, min_new_tokens=1, return_dict_in_generate=True)
                 given = {**given, "past_key_values": done.past_key_values}
             out = self._decode(given, **length)
@@ -139,12 +140,20 @@ class Generator:
         return self.model.generate(**inputs, **options, **greedy)
 
     def texts(self, new: torch.Tensor) -> list[str]:
-        """Return the answers as text."""
+        """Return the answers as text, without special tokens.
+
+        Args:
+            new: New tokens, int64 ``[B, new]``.
+        """
         decoded: list[str] = self.processor.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in decoded]
 
     def finished(self, new: torch.Tensor) -> list[bool]:
-        """Return for each answer whether the model ended it itself."""
+        """Return for each answer whether the model ended it itself, and not the limit on new tokens.
+
+        Args:
+            new: New tokens, int64 ``[B, new]``.
+        """
         ends = self.model.generation_config.eos_token_id
         ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=new.device)
         done: list[bool] = torch.isin(new, ends).any(-1).tolist()

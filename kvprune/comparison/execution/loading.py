@@ -1,4 +1,4 @@
-"""Loads a model and its processor without running anything that comes with them."""
+"""Loads a model and its processor without running code that comes with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONFIGS = (
     "image_processor_config.json",
     "tokenizer_config.json",
 )
-"""Files that may name Python code to be run."""
+"""Files that may name Python code for transformers to run."""
 
 _CONVERT = (
     "weights in *.bin or *.pt files are pickles, which can run code when they are read, so kvprune reads "
@@ -47,7 +47,7 @@ def load_model(
         trust_remote_code: Let transformers run Python files that come with the model.
 
     Raises:
-        UnsupportedModelError: If it cannot be loaded, wants to run code of its own, or is no safetensors.
+        UnsupportedModelError: If the model cannot be loaded, names code of its own, or has no safetensors.
     """
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -69,7 +69,7 @@ def load_model(
         return cast("torch.nn.Module", loaded).to(device), processor
     except UnsupportedModelError:
         raise
-    except Exception as error:  # whatever a foreign checkpoint breaks, it is this model that cannot be loaded
+    except Exception as error:  # transformers raises errors of many classes for a broken checkpoint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "safetensors" in reason and "no file named" in reason:
             reason += "; " + _CONVERT.format(model=model)
@@ -87,7 +87,7 @@ def _load_demo(device: str, dtype: str, attn_implementation: str | None) -> tupl
 
 
 def _refuse_code(model: str) -> None:
-    """Refuse a checkpoint that names code of its own, even where transformers would run its own instead."""
+    """Raise if a checkpoint names code of its own, even where transformers would use its built-in class."""
     from transformers.utils.hub import cached_file
 
     for name in _CONFIGS:
@@ -109,6 +109,7 @@ def _refuse_code(model: str) -> None:
 
 
 def _refuse_pickles(model: str) -> None:
+    """Raise if a local folder has weights, but none of them in safetensors."""
     folder = Path(model)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return

@@ -1,4 +1,4 @@
-"""The receipt of one answer: a digest of what was really kept for its example."""
+"""Receipts: digests of what was kept for each example."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def receipts(
 ) -> list[str]:
     """Return one SHA-256 (64 hexadecimal digits) for each sample of a batch.
 
-    A receipt covers the spec, the seed, and for each cross-attention layer: its index, the columns of the
-    unpruned cache, which of them are kept per head, the bytes of keys and values of the kept and of all
-    columns in the cache's own dtype, and the bits of each column where something is quantized. It is made of
-    whole numbers that belong to the sample alone, so neither the order of layers, nor the device, nor the
-    padding that other samples of the batch cause can change it.
+    A receipt covers the spec, the seed, and for each cross-attention layer: its index, the number of columns
+    of the unpruned cache, the columns kept per head, the bytes that keys and values of the kept and of all
+    columns take in the cache's own dtype, and the bits of each column if any are quantized. All of these are
+    whole numbers that belong to one sample. So neither the order of layers, nor the device, nor padding that
+    other samples of the batch cause can change a receipt.
 
     Args:
         spec: Canonical spec of the policy.
-        seed: What the policy drew with.
-        layers: What the report says of each layer after the batch's prefill.
+        seed: Seed that the policy drew with.
+        layers: The report's entries for the layers, after the prefill of the batch.
         selections: Kept columns by layer index, after the same prefill.
     """
     batch = next(iter(selections.values())).indices.shape[0]
     found: list[list[object]] = [[] for _ in range(batch)]
     for layer in sorted(layers, key=lambda one: one.layer_idx):
         selection = selections[layer.layer_idx]
-        kept, bits = selection.to_mask().cpu(), selection.bits_by_column().tolist()
+        kept, bits = selection.to_mask().cpu(), selection.bits_by_column().tolist()  # both [B, H, S]
         share = layer.bytes_full // batch
         for sample, heads in enumerate(kept):
-            # Bytes of one column of one head are the same everywhere in a layer, so this division is exact.
+            # All columns of all heads of a layer take equally many bytes, so this division is exact.
             held = int(heads.sum()) * share // heads.numel()
             columns = [_pack(head.tolist()) for head in heads]
             of_layer: list[object] = [layer.layer_idx, heads.shape[-1], columns, held, share]
@@ -47,7 +47,7 @@ def receipts(
 
 
 def _pack(kept: Sequence[bool]) -> str:
-    """Return kept columns as hexadecimal digits of a number with one bit per column, the first highest."""
+    """Return which columns are kept in hexadecimal: one bit per column, the first column the highest bit."""
     return f"{int(''.join('1' if one else '0' for one in kept), 2):0{-(-len(kept) // 4)}x}"
 
 

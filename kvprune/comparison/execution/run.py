@@ -1,4 +1,4 @@
-"""What a comparison does to a claimed folder: answers what is not answered, times what is not timed."""
+"""One run of a comparison: answers and times whatever its results folder does not have yet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,18 @@ __all__ = ["Run"]
 
 
 class Run:
-    """One run of a comparison over a claimed folder: what is done, what is left, the model when needed."""
+    """One run of a comparison. Knows what is done and what is left; loads the model only if it is needed.
+
+    Args:
+        folder: The results folder, already claimed for this run.
+        configurations: What is compared, the full cache first.
+        examples: The questions.
+        settings: The settings of the run.
+        on_progress: Called at once, and after each unit of work.
+
+    Raises:
+        ResultsError: If a finished line of the folder is damaged or does not belong to this run.
+    """
 
     def __init__(
         self,
@@ -41,7 +52,7 @@ class Run:
         self._repetitions = [number for number in range(settings.repetitions) if number not in self._laps]
         self._generator: Generator | None = None
         self._on_progress = on_progress
-        answered = sum(not self._open(batch, one) for batch in self._batches for one in configurations)
+        answered = sum(not self._is_open(batch, one) for batch in self._batches for one in configurations)
         round_ = len(configurations) + 1
         timed = round_ * len(self._laps)
         to_time = round_ * (len(self._repetitions) + 1) if self._repetitions else 0
@@ -52,7 +63,7 @@ class Run:
     def answer(self) -> None:
         """Answer every example under every configuration, batch by batch, the full cache first."""
         for batch in self._batches:
-            pending = [one for one in self._configurations if self._open(batch, one)]
+            pending = [one for one in self._configurations if self._is_open(batch, one)]
             if not pending:
                 continue
             inputs = self._model().encode(batch)
@@ -64,7 +75,7 @@ class Run:
                 self._report("answering")
 
     def time(self) -> None:
-        """Time what is not timed yet, on one batch spread over the data."""
+        """Time the repetitions that are missing, on one batch of examples spread evenly over the data."""
         if not self._repetitions:
             return
         size = min(self._settings.batch_size, len(self._examples))
@@ -82,7 +93,7 @@ class Run:
             self._laps.update(read_laps("timing", [row], self._specs))
 
     def summary(self) -> Summary:
-        """Summarise what is finished."""
+        """Return the summary of all answers and times; every answer must be there."""
         return summarise(
             self._configurations,
             self._examples,
@@ -94,17 +105,18 @@ class Run:
         )
 
     def _ask(self, batch: Sequence[Example], inputs: Mapping[str, Any], one: Configuration) -> list[Answer]:
-        """Answer a batch under one configuration; return what is not yet in the results."""
+        """Answer a batch under one configuration; return the answers that the folder does not have yet."""
         known = [self._answers.get((REFERENCE, example.id)) for example in batch]
         full = {answer.id: answer.answer for answer in known if answer is not None}
         fresh = ask(self._model(), batch, inputs, one, self._settings.seed, full)
         return [answer for answer in fresh if (answer.spec, answer.id) not in self._answers]
 
-    def _open(self, batch: Sequence[Example], one: Configuration) -> bool:
+    def _is_open(self, batch: Sequence[Example], one: Configuration) -> bool:
+        """Whether the folder lacks an answer of a configuration to an example of a batch."""
         return any((one.spec, example.id) not in self._answers for example in batch)
 
     def _model(self) -> Generator:
-        """Load the model when it is needed first: a finished comparison never does."""
+        """Return the model; loads it at the first call, so that a finished comparison never does."""
         if self._generator is None:
             self._generator = load_generator(self._settings)
         return self._generator

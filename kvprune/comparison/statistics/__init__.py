@@ -1,1 +1,1 @@
-"""From answers and times to rates, intervals and summaries."""
+"""Statistics of a comparison: rates, paired differences, speed, and the summary."""

@@ -1,4 +1,4 @@
-"""How much two configurations differ, given that both answered the same questions."""
+"""The difference of two accuracies, given that both configurations answered the same questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PairedDifference:
     """The difference of two accuracies with its 95 % interval, as fractions.
 
     Attributes:
-        value: own accuracy minus the other one.
+        value: the own accuracy minus the other one.
         low: lower end of the interval.
         high: upper end of the interval.
     """
@@ -27,18 +27,18 @@ class PairedDifference:
 
 
 def paired_difference(own: Sequence[bool], other: Sequence[bool]) -> PairedDifference:
-    """Return how much more often one is right than the other, with Newcombe's score interval for pairs.
+    """Return the difference of two accuracies with Newcombe's score interval for paired proportions.
 
     The two Wilson intervals are combined with the correlation of the answers (method 10 of Newcombe,
     Statistics in Medicine 17, 1998, 2635-2650). Unlike a bootstrap, it does not shrink to a point where all
     answers agree.
 
     Args:
-        own: Whether each answer is right.
-        other: The same for the other configuration, in the same order; at least one.
+        own: For each question, whether the own answer is right; at least one question.
+        other: The same for the other configuration, in the same order.
 
     Raises:
-        ValueError: If there are no answers, or not as many of both.
+        ValueError: If there are no answers, or the two sequences differ in length.
     """
     pairs = list(zip(own, other, strict=True))
     total = len(pairs)
@@ -55,14 +55,16 @@ def paired_difference(own: Sequence[bool], other: Sequence[bool]) -> PairedDiffe
 
 
 _KINDS = ((True, True), (True, False), (False, True), (False, False))
+"""Whether the own and the other answer are right: the four cells of the 2x2 table."""
 
 
 def _combined(one: float, other: float, phi: float) -> float:
+    """Return the half-width of the interval on one side, from those of the two single intervals."""
     return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
 
 
 def _correlation(counts: Sequence[int]) -> float:
-    """Return phi of a 2x2 table, a positive one with a continuity correction; 0 where it is not defined."""
+    """Return phi of a 2x2 table, with a continuity correction if positive; 0 where phi is undefined."""
     both, own, other, neither = counts
     sides = (both + own) * (other + neither) * (both + other) * (own + neither)
     if not sides:

@@ -1,4 +1,4 @@
-"""Shares of right answers, with intervals."""
+"""Shares of right answers, with their intervals."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Rate:
 
 
 def rate(hits: int, total: int) -> Rate:
-    """Return hits of total with the 95 % Wilson score interval.
+    """Return the share of `hits` in `total` with its 95 % Wilson score interval.
 
     Raises:
-        ValueError: If total is below 1 or hits is not in 0..total.
+        ValueError: If `total` is below 1, or `hits` is not in 0..`total`.
     """
     from scipy.stats import binomtest
 
@@ -42,6 +42,6 @@ def rate(hits: int, total: int) -> Rate:
 
 
 def share(hits: Iterable[bool]) -> Rate:
-    """Return the share of hits; see `rate`."""
+    """Return the share of true values with its interval; see `rate`."""
     counted = list(hits)
     return rate(sum(counted), len(counted))

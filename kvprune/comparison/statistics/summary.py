@@ -1,4 +1,4 @@
-"""Statistics of a comparison: accuracy with intervals, agreement, kept tokens, bytes and speed."""
+"""Summarises a comparison: accuracy with intervals, agreement, kept tokens, bytes and speed."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ __all__ = ["BASELINE", "Row", "Summary", "summarise"]
 
 
 BASELINE = "trim"
-"""The label that every other one of the same keep ratio is compared with, question by question."""
+"""The policy that others are compared with, question by question, at the same keep ratio."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One configuration.
+    """The results of one configuration.
 
     Attributes:
         spec: canonical spec of the policy.
         label: the spec without its budget.
-        budget: the requested budget as text, empty where the policy has none.
-        keep_ratio: the requested fraction of visible tokens, where the budget is one.
-        reach: the policy's option of this name, where it has one.
-        kept_fraction: fraction of visible tokens kept, measured, mean over examples.
-        bytes_held: cross-attention cache of one example in bytes, measured, mean over examples.
-        bytes_full: the same in stock transformers.
+        budget: the requested budget as text; empty where the policy has none.
+        keep_ratio: the requested fraction of visible tokens; None where the budget is no fraction.
+        reach: the policy's option `reach`; None where it has no such option.
+        kept_fraction: measured fraction of visible tokens kept, mean over examples.
+        bytes_held: measured size of the cross-attention cache of one example in bytes, mean over examples.
+        bytes_full: its size in stock transformers.
         accuracy: share of right answers.
-        tasks: the same by task.
+        tasks: share of right answers by task.
         agreement: share of answers equal to those of the full cache.
         lost: examples that the full cache answers rightly and this configuration does not.
-        gained: the reverse.
-        p_value: exact two-sided McNemar test of lost against gained.
+        gained: examples that this configuration answers rightly and the full cache does not.
+        p_value: p-value of the exact two-sided McNemar test of `lost` against `gained`.
         versus_baseline: accuracy minus that of `BASELINE` at the same keep ratio, on the same questions; None
             where there is no such row, and for that row itself.
-        unfinished: answers that were cut at the limit on new tokens.
-        speed: None where nothing was timed.
+        unfinished: number of answers that were cut at the limit on new tokens.
+        speed: measured times; None where nothing was timed.
     """
 
     spec: str
@@ -68,17 +68,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """A whole comparison.
+    """The results of a whole comparison.
 
     Attributes:
-        rows: one per configuration, the reference first.
-        tasks: names of the tasks, in data order.
+        rows: one row per configuration, the full cache first.
+        tasks: names of the tasks, in the order of the data.
         examples: number of examples.
         constant_answer: share of right answers if the most frequent answer of each task were always given.
         stock: speed of the untouched model; None where nothing was timed.
         repetitions: repetitions of the timing.
         batch_size: examples per call of `generate`.
-        device: where it ran.
+        device: the torch device.
         late_tokens: last tokens of each prompt that were decoded after pruning.
     """
 
@@ -112,15 +112,15 @@ def summarise(
     device: str,
     late_tokens: int,
 ) -> Summary:
-    """Turn finished answers and timings into a summary; the same input always gives the same summary.
+    """Summarise finished answers and times; the same input always gives the same summary.
 
     Args:
-        configurations: The reference and all others.
-        examples: What was asked.
-        answers: By spec and example id, complete.
-        laps: By repetition and spec; empty if nothing was timed.
+        configurations: The full cache and all other configurations.
+        examples: The questions.
+        answers: Answers by spec and example id; none may be missing.
+        laps: Times by repetition and spec; empty if nothing was timed.
         batch_size: Examples per call of `generate`.
-        device: Where it ran.
+        device: The torch device.
         late_tokens: Last tokens of each prompt that were decoded after pruning.
     """
     tasks = tuple(dict.fromkeys(example.task for example in examples))
@@ -141,7 +141,9 @@ def summarise(
         rows=rows,
         tasks=tasks,
         examples=len(examples),
-        constant_answer={task: _constant([e for e in examples if e.task == task]) for task in tasks},
+        constant_answer={
+            task: _constant([example for example in examples if example.task == task]) for task in tasks
+        },
         stock=timed.get(None),
         repetitions=len(laps),
         batch_size=batch_size,
@@ -158,8 +160,8 @@ def _row(
     tasks: Sequence[str],
     speed: Speed | None,
 ) -> Row:
-    lost = sum(before.correct and not after.correct for before, after in zip(full, own, strict=True))
-    gained = sum(after.correct and not before.correct for before, after in zip(full, own, strict=True))
+    changes = Counter((before.correct, after.correct) for before, after in zip(full, own, strict=True))
+    lost, gained = changes[True, False], changes[False, True]
     return Row(
         spec=one.spec,
         label=one.label,
@@ -186,13 +188,14 @@ def _difference(own: Sequence[Answer], other: Sequence[Answer]) -> PairedDiffere
 
 
 def _mcnemar(lost: int, gained: int) -> float:
+    """Return the p-value of the exact two-sided McNemar test."""
     from scipy.stats import binomtest
 
     return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def _constant(examples: Sequence[Example]) -> float:
-    """Accuracy of always giving the answer that is right most often."""
+    """Return the accuracy of always giving the answer that is right most often, 0..1."""
     candidates = Counter(
         answer for example in examples for answer in {normalise(text) for text in example.answers}
     )

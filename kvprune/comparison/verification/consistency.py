@@ -1,4 +1,4 @@
-"""What can be checked of a results folder without its model: judgements, completeness, the summary."""
+"""Checks of a results folder that need no model: right or wrong, completeness, the summary, what changed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from kvprune.comparison.storage.stored_run import StoredRun
 __all__ = ["Difference", "changes_since", "check_consistency", "compare_values"]
 
 _ROUNDING = 1e-9
-"""Relative difference of floats that another version of a library may cause."""
+"""Relative difference up to which floats count as equal: versions of libraries round differently."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not what it should be.
+    """One value that differs from what was stored.
 
     Attributes:
-        where: file, or spec and example.
-        what: which value was stored, and which one comes out now.
-        spec: of the configuration, where it is about one.
-        example: id, where it is about one.
+        where: name of the file, or spec and id of the example.
+        what: which value was stored, and which one is found now.
+        spec: spec of the configuration; None where the value belongs to none.
+        example: id of the example; None where the value belongs to none.
     """
 
     where: str
@@ -43,13 +43,13 @@ class Difference:
 def compare_values(
     where: str, stored: object, derived: object, spec: str | None = None, example: str | None = None
 ) -> Iterator[Difference]:
-    """Return every difference between a stored JSON tree and the one that comes out now."""
+    """Yield every difference between a stored JSON tree and the one that was derived again."""
     for what in differences(stored, derived, tolerance=_ROUNDING):
         yield Difference(where, what, spec, example)
 
 
 def changes_since(stored: StoredRun) -> list[str]:
-    """Say what of the model, the data, the policies, kvprune, versions and machine is not what it was.
+    """Return a sentence for each change of model, data, policies, kvprune, versions or machine since the run.
 
     Raises:
         UnsupportedModelError: If the model is missing.
@@ -72,7 +72,7 @@ def check_consistency(stored: StoredRun) -> tuple[list[Difference], list[str]]:
     """Check everything that needs no model.
 
     Returns:
-        What is wrong, and what is good to know.
+        Differences, which mean that the folder is not what was computed, and notes, which do not.
     """
     run = stored.manifest["run"]
     found = list(
@@ -88,6 +88,7 @@ def check_consistency(stored: StoredRun) -> tuple[list[Difference], list[str]]:
 
 
 def _judgements(stored: StoredRun) -> Iterator[Difference]:
+    """Judge every stored answer again: task, right or wrong, equal to the full cache's answer."""
     examples = {example.id: example for example in stored.examples}
     for (spec, name), answer in stored.answers.items():
         full = stored.answers.get((REFERENCE, name))
@@ -102,6 +103,7 @@ def _judgements(stored: StoredRun) -> Iterator[Difference]:
 
 
 def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
+    """Check that all answers are there and that summary.json follows from them; see `check_consistency`."""
     wanted = len(stored.configurations) * len(stored.examples)
     missing = wanted - len(stored.answers)
     if stored.summary is None:
@@ -119,7 +121,8 @@ def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
     if isinstance(timed, bool) or not isinstance(timed, int) or not 0 <= timed <= len(stored.laps):
         what = f"repetitions was {timed!r:.40}, but {len(stored.laps)} were timed"
         return [Difference(SUMMARY, what)], []
-    # Repetitions may be added later, and a run that was killed then has summarised the earlier ones.
+    # A run that adds repetitions may be killed before it writes its summary. The summary in the folder is
+    # then that of the earlier repetitions.
     derived = summarise(
         stored.configurations,
         stored.examples,
@@ -135,5 +138,5 @@ def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
 
 
 def _by_spec(run: dict[str, Any]) -> dict[str, Any]:
-    """Name policies by their spec instead of by their number."""
+    """Return what stands under "run" with its policies by spec instead of in a list."""
     return {**run, "policies": {str(one["spec"]): one for one in run["policies"]}}

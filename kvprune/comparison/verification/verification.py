@@ -1,4 +1,4 @@
-"""Verifies a results folder: runs a sampled part of a comparison again and says whether it reproduces."""
+"""Verifies a results folder: runs a sample of a comparison again and says whether it reproduces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvprune.comparison.data.examples import Example
 from kvprune.comparison.execution.batches import ask, batches, load_generator
 from kvprune.comparison.execution.comparison import require
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
-from kvprune.comparison.plan.settings import Progress
+from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.storage.answers import Answer
 from kvprune.comparison.storage.results_folder import SUMMARY
 from kvprune.comparison.storage.stored_run import StoredRun, read_run
@@ -29,7 +29,7 @@ from kvprune.errors import KVPruneError, ResultsError
 __all__ = ["DEFAULT_SAMPLE", "Verification", "verify"]
 
 DEFAULT_SAMPLE = 8
-"""Batches under a configuration that are run again, beside the full cache."""
+"""How many pairs of a batch and a configuration are run again, besides the full cache."""
 
 _COMPARED = ("answer", "finished", "kept_fraction", "bytes_held", "bytes_full", "receipt")
 _SHOWN = 20
@@ -41,13 +41,13 @@ class Verification:
 
     Attributes:
         folder: the results folder.
-        lines: finished answers in it, each of which was judged again.
-        calls: batches under a configuration that were run again, the full cache included.
-        answers: answers that were derived again.
-        same_answers: those of them whose text is what was stored.
-        same_receipts: those of them whose receipt is what was stored.
-        differences: everything that is not what it should be.
-        notes: what has changed since the run, or is unfinished; no fault by itself.
+        lines: finished answers in the folder; each was judged again.
+        calls: how many times a batch was run again under a configuration, the full cache included.
+        answers: answers that were generated again.
+        same_answers: how many of them have the stored text.
+        same_receipts: how many of them have the stored receipt.
+        differences: everything that differs from what was stored.
+        notes: what has changed since the run, or is unfinished; not an error by itself.
     """
 
     folder: str
@@ -90,24 +90,24 @@ def verify(
     trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Verification:
-    """Run a sampled part of a comparison again, and check everything that needs no model.
+    """Run a sample of a comparison again, and check everything that needs no model.
 
-    Nothing in the folder is changed. Batches are run as they were, with the same examples in the same order.
+    Nothing in the folder is changed. A batch is run again with the same examples in the same order.
 
     Args:
         folder: Results folder of a finished or unfinished comparison.
-        sample: Batches under a configuration to run again, spread over all configurations; the full cache
-            answers each of these batches, too. None runs everything again.
-        seed: Of the draw.
-        trust_remote_code: Let transformers run Python files that come with the model. What the manifest
-            says about this is not followed: a folder may come from somebody else.
+        sample: How many pairs of a batch and a configuration to run again, spread over all configurations.
+            The full cache answers each of these batches, too. None runs everything again.
+        seed: Seed for drawing the sample.
+        trust_remote_code: Let transformers run Python files that come with the model. The manifest's own
+            value is ignored, since a folder may come from somebody else.
         on_progress: Called before the first and after each batch.
 
     Raises:
         ResultsError: If the folder is no results folder, is damaged, or holds no answer.
-        DataError: If its data are missing or damaged.
-        UnsupportedModelError: If its model is missing or cannot be loaded.
-        KVPruneError: If a policy of it is not installed, or `sample` is below 1.
+        DataError: If the data of the run are missing or damaged.
+        UnsupportedModelError: If the model of the run is missing or cannot be loaded.
+        KVPruneError: If a policy of the run is not installed, or `sample` is below 1.
     """
     require("scipy", "PIL")
     if sample is not None and sample < 1:
@@ -115,69 +115,78 @@ def verify(
     stored = read_run(Path(folder))
     if not stored.answers:
         raise ResultsError(f"{folder} holds no finished answer yet, so there is nothing to verify")
-    settings = replace(stored.settings, trust_remote_code=trust_remote_code)
-    if str(settings.device).startswith("cuda") and not torch.cuda.is_available():
-        settings = replace(settings, device="cpu")
-    stored = replace(stored, settings=settings)
+    stored = replace(stored, settings=_settings_here(stored.settings, trust_remote_code))
     changed = changes_since(stored)
     found, notes = check_consistency(stored)
-    pairs = 0
-    same = {"answer": 0, "receipt": 0}
     plan = _draw(stored, sample, seed)
     calls = sum(len(configurations) for _, configurations in plan)
-    for old, new in _run_again(stored, plan, calls, on_progress):
+    pairs = _run_again(stored, plan, calls, on_progress)
+    for old, new in pairs:
         before, after = ({name: getattr(one, name) for name in _COMPARED} for one in (old, new))
         found += compare_values(f"{old.spec}, example {old.id}", before, after, old.spec, old.id)
-        pairs += 1
-        for name in same:
-            same[name] += before[name] == after[name]
-    found.sort(key=lambda one: one.where == SUMMARY)  # what a summary follows from comes first
+    found.sort(key=lambda one: one.where == SUMMARY)  # differences of the summary follow from the others
     return Verification(
         folder=str(folder),
         lines=len(stored.answers),
         calls=calls,
-        answers=pairs,
-        same_answers=same["answer"],
-        same_receipts=same["receipt"],
+        answers=len(pairs),
+        same_answers=sum(old.answer == new.answer for old, new in pairs),
+        same_receipts=sum(old.receipt == new.receipt for old, new in pairs),
         differences=tuple(found),
         notes=(*(f"changed since: {change}" for change in changed), *stored.notes, *notes),
     )
 
 
+def _settings_here(settings: Settings, trust_remote_code: bool) -> Settings:
+    """Return a run's settings with the caller's own trust, and on the CPU where there is no GPU."""
+    if str(settings.device).startswith("cuda") and not torch.cuda.is_available():
+        settings = replace(settings, device="cpu")
+    return replace(settings, trust_remote_code=trust_remote_code)
+
+
 _Plan = list[tuple[Sequence[Example], list[Configuration]]]
+"""Batches to run again, and for each the configurations to run it under, the full cache first."""
 
 
 def _draw(stored: StoredRun, sample: int | None, seed: int) -> _Plan:
-    """Choose batches, and for each the configurations it is run under, the full cache first."""
+    """Choose what to run again: batches, and the configurations to run each of them under."""
     every = batches(stored.examples, stored.settings.batch_size)
+    turns = _turns(stored, every, seed)
+    chosen = turns if sample is None else turns[:sample]
+    reference, *others = stored.configurations
+    plan = []
+    for number, batch in enumerate(every):
+        drawn = {spec for spec, drawn_number in chosen if drawn_number == number}
+        if drawn or (sample is None and _is_answered(stored, REFERENCE, batch)):
+            plan.append((batch, [reference, *(one for one in others if one.spec in drawn)]))
+    return plan
+
+
+def _turns(stored: StoredRun, every: Sequence[Sequence[Example]], seed: int) -> list[tuple[str, int]]:
+    """Return all pairs of a spec and the number of an answered batch, in an order drawn at random.
+
+    Configurations take turns, so that a large enough sample meets each of them. The full cache is left out,
+    since it answers each chosen batch anyway, except where there is no other configuration.
+    """
     generator = random.Random(seed)
     queues = []
     for one in stored.configurations:
-        queue = [
-            number
-            for number, batch in enumerate(every)
-            if any((one.spec, example.id) in stored.answers for example in batch)
-        ]
+        queue = [number for number, batch in enumerate(every) if _is_answered(stored, one.spec, batch)]
         if one.spec != REFERENCE or len(stored.configurations) == 1:
-            queues.append((one, generator.sample(queue, len(queue))))
+            queues.append((one.spec, generator.sample(queue, len(queue))))
     generator.shuffle(queues)
-    # Configurations take turns, so that a large enough sample meets each of them.
-    turns = [(one, queue[turn]) for turn in range(len(every)) for one, queue in queues if turn < len(queue)]
-    chosen = turns if sample is None else turns[:sample]
-    reference = stored.configurations[0]
-    plan = []
-    for number, batch in enumerate(every):
-        others = {one.spec for one, drawn in chosen if drawn == number}
-        if others or (sample is None and any((REFERENCE, e.id) in stored.answers for e in batch)):
-            rest = [one for one in stored.configurations if one.spec in others and one is not reference]
-            plan.append((batch, [reference, *rest]))
-    return plan
+    return [(spec, queue[turn]) for turn in range(len(every)) for spec, queue in queues if turn < len(queue)]
+
+
+def _is_answered(stored: StoredRun, spec: str, batch: Sequence[Example]) -> bool:
+    """Whether the folder has an answer of a configuration to any example of a batch."""
+    return any((spec, example.id) in stored.answers for example in batch)
 
 
 def _run_again(
     stored: StoredRun, plan: _Plan, calls: int, on_progress: Callable[[Progress], None]
 ) -> list[tuple[Answer, Answer]]:
-    """Return stored and new answers, side by side."""
+    """Run the batches of a plan; return pairs of the stored and the new answer to the same example."""
     pairs: list[tuple[Answer, Answer]] = []
     on_progress(Progress("loading the model", 0, calls))
     generator, done = load_generator(stored.settings), 0
