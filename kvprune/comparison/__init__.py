@@ -1,4 +1,4 @@
-"""Comparing policies: a grid of configurations on questions about pictures, statistics, table, figure."""
+"""Compares policies: asks a model the same questions under each, summarises, shows, verifies."""
 
 from kvprune.comparison.display.notes import notes
 from kvprune.comparison.display.table import table

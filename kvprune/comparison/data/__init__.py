@@ -1,1 +1,1 @@
-"""Questions, and reading files that may be broken."""
+"""The questions of a comparison, and reading files that may be damaged."""

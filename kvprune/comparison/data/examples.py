@@ -1,4 +1,4 @@
-"""Questions about pictures: reads a JSON-lines file, validates every row, judges answers."""
+"""Questions about pictures: reads a JSON-lines file, checks every row, and judges answers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_TASK = "all"
-"""Task of a row that names none."""
+"""Task of a row that names no task."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pictures that are data. Pillow would also open EPS, which is a program that Ghostscript runs."""
+"""Formats of pictures that are plain data. Pillow would also open EPS, a program that Ghostscript runs."""
 
 _ROW = '{"image": "picture.png", "question": "...", "answers": ["..."]}'
+"""A good row, for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +32,12 @@ class Example:
     """One question about one picture.
 
     Attributes:
-        id: unique in its file.
-        task: group that the accuracy is reported for.
+        id: name of the example, unique in its file.
+        task: name of the group of examples that it is counted in.
         image: file of the picture.
         question: text that follows the picture in the user's turn.
-        answers: right answers, any of which counts.
-        image_sha256: digest of the image file.
+        answers: right answers; each of them counts.
+        image_sha256: SHA-256 of the picture's file.
     """
 
     id: str
@@ -48,13 +49,14 @@ class Example:
 
 
 def read_examples(path: Path) -> tuple[Example, ...]:
-    """Read and validate every row; every picture is really decoded.
+    """Read and check every row; every picture is decoded once.
 
     Args:
         path: JSON-lines file; image paths in it are relative to its folder, or absolute.
 
     Raises:
-        DataError: naming the file, the line, the field, and what would be right.
+        DataError: If the file cannot be read, or a row is wrong; names file, line, field and what would be
+            right.
     """
     try:
         raw = path.read_bytes()
@@ -81,25 +83,20 @@ def read_examples(path: Path) -> tuple[Example, ...]:
 def choose(
     examples: Sequence[Example], tasks: Sequence[str] | None, limit: int | None
 ) -> tuple[Example, ...]:
-    """The first `limit` examples of each task, in file order.
+    """Return the first `limit` examples of each task, in file order.
 
     Args:
-        examples: what `read_examples` returned.
-        tasks: tasks to keep; None keeps all.
-        limit: examples per task; None keeps all.
+        examples: What `read_examples` returned.
+        tasks: Tasks to keep; None keeps all.
+        limit: Examples per task; None keeps all.
 
     Raises:
-        DataError: a task that no example has, or a limit below 1.
+        DataError: If no example has one of the tasks, or the limit is below 1.
     """
-    known = list(dict.fromkeys(example.task for example in examples))
-    for task in tasks or ():
-        if task not in known:
-            raise DataError(f"unknown task {task!r}{closest(task, known)}; the data has: {', '.join(known)}")
-    if tasks is not None and not tasks:
-        raise DataError(f"no task chosen; the data has: {', '.join(known)}")
+    known = tuple(dict.fromkeys(example.task for example in examples))
+    taken = dict.fromkeys(choose_tasks(tasks, known, "data"), 0)
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1 example per task")
-    taken = dict.fromkeys(known if tasks is None else tasks, 0)
     chosen: list[Example] = []
     for example in examples:
         if example.task in taken and (limit is None or taken[example.task] < limit):
@@ -108,14 +105,35 @@ def choose(
     return tuple(chosen)
 
 
+def choose_tasks(tasks: Sequence[str] | None, known: Sequence[str], source: str) -> tuple[str, ...]:
+    """Return the chosen tasks in the order of `known`.
+
+    Args:
+        tasks: Tasks to keep; None keeps all.
+        known: All tasks there are.
+        source: What has these tasks, for messages.
+
+    Raises:
+        DataError: If there is no such task, or none is chosen.
+    """
+    for task in tasks or ():
+        if task not in known:
+            raise DataError(
+                f"unknown task {task!r}{closest(task, known)}; the {source} has: {', '.join(known)}"
+            )
+    if tasks is not None and not tasks:
+        raise DataError(f"no task chosen; the {source} has: {', '.join(known)}")
+    return tuple(task for task in known if tasks is None or task in tasks)
+
+
 def digest(examples: Sequence[Example]) -> str:
-    """SHA-256 over everything that can change a result: ids, tasks, questions, answers and image bytes."""
+    """Return the SHA-256 of what can change a result: ids, tasks, questions, answers and pictures."""
     rows = [[e.id, e.task, e.question, list(e.answers), e.image_sha256] for e in examples]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
 def normalise(text: str) -> str:
-    """Text as it is compared: case folded, runs of white space made one space, none at the ends."""
+    """Return text as it is compared: case folded, runs of white space made one space, none at the ends."""
     return " ".join(text.casefold().split())
 
 
@@ -134,8 +152,8 @@ def read_picture(path: Path) -> tuple[Image.Image, bytes]:
     """Return a picture, decoded and in RGB, and the bytes of its file.
 
     Raises:
-        DataError: If there is none, it is no plain file, of another format, cut or damaged, or has more
-            pixels than Pillow takes for safe.
+        DataError: If there is no such file, or it is no plain file, of another format, cut off, damaged, or
+            has more pixels than Pillow allows.
     """
     from PIL import Image
 
@@ -151,7 +169,7 @@ def read_picture(path: Path) -> tuple[Image.Image, bytes]:
         raise
     except FileNotFoundError:
         raise DataError(f"no file at {path}; paths are relative to {path.parent}") from None
-    except Exception as error:  # decoders of damaged pictures raise whatever they stumble over
+    except Exception as error:  # Pillow raises errors of many classes for damaged pictures
         raise DataError(f"{path} is no readable picture ({error or type(error).__name__})") from error
 
 
@@ -176,15 +194,34 @@ def _example(path: Path, number: int, row: Mapping[str, Any]) -> Example:
     where = f"{path}, line {number}"
     for field in ("image", "question", "answers"):
         if field not in row:
-            near = "answer" if field == "answers" and "answer" in row else None
-            near = near or next(iter(difflib.get_close_matches(field, list(row), n=1)), None)
-            hint = f"; is {near!r} meant?" if near else ""
             raise DataError(
-                f"{where}: field {field!r} is missing{hint} (the row has: {', '.join(row) or 'nothing'})"
+                f"{where}: field {field!r} is missing{_similar_field(field, row)} "
+                f"(the row has: {', '.join(row) or 'nothing'})"
             )
     name = row.get("id", f"row-{number}")
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise DataError(f"{where}: field 'id' is {name!r}; it must be a non-empty string or a whole number")
+    answers = _answers(where, row)
+    image = path.parent / _text(where, row, "image")
+    return Example(
+        id=str(name),
+        task=_text(where, row, "task") if "task" in row else DEFAULT_TASK,
+        image=image,
+        question=_text(where, row, "question"),
+        answers=answers,
+        image_sha256=_image_digest(where, image),
+    )
+
+
+def _similar_field(field: str, row: Mapping[str, Any]) -> str:
+    """Return a question about the most similar field that a row has, or nothing."""
+    if field == "answers" and "answer" in row:
+        return "; is 'answer' meant?"
+    near = difflib.get_close_matches(field, list(row), n=1)
+    return f"; is {near[0]!r} meant?" if near else ""
+
+
+def _answers(where: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     answers = row["answers"]
     if not isinstance(answers, list) or not answers:
         raise DataError(f"{where}: field 'answers' is {answers!r}; it must be a list of strings")
@@ -193,15 +230,7 @@ def _example(path: Path, number: int, row: Mapping[str, Any]) -> Example:
             raise DataError(
                 f"{where}: field 'answers' holds {answer!r}; every answer must be a non-empty string"
             )
-    image = path.parent / _text(where, row, "image")
-    return Example(
-        id=str(name),
-        task=_text(where, row, "task") if "task" in row else DEFAULT_TASK,
-        image=image,
-        question=_text(where, row, "question"),
-        answers=tuple(answers),
-        image_sha256=_image_digest(where, image),
-    )
+    return tuple(answers)
 
 
 def _text(where: str, row: Mapping[str, Any], field: str) -> str:

@@ -1,4 +1,4 @@
-"""JSON as a file of ours may hold it: no duplicate keys, no NaN, no lone surrogates, no deep nesting."""
+"""Strict JSON: no duplicate keys, no NaN, no lone surrogates, no deep nesting."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 __all__ = ["parse"]
 
 _DEEPEST = 50
-"""Levels of nesting; what kvprune writes has six."""
+"""The most levels of nesting; files that kvprune writes have six."""
 
 
 def parse(text: bytes | str) -> Any:
-    """Return the value of a JSON text that can be written back and walked without surprises.
+    """Return the value of a JSON text.
 
     Args:
         text: UTF-8 bytes, or text.
 
     Raises:
-        ValueError: If it is no JSON, no UTF-8, repeats a key, holds NaN or an infinity (`1e999`, too) or half
-            a surrogate pair, or is nested more than 50 levels deep. Nothing else is ever raised.
+        ValueError: If the text is no JSON or no UTF-8, repeats a key in an object, holds NaN, an infinity
+            (also as `1e999`) or half a surrogate pair, or is nested more than 50 levels deep. No other error
+            is raised, whatever the text is.
     """
     try:
         value = json.loads(
@@ -48,8 +49,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _check(value: object, room: int) -> None:
+    """Check a value that may have at most `room` more levels of nesting."""
     if isinstance(value, str):
-        value.encode()  # half a surrogate pair could never be written again
+        value.encode()  # raises for half a surrogate pair, which could not be written again
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a number is too large for a float")
     elif isinstance(value, dict | list):

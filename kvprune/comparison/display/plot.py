@@ -91,21 +91,18 @@ def _curve(row: Row) -> str:
 
 
 def _panel(axis: Axes, summary: Summary, curves: dict[str, list[Row]], task: str | None) -> None:
-    """Draw one task, or all of them together where `task` is None."""
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
-
+    """Draw the panel of one task, or that of all tasks together where `task` is None."""
     budgeted = [label for label, rows in curves.items() if rows[0].budget]
     shift_each = min(_SHIFT, _WIDEST / max(1, len(budgeted)))
     for number, (label, rows) in enumerate(curves.items()):
         place = budgeted.index(label) - (len(budgeted) - 1) / 2 if label in budgeted else 0.0
         shift = 1 + shift_each * place
         rates = [_rate(row, task) for row in rows]
+        intervals = [[rate.value - rate.low for rate in rates], [rate.high - rate.value for rate in rates]]
         axis.errorbar(
             [row.kept_fraction * shift for row in rows],
-            [share.value for share in rates],
-            yerr=None
-            if len(curves) > _FEW
-            else [[s.value - s.low for s in rates], [s.high - s.value for s in rates]],
+            [rate.value for rate in rates],
+            yerr=None if len(curves) > _FEW else intervals,
             elinewidth=0.9,
             capsize=2,
             **_style(number),
@@ -113,6 +110,14 @@ def _panel(axis: Axes, summary: Summary, curves: dict[str, list[Row]], task: str
     axis.axhline(_rate(summary.reference, task).value, color="0.35", linestyle="--", linewidth=1.2, zorder=1)
     if task is not None:
         axis.axhline(summary.constant_answer[task], color="0.6", linestyle=":", linewidth=1.2, zorder=1)
+    axis.set_title(task or "overall", fontsize=10)
+    _scales(axis, summary)
+
+
+def _scales(axis: Axes, summary: Summary) -> None:
+    """Set the scales, ticks and grid that all panels share."""
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
     ticks = sorted({row.keep_ratio for row in summary.rows if row.keep_ratio is not None} | {1.0})
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(FixedLocator(ticks))
@@ -120,7 +125,6 @@ def _panel(axis: Axes, summary: Summary, curves: dict[str, list[Row]], task: str
     axis.xaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.3g} %")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_ylim(-0.03, 1.03)
-    axis.set_title(task or "overall", fontsize=10)
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

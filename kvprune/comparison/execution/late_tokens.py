@@ -1,7 +1,7 @@
 """Divides prompts in two: a first part that is prefilled, and last tokens that are decoded after pruning.
 
-A policy that prunes after prefill does not change the first new token, since prefill itself computes it. If the
-last tokens of the prompt are decoded after pruning, the first new token depends on what was kept.
+A policy that prunes after prefill does not change the first new token, since prefill itself computes it. If
+the last tokens of the prompt are decoded after pruning, the first new token depends on what was kept.
 """
 
 from __future__ import annotations

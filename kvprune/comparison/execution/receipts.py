@@ -33,7 +33,7 @@ def receipts(
     found: list[list[object]] = [[] for _ in range(batch)]
     for layer in sorted(layers, key=lambda one: one.layer_idx):
         selection = selections[layer.layer_idx]
-        kept, bits = selection.to_mask().cpu(), selection.bits_by_column().tolist()  # both [B, H, S]
+        kept, bits = selection.to_mask().cpu(), selection.bits_by_column().tolist()  # [B, H or 1, S]
         share = layer.bytes_full // batch
         for sample, heads in enumerate(kept):
             # All columns of all heads of a layer take equally many bytes, so this division is exact.

@@ -1,1 +1,1 @@
-"""What a comparison asks: policies, budgets, settings."""
+"""The plan of a comparison: which policies and budgets, on which device, with which settings."""

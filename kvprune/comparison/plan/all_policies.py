@@ -1,4 +1,4 @@
-"""Which policies ``kvprune compare --all`` runs: every built-in one that can meet an equal budget."""
+"""The policies of ``kvprune compare --all``: every built-in policy that takes a ``keep_ratio``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kvprune.session.registry import Registry
 __all__ = ["Everything", "every_policy"]
 
 _OWN = "kvprune"
-"""The distribution whose policies are built in."""
+"""Name of the distribution that the built-in policies belong to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Everything:
-    """What is compared, and what is not.
+    """The policies that are compared, and those that are left out.
 
     Attributes:
-        specs: of built-in policies that take a ``keep_ratio``, in order of their names; with ``reach=onward``
-            where they have this option.
-        left_out: why a built-in policy that takes a ``keep_ratio`` is not among them, by name.
+        specs: specs of built-in policies that take a ``keep_ratio``, sorted by name, with ``reach=onward``
+            where the policy has this option.
+        left_out: names of other built-in policies that take a ``keep_ratio``, and why each is left out.
     """
 
     specs: tuple[str, ...]
@@ -35,7 +35,7 @@ def every_policy(installed: Registry | None = None) -> Everything:
     """Return specs of all built-in policies that take a ``keep_ratio``, without the budget itself.
 
     Args:
-        installed: Where to look; what is installed by default.
+        installed: The policies to choose from; None is all that are installed.
     """
     found = registry.load() if installed is None else installed
     specs, left_out = [], {}

@@ -1,4 +1,4 @@
-"""Data types and devices that a comparison may run on."""
+"""The data types and devices that a comparison can run on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ __all__ = ["DTYPES", "resolve_device"]
 
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+"""Names of the data types of weights; "auto" is that of the checkpoint."""
 
 
 def resolve_device(device: str | None) -> str:
-    """Return `device`, or the first CUDA device, or the CPU where there is none."""
+    """Return `device`; for None, "cuda" where there is a CUDA device, else "cpu"."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")

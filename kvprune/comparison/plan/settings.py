@@ -1,4 +1,4 @@
-"""Everything a comparison can be told apart from its policies, and how it reports progress."""
+"""The settings of a comparison, and how it reports progress."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DEFAULT_OUTPUT = "kvprune-results"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a comparison is.
+    """How much of a comparison is done.
 
     Attributes:
         phase: what is being done, in words.
-        done: units of work done, those of earlier runs included.
-        total: all units; each takes about as long as any other.
+        done: finished units of work, those of earlier runs included.
+        total: number of all units of work; all take about equally long.
     """
 
     phase: str
@@ -31,22 +31,23 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything a comparison can be told, apart from its policies.
+    """The settings of a comparison: everything except its policies and budgets.
 
     Args:
         model: Hub id or local folder; None is the embedded demo.
-        data: JSON-lines file; None is the embedded demo's, written into the results folder.
+        data: JSON-lines file of questions; None asks the embedded demo's, which are written into the results
+            folder.
         tasks: Tasks to ask; None asks all.
         limit: Examples per task; None asks all of `data`, and `sources.DEFAULT_LIMIT` of the demo.
-        seed: For policies that draw, and for the demo's data.
+        seed: Seed for policies that draw at random, and for the demo's questions.
         output: Results folder.
         batch_size: Examples per call of `generate`.
-        max_new_tokens: Limit on an answer, in tokens.
-        late_tokens: Last tokens of each prompt that are decoded after pruning; see `Generator`.
-        device: A torch device; None is the first CUDA device, or the CPU.
+        max_new_tokens: Limit on the length of an answer, in tokens.
+        late_tokens: How many of the last tokens of each prompt are decoded after pruning; see `Generator`.
+        device: A torch device; None is the first CUDA device, or the CPU where there is none.
         dtype: One of `DTYPES`.
         attn_implementation: Passed to transformers; None is its default.
-        repetitions: Repetitions of the timing; 0 times nothing.
+        repetitions: How often each configuration is timed; 0 times nothing.
         trust_remote_code: Let transformers run Python files that come with `model`.
 
     Raises:

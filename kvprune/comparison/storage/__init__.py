@@ -1,1 +1,1 @@
-"""What a results folder holds, and how it is read and written."""
+"""The results folder: its manifest, its lines, how it is claimed, written and read."""

@@ -1,4 +1,4 @@
-"""One answer of one configuration to one example, and the line of results.jsonl that stands for it."""
+"""The lines of results.jsonl: each is the answer of one configuration to one example."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["Answer", "from_row", "to_row"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One line of results.jsonl: what one configuration answered to one example.
+    """The answer of one configuration to one example.
 
     Attributes:
         spec: canonical spec of the policy.
-        id: of the example.
-        task: of the example.
-        answer: decoded text.
-        correct: whether it is one of the right answers.
-        agrees_with_full: whether it equals what the full cache answered to the same example.
+        id: id of the example.
+        task: task of the example.
+        answer: the decoded text.
+        correct: whether the text is one of the right answers.
+        agrees_with_full: whether the text equals what the full cache answered to the same example.
         finished: whether the model ended the answer itself, before the limit on new tokens.
-        kept_fraction: fraction of visible tokens kept for decoding.
-        bytes_held: this example's share of the cross-attention cache of its batch, in bytes.
-        bytes_full: the same share in stock transformers, in bytes.
+        kept_fraction: fraction of visible tokens kept for decoding, 0..1.
+        bytes_held: bytes of the batch's cross-attention cache, divided by the examples of the batch.
+        bytes_full: bytes that stock transformers would hold, divided in the same way.
         receipt: SHA-256 of what was kept for this example; see `receipts`.
     """
 
@@ -52,7 +52,7 @@ def from_row(where: str, row: Mapping[str, Any]) -> Answer:
     """Read what `to_row` wrote.
 
     Args:
-        where: File and line, for messages.
+        where: Name of the file and number of the line, for messages.
         row: The JSON object.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A JSON-lines file that grows batch by batch and survives being killed at any byte."""
+"""Files of a results folder: JSON-lines files that survive a kill at any byte, and atomic replacement."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["Journal", "check_plain_file", "read_plain_file", "write_atomically",
 
 
 class Journal:
-    """Appends objects to a file, one per line; what was appended is on disk when `append` returns.
+    """A JSON-lines file to append to; what was appended is on disk when `append` returns.
 
     Args:
-        path: The file; it need not exist.
+        path: The file; it need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def recover(self) -> list[dict[str, Any]]:
-        """Cut an unfinished last line off the file and return the objects before it, in file order.
+        """Cut an unfinished last line off the file, and return the objects of all others in file order.
 
         Raises:
-            ResultsError: If a finished line is no JSON object; the file is left as it is.
+            ResultsError: If a finished line is no JSON object; the file then stays as it is.
         """
         rows, finished = self.read()
         with _typed(self.path, "written"):
@@ -41,7 +41,7 @@ class Journal:
         return rows
 
     def read(self) -> tuple[list[dict[str, Any]], int]:
-        """Return the objects of all finished lines, in file order, and the bytes of these lines.
+        """Return the objects of all finished lines in file order, and how many bytes these lines take.
 
         Raises:
             ResultsError: If the file cannot be read, or a finished line is no JSON object.
@@ -54,10 +54,10 @@ class Journal:
         return [self._parse(number, line) for number, line in enumerate(lines, start=1)], finished
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add one line per row, in one write.
+        """Append one line for each row, all in one write.
 
         Raises:
-            ResultsError: If the file cannot be written; what was finished before is not touched.
+            ResultsError: If the file cannot be written; lines that were finished before stay as they are.
         """
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         with _typed(self.path, "written"):
@@ -86,15 +86,15 @@ class Journal:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a file by the indented JSON of `value`; see `write_atomically`."""
+    """Replace the content of a file by `value` as indented JSON; see `write_atomically`."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by `content`; readers see the old one or the new one, whole, even after a power cut.
+    """Replace a file. Readers see all of the old content or all of the new one, even after a power cut.
 
     Raises:
-        ResultsError: If the file cannot be written; the old one stays.
+        ResultsError: If the file cannot be written; the old content stays.
     """
     with _typed(path, "written"):
         handle, name = tempfile.mkstemp(prefix=".kvprune-", dir=path.parent)
@@ -112,10 +112,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_plain_file(path: Path) -> bytes | None:
-    """Return what a file of a results folder holds, or None where there is none.
+    """Return the content of a file, or None where there is no file.
 
     Raises:
-        ResultsError: If something else is in its place (see `check_plain_file`), or it may not be read.
+        ResultsError: If something other than a plain file is there, or it cannot be read.
     """
     check_plain_file(path)
     with _typed(path, "read"):
@@ -123,7 +123,7 @@ def read_plain_file(path: Path) -> bytes | None:
 
 
 def check_plain_file(path: Path) -> None:
-    """Check that a plain file, or nothing, is at `path`.
+    """Check that there is a plain file or nothing at `path`.
 
     Raises:
         ResultsError: If a folder, a link, a pipe or a device is there.
@@ -140,6 +140,7 @@ def check_plain_file(path: Path) -> None:
 
 @contextmanager
 def _typed(path: Path, done: str) -> Iterator[None]:
+    """Turn errors of the file system into ResultsError: "PATH cannot be DONE"."""
     try:
         yield
     except OSError as error:
@@ -147,12 +148,12 @@ def _typed(path: Path, done: str) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk, where the system can."""
+    """Force the entries of a folder to disk, where the system can."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
-        except OSError:  # some network file systems cannot, and do it on their own
+        except OSError:  # some network file systems refuse this, and do it themselves
             pass
         finally:
             os.close(handle)

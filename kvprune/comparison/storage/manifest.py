@@ -1,4 +1,4 @@
-"""What identifies a run: configurations, model, data, settings and versions, and how two runs differ."""
+"""The manifest: what identifies a run, and how two runs differ."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ CODE_FIELD = "kvprune_source_sha256"
 """Field of the manifest's "run" that holds the digest of kvprune's own code; see `code_digest`."""
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
-"""What can change an answer: weights, settings, tokenizer, chat template, code; pickles are never read."""
+"""Files of a model that can change an answer: weights, settings, tokenizer, chat template, code."""
 
 
 def build_manifest(
     configurations: Sequence[Configuration], settings: Mapping[str, Any], about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Describe a run; what stands under "run" must be equal for two runs to share a folder.
+    """Return the manifest of a run. Two runs may share a folder only if they are equal under "run".
 
     Args:
         configurations: What is compared.
-        settings: Everything else that can change a result, JSON values only.
-        about: What is good to know but changes no result, JSON values only.
+        settings: JSON values that can change a result; they are added under "run".
+        about: JSON values that cannot change a result; they are added under "about".
     """
     return {
         "kind": KIND,
@@ -81,13 +81,13 @@ def refusal(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
 
 
 def differences(old: object, new: object, *, tolerance: float = 0.0, where: str = "") -> Iterator[str]:
-    """Name every value in which two JSON trees differ.
+    """Yield a sentence for every value in which two JSON trees differ.
 
     Args:
-        old: One tree.
-        new: The other.
-        tolerance: Relative difference of floats that counts as none.
-        where: Path of the trees in a larger one.
+        old: The first tree, called "was" in the sentences.
+        new: The second tree, called "is now".
+        tolerance: Relative difference up to which floats count as equal.
+        where: Path of both trees inside a larger tree, for the sentences.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
@@ -108,7 +108,7 @@ def differences(old: object, new: object, *, tolerance: float = 0.0, where: str 
 
 
 def model_digest(model: str) -> str:
-    """Return what identifies a model: SHA-256 of local files, or a hub model's commit, or its name.
+    """Return what identifies a model: SHA-256 of a folder's files, or commit of a hub model, or its name.
 
     Args:
         model: Local folder or hub id.
@@ -118,13 +118,13 @@ def model_digest(model: str) -> str:
     """
     try:
         return _digest_of(Path(model)) if Path(model).is_dir() else _commit_of(model)
-    except Exception as error:  # a hub's client and a file system fail in many ways
+    except Exception as error:  # the hub client and the file system raise errors of many classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"cannot find model {model!r}: {reason}") from error
 
 
 def digest(value: object) -> str:
-    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -139,7 +139,7 @@ def _digest_of(folder: Path) -> str:
 def _commit_of(model: str) -> str:
     from transformers import PretrainedConfig
 
-    # Reads config.json and nothing else: AutoConfig would offer to run code that comes with the model.
+    # This reads config.json and nothing else; AutoConfig could run code that comes with the model.
     found, _ = PretrainedConfig.get_config_dict(model)
     commit = found.get("_commit_hash")
     return f"commit:{commit}" if commit else f"name:{model}"

@@ -1,4 +1,4 @@
-"""Where a comparison's examples and weights come from: the user's files, or the embedded demo."""
+"""The sources of examples and weights: the user's files, or the embedded demo."""
 
 from __future__ import annotations
 
@@ -7,52 +7,46 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvprune.comparison.data.examples import Example, choose, closest, read_examples
+from kvprune.comparison.data.examples import Example, choose, choose_tasks, read_examples
 from kvprune.comparison.storage.results_folder import DATA, TEMPORARY
-from kvprune.errors import DataError, ResultsError
+from kvprune.errors import ResultsError
 
 __all__ = ["DEFAULT_LIMIT", "check_demo_tasks", "demo_examples", "own_examples", "weights"]
 
 DEFAULT_LIMIT = 64
-"""Examples per task of the demo."""
+"""How many of the demo's examples are asked per task, if no limit is given."""
 
 
 def own_examples(data: Path, tasks: Sequence[str] | None, limit: int | None) -> tuple[Example, ...]:
-    """Read the user's file; see `read_examples` and `choose`."""
+    """Read the user's file and choose from it; see `read_examples` and `choose`."""
     return choose(read_examples(data), tasks, limit)
 
 
 def check_demo_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the demo's tasks that are asked for.
+    """Return the chosen tasks of the demo; None chooses all.
 
     Raises:
         DataError: If the demo has no such task.
     """
     from kvprune import demo
 
-    for task in tasks or ():
-        if task not in demo.TASKS:
-            raise DataError(
-                f"unknown task {task!r}{closest(task, demo.TASKS)}; the demo has: {', '.join(demo.TASKS)}"
-            )
-    if tasks is not None and not tasks:
-        raise DataError(f"no task chosen; the demo has: {', '.join(demo.TASKS)}")
-    return tuple(task for task in demo.TASKS if tasks is None or task in tasks)
+    return choose_tasks(tasks, demo.TASKS, "demo")
 
 
 def demo_examples(folder: Path, tasks: Sequence[str], limit: int, seed: int) -> tuple[Example, ...]:
-    """Write the demo's pictures and questions as files, once, and read them as a user's file is read.
+    """Write the demo's pictures and questions into a results folder, and read them as a user's file is read.
 
-    An interrupted write leaves nothing that is mistaken for data: the files appear under `DATA` all at once.
+    They are written once. An interrupted write leaves nothing that could be mistaken for data, since the
+    folder `DATA` appears all at once.
 
     Args:
         folder: Results folder, already claimed.
         tasks: What `check_demo_tasks` returned.
         limit: Examples per task.
-        seed: Of the pictures and questions.
+        seed: Seed of the pictures and questions.
 
     Raises:
-        ResultsError: If they cannot be written.
+        ResultsError: If the files cannot be written.
     """
     from kvprune import demo
 
@@ -71,7 +65,7 @@ def demo_examples(folder: Path, tasks: Sequence[str], limit: int, seed: int) -> 
 
 
 def weights(model: str | None) -> str:
-    """Return the hub id or folder of a model; None is the embedded demo."""
+    """Return the hub id or folder to load a model from; None stands for the embedded demo."""
     if model is not None:
         return model
     from kvprune import demo

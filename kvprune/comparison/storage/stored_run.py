@@ -1,4 +1,4 @@
-"""What a results folder holds, read without changing it."""
+"""A run as its results folder holds it, read without changing the folder."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ __all__ = ["StoredRun", "read_run"]
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRun:
-    """A results folder as it was found.
+    """A run as its results folder holds it.
 
     Attributes:
-        folder: where it is.
-        manifest: as it stands in manifest.json.
-        settings: those of the run.
-        configurations: those of the run, the full cache first.
-        examples: those that the run asked, read from its data now.
+        folder: the results folder.
+        manifest: content of manifest.json.
+        settings: settings of the run.
+        configurations: configurations of the run, the full cache first.
+        examples: examples that the run asked, read from its data now.
         data_sha256: digest of these examples.
-        answers: finished ones, by spec and example id.
-        laps: of the timing, in file order.
-        summary: content of summary.json; None where there is none.
-        notes: what is odd, but no error.
+        answers: finished answers, by spec and example id.
+        laps: measured times by repetition, in file order, and by spec.
+        summary: content of summary.json; None where there is no such file.
+        notes: things worth knowing that are no errors.
     """
 
     folder: Path
@@ -59,11 +59,11 @@ class StoredRun:
 
 
 def read_run(folder: Path) -> StoredRun:
-    """Read a results folder; nothing in it is changed, and an unfinished last line stays.
+    """Read a results folder without changing it; an unfinished last line stays.
 
     Raises:
-        ResultsError: If it is none, is damaged, or a run is working in it.
-        DataError: If its data are missing or damaged.
+        ResultsError: If it is no results folder, is damaged, or a run is working in it.
+        DataError: If the data of the run are missing or damaged.
         KVPruneError: If a policy of the run is not installed, or a setting is out of range.
     """
     opened = ResultsFolder(folder)
@@ -73,8 +73,8 @@ def read_run(folder: Path) -> StoredRun:
     settings = recorded_settings(folder, manifest)
     configurations = exactly(recorded_specs(folder, manifest))
     specs = [one.spec for one in configurations]
-    table = folder / DATA / "data.jsonl" if settings.data is None else settings.data
-    examples = choose(read_examples(table), settings.tasks, settings.limit)
+    data = folder / DATA / "data.jsonl" if settings.data is None else settings.data
+    examples = choose(read_examples(data), settings.tasks, settings.limit)
     handle = lock(folder, shared=True)
     try:
         rows, size = results.read()

@@ -1,1 +1,1 @@
-"""Checks a results folder: sums again without a model, and a sample of answers with one."""
+"""Verifies a results folder: checks it without a model, and runs a sample of it again with one."""
