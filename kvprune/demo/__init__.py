@@ -1,4 +1,4 @@
-"""A small trained Mllama and questions about pictures of handwriting, to try a policy offline."""
+"""A small trained Mllama and questions about pictures of handwritten digits, to try policies offline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["TASKS", "Example", "examples", "load", "model_path", "write_dataset"
 
 
 def model_path() -> Path:
-    """Folder of the embedded model, to give to any `from_pretrained`."""
+    """Return the folder of the embedded model, for any `from_pretrained`."""
     return Path(__file__).resolve().parent / "model"
 
 
@@ -27,13 +27,13 @@ def load(
     device: str | torch.device = "cpu",
     path: str | Path | None = None,
 ) -> tuple[MllamaForConditionalGeneration, ProcessorMixin]:
-    """Load the embedded model and its processor, without any network access.
+    """Load the embedded model and its processor without network access.
 
     Args:
-        dtype: of the weights.
-        attn_implementation: "sdpa", "eager" or any other that transformers knows.
-        device: where to put the model.
-        path: another folder to load from.
+        dtype: Data type of the weights.
+        attn_implementation: "sdpa", "eager" or another one that transformers knows.
+        device: Device to put the model on.
+        path: Another folder to load from.
 
     Returns:
         The model, in evaluation mode, and the processor.

@@ -1,4 +1,4 @@
-"""The demo model from scratch: tokenizer, processor and an untrained Mllama for two cores."""
+"""Architecture of the demo model: builds its tokenizer, its processor and an untrained Mllama."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 PATCH = 14
-"""Side of a patch in pixels: 64 patches a tile."""
+"""Side of a patch in pixels; a tile has 64 patches."""
 
 MAX_TILES = 4
+"""The most tiles that a picture can have."""
 
 TILINGS = tuple((down, across) for down in range(1, 5) for across in range(1, MAX_TILES // down + 1))
-"""Tiles (down, across) that the processor knows; the aspect ratio id of each is 1 + its position here."""
+"""Arrangements of tiles (down, across) that the processor knows, by aspect ratio id minus 1."""
 
 _SPECIAL = {
     "bos_token": "<|begin_of_text|>",
@@ -61,7 +62,10 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; the image token's id is the vocabulary size, as in Llama-3.2-Vision."""
+    """Return a tokenizer with one token per word.
+
+    The image token's id is the vocabulary size, as in Llama-3.2-Vision.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     names = [*_SPECIAL.values(), *_MORE_SPECIAL, *"0123456789", *COLOURS, *dict.fromkeys(_WORDS.split())]
@@ -80,7 +84,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> ProcessorMixin:
-    """A `MllamaProcessor` for tiles of 112 pixels, at most four, with the chat template."""
+    """Return a `MllamaProcessor` for at most four tiles of 112 pixels, with the chat template."""
     hf = _transformers()
     images = hf.MllamaImageProcessorPil(
         size={"height": TILE, "width": TILE},
@@ -95,13 +99,14 @@ def build_processor() -> ProcessorMixin:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGeneration:
-    """An untrained model, initialised so that it learns within minutes.
+    """Return an untrained model, initialised so that it learns within minutes.
 
-    Mllama's own initialisation closes the gates through which pictures reach the text; here they start half
-    open. Queries of the cross-attention layers start large, so that attention is selective from the start.
+    Mllama initialises the gates of its cross-attention layers with 0, so that pictures do not reach the text;
+    here the gates start at 0.5. Queries of the cross-attention layers start large, so that attention is
+    selective from the start.
 
     Args:
-        tokenizer: gives the vocabulary size and the ids of special tokens.
+        tokenizer: Tokenizer that the vocabulary size and the ids of special tokens are taken from.
     """
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
@@ -140,8 +145,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGener
     )
     model: MllamaForConditionalGeneration = hf.MllamaForConditionalGeneration(config)
     with torch.no_grad():
-        _open(model)
-        _lay_waves(model.model.vision_model)
+        _initialise(model)
+        _initialise_positions(model.model.vision_model)
     model.generation_config = hf.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends,
@@ -153,14 +158,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGener
 
 
 def _transformers() -> Any:
-    """The transformers package, whose constructors are not fully typed."""
+    """Return the transformers package as Any, since its constructors are not fully typed."""
     import transformers
 
     return transformers
 
 
-def _open(model: MllamaForConditionalGeneration) -> None:
-    """Open the gates, sharpen cross-attention and spread the token embeddings."""
+def _initialise(model: MllamaForConditionalGeneration) -> None:
+    """Initialise the gates, the queries of cross-attention and the token embeddings for fast learning."""
     for name, parameter in model.named_parameters():
         if name.endswith(("gate", "gate_attn", "gate_ffn")):
             parameter.fill_(0.5)
@@ -172,8 +177,8 @@ def _open(model: MllamaForConditionalGeneration) -> None:
     embedding.weight[embedding.padding_idx] = 0.0
 
 
-def _lay_waves(vision: MllamaVisionModel) -> None:
-    """Start the vision tower with waves that tell where each patch is in the whole picture."""
+def _initialise_positions(vision: MllamaVisionModel) -> None:
+    """Initialise the tile embeddings with sine waves that encode where each patch is in the whole picture."""
     place: Any = vision.gated_positional_embedding
     width, side = vision.hidden_size, TILE // PATCH
     place.embedding.mul_(0.1)

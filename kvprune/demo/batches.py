@@ -1,4 +1,4 @@
-"""What the demo model is taught with: batches of pictures and questions, each made from its number."""
+"""Training batches of the demo model: pictures and questions, each batch made from its number alone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Batches"]
 
-_MIX = ("row", "count", "row", "read")  # pictures of the second stage; the hardest task is half of them
+_MIX = ("row", "count", "row", "read")  # tasks of the pictures after the first stage; half are the hardest
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures, what their patches show and, in the second stage, questions about them."""
+    """Pictures, labels of their patches and, after the first stage, questions about them.
+
+    Attributes:
+        tiles: the pictures.
+        labels: what each patch shows.
+        text: the questions with their answers; None in the first stage.
+    """
 
     tiles: Tiles
     labels: PatchLabels
@@ -33,21 +39,26 @@ class Batch:
 
 
 class Batches(torch.utils.data.Dataset[Batch]):
-    """Batch i of a recipe, made on demand from a seed of its own."""
+    """The batches of a recipe; each is made on demand, from a seed of its own.
+
+    Args:
+        recipe: The numbers of the training run.
+        processor: Processor that questions are tokenised with.
+        first: Step of the batch with index 0.
+    """
 
     def __init__(self, recipe: Recipe, processor: ProcessorMixin, first: int = 0) -> None:
-        """Start at step `first`."""
         self.recipe = recipe
         self.processor = processor
         self.first = first
 
     def __len__(self) -> int:
-        """Number of batches left."""
+        """Return the number of batches from step `first` on."""
         return self.recipe.steps - self.first
 
     def __getitem__(self, index: int) -> Batch:
         """Make batch `index`."""
-        torch.set_num_threads(1)  # in the process that makes batches: leave the cores to the training
+        torch.set_num_threads(1)  # this process makes batches; the other cores are for the training
         step = self.first + index
         hand = handwriting("train")
         rng = np.random.default_rng([self.recipe.seed, step])
@@ -72,7 +83,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
 
 def _more_queries(rng: np.random.Generator, picture: Picture, first: Query, count: int) -> list[Query]:
-    """Up to `count` other questions that the picture answers, those about rare facts first."""
+    """Draw up to `count` other questions that the picture answers; rare kinds of answers more often."""
     asked = [ask(task, colour, picture.digits) for task in TASKS for colour in COLOURS]
     possible = [query for query in asked if query is not None and query != first]
     kinds = [query.answer if query.task == "count" else query.task for query in possible]

@@ -1,4 +1,4 @@
-"""Exact-match accuracy of the demo with plain greedy `generate`: `python -m kvprune.demo.evaluate`."""
+"""Measures the exact-match accuracy of the demo with greedy `generate`: `python -m kvprune.demo.evaluate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def encode(processor: ProcessorMixin, batch: Sequence[Example]) -> Any:
-    """Model inputs for a batch of examples, padded on the left."""
+    """Return the model's inputs for a batch of examples, padded on the left."""
     texts = [prompt(processor, example.question) for example in batch]
     images = [[example.image] for example in batch]
     return processor(text=texts, images=images, padding=True, return_tensors="pt")
@@ -28,7 +28,7 @@ def encode(processor: ProcessorMixin, batch: Sequence[Example]) -> Any:
 def answer(
     model: MllamaForConditionalGeneration, processor: ProcessorMixin, batch: Sequence[Example]
 ) -> list[str]:
-    """The model's answers, greedily decoded, without special tokens."""
+    """Return the model's answers, decoded greedily, without special tokens."""
     inputs = encode(processor, batch).to(model.device)
     generator: Any = model  # its `generate` is typed for another base class
     output = generator.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -43,7 +43,7 @@ def accuracy(
     questions: Sequence[Example],
     batch_size: int = 32,
 ) -> float:
-    """Share of examples answered with exactly one of their right answers, 0..1."""
+    """Return the share of examples whose answer equals one of their right answers, 0..1."""
     right = 0
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
@@ -53,15 +53,15 @@ def accuracy(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print held-out accuracy per task."""
+    """Print the accuracy of each task."""
     from kvprune.demo import load, model_path
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=model_path(), help="default: the embedded model")
-    parser.add_argument("--count", type=int, default=500, help="examples a task")
+    parser.add_argument("--count", type=int, default=500, help="examples per task")
     parser.add_argument("--seed", type=int, default=0, help="seed of the examples")
     parser.add_argument(
-        "--split", default="held-out", choices=("held-out", "train"), help="whose handwriting"
+        "--split", default="held-out", choices=("held-out", "train"), help="which handwriting"
     )
     options = parser.parse_args(arguments)
     model, processor = load(path=options.model)

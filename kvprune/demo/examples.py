@@ -1,4 +1,4 @@
-"""Examples of the demo: a picture, a question and its right answers; and a folder of them."""
+"""Examples of the demo: pictures with questions and right answers, in memory or written to a folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from kvprune.demo.handwriting import Split, handwriting
 from kvprune.demo.pictures import Digit
-from kvprune.demo.tasks import EXAMPLE_ROW_LENGTHS, TASKS, compose
+from kvprune.demo.tasks import EXAMPLE_ROW_LENGTHS, TASKS, check_task, compose
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Example:
     Attributes:
         task: one of `TASKS`.
         image: the picture, mode RGB.
-        question: what is asked.
-        answers: right answers; one here, as many as needed elsewhere.
-        digits: everything that was placed on the picture, to check answers by.
+        question: the question.
+        answers: right answers; examples of the demo have exactly one.
+        digits: all digits of the picture, to check answers against.
     """
 
     task: str
@@ -36,22 +36,21 @@ class Example:
 
 
 def examples(task: str, count: int, seed: int = 0, split: Split = "held-out") -> list[Example]:
-    """The first `count` examples of a task.
+    """Return the first `count` examples of a task.
 
-    Example i depends on task, split, seed and i only, so a longer list begins with the shorter one.
+    Example i depends only on task, split, seed and i, so a longer list begins with the shorter one.
 
     Args:
-        task: one of `TASKS`.
-        count: how many.
-        seed: another seed gives other examples.
-        split: whose handwriting: "held-out" (never trained on) or "train".
+        task: One of `TASKS`.
+        count: Number of examples.
+        seed: Another seed gives other examples.
+        split: Which handwriting: "held-out", on which the model was not trained, or "train".
 
     Raises:
-        ValueError: unknown task or split, or a negative count.
-        ImportError: scikit-learn is not installed.
+        ValueError: If task or split is unknown, or the count is negative.
+        ImportError: If scikit-learn is not installed.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
+    check_task(task)
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     hand = handwriting(split)
@@ -71,23 +70,23 @@ def write_dataset(
     seed: int = 0,
     split: Split = "held-out",
 ) -> Path:
-    """Write examples as PNG files and a table `data.jsonl`, one JSON object a line.
+    """Write examples to a folder: PNG files, and `data.jsonl` with one JSON object per line.
 
-    Each line has `id`, `task`, `image` (relative to the table), `question` and `answers`.
+    Each line has `id`, `task`, `image` (relative to `data.jsonl`), `question` and `answers`.
 
     Args:
-        folder: where to write; made if missing.
-        tasks: which tasks.
-        per_task: examples of each task.
-        seed: see `examples`.
-        split: see `examples`.
+        folder: Folder to write to; created if missing.
+        tasks: Tasks to write.
+        per_task: Examples of each task.
+        seed: See `examples`.
+        split: See `examples`.
 
     Returns:
         Path of `data.jsonl`.
 
     Raises:
-        ValueError: unknown task or split, or a negative count.
-        ImportError: scikit-learn is not installed.
+        ValueError: If a task or the split is unknown, or `per_task` is negative.
+        ImportError: If scikit-learn is not installed.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Handwritten digits: training handwriting, held-out handwriting, and random ways of writing them again.
+"""Handwritten digits in two splits, training and held-out, and random variations of each digit.
 
 The digits are scikit-learn's `load_digits`: 1797 grey pictures of 8 x 8 pixels. A picture of the demo shows
-either training handwriting only or held-out handwriting only.
+digits of one split only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Split = Literal["train", "held-out"]
 Floats = NDArray[np.float32]
 
 BOX = 26
-"""Side in pixels of the square in which a digit is drawn; the tallest one has 22 before it is slanted."""
+"""Side in pixels of the square that a digit is drawn in; digits are up to 22 pixels tall before slanting."""
 
-_FINE = 32  # side of the smoothly enlarged originals from which strokes are sampled
+_FINE = 32  # side of the enlarged originals in pixels
 _HELD_OUT_SHARE = 0.2
 _AGREEING_NEIGHBOURS = 4
 _SPLIT_SEED = 20250
@@ -27,12 +27,12 @@ _SPLIT_SEED = 20250
 
 @dataclass(frozen=True)
 class Handwriting:
-    """Digits of one split.
+    """The digits of one split.
 
     Attributes:
         strokes: ink of each digit, float32 [N, 32, 32] in 0..1.
-        by_value: for each digit value 0..9, the rows of `strokes` that show it.
-        indices: rows of `load_digits` these digits come from, int64 [N].
+        by_value: for each digit value 0..9, the rows of `strokes` that show it, int64.
+        indices: rows of `load_digits` that the digits come from, int64 [N].
     """
 
     strokes: Floats
@@ -40,27 +40,35 @@ class Handwriting:
     indices: NDArray[np.int64]
 
     def pick(self, rng: np.random.Generator, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Choose an original for each of `values`, int64 [N]: rows of `strokes`, int64 [N]."""
+        """Draw a digit for each value.
+
+        Args:
+            rng: Source of all randomness.
+            values: Digit values 0..9, int64 [N].
+
+        Returns:
+            Rows of `strokes`, int64 [N].
+        """
         rows = [self.by_value[value][int(rng.integers(len(self.by_value[value])))] for value in values]
         return np.array(rows, dtype=np.int64)
 
     def write(self, rng: np.random.Generator, source: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
-        """Write digits anew: another slant, width, thickness and strength each time.
+        """Draw digits with random slant, width, thickness and strength.
 
         Args:
-            rng: source of all randomness.
-            source: which originals to write, rows of `strokes`, int64 [N].
-            sizes: height of each digit in pixels, int64 [N].
+            rng: Source of all randomness.
+            source: Rows of `strokes` to draw, int64 [N].
+            sizes: Height of each digit in pixels, int64 [N].
 
         Returns:
-            Opacity of the ink, float32 [N, BOX, BOX] in 0..1, each digit in the middle of its box.
+            Opacity of the ink, float32 [N, BOX, BOX] in 0..1, each digit centred in its box.
         """
         count = len(source)
         angle = rng.uniform(-0.12, 0.12, count)
         shear = rng.uniform(-0.1, 0.1, count)
         stretch = rng.uniform(0.94, 1.1, count)
         shift = rng.uniform(-0.6, 0.6, (2, count))
-        # Columns of the matrix map a pixel of the box to a pixel of the enlarged original.
+        # [N, 2, 2]: maps a pixel (x, y) of the box to a pixel (column, row) of the enlarged original.
         scale = _FINE / sizes
         matrix = np.empty((count, 2, 2))
         matrix[:, 0, 0] = np.cos(angle) * scale / stretch
@@ -82,18 +90,18 @@ class Handwriting:
 
 @cache
 def handwriting(split: Split) -> Handwriting:
-    """The digits of one split; the same for every call and every machine.
+    """Return the digits of one split; the same at every call and on every machine.
 
-    Only digits that are easy to read take part: those whose four nearest neighbours, in pixels and among all
-    1797, show the same value (this drops about one in twenty-five). They are then split by index, stratified
-    by value.
+    Only digits that are easy to read are used: those whose four nearest neighbours among all 1797, by
+    distance of pixels, show the same value. This drops about one in twenty-five. The rest is split at random
+    within each value.
 
     Args:
         split: "train" (80 %) or "held-out" (20 %).
 
     Raises:
-        ValueError: `split` is neither.
-        ImportError: scikit-learn is not installed.
+        ValueError: If `split` is neither.
+        ImportError: If scikit-learn is not installed.
     """
     if split not in ("train", "held-out"):
         raise ValueError(f"split must be 'train' or 'held-out', not {split!r}")
@@ -124,6 +132,7 @@ def _load() -> tuple[Floats, NDArray[np.int64]]:
 
 
 def _legible(pixels: Floats, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which digits [N] are easy to read, from pixels [N, 8, 8] and labels [N]; see `handwriting`."""
     flat = pixels.reshape(len(pixels), -1).astype(np.float64)
     squares = (flat**2).sum(1)
     distances = squares[:, None] + squares[None, :] - 2.0 * flat @ flat.T
@@ -134,6 +143,7 @@ def _legible(pixels: Floats, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _enlarge(pixels: Floats) -> Floats:
+    """Enlarge digits [N, 8, 8] to [N, 32, 32], smoothly."""
     from PIL import Image
 
     size = (_FINE, _FINE)
@@ -143,7 +153,7 @@ def _enlarge(pixels: Floats) -> Floats:
 
 
 def _sample(strokes: Floats, source: NDArray[np.int64], row: Floats, column: Floats) -> Floats:
-    """Bilinear reading of `strokes[source]` at fractional positions [N, BOX, BOX]; no ink outside."""
+    """Sample `strokes[source]` bilinearly at fractional positions [N, BOX, BOX]; outside there is no ink."""
     inside = (row > 0) & (row < _FINE - 1) & (column > 0) & (column < _FINE - 1)
     row = np.clip(row, 0, _FINE - 1.001)
     column = np.clip(column, 0, _FINE - 1.001)

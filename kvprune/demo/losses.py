@@ -1,4 +1,4 @@
-"""What the demo model is taught by: losses of patches and of answers, and the attention they run through."""
+"""Losses that the demo model is trained with, on patches and on answers, and the attention of training."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ __all__ = ["PatchHeads", "answer_loss", "float32_attention", "see", "silenced", 
 
 
 class PatchHeads(nn.Module):
-    """Throw-away linear heads on the projected features of each patch, and what their losses weigh."""
+    """Linear heads that classify each patch from its projected features; they are used in training only.
+
+    Args:
+        width: Width of the features.
+    """
 
     weights: ClassVar = {"value": 1.0, "colour": 0.5, "centre": 0.3, "column": 0.1, "rank": 0.5}
 
     def __init__(self, width: int) -> None:
-        """Heads on features of `width`."""
         super().__init__()
         sizes = {"value": 11, "colour": len(COLOURS) + 1, "centre": 2, "column": 2 * SIDE, "rank": 6}
         self.classes = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
@@ -35,8 +38,13 @@ class PatchHeads(nn.Module):
         self.balance["centre"][0] = 0.3
 
     def forward(self, features: torch.Tensor, labels: PatchLabels) -> dict[str, torch.Tensor]:
-        """Losses of features [B, 4, 65, width], class token first, each already weighted."""
-        patches = features[:, :, 1:]
+        """Return the weighted loss of each head.
+
+        Args:
+            features: Projected features [B, 4, 65, width], the class token first.
+            labels: What each patch shows.
+        """
+        patches = features[:, :, 1:]  # [B, 4, 64, width]
         losses = {}
         for name, head in self.classes.items():
             logits, wanted = head(patches).float().flatten(0, 2), getattr(labels, name).flatten()
@@ -45,7 +53,7 @@ class PatchHeads(nn.Module):
 
 
 def see(model: MllamaForConditionalGeneration, tiles: Tiles) -> torch.Tensor:
-    """Projected features of pictures, [B, 4, 65, width]."""
+    """Return the projected features of pictures, [B, 4, 65, width]."""
     seen = model.model.vision_model(
         pixel_values=tiles.pixel_values,
         aspect_ratio_ids=tiles.aspect_ratio_ids,
@@ -57,7 +65,7 @@ def see(model: MllamaForConditionalGeneration, tiles: Tiles) -> torch.Tensor:
 
 @contextmanager
 def silenced(layer: nn.Module, speaks: torch.Tensor) -> Iterator[None]:
-    """Multiply what a cross-attention layer adds at each text row by ``speaks`` [B, T]."""
+    """Multiply the output of a cross-attention layer at each text row by ``speaks`` [B, T]."""
 
     def silence(_: nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         return output[0] * speaks[..., None].to(output[0].dtype), output[1]
@@ -70,7 +78,7 @@ def silenced(layer: nn.Module, speaks: torch.Tensor) -> Iterator[None]:
 
 
 def answer_loss(model: MllamaForConditionalGeneration, features: torch.Tensor, text: Packed) -> torch.Tensor:
-    """Mean loss of the answers' tokens, given projected features [B, 4, 65, width]."""
+    """Return the mean loss of the answers' tokens, given projected features [B, 4, 65, width]."""
     logits = model(
         input_ids=text.input_ids,
         position_ids=text.position_ids,
@@ -83,8 +91,13 @@ def answer_loss(model: MllamaForConditionalGeneration, features: torch.Tensor, t
 
 
 def speaks(text: Packed, share: float) -> torch.Tensor:
-    """Draw, for all rows of a question together, whether the first layer speaks: 0 or 1, [B, T]."""
-    question = (text.position_ids == 0).cumsum(1)
+    """Draw for each question whether the first cross-attention layer has an output: 0 or 1, [B, T].
+
+    Args:
+        text: The questions.
+        share: Share of questions for which it has an output.
+    """
+    question = (text.position_ids == 0).cumsum(1)  # [B, T], number of the question that a row belongs to
     drawn = (torch.rand(question.shape[0], int(question.max()) + 1) < share).float()
     return drawn.gather(1, question)
 
@@ -98,7 +111,7 @@ def float32_attention(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in float32, whose gradient is faster on a CPU than in bfloat16; it needs a mask."""
+    """Compute attention in float32: on a CPU its gradient is faster than in bfloat16. A mask is required."""
     mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask.float()
     with torch.autocast("cpu", enabled=False):
         mixed = functional.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Pictures: coloured handwritten digits on uneven paper, among clutter."""
+"""Pictures of coloured handwritten digits on uneven paper, among clutter."""
 
 from __future__ import annotations
 
@@ -15,29 +15,37 @@ TILE = 112
 """Side of a tile in pixels."""
 
 COLOURS = ("red", "green", "blue", "orange", "purple")
-"""Colours that a digit can have and a question can name. Nothing else in a picture has one of them."""
+"""Colours that digits have and questions name. Nothing else in a picture has one of these colours."""
 
 SHAPES = ((1, 1), (1, 2), (2, 1), (2, 2))
-"""Tiles (down, across) of the pictures: one tile, two beside each other, two above each other, four."""
+"""Tiles (down, across) that pictures have: one, two beside each other, two above each other, or four."""
 
 ROW_GAP = 12.0
-"""Least horizontal distance in pixels between centres of digits to be read from left to right."""
+"""Least horizontal distance in pixels between the centres of digits that are read from left to right."""
 
 _INK = np.array(
     [[205, 30, 35], [25, 140, 45], [35, 65, 205], [235, 130, 15], [130, 35, 155]], dtype=np.float32
 )
-_SIZES = (17, 21)
+_SIZES = (17, 21)  # least and largest height of a digit in pixels
 _MARGIN = 12
 _HALF_PATCH = 7
 
 
 class NoRoomError(RuntimeError):
-    """The digits asked for do not fit in the picture."""
+    """The requested digits do not fit in the picture."""
 
 
 @dataclass(frozen=True)
 class Digit:
-    """One digit of a picture: its value, its colour's name, its centre and its height in pixels."""
+    """One digit of a picture.
+
+    Attributes:
+        value: its value, 0..9.
+        colour: name of its colour, one of `COLOURS`.
+        x: horizontal position of its centre in pixels.
+        y: vertical position of its centre in pixels.
+        size: its height in pixels.
+    """
 
     value: int
     colour: str
@@ -48,9 +56,12 @@ class Digit:
 
 @dataclass(frozen=True)
 class Picture:
-    """Pixels, uint8 [H, W, 3], and every digit on them, with the pixels that each digit's ink covers.
+    """A picture and its digits.
 
-    `owner` is int16 [H, W]: 0 where there is no ink, else 1 + the position in `digits`.
+    Attributes:
+        pixels: uint8 [H, W, 3].
+        digits: all digits of the picture.
+        owner: which digit's ink covers a pixel, int16 [H, W]: 1 + its index in `digits`; 0 without ink.
     """
 
     pixels: NDArray[np.uint8]
@@ -58,14 +69,14 @@ class Picture:
     owner: NDArray[np.int16]
 
     def image(self) -> Image.Image:
-        """The picture as a PIL image in mode RGB."""
+        """Return the picture as a PIL image in mode RGB."""
         return Image.fromarray(self.pixels)
 
 
 def random_size(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[int, int]:
-    """Height and width in pixels of a picture of `shape` tiles; one in six is up to 15 pixels smaller.
+    """Draw height and width in pixels of a picture of `shape` tiles; one in six is up to 15 pixels smaller.
 
-    One side of a one-tile picture always is a whole tile, so that the processor never enlarges a picture.
+    One side of a one-tile picture is always a whole tile, so that the processor never enlarges a picture.
     """
     height, width = shape[0] * TILE, shape[1] * TILE
     if rng.random() < 1 / 6:
@@ -83,19 +94,19 @@ def place(
     colours: Sequence[str],
     in_a_row: str | None = None,
 ) -> tuple[Digit, ...]:
-    """Choose value, size and a place for one digit of each colour in `colours`; no two overlap.
+    """Draw values, sizes and places of digits; no two digits overlap.
 
-    Centres lie on a grid of half patches, give or take a pixel, so that digits straddle patches.
+    Centres lie on a grid of half patches, moved by up to one pixel, so that digits cover several patches.
 
     Args:
-        rng: source of all randomness.
-        height: of the picture in pixels.
-        width: of the picture in pixels.
-        colours: one name a digit, repeated for several digits of a colour.
-        in_a_row: the colour whose digits keep `ROW_GAP` between their horizontal centres.
+        rng: Source of all randomness.
+        height: Height of the picture in pixels.
+        width: Width of the picture in pixels.
+        colours: Names of colours, one for each digit.
+        in_a_row: The colour whose digits keep a horizontal distance of `ROW_GAP`; None for no colour.
 
     Raises:
-        NoRoomError: they do not fit, after many attempts.
+        NoRoomError: If the digits do not fit, after many attempts.
     """
     for _ in range(40):
         placed = _try_to_place(rng, height, width, colours, in_a_row)
@@ -107,7 +118,7 @@ def place(
 def paint(
     rng: np.random.Generator, height: int, width: int, digits: tuple[Digit, ...], hand: Handwriting
 ) -> Picture:
-    """Paint paper, clutter and then the digits."""
+    """Paint paper, then clutter, then the digits."""
     canvas = _paper(rng, height, width, digits)
     owner = np.zeros((height, width), dtype=np.int16)
     values = np.array([digit.value for digit in digits], dtype=np.int64)
@@ -128,6 +139,7 @@ def paint(
 def _try_to_place(
     rng: np.random.Generator, height: int, width: int, colours: Sequence[str], in_a_row: str | None
 ) -> tuple[Digit, ...] | None:
+    """Make one attempt to place the digits; see `place`. Return None if it fails."""
     sizes = rng.integers(_SIZES[0], _SIZES[1] + 1, len(colours))
     members = [number for number, colour in enumerate(colours) if colour == in_a_row]
     columns = _apart(rng, _places(width), len(members))
@@ -150,12 +162,12 @@ def _try_to_place(
 
 
 def _places(length: int) -> NDArray[np.int64]:
-    """Where along a side of `length` pixels centres may lie, give or take one: every half patch."""
+    """Return where centres may lie along a side of `length` pixels: at every half patch."""
     return np.arange(2 * _HALF_PATCH, length - _MARGIN, _HALF_PATCH)
 
 
 def _apart(rng: np.random.Generator, places: NDArray[np.int64], count: int) -> NDArray[np.int64] | None:
-    """Choose `count` of `places`, no two of them neighbours; None where there are too few."""
+    """Draw `count` of `places`, no two of them neighbours; None where there are too few places."""
     spare = len(places) - max(count - 1, 0)
     if spare < count:
         return None
@@ -164,7 +176,10 @@ def _apart(rng: np.random.Generator, places: NDArray[np.int64], count: int) -> N
 
 
 def _paper(rng: np.random.Generator, height: int, width: int, digits: Sequence[Digit]) -> NDArray[np.float32]:
-    """Light paper with uneven light and clutter, float32 [H, W, 3]; no ink colour, no scribble on a digit."""
+    """Paint light paper, unevenly lit, with clutter: float32 [H, W, 3].
+
+    Nothing on it has a digit's colour, and no scribble is on a digit.
+    """
     base = rng.uniform(205, 250) + rng.uniform(-10, 10, 3)
     waves = np.clip(base + rng.uniform(-16, 16, (3, 3, 3)), 0, 255).astype(np.uint8)
     sheet = Image.fromarray(waves).resize((width, height), Image.Resampling.BICUBIC)
@@ -182,7 +197,7 @@ def _paper(rng: np.random.Generator, height: int, width: int, digits: Sequence[D
 
 
 def _dull(rng: np.random.Generator, low: int, high: int) -> tuple[int, int, int]:
-    """A grey, teal or pink between two brightnesses."""
+    """Draw a grey, teal or pink between two brightnesses."""
     grey = rng.uniform(low, high)
     tint = np.array([(0.0, 0.0, 0.0), (-45.0, 15.0, 15.0), (35.0, -25.0, 0.0)][int(rng.integers(3))])
     red, green, blue = np.clip(grey + tint * grey / 200 + rng.uniform(-8, 8, 3), 0, 255).astype(int)

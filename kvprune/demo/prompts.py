@@ -1,4 +1,4 @@
-"""Questions as the chat template words them, and how training packs them with their answers."""
+"""Prompts: questions in the chat template, and rows of several questions with answers for training."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 IGNORED = -100
+"""Label of a token that the loss ignores."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Independent questions with their answers, side by side in one row a picture.
+    """Independent questions about each picture with their answers, packed into one row per picture.
 
-    No question sees another one and each starts at position 0, so that each is read as if it stood alone.
+    No question sees another one, and each starts at position 0, so each is read as if it were alone.
 
     Attributes:
-        input_ids: [B, T], filled up on the right.
-        position_ids: [B, T], from 0 in each question.
-        labels: [B, T], `input_ids` where an answer and its end stand, -100 elsewhere.
-        attention_mask: bool [B, 1, T, T], who sees whom.
-        cross_attention_mask: [B, T, 1, 4], who sees which tiles.
+        input_ids: int64 [B, T], padded on the right.
+        position_ids: int64 [B, T], counted from 0 in each question.
+        labels: int64 [B, T], `input_ids` at the tokens of an answer and its end, `IGNORED` elsewhere.
+        attention_mask: bool [B, 1, T, T], which token sees which.
+        cross_attention_mask: int64 [B, T, 1, 4], which token sees which tile.
     """
 
     input_ids: torch.Tensor
@@ -38,12 +39,12 @@ class Packed:
 
 
 def chat(question: str) -> list[dict[str, Any]]:
-    """One user turn: a picture and a question about it."""
+    """Return a conversation of one user turn: a picture and a question about it."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 
 def prompt(processor: ProcessorMixin, question: str) -> str:
-    """The text to give the processor together with a picture."""
+    """Return the text that the processor gets together with a picture."""
     return str(processor.apply_chat_template(chat(question), add_generation_prompt=True))
 
 
@@ -51,9 +52,9 @@ def pack(processor: ProcessorMixin, queries: Sequence[Sequence[Query]], tiles: S
     """Tokenise questions with their answers for training.
 
     Args:
-        processor: gives the chat template and the tokenizer.
-        queries: for each picture, what is asked about it.
-        tiles: for each picture, how many tiles it has.
+        processor: Processor with the chat template and the tokenizer.
+        queries: The questions about each picture.
+        tiles: How many tiles each picture has.
     """
     tokenizer: Any = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<|image|>")
@@ -66,7 +67,7 @@ def pack(processor: ProcessorMixin, queries: Sequence[Sequence[Query]], tiles: S
     input_ids = torch.full(shape, tokenizer.pad_token_id)
     position_ids = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORED)
-    owner = torch.full(shape, -1)
+    owner = torch.full(shape, -1)  # number of the question that a token belongs to; -1 for padding
     cross = torch.zeros(*shape, 1, 4, dtype=torch.long)
     for row, questions in enumerate(texts):
         start = 0
@@ -79,5 +80,5 @@ def pack(processor: ProcessorMixin, queries: Sequence[Sequence[Query]], tiles: S
             owner[row, start:end] = number
             cross[row, start + head.index(image_id) : end, 0, : tiles[row]] = 1
             start = end
-    together = (owner[:, :, None] == owner[:, None, :]).tril()
+    together = (owner[:, :, None] == owner[:, None, :]).tril()  # [B, T, T]
     return Packed(input_ids, position_ids, labels, together[:, None], cross)

@@ -1,4 +1,4 @@
-"""The numbers of a training run of the demo model: its stages, rates and weights over time."""
+"""The recipe of the demo model's training: stages, optimizers, learning rates and loss weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["Recipe", "fade", "optimizers", "rate"]
 class Recipe:
     """All numbers of a training run; `see_steps`, `answer_steps` and `polish_steps` are its stages.
 
-    `first_look` and `polish_look` are the shares of questions for which the first cross-attention layer
-    speaks while the model learns to answer, and while it is polished. Where it is silent, later layers have
-    to find the answer in the picture themselves. Without this, the first layer alone reads most answers, and
-    a benchmark of what later layers still see tells nothing.
+    `first_look` and `polish_look` are the shares of questions for which the first cross-attention layer has
+    an output, in the second and in the third stage. For the other questions, later layers have to find the
+    answer in the picture themselves. Without this, the first layer alone would answer most questions, and pruning
+    behind it would not show.
     """
 
     seed: int = 0
@@ -42,14 +42,14 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Steps of all stages."""
+        """Return the number of steps of all stages."""
         return self.see_steps + self.answer_steps + self.polish_steps
 
 
 def optimizers(
     model: MllamaForConditionalGeneration, heads: nn.Module, recipe: Recipe
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside layers, AdamW for everything else."""
+    """Return Muon for the matrices inside layers, and AdamW for all other parameters."""
     inside = {
         id(parameter): parameter
         for name, parameter in model.named_parameters()
@@ -68,7 +68,11 @@ def optimizers(
 
 
 def rate(recipe: Recipe) -> Callable[[int], float]:
-    """Warm up and stay while learning to see; then, twice, warm up and fall as a cosine to nothing."""
+    """Return the schedule of the learning rate, as a factor by step.
+
+    In the first stage the rate warms up and stays. In the second and third stage it warms up and falls to 0
+    along a cosine.
+    """
 
     def fall(step: int, steps: int) -> float:
         done = min(step / max(steps, 1), 1.0)
@@ -87,6 +91,6 @@ def rate(recipe: Recipe) -> Callable[[int], float]:
 
 
 def fade(recipe: Recipe, step: int) -> float:
-    """Weight of the patch losses: 1 up to the middle of the second stage, 0 from 85 % of it."""
+    """Return the weight of the patch losses: 1 up to the middle of the second stage, 0 from 85 % of it."""
     answered = (step - recipe.see_steps) / max(recipe.answer_steps, 1)
     return min(1.0, max(0.0, (0.85 - answered) / 0.35))

@@ -1,4 +1,4 @@
-"""The three tasks: what a picture must show, the question about it, and its one right answer."""
+"""The three tasks of the demo: what a picture has to show, the question, and its one right answer."""
 
 from __future__ import annotations
 
@@ -24,17 +24,25 @@ TASKS = ("read", "count", "row")
 """`read` one digit, `count` digits, read a `row` of digits."""
 
 ROW_LENGTHS = (3, 4, 5, 6)
-"""Digits in the rows of training."""
+"""How many digits a row can have in training."""
 
 EXAMPLE_ROW_LENGTHS = (3,)
-"""Digits in the rows of examples: as many as the model reads reliably."""
+"""How many digits a row can have in examples: as many as the model reads reliably."""
 
 COUNTS = (0, 1, 2, 3, 4, 5)
+"""How many digits there can be to count."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """A question about a picture: its task, the colour it names, its wording and the one right answer."""
+    """A question about a picture.
+
+    Attributes:
+        task: one of `TASKS`.
+        colour: the colour that the question names.
+        question: the text of the question.
+        answer: the one right answer.
+    """
 
     task: str
     colour: str
@@ -42,14 +50,28 @@ class Query:
     answer: str
 
 
-def ask(task: str, colour: str, digits: Sequence[Digit]) -> Query | None:
-    """The question of `task` about digits of `colour`, or None where it has no unambiguous answer.
+def check_task(task: str) -> None:
+    """Raise unless there is a task of this name.
 
     Raises:
-        ValueError: `task` is not one of `TASKS`.
+        ValueError: If `task` is not one of `TASKS`.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
+
+
+def ask(task: str, colour: str, digits: Sequence[Digit]) -> Query | None:
+    """Return the question of a task about digits of a colour, or None where its answer would be ambiguous.
+
+    Args:
+        task: One of `TASKS`.
+        colour: One of `COLOURS`.
+        digits: All digits of the picture.
+
+    Raises:
+        ValueError: If `task` is not one of `TASKS`.
+    """
+    check_task(task)
     matching = sorted((digit for digit in digits if digit.colour == colour), key=lambda digit: digit.x)
     if task == "read":
         if len(matching) != 1:
@@ -73,21 +95,20 @@ def compose(
     shape: tuple[int, int] | None = None,
     row_lengths: tuple[int, ...] = ROW_LENGTHS,
 ) -> tuple[Picture, Query]:
-    """Make a picture for `task` and its question; counts, row lengths and shapes are equally frequent.
+    """Make a picture and a question of a task; counts, row lengths and shapes are equally frequent.
 
     Args:
-        task: one of `TASKS`.
-        rng: source of all randomness.
-        hand: handwriting to use.
-        shape: tiles down and across; drawn from `SHAPES` where None.
-        row_lengths: how many digits a row may have.
+        task: One of `TASKS`.
+        rng: Source of all randomness.
+        hand: Handwriting to use.
+        shape: Tiles down and across; drawn from `SHAPES` where None.
+        row_lengths: How many digits a row can have.
 
     Raises:
-        ValueError: `task` is not one of `TASKS`.
+        ValueError: If `task` is not one of `TASKS`.
     """
-    wanted = {"read": (1,), "count": COUNTS, "row": row_lengths}.get(task)
-    if wanted is None:
-        raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
+    check_task(task)
+    wanted = {"read": (1,), "count": COUNTS, "row": row_lengths}[task]
     down, across = shape if shape is not None else SHAPES[int(rng.integers(len(SHAPES)))]
     tiles = down * across
     names = [str(name) for name in rng.permutation(COLOURS)]
@@ -101,7 +122,7 @@ def compose(
             digits = place(rng, height, width, colours, in_a_row=asked if task == "row" else None)
             break
         except NoRoomError:
-            colours.pop()  # a distractor; the digits asked about come first and always fit
+            colours.pop()  # removes a digit that is not asked about; those asked about come first and fit
     query = ask(task, asked, digits)
     assert query is not None
     return paint(rng, height, width, digits, hand), query

@@ -1,4 +1,4 @@
-"""Training pictures: cut into tiles as the processor does, with labels of what each patch shows."""
+"""Tiles of training pictures, cut as the processor cuts them, and labels of what each patch shows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from kvprune.demo.handwriting import Handwriting
 from kvprune.demo.pictures import COLOURS, SHAPES, TILE, NoRoomError, Picture, paint, place
 
 SIDE = TILE // PATCH
-"""Patches along the side of a tile."""
+"""Number of patches along the side of a tile."""
 
 NOT_SCORED = -100
-"""Label of a patch that no loss looks at."""
+"""Label of a patch that losses ignore."""
 
-_LEAST_INK = 16  # pixels of ink below which a patch is too ambiguous to be labelled
+_LEAST_INK = 16  # a patch with some ink, but fewer pixels of it, is too ambiguous to be labelled
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Pictures as `MllamaProcessor` would give them: [B, 1, 4, 3, 112, 112], [B, 1] and [B, 1, 4]."""
+    """Pictures as `MllamaProcessor` would return them.
+
+    Attributes:
+        pixel_values: float32 [B, 1, 4, 3, 112, 112].
+        aspect_ratio_ids: int64 [B, 1].
+        aspect_ratio_mask: int64 [B, 1, 4], 1 for tiles that a picture has.
+    """
 
     pixel_values: torch.Tensor
     aspect_ratio_ids: torch.Tensor
@@ -35,14 +41,14 @@ class Tiles:
 
 @dataclass(frozen=True)
 class PatchLabels:
-    """What each patch shows, all int64 [B, 4, 64]; `NOT_SCORED` outside the picture and where unclear.
+    """What each patch shows, all int64 [B, 4, 64]; `NOT_SCORED` outside the picture and where it is unclear.
 
     Attributes:
-        value: 0..9, or 10 where there is no digit.
-        colour: position in `COLOURS`, or their number where there is no digit.
+        value: value of the digit, 0..9; 10 where there is no digit.
+        colour: index of the digit's colour in `COLOURS`; `len(COLOURS)` where there is no digit.
         centre: 1 where a digit's centre lies in the patch, else 0.
-        column: 0..15 from the left of the picture to the right.
-        rank: 0..5, how many digits of the same colour are further left; only where a digit is.
+        column: column of the patch in the picture, 0..15 from left to right.
+        rank: how many digits of the same colour are further left, 0..5; only where there is a digit.
     """
 
     value: torch.Tensor
@@ -53,16 +59,16 @@ class PatchLabels:
 
 
 def shape_of(picture: Picture) -> tuple[int, int]:
-    """Tiles down and across."""
+    """Return how many tiles a picture has, down and across."""
     height, width = picture.pixels.shape[:2]
     return -(-height // TILE), -(-width // TILE)
 
 
 def to_tiles(pictures: Sequence[Picture]) -> Tiles:
-    """Cut pictures into tiles exactly as the processor does, for pictures that it need not enlarge.
+    """Cut pictures into tiles exactly as the processor does.
 
     Raises:
-        ValueError: a picture is smaller than a tile both ways, so that the processor would enlarge it.
+        ValueError: If a picture is smaller than a tile both ways; the processor would enlarge it.
     """
     pixels = np.zeros((len(pictures), 1, MAX_TILES, 3, TILE, TILE), dtype=np.float32)
     mask = np.zeros((len(pictures), 1, MAX_TILES), dtype=np.int64)
@@ -80,17 +86,18 @@ def to_tiles(pictures: Sequence[Picture]) -> Tiles:
 
 
 def label_patches(pictures: Sequence[Picture]) -> PatchLabels:
-    """What each patch of each picture shows."""
+    """Return what each patch of each picture shows."""
     labels = np.full((5, len(pictures), MAX_TILES, SIDE * SIDE), NOT_SCORED, dtype=np.int64)
     for number, picture in enumerate(pictures):
         down, across = shape_of(picture)
         used = down * across
         owner = _cut(picture.owner[..., None], (down, across))[..., 0]
+        # [tiles, TILE, TILE] to [patches, pixels of a patch]
         patches = owner.reshape(used, SIDE, PATCH, SIDE, PATCH).swapaxes(2, 3).reshape(used * SIDE * SIDE, -1)
         digits = len(picture.digits)
         offset = np.arange(len(patches))[:, None] * (digits + 1)
         ink = np.bincount((patches + offset).ravel(), minlength=len(patches) * (digits + 1))
-        ink = ink.reshape(len(patches), digits + 1)[:, 1:]
+        ink = ink.reshape(len(patches), digits + 1)[:, 1:]  # [patches, digits], pixels of each digit's ink
         most, winner = ink.max(1), ink.argmax(1)
         values = np.array([digit.value for digit in picture.digits])
         colours = np.array([COLOURS.index(digit.colour) for digit in picture.digits])
@@ -110,7 +117,10 @@ def label_patches(pictures: Sequence[Picture]) -> PatchLabels:
 
 
 def _ranks(picture: Picture) -> NDArray[np.int64]:
-    """For each digit, how many of its colour are further left; `NOT_SCORED` for crowds and near ties."""
+    """Return for each digit how many of its colour are further left, int64 [digits].
+
+    A colour with more than six digits, or with two that lie almost one above the other, is `NOT_SCORED`.
+    """
     ranks = np.full(len(picture.digits), NOT_SCORED, dtype=np.int64)
     for colour in COLOURS:
         alike = [(digit.x, number) for number, digit in enumerate(picture.digits) if digit.colour == colour]
@@ -122,7 +132,13 @@ def _ranks(picture: Picture) -> NDArray[np.int64]:
 
 
 def crowd(rng: np.random.Generator, hand: Handwriting, shape: tuple[int, int] | None = None) -> Picture:
-    """A picture of `shape` tiles full of digits in random colours, for learning to see."""
+    """Make a picture full of digits in random colours, for the stage in which the vision tower learns to see.
+
+    Args:
+        rng: Source of all randomness.
+        hand: Handwriting to use.
+        shape: Tiles down and across; drawn from `SHAPES` where None.
+    """
     down, across = shape if shape is not None else SHAPES[int(rng.integers(len(SHAPES)))]
     colours = [str(name) for name in rng.choice(COLOURS, int(rng.integers(5, 10)) * down * across)]
     while True:
@@ -134,7 +150,7 @@ def crowd(rng: np.random.Generator, hand: Handwriting, shape: tuple[int, int] | 
 
 
 def _cut(pixels: NDArray[Any], shape: tuple[int, int], side: int = TILE) -> NDArray[Any]:
-    """[H, W, C] to [tiles, side, side, C], filled up with zeros at the bottom and on the right."""
+    """Cut [H, W, C] into [tiles, side, side, C], padded with zeros at the bottom and on the right."""
     down, across = shape
     missing = ((0, down * side - pixels.shape[0]), (0, across * side - pixels.shape[1]), (0, 0))
     tiles = np.pad(pixels, missing).reshape(down, side, across, side, -1).swapaxes(1, 2)

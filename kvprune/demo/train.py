@@ -1,8 +1,9 @@
 """Train the demo model: `python -m kvprune.demo.train --output FOLDER`.
 
-First the vision tower learns to see: from the features that the text layers will read, throw-away heads tell
-what each patch shows. Then everything learns to answer, one question a prompt as in evaluation, while the
-patch losses fade out. Last it is polished: the same, at lower rates, without the patch losses.
+There are three stages. First the vision tower learns to see: heads that are used in training only classify
+each patch from the features that the text layers will read. Then all weights learn to answer questions, one
+question per prompt as in evaluation, while the patch losses fade out. The third stage is the same at lower
+rates and without the patch losses.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ _FLOAT32 = "kvprune_demo_float32"  # name of the attention used while training
 
 
 class Training:
-    """A training run, how far it got, and how to save it and take it up again."""
+    """A training run that can be saved and resumed.
+
+    Args:
+        recipe: The numbers of the run; everything is built from its seed.
+        threads: Number of threads to compute with.
+    """
 
     def __init__(self, recipe: Recipe, threads: int) -> None:
-        """Build everything from the recipe's seed."""
         from transformers import AttentionInterface
 
         torch.set_num_threads(threads)
@@ -55,7 +60,7 @@ class Training:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(one, factor) for one in self.optimizers]
 
     def learn(self, batch: Batch) -> dict[str, float]:
-        """One step; returns the weighted losses of the patches and that of the answers."""
+        """Make one step; return the weighted losses of the patches and the loss of the answers, by name."""
         started = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16):
             features = see(self.model, batch.tiles)
@@ -79,15 +84,15 @@ class Training:
         return {name: float(part.detach()) for name, part in losses.items()}
 
     def save(self, output: Path, state: Path | None) -> None:
-        """Write the model folder and, where `state` is given, all that is needed to go on."""
-        build_processor().save_pretrained(output)  # a fresh one: calls leave traces in a tokenizer
+        """Write the model's folder and, if `state` is given, everything that is needed to resume."""
+        build_processor().save_pretrained(output)  # a new one, since calls change a tokenizer's settings
         self.model.save_pretrained(output)
         if state is not None:
             parts = [part.state_dict() for part in self._parts()]
             torch.save({"step": self.step, "seconds": self.seconds, "parts": parts}, state)
 
     def resume(self, state: Path) -> None:
-        """Take up the training that `save` wrote to `state`."""
+        """Resume the training that `save` wrote to `state`."""
         saved = torch.load(state, weights_only=True)
         self.step, self.seconds = saved["step"], saved["seconds"]
         for part, values in zip(self._parts(), saved["parts"], strict=True):
@@ -103,14 +108,15 @@ def train(
     """Train, save the model every `save_every` steps and at the end, and add `training.json`.
 
     Args:
-        recipe: the numbers.
-        output: folder to write; made if missing.
-        threads: cores to use.
-        save_every: steps between two saves.
-        state: file that holds a training cut short, to go on from if it exists and to write at every save.
+        recipe: The numbers of the run.
+        output: Folder to write; created if missing.
+        threads: Number of threads to compute with.
+        save_every: Steps between two saves.
+        state: File with the state of an interrupted training. The training resumes from it if it exists, and
+            writes it at each save.
 
     Raises:
-        ImportError: scikit-learn or tqdm is not installed.
+        ImportError: If scikit-learn or tqdm is not installed.
     """
     try:
         from tqdm import tqdm
@@ -141,12 +147,12 @@ def train(
 
 
 def _prefetch(batches: Batches) -> Iterator[Batch]:
-    """Make batches in one process beside the training, a few ahead."""
+    """Make batches in a second process, a few ahead of the training."""
     return iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
 
 
 def _held_out(training: Training, count: int, seed: int = 0) -> dict[str, float]:
-    """Accuracy of each task on `count` held-out examples."""
+    """Return the accuracy of each task on `count` held-out examples."""
     training.model.train(False)
     training.model.set_attn_implementation("sdpa")
     found = {
@@ -186,7 +192,7 @@ def _report(training: Training, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
@@ -199,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=200, help="steps between two saves")
-    parser.add_argument("--state", type=Path, help="file to keep the whole state in, and to go on from")
+    parser.add_argument("--state", type=Path, help="file with the state to resume an interrupted training")
     options = parser.parse_args(arguments)
     recipe = Recipe(
         seed=options.seed,
