@@ -22,8 +22,8 @@ class Recipe:
 
     `first_look` and `polish_look` are the shares of questions for which the first cross-attention layer has
     an output, in the second and in the third stage. For the other questions, later layers have to find the
-    answer in the picture themselves. Without this, the first layer alone would answer most questions, and pruning
-    behind it would not show.
+    answer in the picture themselves. Without this, the first layer alone would answer most questions, and
+    pruning behind it would not show.
     """
 
     seed: int = 0
