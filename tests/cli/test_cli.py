@@ -116,7 +116,7 @@ def test_debug_shows_the_traceback() -> None:
         (["--data", "nowhere.jsonl"], "no data file at nowhere.jsonl"),
         (["--dtype", "int3"], "unknown dtype 'int3'"),
         (["--batch-size", "0"], "batch_size is 0"),
-        (["--output", "taken"], "taken is no results folder: it holds 'novel.txt'"),
+        (["--output", "taken"], "taken is not a results folder: it holds 'novel.txt'"),
     ],
 )
 def test_compare_refuses_by_name(

@@ -82,7 +82,7 @@ def test_json_is_all_of_standard_output(edited: Path, compared: Path) -> None:
     [
         (["nowhere"], "there are no results at nowhere"),
         ([".", "--sample", "0"], "sample is 0; it must be at least 1"),
-        (["."], ". is no results folder: it holds 'novel.txt' but no manifest.json"),
+        (["."], ". is not a results folder: it holds 'novel.txt' but no manifest.json"),
     ],
 )
 def test_what_a_user_can_correct_is_one_line_and_code_2(

@@ -47,7 +47,7 @@ def test_reads_rows_in_order_with_defaults(write_rows: Write) -> None:
         ("[" * 100_000, r"line 2: not JSON \(nested more than 50 levels deep\)"),
         ('{"image": "a", "image": "b"}', r"line 2: not JSON \(key 'image' appears twice in one object\)"),
         ('{"question": "\\ud800"}', r"line 2: not JSON .*surrogates not allowed"),
-        ('{"weight": NaN}', r"line 2: not JSON \(NaN is no JSON number\)"),
+        ('{"weight": NaN}', r"line 2: not JSON \(NaN is not a JSON number\)"),
         (row(image=None), r"line 2: field 'image' is missing .*the row has: question, answers"),
         (row(question=None), r"line 2: field 'question' is missing"),
         (row(answers=None, answer="red"), r"line 2: field 'answers' is missing; is 'answer' meant\?"),
@@ -65,7 +65,7 @@ def test_reads_rows_in_order_with_defaults(write_rows: Write) -> None:
         (row(id=1.5), r"line 2: field 'id' is 1.5"),
         (row(id="row-1"), r"line 2: id 'row-1' is already used in line 1"),
         (row(image="absent.png"), r"line 2: field 'image': no file at .*absent.png"),
-        (row(image="data.jsonl"), r"line 2: field 'image': .*data.jsonl is no readable picture"),
+        (row(image="data.jsonl"), r"line 2: field 'image': .*data.jsonl is not a readable picture"),
     ],
 )
 def test_bad_rows_are_named(write_rows: Write, bad: Any, message: str) -> None:
@@ -80,7 +80,7 @@ def test_cut_picture_is_refused_though_its_header_is_whole(write_rows: Write, tm
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) * 3 // 4])
     with Image.open(tmp_path / "cut.png") as opened:
         assert opened.size == (64, 64)
-    with pytest.raises(DataError, match=r"line 1: field 'image': .*cut.png is no readable picture"):
+    with pytest.raises(DataError, match=r"line 1: field 'image': .*cut.png is not a readable picture"):
         read_examples(path)
 
 
@@ -198,7 +198,7 @@ def test_pictures_that_are_programs_are_refused(
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
     Image.new("RGB", (8, 8)).save(tmp_path / "program.png", "EPS")
-    with pytest.raises(DataError, match=r"program.png is no readable picture \(.*cannot identify"):
+    with pytest.raises(DataError, match=r"program.png is not a readable picture \(.*cannot identify"):
         read_examples(write_rows([row(image="program.png")]))
 
 

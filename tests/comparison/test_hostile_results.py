@@ -268,7 +268,7 @@ def test_a_manifest_that_lost_its_pins_is_not_written_again(whole: Path) -> None
         path.write_text(path.read_text().replace('"data_sha256"', '"date_sha256"'))
         before = path.read_bytes()
         with pytest.raises(
-            ResultsError, match=r"manifest.json is damaged: its 'run' is not what was written"
+            ResultsError, match=r"manifest.json is damaged: its 'run' was changed after it was written"
         ):
             compare(SMALL_POLICIES, SMALL_RATIOS, small_settings(folder))
         assert path.read_bytes() == before

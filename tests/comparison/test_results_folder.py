@@ -101,7 +101,7 @@ def test_changed_data_are_refused(tmp_path: Path, configurations: tuple[Configur
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(
-        ResultsError, match=r"is no results folder: it holds 'thesis.tex' but no manifest.json"
+        ResultsError, match=r"is not a results folder: it holds 'thesis.tex' but no manifest.json"
     ):
         ResultsFolder(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
@@ -175,10 +175,10 @@ def test_lines_that_do_not_belong_are_refused(tmp_path: Path, change: dict[str, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stock": [0, 1]}, r"\[0, 1\] is no pair of seconds"),
-        ({"stock": [1, 1e10]}, "is no pair of seconds"),
-        ({"stock": [1, 2, 3]}, "is no pair of seconds"),
-        ({"policies": {"full": ["1", "2"]}}, "is no pair of seconds"),
+        ({"stock": [0, 1]}, r"\[0, 1\] is not a pair of seconds"),
+        ({"stock": [1, 1e10]}, "is not a pair of seconds"),
+        ({"stock": [1, 2, 3]}, "is not a pair of seconds"),
+        ({"policies": {"full": ["1", "2"]}}, "is not a pair of seconds"),
         ({"policies": {}}, "it times other configurations"),
         ({"policies": 3}, "not iterable"),
         ({"repetition": 0}, "repetition is 0"),

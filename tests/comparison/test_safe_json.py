@@ -17,7 +17,7 @@ VALUES = st.recursive(
     | st.booleans()
     | st.integers(-(2**60), 2**60)
     | st.floats(allow_nan=False, allow_infinity=False)
-    # Half a surrogate pair is no text.
+    # Half a surrogate pair is not a string.
     | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: (
         st.lists(inner, max_size=4) | st.dictionaries(st.text("ab\u00e4", max_size=3), inner, max_size=4)
@@ -40,8 +40,8 @@ def test_what_json_writes_is_read(value: Any) -> None:
         (b"[" * 100_000, "nested more than 50 levels"),
         (b'{"a":' * 100_000, "nested more than 50 levels"),
         (b"[" * 51 + b"]" * 51, "nested more than 50 levels"),
-        (b"NaN", "NaN is no JSON number"),
-        (b'{"a": [-Infinity]}', "-Infinity is no JSON number"),
+        (b"NaN", "NaN is not a JSON number"),
+        (b'{"a": [-Infinity]}', "-Infinity is not a JSON number"),
         (b"[1e999]", "too large for a float"),
         (b'{"a": 1, "b": 2, "a": 1}', "key 'a' appears twice"),
         (b'"\\ud800"', "surrogates not allowed"),

@@ -152,14 +152,14 @@ def read_picture(path: Path) -> tuple[Image.Image, bytes]:
     """Return a picture, decoded and in RGB, and the bytes of its file.
 
     Raises:
-        DataError: If there is no such file, or it is no plain file, of another format, cut off, damaged, or
-            has more pixels than Pillow allows.
+        DataError: If there is no such file, or it is not a plain file, of another format, cut off, damaged,
+            or has more pixels than Pillow allows.
     """
     from PIL import Image
 
     try:
         if path.exists() and not path.is_file():
-            raise DataError(f"{path} is no plain file")
+            raise DataError(f"{path} is not a plain file")
         content = path.read_bytes()
         Image.init()
         formats = [name for name in _FORMATS if name in Image.OPEN]
@@ -170,7 +170,7 @@ def read_picture(path: Path) -> tuple[Image.Image, bytes]:
     except FileNotFoundError:
         raise DataError(f"no file at {path}; paths are relative to {path.parent}") from None
     except Exception as error:  # Pillow raises errors of many classes for damaged pictures
-        raise DataError(f"{path} is no readable picture ({error or type(error).__name__})") from error
+        raise DataError(f"{path} is not a readable picture ({error or type(error).__name__})") from error
 
 
 def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -19,7 +19,7 @@ def parse(text: bytes | str) -> Any:
         text: UTF-8 bytes, or text.
 
     Raises:
-        ValueError: If the text is no JSON or no UTF-8, repeats a key in an object, holds NaN, an infinity
+        ValueError: If the text is not JSON or not UTF-8, repeats a key in an object, holds NaN, an infinity
             (also as `1e999`) or half a surrogate pair, or is nested more than 50 levels deep. No other error
             is raised, whatever the text is.
     """
@@ -45,7 +45,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check(value: object, room: int) -> None:

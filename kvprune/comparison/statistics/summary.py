@@ -30,7 +30,7 @@ class Row:
         spec: canonical spec of the policy.
         label: the spec without its budget.
         budget: the requested budget as text; empty where the policy has none.
-        keep_ratio: the requested fraction of visible tokens; None where the budget is no fraction.
+        keep_ratio: the requested fraction of visible tokens; None where the budget is not a fraction.
         reach: the policy's option `reach`; None where it has no such option.
         kept_fraction: measured fraction of visible tokens kept, mean over examples.
         bytes_held: measured size of the cross-attention cache of one example in bytes, mean over examples.

@@ -30,7 +30,7 @@ class Journal:
         """Cut an unfinished last line off the file, and return the objects of all others in file order.
 
         Raises:
-            ResultsError: If a finished line is no JSON object; the file then stays as it is.
+            ResultsError: If a finished line is not a JSON object; the file then stays as it is.
         """
         rows, finished = self.read()
         with _typed(self.path, "written"):
@@ -44,7 +44,7 @@ class Journal:
         """Return the objects of all finished lines in file order, and how many bytes these lines take.
 
         Raises:
-            ResultsError: If the file cannot be read, or a finished line is no JSON object.
+            ResultsError: If the file cannot be read, or a finished line is not a JSON object.
         """
         raw = read_plain_file(self.path)
         if raw is None:
@@ -80,7 +80,7 @@ class Journal:
             ) from error
         if not isinstance(row, dict):
             raise ResultsError(
-                f"{self.path}, line {number} is damaged: {line[:60]!r} is no JSON object; delete this line"
+                f"{self.path}, line {number} is damaged: {line[:60]!r} is not a JSON object; delete this line"
             )
         return row
 
@@ -129,13 +129,17 @@ def check_plain_file(path: Path) -> None:
         ResultsError: If a folder, a link, a pipe or a device is there.
     """
     with _typed(path, "read"):
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            kind = (
-                "a symbolic link" if path.is_symlink() else "a folder" if path.is_dir() else "no plain file"
-            )
-            raise ResultsError(
-                f"{path} is {kind} where a plain file belongs; move it away, or choose another results folder"
-            )
+        if path.is_symlink():
+            kind = "a symbolic link"
+        elif path.is_dir():
+            kind = "a folder"
+        elif path.exists() and not path.is_file():
+            kind = "a pipe or a device"
+        else:
+            return
+        raise ResultsError(
+            f"{path} is {kind} where a plain file belongs; move it away, or choose another results folder"
+        )
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def _wrong_origins(run: Mapping[str, Any], about: object) -> Iterator[str]:
     if origin not in ("file", "demo"):
         yield f"run.data_origin is {origin!r:.60}"
     if not isinstance(about, dict) or not _is_list_of(str, [about.get(name) for name in ("model", "data")]):
-        yield "about.model or about.data is no text"
+        yield "about.model or about.data is not a string"
 
 
 def _is_list_of(kind: type, value: object) -> bool:

@@ -96,7 +96,7 @@ class ResultsFolder:
         if old is not None and difference is None:
             if old.get("run_sha256") != digest(old["run"]):
                 raise ResultsError(
-                    f"{self.path / MANIFEST} is damaged: its 'run' is not what was written there "
+                    f"{self.path / MANIFEST} is damaged: its 'run' was changed after it was written "
                     f"(run_sha256 {str(old.get('run_sha256'))[:70]!r}); restore it, or {_REMEDY}"
                 )
             self.manifest = old
@@ -142,7 +142,7 @@ class ResultsFolder:
             check_plain_file(self.path / name)
         data = self.path / DATA
         if data.is_symlink() or (data.exists() and not data.is_dir()):
-            raise ResultsError(f"{data} is no folder; move it away, or {_REMEDY}")
+            raise ResultsError(f"{data} is not a folder; move it away, or {_REMEDY}")
 
     def _write_manifest(self) -> None:
         assert self.manifest is not None, "no manifest to write"
@@ -158,7 +158,7 @@ class ResultsFolder:
         raw = read_plain_file(path)
         if raw is None and names:
             raise ResultsError(
-                f"{self.path} is no results folder: it holds {names[0]!r} but no {MANIFEST}; "
+                f"{self.path} is not a results folder: it holds {names[0]!r} but no {MANIFEST}; "
                 "choose an empty or new folder as --output"
             )
         return None if raw is None else _parse_manifest(path, raw)

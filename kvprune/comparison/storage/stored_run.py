@@ -43,7 +43,7 @@ class StoredRun:
         answers: finished answers, by spec and example id.
         laps: measured times by repetition, in file order, and by spec.
         summary: content of summary.json; None where there is no such file.
-        notes: things worth knowing that are no errors.
+        notes: things worth knowing that are not errors.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ def read_run(folder: Path) -> StoredRun:
     """Read a results folder without changing it; an unfinished last line stays.
 
     Raises:
-        ResultsError: If it is no results folder, is damaged, or a run is working in it.
+        ResultsError: If it is not a results folder, is damaged, or a run is working in it.
         DataError: If the data of the run are missing or damaged.
         KVPruneError: If a policy of the run is not installed, or a setting is out of range.
     """

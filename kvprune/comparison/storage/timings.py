@@ -85,4 +85,4 @@ def _read_lap(value: object) -> Lap:
         and all(0 < one < _LONGEST for one in value)
     ):
         return Lap(*value)
-    raise ValueError(f"{value!r:.40} is no pair of seconds")
+    raise ValueError(f"{value!r:.40} is not a pair of seconds")

@@ -104,7 +104,7 @@ def verify(
         on_progress: Called before the first and after each batch.
 
     Raises:
-        ResultsError: If the folder is no results folder, is damaged, or holds no answer.
+        ResultsError: If the folder is not a results folder, is damaged, or holds no answer.
         DataError: If the data of the run are missing or damaged.
         UnsupportedModelError: If the model of the run is missing or cannot be loaded.
         KVPruneError: If a policy of the run is not installed, or `sample` is below 1.
