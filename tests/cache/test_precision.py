@@ -165,19 +165,24 @@ def filled(columns: int = 4) -> CrossKVLayer:
     return layer
 
 
+def in_four_bits() -> Selection:
+    every = torch.ones(1, 1, 4, dtype=torch.bool)
+    return Selection.from_mask(every, torch.full((1, 1, 4), 4, dtype=torch.uint8))
+
+
 def test_what_is_not_finite_is_not_quantized():
     layer = filled()
     layer.keys[0, 0, 1, 2] = torch.nan
     with pytest.raises(QuantizationError, match="must be finite"):
-        layer.retain(torch.ones(1, 1, 4, dtype=torch.bool), bits=torch.full((1, 1, 4), 4, dtype=torch.uint8))
+        layer.retain(in_four_bits())
 
 
 def test_quantized_entries_are_not_merged():
     layer, every = filled(), torch.ones(1, 1, 4, dtype=torch.bool)
-    layer.retain(every, bits=torch.full((1, 1, 4), 4, dtype=torch.uint8))
+    layer.retain(in_four_bits())
     merge = Merge(torch.arange(4).expand(1, 1, 4), torch.ones(1, 1, 4))
     with pytest.raises(UnsupportedCacheError, match="quantized, and a later decision merges"):
-        layer.retain(every, merge)
+        layer.retain(Selection(torch.arange(4).expand(1, 1, 4), every, 4, merge))
     with pytest.raises(SelectionError, match="merges entries or states bits, got both"):
         Selection(
             torch.arange(4).expand(1, 1, 4), every, 4, merge, torch.full((1, 1, 4), 4, dtype=torch.uint8)

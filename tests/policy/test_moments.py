@@ -220,7 +220,7 @@ def test_queries_do_not_outlive_their_layer():
             return frozenset({"queries", "features"})
 
         def conclude(self, views, observed):
-            alive.extend((view.captured_queries, view.captured_features) for view in views)
+            alive.extend((view.captured.queries, view.captured.features) for view in views)
             return super().conclude(views, observed)
 
     policy = dataclasses.dataclass(frozen=True, kw_only=True)(Keeps)()
@@ -258,7 +258,7 @@ def test_nobody_pays_for_features_that_nobody_needs(family):
         name = "looks"
 
         def select(self, view):
-            view_features.append(view.captured_features)
+            view_features.append(view.captured.features)
             return Decision()
 
     compressed(model_of(family), inputs_of(family), dataclasses.dataclass(frozen=True, kw_only=True)(Looks)())

@@ -31,7 +31,7 @@ def mass_of(view, rows=None):
 
 
 def slow_mass(view, counted=None):
-    heads = view.captured_queries.shape[1]
+    heads = view.captured.queries.shape[1]
     samples = range(view.visibility.batch)
     return torch.tensor(
         [[slow_attention(view, sample, head, counted) for head in range(heads)] for sample in samples],
@@ -125,7 +125,7 @@ def test_left_padding_of_a_batch_does_not_change_a_sample():
         make_visibility([rows], 3),
         keys=wide.keys,
         values=wide.values,
-        captured_queries=wide.captured_queries[:, :, 2:],
+        captured_queries=wide.captured.queries[:, :, 2:],
     )
     assert torch.equal(mass_of(wide), mass_of(narrow))
 
@@ -398,11 +398,11 @@ def test_query_heads_of_one_kv_head_are_consecutive():
 
 def slow_density(view, sample, head, threshold, columns):
     """Fraction of pairs of live row and column whose weight is at least a fraction of the row's largest."""
-    kv_head = head // (view.captured_queries.shape[1] // view.keys.shape[1])
+    kv_head = head // (view.captured.queries.shape[1] // view.keys.shape[1])
     keys = view.keys[sample, kv_head].double().tolist()
     large = pairs = 0
     for row in live_rows(view.visibility, sample):
-        query = view.captured_queries[sample, head, row].double().tolist()
+        query = view.captured.queries[sample, head, row].double().tolist()
         seen = sorted(seen_by_row(view.visibility, sample, row) & columns)
         products = [math.fsum(q * k for q, k in zip(query, keys[c], strict=True)) for c in seen]
         weights = [math.exp(view.scaling * (product - max(products))) for product in products]

@@ -362,7 +362,7 @@ def test_bias_is_counted_as_bookkeeping_and_forgotten_at_reset():
     layer = CrossKVLayer()
     layer.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
     selection = merge_mean(torch.tensor([[[True, False, True]]]), torch.tensor([[[0, 0, 2]]]), size_bias=True)
-    layer.retain(selection.to_mask(), selection.merge)
+    layer.retain(selection)
     assert layer.bias.tolist() == [[[pytest.approx(0.6931472), 0.0]]]
     parts = layer.slots.nbytes + layer.valid.nbytes + layer.bias.nbytes
     assert layer.bytes_of_bookkeeping == parts

@@ -10,8 +10,8 @@ import inspect
 
 import torch
 
+from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.column_mask import ColumnMask
-from kvprune.adapters.encoder_decoder import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache.copies import Twins
