@@ -14,8 +14,8 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.engine.prefill import Asked, Prefill
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.merging import Merge
+from kvprune.tokens.reindexing import among_entries, anchors, of_columns, positions
 from kvprune.tokens.selection import OWN_BITS, Selection
-from kvprune.tokens.translation import among_entries, anchors, of_columns, positions
 from kvprune.tokens.visibility import Visibility
 
 __all__ = ["attended", "carrying", "retain"]

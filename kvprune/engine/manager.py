@@ -46,8 +46,8 @@ from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.layout import Layout
+from kvprune.tokens.reindexing import compose
 from kvprune.tokens.selection import Selection
-from kvprune.tokens.translation import compose
 from kvprune.tokens.visibility import Visibility
 
 __all__ = ["CrossKVManager"]

@@ -6,6 +6,12 @@ Nothing ever holds a [B, H, T, S] tensor.
 
 from __future__ import annotations
 
+from kvprune.scoring.apportionment import (
+    apportion,
+    each,
+    is_clamped,
+    proportional,
+)
 from kvprune.scoring.attention import (
     attention_density,
     attention_mass,
@@ -13,6 +19,10 @@ from kvprune.scoring.attention import (
     last_rows,
     pool_heads,
     row_counts,
+)
+from kvprune.scoring.even_spacing import (
+    even_order,
+    share_evenly,
 )
 from kvprune.scoring.neighbours import (
     lines,
@@ -28,19 +38,9 @@ from kvprune.scoring.ranking import (
     rank_within,
     stratum_sizes,
 )
-from kvprune.scoring.shares import (
-    apportion,
-    each,
-    is_clamped,
-    proportional,
-)
 from kvprune.scoring.similarity import (
     Directions,
     most_alike,
-)
-from kvprune.scoring.spreading import (
-    even_order,
-    share_evenly,
 )
 from kvprune.tokens.precision import (
     accumulation_dtype,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvprune.errors import SelectionError
 from kvprune.tokens.merging import Merge
+from kvprune.tokens.reindexing import positions
 from kvprune.tokens.selection import Selection
-from kvprune.tokens.translation import positions
 
 __all__ = [
     "merge_mean",

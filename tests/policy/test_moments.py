@@ -50,7 +50,7 @@ class Late(kvprune.PrefillPolicy):
     def conclude(self, views, observed):
         decisions = []
         for view, scores in zip(views, observed, strict=True):
-            strata = torch.where(view.strata == 0, 0, -1)
+            strata = view.decode_strata
             limit = scoring.limits(self.exact_budget, strata)
             room = torch.minimum(limit - 1, scoring.stratum_sizes(strata) - limit).clamp(0, 1)
             later = 2 * view.rank - len(views) + 1

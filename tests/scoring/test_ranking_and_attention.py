@@ -316,7 +316,7 @@ def test_keep_top_of_everything_keeps_everything_seen(visibility):
 
 @given(conversations())
 def test_keep_top_over_a_part_of_the_strata_leaves_the_others_out(visibility):
-    strata = torch.where(visibility.strata == 0, 0, -1)
+    strata = visibility.decode_strata
     scores = torch.ones(visibility.batch, 1, visibility.columns)
     kept = scoring.keep_top(scores, strata, scoring.limits(Budget(keep_ratio=1), strata), visibility)
     for sample in range(visibility.batch):

@@ -23,7 +23,7 @@ from kvprune.testing import masked_oracle, mllama_inputs
 from kvprune.testing.oracle import with_merges
 from kvprune.tokens.buckets import merge_mean, merge_weighted, nearest
 from kvprune.tokens.merging import Merge, merge_features, merge_heads
-from kvprune.tokens.translation import compose
+from kvprune.tokens.reindexing import compose
 
 CACHES = (
     MergesCaches(),
