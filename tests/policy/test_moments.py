@@ -293,7 +293,7 @@ def test_notes_on_decisions_are_warnings_of_the_report(family):
 
 def test_a_note_is_text_and_no_part_of_what_is_decided():
     assert Decision(note="why") == Decision()
-    with pytest.raises(SelectionError, match="note of a decision is text, got list"):
+    with pytest.raises(SelectionError, match="note of a decision is a string, got list"):
         Decision(note=["why"])
 
 

@@ -86,8 +86,8 @@ def test_attention_mass_does_not_depend_on_the_chunks_of_rows(text_rows):
 def test_attention_mass_does_not_depend_on_the_size_of_chunks(monkeypatch, rows_per_chunk, elements):
     visibility = make_visibility([[[1, 0, 1]] * 7, [[0, 0, 0]] * 3 + [[1, 1, 0]] * 4], 2)
     view = make_view(visibility, query_heads=6, kv_heads=3)
-    monkeypatch.setattr(scoring, "_ROWS_PER_CHUNK", rows_per_chunk)
-    monkeypatch.setattr(scoring, "_ELEMENTS_PER_CHUNK", elements)
+    monkeypatch.setattr("kvprune.scoring.attention._ROWS_PER_CHUNK", rows_per_chunk)
+    monkeypatch.setattr("kvprune.scoring.attention._ELEMENTS_PER_CHUNK", elements)
     torch.testing.assert_close(mass_of(view), slow_mass(view), rtol=1e-10, atol=1e-12)
 
 
