@@ -197,8 +197,14 @@ def parts(**changes):
 @pytest.mark.parametrize(
     ("bits", "message"),
     [
-        (torch.tensor([[[16, 8, 3], [2, 8, 8]]], dtype=torch.uint8), r"bits of an entry are 16, 8, 4 or 2 .*, got 3"),
-        (torch.tensor([[[16, 8, 0], [2, 8, 8]]], dtype=torch.uint8), r"bits of an entry are 16, 8, 4 or 2 .*, got 0"),
+        (
+            torch.tensor([[[16, 8, 3], [2, 8, 8]]], dtype=torch.uint8),
+            r"are 16, 8, 4 or 2 .*, got 3",
+        ),
+        (
+            torch.tensor([[[16, 8, 0], [2, 8, 8]]], dtype=torch.uint8),
+            r"are 16, 8, 4 or 2 .*, got 0",
+        ),
         (torch.tensor([[[16, 8, 4], [2, 8, 4]]], dtype=torch.uint8), "padding repeats the bits"),
         (
             torch.tensor([[[16, 8, 4], [2, 8, 8]]]),
