@@ -74,7 +74,7 @@ def _repacked(layer: HeldEntries, kept: Selection) -> Retained | None:
     """Drop and quantize entries of a layer that holds several precisions, or will."""
     slots, _ = layer.entries()
     heads = max(slots.shape[1], kept.indices.shape[1])
-    mask = kept.to_mask().expand(-1, heads, -1)  # [R, H, K]
+    mask = kept.mask.expand(-1, heads, -1)  # [R, H, K]
     quantized = layer.width - layer.own  # entries of the pools come first
     bits = None if kept.bits is None else kept.bits_by_column().expand_as(mask)[..., quantized:]
     quantize = lower(mask[..., quantized:], bits)

@@ -16,8 +16,8 @@ from kvprune.errors import UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.merging import Merge
+from kvprune.tokens.reindexing import among_entries, anchors, of_columns, positions
 from kvprune.tokens.selection import OWN_BITS, Selection
-from kvprune.tokens.translation import among_entries, anchors, of_columns, positions
 
 __all__ = ["attended", "carrying", "require_onward", "retain"]
 
@@ -55,7 +55,7 @@ def _retain_merged(prefill: Prefill, decision: Decision, selection: Selection, a
     kept = _kept(prefill, decision, asked) & valid
     merge = among_entries(selection, kept, asked.first)
     places = Selection.from_mask(kept)
-    layer.retain(Selection.trusted(places.indices, places.valid, places.columns, merge))
+    layer.retain(places.with_merge(merge))
     return None if merge is None else of_columns(merge, slots, valid, layer.columns)
 
 
@@ -66,7 +66,7 @@ def _kept(prefill: Prefill, decision: Decision, asked: Asked) -> Tensor:
     decodable = prefill.visibility.decode_units  # [R, U]
     new = asked.view.visibility.by_column(decodable)[:, None].to(device)  # [R, 1, S]
     if decision.cache is not None:
-        new = new & decision.cache.to_mask().to(device)
+        new = new & decision.cache.mask.to(device)
     if first:
         # Entries of earlier images stay as long as decoding can see them.
         slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)

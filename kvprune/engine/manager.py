@@ -45,8 +45,8 @@ from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.layout import Layout
+from kvprune.tokens.reindexing import compose
 from kvprune.tokens.selection import Selection
-from kvprune.tokens.translation import compose
 from kvprune.tokens.visibility import Visibility
 
 __all__ = ["CrossKVManager"]

@@ -345,7 +345,7 @@ def test_check_class_refuses_a_name_that_no_spec_can_hold():
         def score(self, view):
             return view.random()
 
-    with pytest.raises(SpecError, match="'My Policy' is no policy name"):
+    with pytest.raises(SpecError, match="'My Policy' is not a policy name"):
         Shouting.check_class()
 
 

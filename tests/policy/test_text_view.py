@@ -62,8 +62,8 @@ def test_attention_mass_of_rows(text, null_keys, some):
 def test_mass_does_not_depend_on_chunks(monkeypatch):
     text = make_text((70, 130))
     whole = text.attention_mass()
-    monkeypatch.setattr("kvprune.policy.text_view._ROWS_PER_CHUNK", 7)
-    monkeypatch.setattr("kvprune.policy.text_view._ELEMENTS_PER_CHUNK", 1)
+    monkeypatch.setattr("kvprune.scoring.attention._ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr("kvprune.scoring.attention._ELEMENTS_PER_CHUNK", 1)
     assert torch.allclose(text.attention_mass(), whole, atol=1e-9)
     assert torch.allclose(whole.sum(-1), torch.tensor([[70.0], [130.0]], dtype=torch.float64), atol=1e-9)
 

@@ -169,7 +169,7 @@ class CacheMachine(RuleBasedStateMachine):
                 plain[row][head] = [sums[entry] for entry in entries if kept[held, h, entry]]
         places = Selection.from_mask(kept)
         merge = Merge(into, torch.ones(into.shape), size_bias=biased)
-        layer.retain(Selection.trusted(places.indices, places.valid, places.columns, merge))
+        layer.retain(places.with_merge(merge))
 
     @filled
     @rule(data=st.data())
