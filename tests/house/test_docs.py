@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from generation import generate, mllama
+from kvprune_strategies import kvprune_policies
 from test_house import ROOMS
 
 import kvprune
@@ -71,6 +72,13 @@ def test_every_policy_is_in_the_readme():
     for name in ("full", "lossless", "uniform", "random", "norm", "trim"):
         assert name in kvprune.list_policies()
         assert f"`{name}`" in DOCS["README.md"]
+
+
+def test_every_built_in_policy_is_in_the_map_of_policies_and_counted():
+    head, _, _ = DOCS["policies.md"].partition("<!-- generated")
+    names = {policy.name for policy in kvprune_policies()}
+    assert names == {name for name in re.findall(r"`([\w-]+)`", head.partition("| reference")[2])} & names
+    assert f"one of the {len(names)} [built-in policies]" in DOCS["README.md"]
 
 
 def test_errors_named_in_documents_exist():
