@@ -77,7 +77,7 @@ def test_every_policy_is_in_the_readme():
 def test_every_built_in_policy_is_in_the_map_of_policies_and_counted():
     head, _, _ = DOCS["policies.md"].partition("<!-- generated")
     names = {policy.name for policy in kvprune_policies()}
-    assert names == {name for name in re.findall(r"`([\w-]+)`", head.partition("| reference")[2])} & names
+    assert names <= set(re.findall(r"`([\w-]+)`", head.partition("| reference")[2]))
     assert f"one of the {len(names)} [built-in policies]" in DOCS["README.md"]
 
 
