@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 import sys
 from contextlib import redirect_stdout
@@ -25,7 +24,7 @@ from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.options import default_of, describe_type
 from kvprune.policy.spec import written
 from kvprune.session import registry
-from kvprune.text import error_line, printable
+from kvprune.text import docstring, error_line, printable
 
 __all__ = ["doctor", "list_policies", "read_docstrings", "show"]
 
@@ -36,7 +35,7 @@ def list_policies(debug: Debug = False) -> None:
         found = load_quietly()
         table = make_table("policy", "version", "plugin (distribution)", "what it does")
         for entry in found.policies.values():
-            claim = " ".join(_docstring(entry.cls).partition("\n\n")[0].split())
+            claim = " ".join(docstring(entry.cls).partition("\n\n")[0].split())
             plugin = f"{entry.plugin} ({entry.distribution})"
             table.add_row(entry.name, str(entry.version), plugin, printable(claim, 400))
         make_console().print(table)
@@ -112,22 +111,14 @@ def doctor(debug: Debug = False) -> None:
     raise typer.Exit(1 if failed else 0)
 
 
-def _docstring(cls: type) -> str:
-    """Return the docstring that an author wrote; not the signature that a dataclass makes up."""
-    text = getattr(cls, "__doc__", None)
-    if not isinstance(text, str) or text.startswith(f"{cls.__name__}("):
-        return ""
-    return inspect.cleandoc(text)
-
-
 def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
     """Return a class's docstring without its arguments, and each argument's meaning, inherited or not."""
     meanings: dict[str, str] = {}
     for cls in reversed(policy.__mro__):
-        arguments = _ARGUMENTS.search(_docstring(cls))
+        arguments = _ARGUMENTS.search(docstring(cls))
         for name, meaning in _ARGUMENT.findall(arguments[1] if arguments else ""):
             meanings[name] = " ".join(meaning.split())
-    text = _ARGUMENTS.sub("", _docstring(policy))
+    text = _ARGUMENTS.sub("", docstring(policy))
     return re.sub("\n{3,}", "\n\n", text).strip(), meanings
 
 

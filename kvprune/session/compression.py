@@ -8,7 +8,8 @@ from typing import Self
 
 from torch import nn
 
-from kvprune.adapters.base import ModelAdapter, compressing
+from kvprune.adapters.attachment import compressing
+from kvprune.adapters.base import ModelAdapter
 from kvprune.engine.guidance import Guidance, Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
@@ -95,12 +96,12 @@ class Compression:
     @property
     def selections(self) -> Mapping[int, Selection]:
         """Columns that decoding uses, by layer index, as the latest prefill left them."""
-        return self._manager.selections
+        return self._manager.kept.selections
 
     @property
     def prefill_selections(self) -> Mapping[int, Selection | None]:
         """Columns that each layer's latest prefill attended to, by layer index; None for all there were."""
-        return self._manager.prefill_selections
+        return self._manager.kept.prefill_selections
 
     @property
     def text_selections(self) -> Mapping[int, Selection]:
@@ -108,7 +109,7 @@ class Compression:
 
         Only layers whose text a policy pruned; what came after prefill is held besides.
         """
-        return self._manager.text_selections
+        return self._manager.kept.text_selections
 
     @property
     def is_attached(self) -> bool:

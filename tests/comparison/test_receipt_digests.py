@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvprune
-from kvprune.comparison.execution.receipts import receipts
-from kvprune.engine.report import LayerReceipt
+from kvprune.comparison.execution.receipt_digests import receipts
+from kvprune.engine.receipts import LayerReceipt
 from kvprune.testing import mllama_inputs
 from kvprune.tokens.selection import Selection
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvprune.comparison.data.examples import Example, is_correct, normalise
 from kvprune.comparison.execution.generation import Generator
-from kvprune.comparison.execution.receipts import receipts
+from kvprune.comparison.execution.receipt_digests import receipts
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Settings

@@ -19,6 +19,7 @@ from kvprune.comparison.plan.grid import Configuration
 from kvprune.comparison.storage.code_digest import code_digest
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.nesting import parts
+from kvprune.text import printable
 
 __all__ = [
     "FORMAT",
@@ -210,5 +211,4 @@ def _versions(configurations: Sequence[Configuration]) -> dict[str, str]:
 
 
 def _show(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return printable(json.dumps(value, ensure_ascii=False), 80)
