@@ -2,8 +2,8 @@
 
 The guide reads the same prompt and adds up the attention that each encoder token receives. It is a smaller
 model with the same vision geometry, or the target itself in an extra pass. A target that guides itself saves
-no time, but shows how much a perfect guide would help. The guide runs inside the target's forward call, so a timing of that
-call includes it.
+no time, but shows how much a perfect guide would help. The guide runs inside the target's forward call, so a
+timing of that call includes it.
 """
 
 from __future__ import annotations

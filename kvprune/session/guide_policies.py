@@ -33,7 +33,8 @@ class OwnImages(FeaturePolicy):
         """Drop the images that no row of a sample sees."""
         images = view.images.expand(view.batch, -1)  # [B, S], the image of each column
         seen = view.visible_in_prefill  # [B, S]
-        shown = torch.zeros_like(images).scatter_add_(-1, images, seen.to(images.dtype)) > 0  # [B, S], by image number
+        # [B, S]; column i tells whether any row sees image i.
+        shown = torch.zeros_like(images).scatter_add_(-1, images, seen.to(images.dtype)) > 0
         own = shown.gather(-1, images) | ~seen.any(-1, keepdim=True)
         return Decision() if bool(own.all()) else Decision(onward=Selection.from_mask(own[:, None]))
 
