@@ -115,5 +115,5 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
 
 def __dir__() -> list[str]:
-    """List also what was not imported yet."""
-    return sorted({*globals(), *_NAMES, *_MODULES})
+    """List also what was not imported yet; not demo, which needs packages that may not be installed."""
+    return sorted({*_NAMES, *_MODULES} - {"demo"} | set(globals()))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -201,7 +203,7 @@ def test_each_public_name_comes_from_where_the_table_says():
         assert name in home.__all__, f"kvprune.{module} does not export {name}"
     for name in kvprune._MODULES:
         assert getattr(kvprune, name) is importlib.import_module(f"kvprune.{name}")
-    assert {*kvprune.__all__, *kvprune._MODULES} <= set(dir(kvprune))
+    assert {*kvprune.__all__, *kvprune._MODULES} <= set(dir(kvprune))  # all are loaded by now
     with pytest.raises(AttributeError, match="module 'kvprune' has no attribute 'compres'"):
         kvprune.compres  # noqa: B018
 
@@ -220,6 +222,36 @@ print(compress.__name__, errors.__name__, Selection.__name__)
         "load", "load",
         "compress", "kvprune.errors", "Selection",
     ]  # fmt: skip
+
+
+def test_what_dir_lists_needs_no_extra():
+    loaded = loaded_by("import inspect, kvprune\ninspect.getmembers(kvprune)")
+    assert "kvprune.testing" in loaded
+    assert not {"kvprune.demo", "hypothesis", "matplotlib"} & loaded
+
+
+def module_level_imports(nodes: list[ast.stmt]) -> set[str]:
+    """Return the top-level packages that statements import when they run, not those for types."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.Try):
+            found |= module_level_imports(node.body)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+            found |= module_level_imports([*node.body, *node.orelse])
+    return found
+
+
+def test_outside_the_demo_a_module_imports_only_what_the_plain_install_brings():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    brought = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    allowed = brought | {"kvprune"} | set(sys.stdlib_module_names)
+    for name, path in modules().items():
+        if room(name) != "demo" and name != "kvprune.testing.strategies":  # these need extras
+            assert module_level_imports(ast.parse(path.read_text("utf-8")).body) <= allowed, name
 
 
 def test_only_our_packages_are_installed_whatever_lies_beside_them(tmp_path):
