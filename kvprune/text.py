@@ -1,23 +1,32 @@
-"""Text of others, made fit for messages and terminals: short, printable, and never an error itself.
+"""Makes foreign text safe for messages and terminals: short, printable, and never an error itself.
 
-Specs, docstrings, names and exceptions may come from anybody and hold anything: a megabyte, terminal
-escape sequences, a ``__repr__`` that raises.
+Specs, docstrings, names and exceptions come from other people's code and may hold anything: a megabyte of
+text, terminal escape sequences, or a ``__repr__`` that raises.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import unicodedata
+from collections.abc import Iterable
 
-__all__ = ["error_line", "printable", "shown"]
+__all__ = ["docstring", "error_line", "printable", "shown", "suggestion"]
+
+_LONGEST_NAME = 64  # of names that get a suggestion; comparing longer ones takes long
 
 
 def printable(text: str, limit: int | None = None, *, newlines: bool = False) -> str:
-    """Escape what does not print: control characters, text-direction marks, lone surrogates.
+    r"""Escape characters that do not print: control characters, text-direction marks, lone surrogates.
 
     Args:
-        text: Anything.
-        limit: Longest text that is shown in full; of a longer one the middle is left out.
-        newlines: Whether newlines stay as they are.
+        text: Any text.
+        limit: Longest text that is returned whole; a longer one is cut in the middle.
+        newlines: Whether to keep newlines as they are.
+
+    Example:
+        >>> print(printable("a\tb"))
+        a\tb
     """
     if not text.isprintable():
         text = "".join(
@@ -33,7 +42,12 @@ def printable(text: str, limit: int | None = None, *, newlines: bool = False) ->
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """Return the repr of a value for a message: printable, cut in the middle, whatever the value is."""
+    """Return the repr of any value for a message: printable, and cut in the middle if it is long.
+
+    Example:
+        >>> shown("x" * 100, limit=30)
+        "'xxxxxxxxxxxxxxxxxxx...(72 characters left out)...xxxxxxxxx'"
+    """
     try:
         text = repr(value)
     except KeyboardInterrupt:
@@ -46,7 +60,12 @@ def shown(value: object, limit: int = 200) -> str:
 
 
 def error_line(error: BaseException, limit: int = 600) -> str:
-    """Return an exception as one printable line, ``Type: message``, even if its ``__str__`` raises."""
+    r"""Return an exception as one printable line, ``Type: message``, even if its ``__str__`` raises.
+
+    Example:
+        >>> error_line(ValueError("first line\nsecond line"))
+        'ValueError: first line second line'
+    """
     try:
         text = " ".join(str(error).split())
     except KeyboardInterrupt:
@@ -55,3 +74,29 @@ def error_line(error: BaseException, limit: int = 600) -> str:
         text = f"its message cannot be shown: {type(second).__name__}"
     name = type(error).__name__
     return printable(f"{name}: {text}" if text else name, limit)
+
+
+def suggestion(wrong: str, right: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest of the right names, or "" if none is close.
+
+    Example:
+        >>> suggestion("keep_raito", ["keep_ratio", "reach"])
+        "; did you mean 'keep_ratio'?"
+        >>> suggestion("zzz", ["keep_ratio", "reach"])
+        ''
+    """
+    if not isinstance(wrong, str) or len(wrong) > _LONGEST_NAME:
+        return ""
+    close = difflib.get_close_matches(wrong, list(right), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def docstring(cls: type) -> str:
+    """Return the docstring that the author of a class wrote, or "".
+
+    The signature that `dataclasses.dataclass` writes into classes without a docstring does not count.
+    """
+    text = getattr(cls, "__doc__", None)
+    if not isinstance(text, str) or text.startswith(f"{cls.__name__}("):
+        return ""
+    return inspect.cleandoc(text)

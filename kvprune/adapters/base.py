@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.probes import Probe
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import (
+    CompressionStateError,
     GuideError,
     IncompatibleTransformersError,
     PluginError,
@@ -23,26 +23,27 @@ from kvprune.errors import (
 )
 from kvprune.policy.base import CrossKVPolicy
 
-__all__ = [
-    "ModelAdapter",
-    "compressing",
-    "has_cache",
-    "named_arguments",
-]
+__all__ = ["ModelAdapter", "Site"]
 
 
-class _Hook:
-    """A hook of an adapter, which does nothing while the adapter stands aside."""
+@dataclass(frozen=True)
+class Site:
+    """One place where a model attends to encoder states.
 
-    def __init__(self, adapter: ModelAdapter, hook: Callable[..., Any]) -> None:
-        self.adapter = adapter
-        self.hook = hook
+    Attributes:
+        layer_idx: Of the decoder layer.
+        module: The cross-attention module.
+        states: Its argument for encoder states.
+        mask: Its argument for the attention mask.
+    """
 
-    def __call__(self, *call: Any) -> Any:
-        return None if self.adapter.is_aside else self.hook(*call)
+    layer_idx: int
+    module: Any
+    states: str
+    mask: str
 
 
-class ModelAdapter(ABC):
+class ModelAdapter(Attachment, ABC):
     """Translates the forward calls of one model family into calls of the manager.
 
     An adapter hooks modules of one model and restores it to the last attribute (KV12). It neither decides
@@ -59,11 +60,19 @@ class ModelAdapter(ABC):
     provides: ClassVar[frozenset[str]] = frozenset({"queries", "raw_keys", "features"})
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.is_aside = False
-        self._handles: list[RemovableHandle] = []
-        self._call_handles: list[RemovableHandle] = []
-        self._restore: list[Callable[[], None]] = []
+        super().__init__(model, type(self).family)
+        self._manager: CrossKVManager | None = None
+
+    @property
+    def manager(self) -> CrossKVManager:
+        """The manager that the adapter is attached to.
+
+        Raises:
+            CompressionStateError: If it is attached to none.
+        """
+        if self._manager is None:
+            raise CompressionStateError(f"the {self.family} adapter is attached to no model now")
+        return self._manager
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -99,30 +108,28 @@ class ModelAdapter(ABC):
         )
 
     @property
-    @abstractmethod
+    def sites(self) -> Sequence[Site]:
+        """The cross-attention modules of the model, in the order of their layers.
+
+        Raises:
+            UnsupportedModelError: If the adapter does not say where they are; then no oracle can look there.
+        """
+        raise UnsupportedModelError(
+            f"adapter {type(self).__name__} does not say where {self.family} attends to encoder states; "
+            "give it a property `sites` that returns one Site for each cross-attention module"
+        )
+
+    @property
     def layer_indices(self) -> Sequence[int]:
         """Indices of the cross-attention layers in the decoder, in order."""
+        return tuple(site.layer_idx for site in self.sites)
 
     @abstractmethod
     def attach(self, manager: CrossKVManager) -> None:
-        """Hook the model, so that the manager learns of each prefill and decoding reads what it kept."""
+        """Hook the model, so that the manager learns of each prefill and decoding reads what it kept.
 
-    def detach(self) -> None:
-        """Undo `attach` completely; harmless if nothing is attached."""
-        self.end_of_call()
-        while self._handles:
-            self._handles.pop().remove()
-        while self._restore:
-            self._restore.pop()()
-
-    @contextmanager
-    def standing_aside(self) -> Iterator[None]:
-        """Let the model run as if this adapter were not attached: another one may be, for as long."""
-        self.is_aside = True
-        try:
-            yield
-        finally:
-            self.is_aside = False
+        Set ``self._manager`` first: hooks find it as ``self.manager``.
+        """
 
     def geometry(self) -> Mapping[str, object] | None:
         """Return what two models must have in common so that a token means the same to both; None if unknown.
@@ -169,42 +176,6 @@ class ModelAdapter(ABC):
             f"use max_new_tokens=0, got {max_new_tokens}"
         )
 
-    def end_of_call(self) -> None:
-        """Remove the hooks that were made for one forward call."""
-        while self._call_handles:
-            self._call_handles.pop().remove()
-
-    def before(self, module: nn.Module, hook: Callable[..., Any], *, for_one_call: bool = False) -> None:
-        """Run ``hook(module, args, kwargs)`` before a module, until `detach` or `end_of_call`."""
-        handles = self._call_handles if for_one_call else self._handles
-        handles.append(module.register_forward_pre_hook(_Hook(self, hook), with_kwargs=True))
-
-    def after(
-        self,
-        module: nn.Module,
-        hook: Callable[..., Any],
-        *,
-        for_one_call: bool = False,
-        always: bool = False,
-    ) -> None:
-        """Run ``hook(module, args, kwargs, output)`` after a module, with ``always`` also if it raised."""
-        handles = self._call_handles if for_one_call else self._handles
-        handles.append(module.register_forward_hook(_Hook(self, hook), with_kwargs=True, always_call=always))
-
-    def override(self, module: nn.Module, attribute: str, value: object) -> None:
-        """Set an attribute on one module instance until `detach`, which restores what was there."""
-        missing = object()
-        before = module.__dict__.get(attribute, missing)
-
-        def restore() -> None:
-            if before is missing:
-                del module.__dict__[attribute]
-            else:
-                module.__dict__[attribute] = before
-
-        module.__dict__[attribute] = value
-        self._restore.append(restore)
-
     @classmethod
     def require_needs(cls, policy: CrossKVPolicy) -> None:
         """Raise if a policy needs what this adapter does not provide.
@@ -240,37 +211,3 @@ class ModelAdapter(ABC):
 
 def _listed(names: Collection[str]) -> str:
     return ", ".join(map(repr, sorted(names)))
-
-
-def compressing(model: nn.Module) -> str | None:
-    """Return what compresses a model or a part of it now, found by its hooks; None if nothing does."""
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _Hook) and not hook.adapter.is_aside:
-                return hook.adapter.family
-    return None
-
-
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward call by name, those given by position included."""
-    if not args:
-        return kwargs
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-    named: dict[str, Any] = dict(bound.arguments)
-    for name, parameter in inspect.signature(module.forward).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD and name in named:
-            named.update(named.pop(name))
-    return named
-
-
-def has_cache(named: Mapping[str, Any], config: Any) -> bool:
-    """Whether a forward call has a cache, or transformers will make one for it.
-
-    Args:
-        named: Its arguments by name.
-        config: Of the model that it calls.
-    """
-    use_cache = named.get("use_cache")
-    return named.get("past_key_values") is not None or bool(
-        config.use_cache if use_cache is None else use_cache
-    )

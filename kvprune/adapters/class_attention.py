@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kvprune.adapters.base import ModelAdapter, named_arguments
+from kvprune.adapters.arguments import named_arguments
+from kvprune.adapters.attachment import Attachment
 from kvprune.errors import UnsupportedModelError
 from kvprune.tokens.precision import accumulation_dtype
 
@@ -46,11 +47,11 @@ class ClassAttention:
     _keys: Tensor | None = field(default=None, init=False)
     _found: Tensor | None = field(default=None, init=False)
 
-    def hook(self, adapter: ModelAdapter) -> None:
-        """Hook the module for one forward call; the adapter removes the hooks when it ends."""
-        adapter.after(self.module.q_proj, self._after_q_proj, for_one_call=True)
-        adapter.after(self.module.k_proj, self._after_k_proj, for_one_call=True)
-        adapter.after(self.module, self._after_module, for_one_call=True)
+    def hook(self, attachment: Attachment) -> None:
+        """Hook the module for one forward call; the attachment removes the hooks when it ends."""
+        attachment.after(self.module.q_proj, self._after_q_proj, for_one_call=True)
+        attachment.after(self.module.k_proj, self._after_k_proj, for_one_call=True)
+        attachment.after(self.module, self._after_module, for_one_call=True)
 
     def by_column(self) -> Tensor:
         """Return the attention by column, float32 or float64 ``[R, S]``, 0 for class tokens and padding.

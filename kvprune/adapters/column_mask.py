@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvprune.adapters.features import to_query_heads
+from kvprune.cache.contents import Contents
 
 __all__ = ["ColumnMask"]
 
@@ -24,45 +25,32 @@ class ColumnMask:
         # Found by the identity of the slots, which costs the device nothing.
         self._made: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
 
-    def over(
-        self,
-        mask: Tensor | None,
-        slots: Tensor | None,
-        valid: Tensor | None,
-        *,
-        ragged: bool,
-        copies: int,
-        module: Any,
-        bias: Tensor | None = None,
-    ) -> Tensor | None:
+    def over(self, mask: Tensor | None, contents: Contents, module: Any) -> Tensor | None:
         """Cut a stock mask to the columns that are held, keeping its kind (bool, additive or none).
 
         With a bias it becomes an additive one.
 
         Args:
             mask: ``[B, 1, T or 1, S]`` or None.
-            slots: int64 ``[R, H or 1, K]``; None for all columns.
-            valid: bool, same shape.
-            ragged: Whether some entry is not valid.
-            copies: Rows of the batch for each of the R rows.
+            contents: What the layer holds while it attends.
             module: The attention module.
-            bias: ``[R, H or 1, K]``, added to the logits of each entry; None for nothing.
         """
+        slots, valid, bias = contents.slots, contents.valid, contents.bias
         if slots is None or valid is None:
             return mask
-        held = slots
         for known, known_bias, made in self._made:
-            if known is held and known_bias is bias:
+            if known is slots and known_bias is bias:
                 return made
         cut = None
-        if mask is not None or ragged or bias is not None:
+        if mask is not None or contents.ragged or bias is not None:
+            copies, rows = contents.copies, (slots, valid)
             if copies > 1:
-                slots, valid = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
-            cut = self._cut(mask, slots, valid)
+                rows = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
+            cut = self._cut(mask, *rows)
             if bias is not None:
                 cut = self._biased(cut, bias.repeat_interleave(copies, dim=0))
             cut = to_query_heads(cut, module)
-        self._made.append((held, bias, cut))
+        self._made.append((slots, bias, cut))
         return cut
 
     def _cut(self, mask: Tensor | None, slots: Tensor, valid: Tensor) -> Tensor:

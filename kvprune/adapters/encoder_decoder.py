@@ -14,20 +14,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from kvprune.adapters import tiny
-from kvprune.adapters.base import ModelAdapter, has_cache, named_arguments
+from kvprune.adapters.arguments import CACHE, cache_of, has_cache, named_arguments, with_cache
+from kvprune.adapters.base import ModelAdapter, Site
+from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
-from kvprune.adapters.features import gather_features
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
-from kvprune.adapters.prompts import plain_mask, rows_of
+from kvprune.adapters.prompts import decoder_prompt
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.cache.copies import Twins, find_twins
-from kvprune.cache.cross_layer import CrossKVLayer
-from kvprune.cache.placement import OneCrossLayer, open_for_prefill, open_layer, require_cache
+from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
@@ -35,7 +33,22 @@ from kvprune.tokens.layout import Layout
 from kvprune.tokens.randomness import fingerprint
 from kvprune.tokens.visibility import Visibility
 
-__all__ = ["BartAdapter", "EncoderDecoderAdapter", "WhisperAdapter"]
+__all__ = ["EncoderDecoderAdapter"]
+
+
+class _Call(Call):
+    """One call of the decoder.
+
+    Args:
+        manager: Is told of each prefill.
+        mask: Cuts the stock masks of the call.
+    """
+
+    keys_are_raw = True
+
+    def __init__(self, manager: CrossKVManager, mask: ColumnMask) -> None:
+        super().__init__(manager)
+        self.mask = mask
 
 
 class EncoderDecoderAdapter(ModelAdapter):
@@ -70,12 +83,17 @@ class EncoderDecoderAdapter(ModelAdapter):
         super().__init__(model)
         self._encoder: Any = model.get_encoder()  # type: ignore[operator]
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]
-        self._manager: CrossKVManager | None = None
         self._encoded: Tensor | None = None  # what the encoder read last
         self._prompt: int | None = None  # decoder tokens before the drafts of assisted decoding
-        self._captured: dict[str, Tensor] = {}
-        self._transient: CrossKVLayer | None = None  # stands in for a cache where there is none
-        self._mask = ColumnMask(self._decoder.dtype)  # of the decoder call that runs now
+        self._call: _Call | None = None  # the decoder call that runs now
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """The cross-attention of each decoder layer."""
+        return [
+            Site(layer_idx, getattr(layer, self.attention), self.states, self.mask)
+            for layer_idx, layer in enumerate(self._decoder.layers)
+        ]
 
     @property
     def layer_indices(self) -> Sequence[int]:
@@ -88,17 +106,14 @@ class EncoderDecoderAdapter(ModelAdapter):
         self.before(self._encoder, self._before_encoder)
         self.before(self._decoder, self._before_decoder)
         self.after(self._decoder, self._after_decoder, always=True)
-        for attention in self._attentions():
-            self.before(attention, self._before_attention)
+        for site in self.sites:
+            self.before(site.module, self._before_attention)
         ask = getattr(self.model, "_get_candidate_generator", None)
         if ask is not None:
             # Draft tokens must not vote. These models are not told how many there are, but here it shows.
             # A partial, not a closure: a deep copy of the model gets one of its own.
             noted = functools.partial(self._note_prompt, ask)
             self.override(self.model, "_get_candidate_generator", noted)
-
-    def _attentions(self) -> list[Any]:
-        return [getattr(layer, self.attention) for layer in self._decoder.layers]
 
     def _note_prompt(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the method that starts assisted decoding, which gets the tokens before the drafts."""
@@ -107,24 +122,6 @@ class EncoderDecoderAdapter(ModelAdapter):
         ids = inspect.signature(ask).bind(*args, **kwargs).arguments.get("input_ids")
         self._prompt = None if ids is None else int(ids.shape[1])
         return ask(*args, **kwargs)
-
-    def _hook_prefill(self, needs: frozenset[str], *, cached: bool) -> None:
-        """Add the hooks that only prefill needs."""
-        for attention in self._attentions():
-            self.after(attention, self._after_attention, for_one_call=True)
-            if "queries" in needs:
-                self._capture(attention, self.query, "queries")
-            if not cached:  # a cache would have told what they are
-                self._capture(attention, self.key, "keys")
-                self._capture(attention, self.value, "values")
-
-    def _capture(self, attention: Any, projection: str, name: str) -> None:
-        heads = attention.num_heads
-
-        def capture(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            self._captured[name] = rearrange(output, "b s (h d) -> b h s d", h=heads)
-
-        self.after(getattr(attention, projection), capture, for_one_call=True)
 
     def detach(self) -> None:
         """Undo `attach`, and let go of what the encoder read."""
@@ -140,14 +137,17 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._encoded, self._prompt = source, None
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._manager is not None
-        self._mask = ColumnMask(self._decoder.embed_tokens.weight.dtype)
+        self._call = _Call(self.manager, ColumnMask(self._decoder.embed_tokens.weight.dtype))
         named = named_arguments(module, args, kwargs)
-        states, cache = named.get("encoder_hidden_states"), named.get("past_key_values")
+        states, cache = named.get("encoder_hidden_states"), cache_of(named)
         if states is None or (
             isinstance(cache, EncoderDecoderCache) and all(map(cache.is_updated.get, self.layer_indices))
         ):
             return
+        self._begin(self._call, named, states)
+
+    def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
+        """Tell the manager that encoder states arrive, and what each text row may attend."""
         batch, columns = states.shape[:2]
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         decoder_mask = named.get("attention_mask")
@@ -161,58 +161,45 @@ class EncoderDecoderAdapter(ModelAdapter):
             # sequences before it, and takes the cache apart by these rows afterwards.
             read = None if self._encoded is None else max(1, batch // self._encoded.shape[0])
             twins = find_twins([tokens, *masks], [states], most=read)
+        copies, needs = twins.copies, call.needs
         drafts = 0 if self._prompt is None else tokens.shape[1] - self._prompt
         self._prompt = None
-        visibility = self._visibility(tokens[:, : tokens.shape[1] - drafts], states, *masks, twins.copies)
-        self._manager.begin(
-            visibility,
+        call.manager.begin(
+            self._visibility(tokens[:, : tokens.shape[1] - drafts], states, *masks, copies),
             columns,
-            lambda: self._sample_fingerprints(states, batch)[:: twins.copies],
+            lambda: self._sample_fingerprints(states, batch)[::copies],
             twins=twins,
             cached=cached,
             layout=lambda: Layout.line(columns, states.device),
-            prompt=self._guide_prompt(named, tokens.shape[1], drafts, twins.copies),
+            prompt=decoder_prompt(named, tokens.shape[1], drafts, copies) if "guidance" in needs else None,
         )
-        self._hook_prefill(self._manager.policy.needs, cached=cached)
-        if "text" in self._manager.policy.needs:
-            self._hook_text(named.get("attention_mask"), drafts, twins.copies, cached=cached)
+        self._hook_layers(call, cached=cached)
+        if "text" in needs:
+            self._hook_text(call, named.get("attention_mask"), drafts, copies, cached=cached)
 
-    def _hook_text(self, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
+    def _hook_layers(self, call: _Call, *, cached: bool) -> None:
+        """Add the hooks that only prefill needs."""
+        for site in self.sites:
+            attention, heads = site.module, site.module.num_heads
+            self.after(attention, self._after_attention, for_one_call=True)
+            if "queries" in call.needs:
+                call.keep_output(self, getattr(attention, self.query), "queries", heads)
+            if not cached:  # a cache would have told what they are
+                call.keep_output(self, getattr(attention, self.key), "keys", heads)
+                call.keep_output(self, getattr(attention, self.value), "values", heads)
+
+    def _hook_text(self, call: _Call, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
         """Capture the self-attention of each decoder layer."""
-        assert self._manager is not None
         modules = {
             layer_idx: getattr(layer, self.self_attention)
             for layer_idx, layer in enumerate(self._decoder.layers)
         }
         projections = self.query, self.key, self.value
-        name, manager = self._manager.policy.name, self._manager
+        name, manager = call.manager.policy.name, call.manager
         capture = TextCapture(
             name, lambda view, _: manager.after_text(view), modules, mask, drafts, copies, None, projections
         )
         capture.hook(self, set(modules), cached=cached)
-
-    def _guide_prompt(
-        self, named: dict[str, Any], length: int, drafts: int, copies: int
-    ) -> Callable[[Tensor], Prompt] | None:
-        """Return what makes the prompt for a guide; None if the policy does not ask for one."""
-        assert self._manager is not None
-        if "guidance" not in self._manager.policy.needs:
-            return None
-        cache = named.get("past_key_values")
-        if cache is not None and int(cache.get_seq_length()):
-            raise GuideError(
-                f"the decoder has read {int(cache.get_seq_length())} tokens before its encoder states came, "
-                "which its guide would not see; start with an empty cache"
-            )
-        mask = plain_mask(named.get("attention_mask"), length)
-        arguments = {}
-        for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
-            value = mask if name == "attention_mask" else named.get(name)
-            if isinstance(value, Tensor):
-                arguments[name] = rows_of(value, copies, length - drafts)
-        if isinstance(named.get("encoder_attention_mask"), Tensor):
-            arguments["encoder_attention_mask"] = rows_of(named["encoder_attention_mask"], copies)
-        return lambda features: Prompt(arguments, features)
 
     def replay(
         self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
@@ -273,19 +260,16 @@ class EncoderDecoderAdapter(ModelAdapter):
         return fingerprint(source).repeat_interleave(batch // source.shape[0])
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        assert self._manager is not None
-        if self._manager.in_prefill:
-            self._transient = None
-            self._captured = {}
+        self._call = None
+        if self.manager.in_prefill:
             self.end_of_call()
-            self._manager.end(completed=output is not None)
+            self.manager.end(completed=output is not None)
 
     def _before_attention(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        assert self._manager is not None
         named = named_arguments(module, args, kwargs)
-        cache, states = named.get("past_key_values"), named.get(self.states)
+        cache, states = cache_of(named), named.get(self.states)
         if states is None:
             return None
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
@@ -293,77 +277,36 @@ class EncoderDecoderAdapter(ModelAdapter):
                 f"cross-attention of {self.family} is cached in an EncoderDecoderCache, "
                 f"got {type(cache).__name__}"
             )
+        call = self._call or _Call(self.manager, ColumnMask(self._decoder.embed_tokens.weight.dtype))
         if cache is not None and cache.is_updated.get(module.layer_idx):
-            return (), self._decode(module, cache, named)
-        return (), self._receive(module, cache, named)
+            return (), self._decode(call, module, cache, named)
+        return (), self._receive(call, module, cache, named)
 
-    def _decode(self, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]) -> dict[str, Any]:
+    def _decode(
+        self, call: _Call, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]
+    ) -> dict[str, Any]:
         """Return a layer's arguments when it reads what is held."""
         layer = open_layer(require_cache(cache.cross_attention_cache), module.layer_idx)
-        mask = self._mask.over(
-            named.get(self.mask),
-            layer.slots,
-            layer.valid,
-            ragged=layer.ragged,
-            copies=layer.copies,
-            module=module,
-            bias=layer.bias,
-        )
+        mask = call.mask.over(named.get(self.mask), layer.contents, module)
         if not layer.is_readable:
-            cache = OneCrossLayer(module.layer_idx, *layer.spread())
-        return {**named, self.mask: mask, "past_key_values": cache}
+            named = with_cache(named, OneCrossLayer(module.layer_idx, *layer.spread()))
+        return {**named, self.mask: mask}
 
     def _receive(
-        self, module: Any, cache: EncoderDecoderCache | None, named: dict[str, Any]
+        self, call: _Call, module: Any, cache: EncoderDecoderCache | None, named: dict[str, Any]
     ) -> dict[str, Any]:
         """Return a layer's arguments when encoder states come: those that survived, and a mask as wide."""
-        assert self._manager is not None
-        if cache is None:
-            layer = self._transient = CrossKVLayer()
-        else:
-            warn = self._manager.report.warn
-            layer = open_for_prefill(cache.cross_attention_cache, module.layer_idx, warn)
-        states = named[self.states]
-        received = self._manager.before_layer(module.layer_idx, layer, states)
-        captures = "features" in self._manager.policy.needs
-        if received is None:
-            if captures:
-                self._captured["features"] = states
-            return named
-        mask = self._mask.over(
-            named.get(self.mask),
-            received.indices,
-            received.valid,
-            ragged=received.is_ragged,
-            copies=layer.copies,
-            module=module,
-        )
-        states = gather_features(states, received.repeat(layer.copies))
-        if captures:
-            self._captured["features"] = states
+        flat = None if cache is None else cache.cross_attention_cache
+        layer = call.layer_for(flat, module.layer_idx)
+        arrival, states = call.arrive(module.layer_idx, layer, named[self.states])
+        mask = call.mask.over(named.get(self.mask), arrival.contents, module)
         return {**named, self.states: states, self.mask: mask}
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        manager, captured = self._manager, self._captured
-        assert manager is not None
-        if self._transient is not None:
-            layer = self._transient
-            layer.update(captured.pop("keys"), captured.pop("values"))
-        else:
-            cached = kwargs["past_key_values"].cross_attention_cache.layers[module.layer_idx]
-            assert isinstance(cached, CrossKVLayer)
-            layer = cached
-        # These families have no key norm: what is cached is what was projected.
-        raw_keys = layer.spread()[0] if "raw_keys" in manager.policy.needs else None
-        manager.after_layer(
-            module.layer_idx,
-            layer,
-            scaling=module.scaling,
-            queries=captured.pop("queries", None),
-            raw_keys=raw_keys,
-            features=captured.pop("features", None),
-        )
-        self._transient = None
+        assert self._call is not None
+        cache = cache_of(kwargs)
+        flat = None if cache is None else cache.cross_attention_cache
+        self._call.leave(module.layer_idx, module.layer_idx, flat, scaling=module.scaling)
 
     @classmethod
     def probe(cls) -> list[Probe]:
@@ -382,39 +325,5 @@ class EncoderDecoderAdapter(ModelAdapter):
                 starts,
                 f"{'has' if starts else 'lacks'} _get_candidate_generator, which tells drafts from prompts",
             ),
-            *probe_signatures(
-                cls.modeling_module, {cls.attention_class: (cls.states, cls.mask, "past_key_values")}
-            ),
+            *probe_signatures(cls.modeling_module, {cls.attention_class: (cls.states, cls.mask, CACHE)}),
         ]
-
-
-class BartAdapter(EncoderDecoderAdapter):
-    """BART."""
-
-    family = "BART"
-    model_classes = ("BartForConditionalGeneration", "BartModel")
-    modeling_module = "transformers.models.bart.modeling_bart"
-    attention_class = "BartAttention"
-    self_attention = "self_attn"
-    provides = EncoderDecoderAdapter.provides | {"text"}
-
-    @classmethod
-    def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
-        """Return a tiny BART, and texts of several lengths."""
-        return tiny.example_bart(dtype)
-
-
-class WhisperAdapter(EncoderDecoderAdapter):
-    """Whisper, whose encoder columns are audio frames."""
-
-    family = "Whisper"
-    model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
-    modeling_module = "transformers.models.whisper.modeling_whisper"
-    attention_class = "WhisperAttention"
-    self_attention = "self_attn"
-    provides = EncoderDecoderAdapter.provides | {"text"}
-
-    @classmethod
-    def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
-        """Return a tiny Whisper, and two sounds."""
-        return tiny.example_whisper(dtype)

@@ -26,7 +26,7 @@ def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> l
 
     Args:
         module_name: Dotted name of a modeling file of transformers.
-        wanted: Parameters of ``forward`` by class name.
+        wanted: Parameters of ``forward`` by class name; "new|old" is one of several names.
     """
     try:
         module = importlib.import_module(module_name)
@@ -38,8 +38,8 @@ def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> l
         if found is None:
             probes.append(Probe(name, False, f"is gone from {module_name}"))
             continue
-        known = inspect.signature(inspect.unwrap(found.forward)).parameters
-        missing = [parameter for parameter in parameters if parameter not in known]
+        known = inspect.signature(inspect.unwrap(found.forward)).parameters.keys()
+        missing = [parameter for parameter in parameters if not known & set(parameter.split("|"))]
         detail = (
             f"forward lacks {', '.join(missing)}" if missing else f"forward takes {', '.join(parameters)}"
         )

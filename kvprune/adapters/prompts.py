@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvprune.adapters.arguments import cache_of
+from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
 
-__all__ = ["copied_cache", "plain_mask", "rows_of"]
+__all__ = ["copied_cache", "decoder_prompt", "plain_mask", "rows_of"]
 
 
 def rows_of(tensor: Tensor, copies: int, rows: int | None = None) -> Tensor:
@@ -51,3 +54,34 @@ def copied_cache(cache: Any, batch: int, copies: int) -> Any:
             f"cannot be copied ({type(error).__name__}: {str(error)[:200]}); start the conversation anew"
         ) from error
     return past
+
+
+def decoder_prompt(
+    named: Mapping[str, Any], length: int, drafts: int, copies: int
+) -> Callable[[Tensor], Prompt]:
+    """Return what makes the prompt of a decoder call for a guide, given the features of its columns.
+
+    Args:
+        named: Arguments of the call by name.
+        length: Text rows of the call.
+        drafts: How many of them, at the end, are drafts.
+        copies: Consecutive rows of the batch that are equal.
+
+    Raises:
+        GuideError: If the decoder has read tokens before its encoder states came.
+    """
+    cache = cache_of(named)
+    if cache is not None and int(cache.get_seq_length()):
+        raise GuideError(
+            f"the decoder has read {int(cache.get_seq_length())} tokens before its encoder states came, "
+            "which its guide would not see; start with an empty cache"
+        )
+    mask = plain_mask(named.get("attention_mask"), length)
+    arguments = {}
+    for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
+        value = mask if name == "attention_mask" else named.get(name)
+        if isinstance(value, Tensor):
+            arguments[name] = rows_of(value, copies, length - drafts)
+    if isinstance(named.get("encoder_attention_mask"), Tensor):
+        arguments["encoder_attention_mask"] = rows_of(named["encoder_attention_mask"], copies)
+    return lambda features: Prompt(arguments, features)

@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from kvprune.adapters.base import ModelAdapter, named_arguments
+from kvprune.adapters.arguments import cache_of, named_arguments
+from kvprune.adapters.attachment import Attachment
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.errors import UnsupportedCacheError
 from kvprune.policy.text_view import TextView
@@ -55,11 +56,11 @@ class TextCapture:
 
     _names: ClassVar[tuple[str, str, str]] = ("queries", "keys", "values")
 
-    def hook(self, adapter: ModelAdapter, layers: set[int], *, cached: bool) -> None:
+    def hook(self, attachment: Attachment, layers: set[int], *, cached: bool) -> None:
         """Hook some layers for one forward call.
 
         Args:
-            adapter: Removes the hooks when the call ends.
+            attachment: Removes the hooks when the call ends.
             layers: Indices of the layers that are captured.
             cached: Whether keys and values can be read from a cache.
         """
@@ -67,8 +68,10 @@ class TextCapture:
             module = self.modules[layer_idx]
             for name, projection in zip(self._names, self.projections, strict=True):
                 if name == "queries" or not cached:
-                    adapter.after(getattr(module, projection), self._catch(module, name), for_one_call=True)
-            adapter.after(module, self._look(layer_idx), for_one_call=True)
+                    attachment.after(
+                        getattr(module, projection), self._catch(module, name), for_one_call=True
+                    )
+            attachment.after(module, self._look(layer_idx), for_one_call=True)
 
     def _catch(self, module: Any, name: str) -> Callable[..., None]:
         heads = module.num_heads
@@ -83,7 +86,7 @@ class TextCapture:
     def _look(self, layer_idx: int) -> Callable[..., None]:
         def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             named = named_arguments(module, args, kwargs)
-            self.done(self._view(layer_idx, module, named), named.get("past_key_values"))
+            self.done(self._view(layer_idx, module, named), cache_of(named))
 
         return look
 
@@ -94,7 +97,7 @@ class TextCapture:
             queries, rotated = self.rotate(queries, queries[:, :0] if fresh is None else fresh, named)
             fresh = None if fresh is None else rotated
         if fresh is None:
-            keys, values = self._cached(named["past_key_values"], layer_idx)
+            keys, values = self._cached(cache_of(named), layer_idx)
         else:
             keys, values = fresh, self._projected.pop("values")
         entries, one = keys.shape[2], slice(None, None, self.copies)

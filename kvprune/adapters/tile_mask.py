@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvprune.adapters.features import to_query_heads
-from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.contents import Contents
 
 __all__ = ["TileMask"]
 
@@ -38,62 +38,40 @@ class TileMask:
             bias = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
             self._bias = bias.masked_fill(sees & ~rows, torch.finfo(dtype).min)
 
-    def over(
-        self,
-        slots: Tensor | None,
-        valid: Tensor | None,
-        *,
-        ragged: bool,
-        copies: int,
-        module: Any,
-        bias: Tensor | None = None,
-    ) -> Tensor | None:
+    def over(self, contents: Contents, module: Any) -> Tensor | None:
         """Additive mask over held columns, ``[B, 1 or heads, T, K]``; None where all may attend to all.
 
         Args:
-            slots: int64 ``[R, H or 1, K]``, the columns held; None for all.
-            valid: bool, same shape.
-            ragged: Whether some entry is not valid.
-            copies: Rows of the batch for each of the R rows.
+            contents: What the layer holds while it attends.
             module: The attention module.
-            bias: ``[R, H or 1, K]``, added to the logits of each entry; None for nothing.
         """
-        if self._bias is None and not ragged and bias is None:
+        slots, valid, bias = contents.slots, contents.valid, contents.bias
+        if self._bias is None and not contents.ragged and bias is None:
             return None
         for known, known_bias, mask in self._made:
             if known is slots and known_bias is bias:
                 return mask
-        made = self._all() if slots is None or valid is None else self._cut(slots, valid, ragged, copies)
+        made = self._all() if slots is None or valid is None else self._cut(slots, valid, contents)
         if bias is not None:
-            made = made + bias.repeat_interleave(copies, dim=0)[:, :, None].to(made)
+            made = made + bias.repeat_interleave(contents.copies, dim=0)[:, :, None].to(made)
         made = to_query_heads(made, module)
         self._made.append((slots, bias, made))
         return made
-
-    def over_layer(self, layer: CrossKVLayer, module: Any) -> Tensor | None:
-        """Additive mask over what a layer holds, ``[B, 1 or heads, T, K]``."""
-        return self.over(
-            layer.slots,
-            layer.valid,
-            ragged=layer.ragged,
-            copies=layer.copies,
-            module=module,
-            bias=layer.bias,
-        )
 
     def _all(self) -> Tensor:
         assert self._bias is not None
         return self._bias[:, None, :, :, None].expand(-1, -1, -1, -1, self.patches).flatten(3)
 
-    def _cut(self, slots: Tensor, valid: Tensor, ragged: bool, copies: int) -> Tensor:
+    def _cut(self, slots: Tensor, valid: Tensor, contents: Contents) -> Tensor:
+        copies = contents.copies
         if copies > 1:
             slots, valid = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
         if self._bias is None:
-            mask = torch.zeros(valid.shape, dtype=self.dtype, device=valid.device)[:, :, None]
+            mask = torch.zeros(valid.shape, dtype=self.dtype, device=valid.device)[:, :, None]  # [B, H, 1, K]
         else:
-            tiles = (slots // self.patches).to(self._bias.device)[:, :, None]
+            tiles = (slots // self.patches).to(self._bias.device)[:, :, None]  # [B, H, 1, K]
             by_head = self._bias[:, None].expand(-1, tiles.shape[1], -1, -1)
             mask = by_head.gather(-1, tiles.expand(-1, -1, by_head.shape[2], -1))
-        if ragged:
+        if contents.ragged:
             mask = mask.masked_fill(~valid[:, :, None].to(mask.device), torch.finfo(self.dtype).min)
         return mask

@@ -21,51 +21,26 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from kvprune.cache.contents import Arrival, Contents, HeldEntries
 from kvprune.cache.copies import Twins
-from kvprune.cache.pools import Part, join, lower, pack_left
-from kvprune.cache.quantization import QUANTIZED_BITS, Pool, gather_entries
-from kvprune.errors import SelectionError, UnsupportedCacheError
-from kvprune.tokens.merging import Merge, merge_heads
-from kvprune.tokens.precision import accumulation_dtype
-from kvprune.tokens.selection import OWN_BITS, Selection
+from kvprune.cache.retention import retained
+from kvprune.tokens.selection import Selection
 
 __all__ = ["CrossKVLayer"]
 
 
-class CrossKVLayer(DynamicLayer):
-    """Kept keys and values of one cross-attention layer.
+class CrossKVLayer(HeldEntries):
+    """Kept keys and values of one cross-attention layer, and all that a cache may do with them.
 
-    Attributes:
-        keys, values: ``[R, Hkv, K', D]``, R being the batch B divided by `copies`: entries in the own dtype.
-            Where all entries are quantized, a view of one number with K' = 1 stands for them, because
-            Mllama skips a layer whose keys are empty.
-        pools: Quantized entries; the K entries are those of the pools in order, and then these K'.
-        columns: Columns seen so far, S: what stock transformers would hold.
-        slots: int64 ``[R, H or 1, K]``, the column each entry came from; None while all S are held.
-        valid: bool, same shape; false where an entry only pads a ragged batch. None while ``slots`` is None.
-        bias: ``[R, H or 1, K]``, what decoding adds to the logits of each entry; None while that is nothing.
-        ragged: Whether some entry may be invalid, known without asking the device.
-        twins: Which rows of the batch are held as one.
+    See `HeldEntries` for the attributes.
     """
 
     # Shapes do not change while decoding, and nothing is read from the device.
     is_compileable = True
 
-    # Optional in the base class; here they are read only once they are filled.
-    keys: Tensor
-    values: Tensor
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.pools: tuple[Pool, ...] = ()
-        self._stands_in = True  # keys and values are no entries
-        self.columns = 0
-        self.slots: Tensor | None = None
-        self.valid: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.ragged = False
-        self.twins = Twins()
-        self._announced: Selection | None = None
+        super().__init__()
+        self._arrival: Arrival | None = None
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> Self:
@@ -78,152 +53,37 @@ class CrossKVLayer(DynamicLayer):
             adopted.columns = keys.shape[-2]
         return adopted
 
-    @property
-    def is_filled(self) -> bool:
-        """Whether anything is held."""
-        return self.columns > 0
-
-    @property
-    def copies(self) -> int:
-        """Consecutive rows of the batch for which each row that is held stands."""
-        return self.twins.copies
-
-    @property
-    def width(self) -> int:
-        """Entries held per row and KV head, K."""
-        return sum(self.widths.values())
-
-    @property
-    def widths(self) -> dict[int, int]:
-        """Entries held per row and KV head by their bits, 16 standing for the own dtype."""
-        if not self.is_filled:
-            return {}
-        widths = {OWN_BITS: self.own} if self.own else {}
-        return widths | {pool.bits: pool.width for pool in self.pools}
-
-    @property
-    def own(self) -> int:
-        """Entries held in the own dtype per row and KV head, K'."""
-        return 0 if self._stands_in else self.keys.shape[-2]
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether attention can read keys and values as they are: nothing is quantized, no rows are one."""
-        return self.copies == 1 and not self.pools
-
-    def held_columns(self) -> Tensor:
-        """Return which columns are held, bool ``[R, H or 1, S]``."""
-        slots, valid = self.entries()
-        held = torch.zeros(*slots.shape[:2], self.columns + 1, dtype=torch.bool, device=slots.device)
-        # Padding may name any column; it goes to one beyond the last.
-        return held.scatter_(-1, torch.where(valid, slots, self.columns), True)[..., :-1]
-
-    def selection(self) -> Selection:
-        """Return which columns are held for R rows, in order of columns, and in which precision."""
-        slots, valid = self.entries()
-        if not self.pools:
-            if self.ragged:  # where an image came later, padding lies before its columns
-                return Selection.from_mask(self.held_columns())
-            return Selection.trusted(slots, valid, self.columns)
-        bits = self._bits().expand(*slots.shape[:2], -1)
-        by_column = torch.full(
-            (*slots.shape[:2], self.columns + 1), OWN_BITS, dtype=torch.uint8, device=slots.device
-        )
-        by_column.scatter_(-1, torch.where(valid, slots, self.columns), bits)
-        return Selection.from_mask(self.held_columns(), by_column[..., :-1])
-
-    def _bits(self) -> Tensor:
-        """Return the bits of each entry, uint8 ``[K]``."""
-        widths = [(pool.bits, pool.width) for pool in self.pools] + [(OWN_BITS, self.own)]
-        return torch.cat(
-            [torch.full((n,), bits, dtype=torch.uint8, device=self.keys.device) for bits, n in widths]
-        )
-
-    @property
-    def _tensors(self) -> list[Tensor]:
-        """All keys and values that are held, in whichever form."""
-        own = [self.keys, self.values] if self.own else []
-        return own + [tensor for pool in self.pools for tensor in pool.tensors]
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of the keys and values that are held, padding of ragged batches included.
-
-        Of quantized entries, these are their codes and the ends of their groups.
-        """
-        return sum(tensor.nbytes for tensor in self._tensors) if self.is_filled else 0
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes of keys and values that stock transformers would hold, for each row of the batch."""
-        return self._bytes_of(self.columns) * self.copies if self.is_filled else 0
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the copy in the own dtype that one call reads where something is quantized, by R rows."""
-        return self._bytes_of(self.width) if self.pools else 0
-
-    def _bytes_of(self, entries: int) -> int:
-        """Return the bytes of so many entries per row and KV head in the own dtype."""
-        shapes = ((tensor.shape, tensor.element_size()) for tensor in (self.keys, self.values))
-        return entries * sum(shape[0] * shape[1] * shape[-1] * size for shape, size in shapes)
-
-    @property
-    def bytes_behind(self) -> int:
-        """Bytes of memory behind the keys and values: more than `bytes_held` if they are views of more."""
-        if not self.is_filled:
-            return 0
-        buffers = {
-            storage.data_ptr(): storage.nbytes()
-            for storage in (tensor.untyped_storage() for tensor in self._tensors)
-        }
-        return sum(buffers.values())
-
-    @property
-    def bytes_of_bookkeeping(self) -> int:
-        """Bytes of the column numbers, validity flags and bias beside the keys and values."""
-        beside = (self.slots, self.valid, self.bias)
-        held = sum(tensor.nbytes for tensor in beside if tensor is not None)
-        if not self.is_filled or self.own:
-            return held
-        return held + self.keys.element_size() + self.values.element_size()  # what stands for no entry
-
-    def announce(self, arriving: Selection | None, twins: Twins | None = None) -> None:
-        """Say what the next `update` brings.
+    def expect(self, received: Selection | None, columns: int, twins: Twins | None = None) -> Arrival:
+        """Say what the next `update` brings, and return what the layer will hold then.
 
         Args:
-            arriving: Which of the new columns, for each row that will be held; None means all of them.
+            received: Which of the new columns arrive, for each row that will be held; None for all of them.
+            columns: How many new columns there are, dropped ones included.
             twins: Which of the batch's rows are equal, so that one of each may be held. A layer that is
                 filled already takes them only if it holds the same ones as one; else it holds all rows.
         """
-        self._announced = arriving
         if not self.is_filled:
             self.twins = twins or Twins()
+        self._arrival = Arrival(received, columns, self._contents_after(received, columns))
+        return self._arrival
 
-    def expected(self, columns: int) -> tuple[Tensor, Tensor] | None:
-        """Return slots and validity after the announced update of ``columns`` new columns.
-
-        None means all columns, in order.
-        """
-        arriving = self._announced
-        if self.slots is None and arriving is None:
-            return None
-        if arriving is None:
-            assert self.slots is not None
-            arriving = Selection.all(self.slots.shape[0], columns, self.slots.device)
+    def _contents_after(self, received: Selection | None, columns: int) -> Contents:
+        if received is None:
+            if self.slots is None:
+                return Contents(copies=self.copies)
+            received = Selection.all(self.slots.shape[0], columns, self.slots.device)
+        ragged = self.ragged or received.is_ragged
         if not self.is_filled:
-            return arriving.indices, arriving.valid
+            return Contents(received.indices, received.valid, None, ragged, self.copies)
         slots, valid = self.entries()
         heads = slots.shape[1]
-        new_slots = (arriving.indices + self.columns).to(slots.device).expand(-1, heads, -1)
-        new_valid = arriving.valid.to(valid.device).expand(-1, heads, -1)
-        return torch.cat([slots, new_slots], -1), torch.cat([valid, new_valid], -1)
-
-    def expected_bias(self, entries: int) -> Tensor | None:
-        """Return the bias once there are ``entries`` entries: those that come have none."""
-        if self.bias is None:
-            return None
-        return torch.nn.functional.pad(self.bias, (0, entries - self.bias.shape[-1]))
+        new_slots = (received.indices + self.columns).to(slots.device).expand(-1, heads, -1)
+        new_valid = received.valid.to(valid.device).expand(-1, heads, -1)
+        slots, valid = torch.cat([slots, new_slots], -1), torch.cat([valid, new_valid], -1)
+        bias = self.bias
+        if bias is not None:  # entries that come have none
+            bias = torch.nn.functional.pad(bias, (0, slots.shape[-1] - bias.shape[-1]))
+        return Contents(slots, valid, bias, ragged, self.copies)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -236,9 +96,7 @@ class CrossKVLayer(DynamicLayer):
             args: Not used.
             kwargs: Not used.
         """
-        arriving = self._announced
-        columns = key_states.shape[-2] if arriving is None else arriving.columns
-        expected = self.expected(columns)
+        arrival = self._arrival or self.expect(None, key_states.shape[-2], self.twins)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.is_filled:  # each row on its own, and new entries at the end
@@ -251,92 +109,29 @@ class CrossKVLayer(DynamicLayer):
             self._hold(keys, values)
             if self.copies > 1:  # cloned: a view would keep the rows alive that it leaves out
                 self._hold(keys[:: self.copies].clone(), values[:: self.copies].clone())
-        self.columns += columns
-        if expected is not None:
-            self.slots, self.valid = expected
-            self.bias = self.expected_bias(self.slots.shape[-1])
-            self.ragged = self.ragged or (arriving is not None and arriving.is_ragged)
-        self._announced = None
+        self.columns += arrival.columns
+        after = arrival.contents
+        self.slots, self.valid, self.bias, self.ragged = after.slots, after.valid, after.bias, after.ragged
+        self._arrival = None
         return keys, values
 
-    def retain(self, kept: Tensor, merge: Merge | None = None, bits: Tensor | None = None) -> None:
-        """Drop what is not kept, and free its memory; what is merged lives on in what is kept.
+    def retain(self, kept: Selection) -> None:
+        """Drop the entries that are not kept, and free their memory; what is merged lives on in what is kept.
 
         Args:
-            kept: bool ``[R, H or 1, K]`` over the entries that are held now.
-            merge: Over the same entries, the shape of ``kept``. Where it is given, entries that only pad are
-                not kept.
-            bits: uint8, the shape of ``kept``, the precision in which each of them is held from now on.
-                Quantized entries stay as they are, whatever it says of them.
+            kept: Which of the K entries stay, with what is merged into them, or the precision in which they
+                are held from now on (see `retained`).
 
         Raises:
-            SelectionError: If a row keeps nothing (KV03).
-            QuantizationError: If something that is to be quantized is not finite.
-            UnsupportedCacheError: If entries would be both merged and quantized.
+            QuantizationError, UnsupportedCacheError: See `retained`.
         """
-        if self.valid is not None:
-            kept = kept & self.valid
-        if merge is not None:
-            if self.pools:
-                raise UnsupportedCacheError(
-                    "entries of this cache are quantized, and a later decision merges entries; a cache does "
-                    "one of the two: start with an empty one"
-                )
-            self._merge(kept, merge)
+        after = retained(self, kept)
+        if after is None:
             return
-        slots, _ = self.entries()
-        heads = max(slots.shape[1], kept.shape[1])
-        slots, kept = (tensor.expand(-1, heads, -1) for tensor in (slots, kept))
-        quantized = self.width - self.own
-        quantize = lower(kept[..., quantized:], None if bits is None else bits[..., quantized:])
-        if bool(kept.all()) and not quantize:
-            return
-        if not bool(kept.any(-1).all()):
-            raise SelectionError("KV03: a selection keeps at least one token per row; a row keeps none")
-        parts, own = self._keep_pools(kept), kept[..., quantized:]
-        for width, chosen in quantize.items():
-            place, valid = pack_left(chosen)
-            parts.append(Part(Pool.of(self.keys, self.values, place, width), place + quantized, valid))
-            own = own & ~chosen
-        place, valid = pack_left(own)
-        self._hold(gather_entries(self.keys, place), gather_entries(self.values, place))
-        joined = [join(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])]
-        self.pools = tuple(part.pool for part in joined)
-        places = torch.cat([*(part.places for part in joined), place + quantized], -1)
-        self.slots = slots.gather(-1, places)
-        self.valid = torch.cat([*(part.valid for part in joined), valid], -1)
-        self.ragged = not bool(self.valid.all())
-        if self.bias is not None:
-            self.bias = self.bias.expand(-1, heads, -1).gather(-1, places)
-
-    def _keep_pools(self, kept: Tensor) -> list[Part]:
-        """Return what is kept of the pools."""
-        parts, first = [], 0
-        for pool in self.pools:
-            place, valid = pack_left(kept[..., first : first + pool.width])
-            if place.shape[-1]:
-                parts.append(Part(pool.at(place), place + first, valid))
-            first += pool.width
-        return parts
-
-    def _merge(self, kept: Tensor, merge: Merge) -> None:
-        """Let what is dropped live on in what is kept."""
-        positions = Selection.from_mask(kept)
-        slots, _ = self.entries()
-        heads, entries = positions.indices.shape[1:]
-        self._hold(
-            merge_heads(self.keys, merge, entries, renormalize=merge.renormalize_keys),
-            merge_heads(self.values, merge, entries),
-        )
-        self.slots = slots.expand(-1, heads, -1).gather(-1, positions.indices)
-        self.valid, self.ragged = positions.valid, positions.is_ragged
-        if self.bias is not None:
-            self.bias = self.bias.expand(-1, heads, -1).gather(-1, positions.indices)
-        if merge.size_bias:
-            dtype = accumulation_dtype(self.keys)
-            # Entries that have a bias already came earlier and take no members, so their logarithm is 0.
-            sizes = merge.members(entries).clamp(min=1).to(dtype).log()
-            self.bias = sizes if self.bias is None else self.bias + sizes
+        self._hold(after.keys, after.values)
+        self.pools = after.pools
+        self.slots, self.valid, self.bias = after.slots, after.valid, after.bias
+        self.ragged = not bool(after.valid.all())
 
     def spread(self) -> tuple[Tensor, Tensor]:
         """Return keys and values for each row of the batch in the own dtype, ``[B, Hkv, K, D]``.
@@ -376,7 +171,7 @@ class CrossKVLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything that is held."""
         super().reset()
-        self.columns, self.slots, self.valid, self.ragged, self._announced = 0, None, None, False, None
+        self.columns, self.slots, self.valid, self.ragged, self._arrival = 0, None, None, False, None
         self.bias = None
         self.pools, self._stands_in = (), True
         self.twins = Twins()
@@ -431,10 +226,3 @@ class CrossKVLayer(DynamicLayer):
                 side.new_zeros(1).expand(*side.shape[:2], 1, side.shape[-1]) for side in (keys, values)
             )
         self.keys, self.values = keys, values
-
-    def entries(self) -> tuple[Tensor, Tensor]:
-        """Return the column and the validity of each entry, ``[R, H or 1, K]``, also if all are held."""
-        if self.slots is not None and self.valid is not None:
-            return self.slots, self.valid
-        everything = Selection.all(self.keys.shape[0], self.columns, self.keys.device)
-        return everything.indices, everything.valid

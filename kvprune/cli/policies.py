@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
 from kvprune.errors import PluginError
-from kvprune.text import error_line, printable
+from kvprune.text import docstring, error_line, printable
 
 if TYPE_CHECKING:
     from kvprune.session.registry import PolicyEntry
@@ -25,7 +24,7 @@ def list_policies(debug: Debug = False) -> None:
         found = load_quietly()
         table = make_table("policy", "version", "plugin (distribution)", "what it does")
         for entry in found.policies.values():
-            claim = " ".join(_docstring(entry.cls).partition("\n\n")[0].split())
+            claim = " ".join(docstring(entry.cls).partition("\n\n")[0].split())
             plugin = f"{entry.plugin} ({entry.distribution})"
             table.add_row(entry.name, str(entry.version), plugin, printable(claim, 400))
         make_console().print(table)
@@ -89,14 +88,6 @@ def _default(option: dataclasses.Field[Any]) -> str:
     return written(default.nested_spec if isinstance(default, CrossKVPolicy) else default)
 
 
-def _docstring(cls: type) -> str:
-    """Return the docstring that the author wrote; "" if it is the signature that dataclass generates."""
-    text = getattr(cls, "__doc__", None)
-    if not isinstance(text, str) or text.startswith(f"{cls.__name__}("):
-        return ""
-    return inspect.cleandoc(text)
-
-
 def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
     """Return a class's docstring without its arguments, and the meaning of each argument by name.
 
@@ -104,10 +95,10 @@ def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
     """
     meanings: dict[str, str] = {}
     for cls in reversed(policy.__mro__):
-        arguments = _ARGUMENTS.search(_docstring(cls))
+        arguments = _ARGUMENTS.search(docstring(cls))
         for name, meaning in _ARGUMENT.findall(arguments[1] if arguments else ""):
             meanings[name] = " ".join(meaning.split())
-    text = _ARGUMENTS.sub("", _docstring(policy))
+    text = _ARGUMENTS.sub("", docstring(policy))
     return re.sub("\n{3,}", "\n\n", text).strip(), meanings
 
 

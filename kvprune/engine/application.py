@@ -1,4 +1,4 @@
-"""What a cache layer keeps of what it holds, once the policy has decided; and what is reported of it.
+"""Applies a decision to a cache layer, and says in terms of columns what was done.
 
 Entries of earlier images stay as long as decoding can see them; new ones as the decision says.
 """
@@ -12,49 +12,70 @@ from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.engine.prefill import Asked, Prefill
+from kvprune.errors import UnsupportedCacheError
+from kvprune.policy.base import CrossKVPolicy
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.merging import Merge
+from kvprune.tokens.reindexing import among_entries, anchors, of_columns, positions
 from kvprune.tokens.selection import OWN_BITS, Selection
-from kvprune.tokens.translation import among_entries, anchors, of_columns, positions
-from kvprune.tokens.visibility import Visibility
 
-__all__ = ["attended", "carrying", "retain"]
+__all__ = ["attended", "carrying", "require_onward", "retain"]
 
 
 def retain(prefill: Prefill, decision: Decision, asked: Asked) -> Merge | None:
     """Let a layer keep what was decided; return what was merged, in terms of its columns."""
     layer, selection = asked.layer, decision.cache
-    kept = _kept(prefill, decision, asked.view.visibility, layer, asked.first)
-    if selection is None or selection.merge is None:
-        layer.retain(kept, bits=_bits(decision, layer, asked.first))
+    if selection is not None and selection.merge is not None:
+        return _retain_merged(prefill, decision, selection, asked)
+    if selection is not None and _is_final(prefill, selection, asked):
+        layer.retain(selection)
         return None
+    kept = _kept(prefill, decision, asked)
+    layer.retain(Selection.from_mask(kept, _bits(decision, layer, asked.first)))
+    return None
+
+
+def _is_final(prefill: Prefill, selection: Selection, asked: Asked) -> bool:
+    """Whether a selection of the view's columns says all there is to say about the entries of the layer.
+
+    It does unless earlier images are held, or it keeps columns that decoding cannot see: a sample to which no
+    image came selects a placeholder.
+    """
+    if asked.first or selection.indices.device != asked.layer.keys.device:
+        return False
+    visible = asked.view.visibility.by_column(prefill.visibility.decode_units)  # [R, S]
+    by_head = visible.to(selection.indices.device)[:, None].expand(-1, selection.indices.shape[1], -1)
+    return bool((by_head.gather(-1, selection.indices) | ~selection.valid).all())
+
+
+def _retain_merged(prefill: Prefill, decision: Decision, selection: Selection, asked: Asked) -> Merge | None:
+    """Let a layer keep what was decided, and merge what is dropped into it."""
+    layer = asked.layer
     slots, valid = layer.entries()
-    kept = kept & valid
+    kept = _kept(prefill, decision, asked) & valid
     merge = among_entries(selection, kept, asked.first)
-    layer.retain(kept, merge)
+    places = Selection.from_mask(kept)
+    layer.retain(places.with_merge(merge))
     return None if merge is None else of_columns(merge, slots, valid, layer.columns)
 
 
-def _kept(
-    prefill: Prefill, decision: Decision, arriving: Visibility, layer: CrossKVLayer, first: int
-) -> Tensor:
+def _kept(prefill: Prefill, decision: Decision, asked: Asked) -> Tensor:
     """Return which entries of a layer stay, bool ``[R, H or 1, K]``."""
+    layer, first = asked.layer, asked.first
     device = layer.keys.device
-    decodable = prefill.visibility.decode_units
-    new = arriving.by_column(decodable)[:, None].to(device)
+    decodable = prefill.visibility.decode_units  # [R, U]
+    new = asked.view.visibility.by_column(decodable)[:, None].to(device)  # [R, 1, S]
     if decision.cache is not None:
-        # A sample to which no image came selects a placeholder of what it cannot see; that goes here.
-        new = new & decision.cache.to_mask().to(device)
-    if first == 0:
-        return new
-    # Entries of earlier images stay as long as decoding can see them.
-    slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)
-    batch, heads, _ = slots.shape
-    all_units = prefill.visibility.units[:, None].expand(batch, heads, -1)
-    units = all_units.gather(-1, slots)
-    old = decodable[:, None].expand(-1, heads, -1).gather(-1, units).to(device)
-    width = max(heads, new.shape[1])
-    return torch.cat([old.expand(-1, width, -1), new.expand(-1, width, -1)], dim=-1)
+        new = new & decision.cache.mask.to(device)
+    if first:
+        # Entries of earlier images stay as long as decoding can see them.
+        slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)
+        batch, heads, _ = slots.shape
+        units = prefill.visibility.units[:, None].expand(batch, heads, -1).gather(-1, slots)
+        old = decodable[:, None].expand(-1, heads, -1).gather(-1, units).to(device)  # [R, H, first]
+        width = max(heads, new.shape[1])
+        new = torch.cat([old.expand(-1, width, -1), new.expand(-1, width, -1)], dim=-1)
+    return new if layer.valid is None else new & layer.valid
 
 
 def _bits(decision: Decision, layer: CrossKVLayer, first: int) -> Tensor | None:
@@ -104,3 +125,24 @@ def carrying(
         ones = torch.ones_like(own, dtype=torch.float64)
         merge = of_columns(Merge(own, ones), slots, valid, layer.columns)
     return replace(merge, carried=carried)
+
+
+def require_onward(decision: Decision, policy: CrossKVPolicy, layer_idx: int) -> None:
+    """Raise if a decision would change nothing, because there is no cache.
+
+    Raises:
+        UnsupportedCacheError: Naming the policy and the layer.
+    """
+    if decision.cache is not None and decision.onward is None:
+        raise UnsupportedCacheError(
+            f"policy {policy.spec} prunes the cache of layer {layer_idx} after its attention, but "
+            "the model was called without a cache (use_cache=False, or gradient checkpointing), so "
+            "nothing would be pruned; call it with use_cache=True, or choose a policy that decides "
+            "onward (trim, or reach=onward)"
+        )
+    if decision.cache is not None and decision.cache.quantizes:
+        raise UnsupportedCacheError(
+            f"policy {policy.spec} quantizes the cache of layer {layer_idx}, but the model was "
+            "called without a cache (use_cache=False, or gradient checkpointing), so nothing would be "
+            "quantized; call it with use_cache=True"
+        )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
-from kvprune.engine.report import CompressionReport, LayerReceipt, TextReceipt
+from kvprune.engine.receipts import LayerReceipt, TextReceipt
+from kvprune.engine.report import CompressionReport
 from kvprune.tokens.budget import Budget
 
 __all__ = ["PrefillRecord", "Stopwatch"]
@@ -183,29 +184,8 @@ class PrefillRecord:
         before = {layer.layer_idx: layer.decisions for layer in report.layers}
         receipts = [self._receipt(index, layer, before.get(index, 0) + 1) for index, layer in decided.items()]
         kept = [layer.kept.to(visible.device) for layer in decided.values() if layer.kept is not None]
-        rows, seen = torch.stack(kept).tolist(), visible.sum(-1).tolist()
-        if not self.cached:
-            report.warn(
-                "no cache (use_cache=False, or gradient checkpointing): nothing is held between forward "
-                "calls, and each of them decides anew"
-            )
-        if 0 in seen:
-            report.warn("some samples see no image: stock attends to everything there, and so does decoding")
-        counted = (
-            rows if scope != "model" else [[sum(tokens) / len(rows) for tokens in zip(*rows, strict=True)]]
-        )
-        # Without a cache, the layer that decides has attended to everything.
-        if (
-            self.cached
-            and budget is not None
-            and any(
-                tokens > budget.resolve(total) + _ROUNDING
-                for by_sample in counted
-                for tokens, total in zip(by_sample, seen, strict=True)
-                if total
-            )
-        ):
-            report.warn("the budget was exceeded where one token of each visibility group had to stay (KV03)")
+        rows, seen = torch.stack(kept).tolist(), visible.sum(-1).tolist()  # [L][R], [R]
+        self._warn(report, rows, seen, budget, scope)
         report.add_prefill(
             receipts,
             [[tokens for tokens in by_sample for _ in range(self._copies)] for by_sample in rows],
@@ -219,6 +199,34 @@ class PrefillRecord:
             seconds=sum(watch.seconds for _, _, watch in self._text),
             live=[reference for _, reference, _ in self._text],
         )
+
+    def _warn(
+        self,
+        report: CompressionReport,
+        kept: Sequence[Sequence[float]],
+        seen: Sequence[int],
+        budget: Budget | None,
+        scope: Literal["head", "layer", "model"],
+    ) -> None:
+        """Warn about what a user may not expect.
+
+        Args:
+            report: To add to.
+            kept: Tokens kept by layer and sample, mean over heads.
+            seen: Tokens that decoding can see, by sample.
+            budget: See `write`.
+            scope: See `write`.
+        """
+        if not self.cached:
+            report.warn(
+                "no cache (use_cache=False, or gradient checkpointing): nothing is held between forward "
+                "calls, and each of them decides anew"
+            )
+        if 0 in seen:
+            report.warn("some samples see no image: stock attends to everything there, and so does decoding")
+        # Without a cache, the layer that decides has attended to everything.
+        if self.cached and budget is not None and _exceeds(budget, kept, seen, scope):
+            report.warn("the budget was exceeded where one token of each visibility group had to stay (KV03)")
 
     def _receipt(self, layer_idx: int, record: _Layer, decisions: int) -> LayerReceipt:
         return LayerReceipt(
@@ -248,3 +256,15 @@ class PrefillRecord:
             kept += sum(one.bytes_attended if self._waited else one.bytes_before for one in later)
             peak = max(peak, kept + layer.bytes_gathering)
         return peak
+
+
+def _exceeds(budget: Budget, kept: Sequence[Sequence[float]], seen: Sequence[int], scope: str) -> bool:
+    """Return whether some sample keeps more than its budget."""
+    if scope == "model":
+        kept = [[sum(layers) / len(kept) for layers in zip(*kept, strict=True)]]
+    return any(
+        tokens > budget.resolve(total) + _ROUNDING
+        for by_sample in kept
+        for tokens, total in zip(by_sample, seen, strict=True)
+        if total
+    )

@@ -1,4 +1,7 @@
-"""What is known while one prefill runs: who sees what, what was decided, what is still to be decided."""
+"""State of one prefill: who sees which columns, what was captured, what was decided, what is still to decide.
+
+Discarded when the forward call ends.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from kvprune.cache.copies import Twins
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
-from kvprune.policy.text_view import TextView
+from kvprune.policy.captured import Captured
 from kvprune.policy.view import LayerView
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.selection import Selection
@@ -25,7 +28,28 @@ __all__ = ["Asked", "Observed", "Prefill"]
 
 @dataclass
 class Prefill:
-    """Dropped when the forward call ends."""
+    """What the manager knows while one forward call brings encoder states.
+
+    Axes: R rows of the batch that differ, S columns.
+
+    Args:
+        visibility: Of all columns, those of earlier images included.
+        first_new: The first column that arrives in this call.
+        fingerprints: Returns the seeds of random policies, int64 ``[R]``.
+        twins: How many consecutive rows of the batch are copies of one.
+        cached: Whether there is a cache.
+        record: Measures this prefill.
+        layout: Returns where the new columns lie in their images; None if that is not known.
+        prompt: Returns what a guide needs to repeat this call, given the features of the new columns.
+        capture: Returns what was captured of all new columns by the time the first layer runs.
+
+    Attributes:
+        captured: What `capture` and the guide returned, and the text before the layer that runs.
+        onward: The columns that later layers receive; None for all new ones.
+        is_prepared: Whether everything that comes before the first layer is done.
+        observed: Layers about which a policy decides when all have attended.
+        text_counts: How many text entries of each sample are kept, int64 ``[R]``.
+    """
 
     visibility: Visibility
     first_new: int
@@ -35,12 +59,11 @@ class Prefill:
     record: PrefillRecord
     layout: Callable[[], Layout] | None = None
     prompt: Callable[[Tensor], Prompt] | None = None
-    guidance: Tensor | None = None
-    class_attention: Callable[[], Tensor] | None = None
+    capture: Callable[[], Captured] | None = None
+    captured: Captured = Captured()
     onward: Selection | None = None
-    prepared: bool = False
+    is_prepared: bool = False
     observed: list[Observed] = field(default_factory=list)
-    text: TextView | None = None  # of the latest self-attention, if the policy needs it
     text_counts: Tensor | None = None
 
     @functools.cached_property
@@ -65,26 +88,31 @@ class Prefill:
             return layout
         return lambda: layout().at(received.indices[:, 0], received.valid[:, 0])
 
-    def guidance_of(self, received: Selection | None) -> Tensor | None:
-        """What the guide says about these columns; None if the policy did not ask."""
-        if self.guidance is None or received is None:
-            return self.guidance
-        return self.guidance.gather(-1, received.indices[:, 0])
+    def captured_of(
+        self, received: Selection | None, own: Captured, device: torch.device, *, follows_text: bool
+    ) -> Captured:
+        """Join what one layer captured with what was captured of the whole prefill.
 
-    def class_attention_of(self, received: Selection | None, device: torch.device) -> Tensor | None:
-        """What class tokens pay to these columns, if the policy needs it."""
-        if self.class_attention is None:
-            return None
-        paid = self.class_attention()
-        if received is not None:
-            index = received.indices[:, 0].to(paid.device)
-            paid = paid.gather(-1, index).masked_fill(~received.valid[:, 0].to(paid.device), 0)
-        return paid.to(device)
+        Args:
+            received: The columns that arrived at the layer.
+            own: What was captured in the layer itself, for these columns and R rows.
+            device: Where the layer's keys are.
+            follows_text: Whether a self-attention of the text comes before the layer.
+        """
+        shared = self.captured.at(received)
+        return own.joined(shared if follows_text else shared.without("text"), device)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A layer about which a decision is due: what the policy saw, and where to apply its answer."""
+    """A layer about which a decision is due.
+
+    Args:
+        view: What the policy saw.
+        layer: The cache layer to which its answer applies.
+        first: The first entry of the layer that is new; earlier ones belong to earlier images.
+        attended: What the layer attended to; None for all columns.
+    """
 
     view: LayerView
     layer: CrossKVLayer

@@ -14,67 +14,17 @@ from typing import Any
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.guidance import GuideReceipt
+from kvprune.engine.live_check import check_layers, check_text_layers
+from kvprune.engine.receipts import LayerReceipt, TextReceipt
 from kvprune.errors import ReceiptError
 from kvprune.policy.spec import PolicySpec
-from kvprune.tokens.selection import OWN_BITS
 
-__all__ = ["SCHEMA", "CompressionReport", "LayerReceipt", "TextReceipt"]
+__all__ = ["SCHEMA", "CompressionReport"]
 
 SCHEMA = 2
 """Version of what `CompressionReport.to_dict` returns; raised when a field changes its meaning or goes."""
 
 _MIB = 1024 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReceipt:
-    """One cross-attention layer after the latest prefill.
-
-    Args:
-        layer_idx: Index of the decoder layer.
-        columns: Tokens per sample that stock transformers would hold.
-        width: Tokens per sample and KV head that are held, padding of ragged batches included.
-        bytes_held: Bytes of keys and values that are held; of quantized ones, codes and ends of groups.
-        bytes_full: Bytes of keys and values that stock transformers would hold.
-        bytes_of_bookkeeping: Bytes of column numbers and validity flags.
-        decisions: How often the policy has decided about this layer so far.
-        seconds: What its latest decision took.
-        widths: The width by the bits in which entries are held; "16" stands for the cache's own dtype.
-    """
-
-    layer_idx: int
-    columns: int
-    width: int
-    bytes_held: int
-    bytes_full: int
-    bytes_of_bookkeeping: int
-    decisions: int = 1
-    seconds: float = 0.0
-    widths: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def quantized(self) -> bool:
-        """Whether some entry is held in fewer bits than the cache's own dtype has."""
-        return any(bits != str(OWN_BITS) for bits in self.widths)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextReceipt:
-    """One self-attention layer whose text a policy decided about, after the latest prefill.
-
-    Args:
-        layer_idx: Index of the decoder layer.
-        tokens: Text tokens per sample that stock transformers would hold, padding included.
-        width: Text entries per sample and KV head that are held, padding of ragged batches included.
-        bytes_held: Bytes of their keys and values.
-        bytes_full: Bytes that stock transformers would hold.
-    """
-
-    layer_idx: int
-    tokens: int
-    width: int
-    bytes_held: int
-    bytes_full: int
 
 
 @dataclass
@@ -250,52 +200,9 @@ class CompressionReport:
                 f"{self.policy}: no cache belongs to this report (the model was called without one, or this "
                 "is a copy of the report)"
             )
-        for receipt, reference in zip(self.layers, self._live, strict=True):
-            layer = reference()
-            if layer is None:
-                raise ReceiptError(
-                    f"{self.policy}: the cache is gone; keep past_key_values "
-                    "(generate(..., return_dict_in_generate=True)) and verify while it lives"
-                )
-            held = {
-                "bytes_held": layer.bytes_held,
-                "bytes_full": layer.bytes_full,
-                "width": layer.width,
-                "widths": {str(bits): width for bits, width in layer.widths.items()},
-                "columns": layer.columns,
-                "bytes_of_bookkeeping": layer.bytes_of_bookkeeping,
-            }
-            for name, found in held.items():
-                if found != getattr(receipt, name):
-                    raise ReceiptError(
-                        f"{self.policy}: layer {receipt.layer_idx} has {name} {found} now, "
-                        f"but the receipt says {getattr(receipt, name)}"
-                    )
-            behind = layer.bytes_behind
-            if behind > layer.bytes_held:
-                raise ReceiptError(
-                    f"{self.policy}: layer {receipt.layer_idx} holds {layer.bytes_held} bytes of keys and "
-                    f"values, but the memory behind them is {behind} bytes: it was not freed"
-                )
-        self._verify_text()
+        check_layers(str(self.policy), self.layers, self._live)
+        check_text_layers(str(self.policy), self.text_layers, self._live_text)
         return self.bytes_held
-
-    def _verify_text(self) -> None:
-        """Count the text that the latest prefill left, which decoding may only have added to."""
-        for receipt, reference in zip(self.text_layers, self._live_text, strict=False):
-            layer = reference()
-            if layer is None or not layer.held:
-                raise ReceiptError(
-                    f"{self.policy}: the text cache of layer {receipt.layer_idx} is gone; "
-                    "verify while it lives"
-                )
-            entries = layer.held if layer.slots is None else layer.chosen
-            bytes_held = layer.bytes_held // layer.held * receipt.width
-            if entries < receipt.width or bytes_held != receipt.bytes_held:
-                raise ReceiptError(
-                    f"{self.policy}: layer {receipt.layer_idx} holds {entries} text entries of prefill in "
-                    f"{bytes_held} bytes now, but the receipt says {receipt.width} in {receipt.bytes_held}"
-                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data; numbers that do not exist are null (docs/receipts.md)."""

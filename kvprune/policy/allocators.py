@@ -18,7 +18,7 @@ from kvprune.policy.checks import check_scores
 from kvprune.policy.moments import PrefillPolicy
 from kvprune.policy.nesting import require_scorer
 from kvprune.policy.view import LayerView
-from kvprune.scoring.shares import apportion, each, is_clamped, proportional
+from kvprune.scoring.apportionment import apportion, each, is_clamped, proportional
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.selection import Selection
 
@@ -31,7 +31,7 @@ class LayerAllocator(BudgetPolicy, PrefillPolicy):
 
     All layers together keep exactly what they would if each kept ``keep_ratio`` of its visible tokens. A
     subclass says in ``urgency`` how much the i-th best token of each layer is wanted, from what ``measure``
-    found in each layer; see `kvprune.scoring.shares`. The heads of a layer keep equally many.
+    found in each layer; see `kvprune.scoring.apportionment`. The heads of a layer keep equally many.
 
     Args:
         keep_ratio: Fraction of visible tokens kept, mean over layers, in (0, 1]; 0.5 if neither this nor

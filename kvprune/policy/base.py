@@ -14,11 +14,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from kvprune.errors import PolicyOptionError
-from kvprune.policy.options import AnyPolicy, check_option, default_of, is_option_type, parse_option
-from kvprune.policy.spec import OptionValue, PolicySpec, suggestion
+from kvprune.policy.options import (
+    AnyPolicy,
+    check_option,
+    default_of,
+    is_option_type,
+    parse_option,
+    required_options,
+)
+from kvprune.policy.spec import OptionValue, PolicySpec
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import LayerView
-from kvprune.text import shown
+from kvprune.text import shown, suggestion
 from kvprune.tokens.budget import Budget
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.selection import Selection
@@ -171,12 +178,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
                     f"policy {cls.name!r} has no option {shown(option)}{suggestion(option, types)} "
                     f"(options: {known})"
                 )
-        required = [
-            option.name
-            for option in dataclasses.fields(cls)
-            if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
-        ]
-        missing = [option for option in required if option not in options]
+        missing = [option for option in required_options(cls) if option not in options]
         if missing:
             raise PolicyOptionError(
                 f"policy {cls.name!r} needs option {missing[0]!r}, got {shown(dict(options))}"

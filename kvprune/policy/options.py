@@ -1,4 +1,7 @@
-"""Types of options: which there are, what they are called, and how spec text is read by them."""
+"""Types of policy options: which types are allowed, how they are described, and how text is read as one.
+
+The options of a policy are its dataclass fields, and their type annotations say which values they take.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,25 @@ __all__ = [
     "is_option_type",
     "parse_option",
     "policy_types",
+    "required_options",
 ]
 
 
 class AnyPolicy:
-    """Base of all policies, by which the type of an option is recognised as one."""
+    """Base of all policies, so that this file can recognise policy classes without importing them."""
 
     name: ClassVar[str]
 
 
 def describe_type(annotation: Any) -> str:
-    """Return an option's type as users read it, such as ``float or none`` or ``values | keys``."""
+    """Return a description of an option's type for users.
+
+    Example:
+        >>> describe_type(float | None)
+        'number or none'
+        >>> describe_type(Literal["values", "keys"])
+        'values | keys'
+    """
     if typing.get_origin(annotation) is Literal:
         return " | ".join(str(choice) for choice in typing.get_args(annotation))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -55,8 +66,9 @@ def _describe_policy_type(cls: type[AnyPolicy]) -> str:
 def is_option_type(annotation: Any) -> bool:
     """Whether an option may have this type.
 
-    That is bool, int, float, str, None, Literal, or a union of these; or a policy class, alone or with None
-    and other policy classes (beside text, a name would be one thing or the other).
+    Allowed are bool, int, float, str, None, Literal and unions of these; and policy classes, alone or in a
+    union with None and other policy classes. A union of str and a policy would be ambiguous: a name could be
+    either.
     """
     policies, choices = policy_types(annotation), _choices(annotation)
     if policies:
@@ -66,31 +78,55 @@ def is_option_type(annotation: Any) -> bool:
 
 
 def policy_types(annotation: Any) -> tuple[type[AnyPolicy], ...]:
-    """Return the policy classes among the types that an option may have."""
+    """Return the policy classes in an option's annotation; none if the option is not a policy."""
     return tuple(choice for choice in _choices(annotation) if _is_policy_type(choice))
 
 
 def _is_policy_type(annotation: Any) -> bool:
-    # Foreign metaclasses are not asked.
+    # Read without calling a foreign metaclass, which could run code of its own.
     return isinstance(annotation, type) and AnyPolicy in type.__getattribute__(annotation, "__mro__")
 
 
 def default_of(option: dataclasses.Field[Any]) -> Any:
-    """Return the default of an option, made where there is a factory; MISSING where it is required."""
+    """Return the default of an option, calling its factory if it has one; MISSING if it is required."""
     if option.default_factory is not dataclasses.MISSING:
         return option.default_factory()
     return option.default
 
 
+def required_options(cls: type) -> list[str]:
+    """Return the names of the options without a default, in order; [] if the class is not a dataclass.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Window:
+        ...     size: int
+        ...     step: int = 1
+        >>> required_options(Window)
+        ['size']
+    """
+    return [
+        option.name
+        for option in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
+        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
+    ]
+
+
 def check_option(policy: str, option: str, annotation: Any, value: object) -> None:
-    """Raise unless a typed value fits the annotation of an option's field, and a spec can say so.
+    """Check that a typed value fits the annotation of an option, and that a spec can express it.
+
+    Args:
+        policy: Name of the policy, for the message.
+        option: Name of the option.
+        annotation: Type annotation of the option's field.
+        value: The value.
 
     Raises:
-        PolicyOptionError: With the policy, the option, the value and what would be right.
+        PolicyOptionError: If it does not fit; shows the value and what would be right.
     """
     where = f"option {option!r} of policy {policy!r}"
     if isinstance(value, PolicySpec):
-        remedy = "; kvprune.get_policy makes policies of specs" if policy_types(annotation) else ""
+        remedy = "; kvprune.get_policy builds a policy from a spec" if policy_types(annotation) else ""
         raise PolicyOptionError(
             f"{where} must be {describe_type(annotation)}, got the spec {shown(written(value))}{remedy}"
         )
@@ -98,17 +134,29 @@ def check_option(policy: str, option: str, annotation: Any, value: object) -> No
         raise PolicyOptionError(f"{where} must be {describe_type(annotation)}, got {shown(value)}")
     if isinstance(value, str) and not isinstance(again := _read_any(annotation, value), str):
         raise PolicyOptionError(
-            f"{where} cannot be the text {shown(value)}, which a spec would read back as {again!r}"
+            f"{where} cannot be the text {shown(value)}: a spec with this text is read as {again!r}"
         )
     if isinstance(value, AnyPolicy) and value.name == "none" and type(None) in _choices(annotation):
-        raise PolicyOptionError(f"{where} cannot be the policy 'none', which a spec would read back as None")
+        raise PolicyOptionError(f"{where} cannot be the policy 'none': a spec with this text is read as None")
 
 
 def parse_option(policy: str, option: str, annotation: Any, text: str) -> OptionValue:
-    """Read an option's value from spec text by the annotation of its field.
+    """Read an option's value from spec text, according to the annotation of its field.
+
+    Args:
+        policy: Name of the policy, for the message.
+        option: Name of the option.
+        annotation: Type annotation of the option's field.
+        text: The value in the spec.
 
     Raises:
-        PolicyOptionError: If no type of the annotation can be read from the text.
+        PolicyOptionError: If the text is not a value of the annotated type.
+
+    Example:
+        >>> parse_option("snapkv", "window", int | None, "16")
+        16
+        >>> parse_option("snapkv", "window", int | None, "none") is None
+        True
     """
     try:
         return _read_any(annotation, text)
@@ -120,11 +168,11 @@ def parse_option(policy: str, option: str, annotation: Any, text: str) -> Option
 
 def _read_any(annotation: Any, text: str) -> OptionValue:
     """Read text as the first type of the annotation that fits; raise ValueError if none does."""
-    # "none" means none wherever that is allowed, also beside text.
+    # "none" is read as None wherever None is allowed, also in a union with str.
     for choice in sorted(_choices(annotation), key=lambda choice: choice is not type(None)):
         try:
             value = _read(choice, text)
-        except ValueError:  # also what Python raises for more digits than it reads
+        except ValueError:  # Python also raises it for numbers with too many digits
             continue
         if _fits(choice, value):
             return value
@@ -138,19 +186,18 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def _fits(annotation: Any, value: object) -> bool:
-    for choice in _choices(annotation):
-        if typing.get_origin(choice) is Literal:
-            if any(value == wanted and type(value) is type(wanted) for wanted in typing.get_args(choice)):
-                return True
-        elif choice is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
-                return True
-        elif choice is int:
-            if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= LARGEST_BITS:
-                return True
-        elif isinstance(value, choice):
-            return True
-    return False
+    return any(_fits_one(choice, value) for choice in _choices(annotation))
+
+
+def _fits_one(choice: Any, value: object) -> bool:
+    """Whether a value is of one type of a union; True and False are not numbers."""
+    if typing.get_origin(choice) is Literal:
+        return any(value == wanted and type(value) is type(wanted) for wanted in typing.get_args(choice))
+    if choice is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    if choice is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= LARGEST_BITS
+    return isinstance(value, choice)
 
 
 def _read(choice: Any, text: str) -> OptionValue:
@@ -160,14 +207,13 @@ def _read(choice: Any, text: str) -> OptionValue:
             if text == written(wanted):
                 return typing.cast(OptionValue, wanted)
         raise ValueError(text)
-    if choice is bool:
-        return (
-            {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
-        )
-    if choice is type(None):
-        return None if text.lower() == "none" else _fail(text)
+    if choice is bool or choice is type(None):
+        values: dict[str, bool | None] = {"true": True, "false": False} if choice is bool else {"none": None}
+        if text.lower() not in values:
+            raise ValueError(text)
+        return values[text.lower()]
     if choice in (int, float):
-        if "_" in text or not text.isascii():  # Python would read 1_0 as ten
+        if "_" in text or not text.isascii():  # Python reads 1_0 as ten
             raise ValueError(text)
         return int(text) if choice is int else float(text)
     return text
@@ -178,7 +224,3 @@ def _is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold
         return False
-
-
-def _fail(text: str) -> OptionValue:
-    raise ValueError(text)

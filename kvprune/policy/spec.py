@@ -1,17 +1,17 @@
-"""Policies as text and JSON: the grammar ``name:key=value,key=other(key=value;key=value)``.
+"""Reads and writes policies as text and JSON: ``name:key=value,key=other(key=value;key=value)``.
 
-A spec is data: it names a policy and its options, some of which may be policies themselves. Turning it into
-a policy is the registry's business, and what types options have is that of `kvprune.policy.options`.
+A spec is data: the name of a policy and its options, some of which may be policies themselves. The registry
+(`kvprune.session.registry`) builds policies from specs, and `kvprune.policy.options` knows the types of
+options.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypeGuard, Union
@@ -19,7 +19,7 @@ from typing import Any, TypeGuard, Union
 from kvprune.errors import SpecError
 from kvprune.text import error_line, shown
 
-__all__ = ["LARGEST_BITS", "OptionValue", "PolicySpec", "suggestion", "written"]
+__all__ = ["LARGEST_BITS", "OptionValue", "PolicySpec", "written"]
 
 OptionValue = Union[bool, int, float, str, None, "PolicySpec"]
 
@@ -29,24 +29,32 @@ _RESERVED = re.compile("[,;()]")
 _LONGEST_NAME = 64
 _LARGEST_VERSION = 10**9
 _DEEPEST = 4
-"""Levels of policies with options inside each other, the outermost included."""
+"""How many policies with options may be nested in each other, the outermost one included."""
 
 LARGEST_BITS = 1024
-"""Of a whole number: what no float holds is no option, and Python itself refuses to write far longer ones."""
+"""Longest whole number, in bits: no float can hold a longer one."""
 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """A policy's name, its options as written, and the version of the policy if one is demanded.
+    """A policy's name, its options as written, and optionally the required version of the policy.
 
     Args:
-        name: Lower-case letters, digits, ``.``, ``_`` and ``-``; at most 64.
-        options: Values by option name: text from a spec string, or typed values from Python and JSON. An
-            option that is a policy has a spec; one that says nothing but a name is held as that name.
+        name: At most 64 lower-case letters, digits, ``.``, ``_`` and ``-``.
+        options: Values by option name: text from a spec string, or typed values from Python and JSON. The
+            value of an option that is a policy is a spec. A spec without options and version is stored as its
+            name.
         version: If given, the installed policy must have this version.
 
     Raises:
         SpecError: If the name, an option's name or a value cannot be part of a spec.
+
+    Example:
+        >>> spec = PolicySpec.parse("adakv:keep_ratio=0.25,scorer=snapkv(kernel=5)")
+        >>> spec.name, dict(spec.options)["keep_ratio"]
+        ('adakv', '0.25')
+        >>> str(spec)
+        'adakv:keep_ratio=0.25,scorer=snapkv(kernel=5)'
     """
 
     name: str
@@ -54,41 +62,22 @@ class PolicySpec:
     version: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or len(self.name) > _LONGEST_NAME or not _NAME.fullmatch(self.name):
-            raise SpecError(
-                f"{shown(self.name)} is no policy name; names are lower-case letters, digits and "
-                f"'.', '_', '-', at most {_LONGEST_NAME}"
-            )
-        version = self.version
-        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
-            raise SpecError(f"the version of a spec is a whole number, got {shown(version)}")
-        if version is not None and not 0 <= version <= _LARGEST_VERSION:
-            raise SpecError(f"the version of a spec is between 0 and 10**9, got {shown(version)}")
+        _check_name(self.name)
+        _check_version(self.version)
         if not isinstance(self.options, Mapping):
             raise SpecError(f"options of a spec are a mapping of names to values, got {shown(self.options)}")
         for key, value in self.options.items():
             if not isinstance(key, str) or not _KEY.fullmatch(key):
-                raise SpecError(f"{shown(key)} is no option name in the spec of {self.name!r}")
-            where = f"option {shown(key)} of {self.name!r}"
-            if not isinstance(value, bool | int | float | str | PolicySpec | None):
-                raise SpecError(f"{where} is text, a number, true, false, none or a spec, got {shown(value)}")
-            if isinstance(value, str) and (not value or value != value.strip() or _RESERVED.search(value)):
-                raise SpecError(
-                    f"{where} holds the text {shown(value)}; text in a spec is not empty, "
-                    "has no blanks at its ends, and none of ',', ';', '(' and ')'"
-                )
-            if isinstance(value, float) and not math.isfinite(value):
-                raise SpecError(f"{where} must be a finite number, got {value!r}")
-            if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
-                raise SpecError(f"{where} must be a number that a float can hold, got {shown(value)}")
-        # Text has one form of a policy without options, its name; so the spec has one, too.
+                raise SpecError(f"{shown(key)} is not an option name in the spec of {self.name!r}")
+            _check_value(f"option {shown(key)} of {self.name!r}", value)
+        # As text, a policy without options is its name. Storing the name makes equal text equal specs.
         options = {key: value.name if _is_bare(value) else value for key, value in self.options.items()}
         object.__setattr__(self, "options", types.MappingProxyType(options))
         if _depth(self) > _DEEPEST:
-            raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got {shown(str(self))}")
+            raise SpecError(f"policies in a spec are nested at most {_DEEPEST} deep, got {shown(str(self))}")
 
     def __reduce__(self) -> tuple[type[PolicySpec], tuple[str, dict[str, OptionValue], int | None]]:
-        return PolicySpec, (self.name, dict(self.options), self.version)  # a read-only view cannot be pickled
+        return PolicySpec, (self.name, dict(self.options), self.version)  # a mapping proxy cannot be pickled
 
     def __hash__(self) -> int:
         return hash((self.name, tuple(sorted(self.options.items(), key=itemgetter(0))), self.version))
@@ -97,7 +86,7 @@ class PolicySpec:
     def parse(cls, text: str) -> PolicySpec:
         """Read ``name``, ``name:key=value,key=value`` or ``name(key=value,key=value)``.
 
-        ``;`` works like ``,``. A value may be a spec with parentheses; separators in there are its own.
+        ``;`` works like ``,``. A value may be a spec in the form with parentheses.
 
         Raises:
             SpecError: If the text does not follow the grammar; the message says where.
@@ -117,7 +106,7 @@ class PolicySpec:
         return f"{self.name}:{options}" if options else self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as JSON-ready data; `from_dict` reads it back."""
+        """Return the spec as data for JSON; `from_dict` reads it."""
         options = {
             key: value.to_dict() if isinstance(value, PolicySpec) else value
             for key, value in self.options.items()
@@ -147,8 +136,10 @@ class PolicySpec:
             )
         options = data.get("options", {})
         if isinstance(options, Mapping):
-            if room < 0:  # before the recursion; a spec of this depth would be refused anyway
-                raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got a deeper one in JSON")
+            if room < 0:  # limits the recursion; `__post_init__` would refuse the spec later
+                raise SpecError(
+                    f"policies in a spec are nested at most {_DEEPEST} deep, got a deeper one in JSON"
+                )
             options = {
                 key: cls._from_dict(value, room - 1)
                 if isinstance(value, Mapping) and "name" in value
@@ -170,14 +161,46 @@ class PolicySpec:
         """
         try:
             data = json.loads(text, object_pairs_hook=_unique)
-        # ValueError: no JSON, no UTF-8, or more digits than Python reads; RecursionError: nested too deep.
+        # ValueError: invalid JSON or UTF-8, or too many digits. RecursionError: nested too deep.
         except (ValueError, TypeError, RecursionError) as error:
             raise SpecError(f"a spec in JSON does not parse ({error_line(error)}): {shown(text)}") from error
         return cls.from_dict(data)
 
 
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+        raise SpecError(
+            f"{shown(name)} is not a policy name; a name has at most {_LONGEST_NAME} characters: lower-case "
+            "letters, digits, '.', '_' and '-'"
+        )
+
+
+def _check_version(version: object) -> None:
+    if version is None:
+        return
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise SpecError(f"the version of a spec is a whole number, got {shown(version)}")
+    if not 0 <= version <= _LARGEST_VERSION:
+        raise SpecError(f"the version of a spec is between 0 and 10**9, got {shown(version)}")
+
+
+def _check_value(where: str, value: object) -> None:
+    """Check that the value of an option can be written in a spec; ``where`` names the option in messages."""
+    if not isinstance(value, bool | int | float | str | PolicySpec | None):
+        raise SpecError(f"{where} is text, a number, true, false, none or a spec, got {shown(value)}")
+    if isinstance(value, str) and (not value or value != value.strip() or _RESERVED.search(value)):
+        raise SpecError(
+            f"{where} is the text {shown(value)}; text in a spec is not empty, does not begin or end with a "
+            "blank, and contains none of ',', ';', '(' and ')'"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"{where} must be a finite number, got {value!r}")
+    if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
+        raise SpecError(f"{where} must be a number that a float can hold, got {shown(value)}")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object of its pairs; JSON itself would let the last of two equal keys win."""
+    """Build a JSON object from its pairs and refuse duplicate keys; `json` would keep the last one."""
     data = dict(pairs)
     if len(data) < len(pairs):
         raise ValueError("a key is given twice")
@@ -185,9 +208,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def written(value: OptionValue) -> str:
-    """Return an option's value as spec text; a spec has its options in parentheses, so it stays one value."""
+    """Return an option's value as spec text; a spec is written in the form with parentheses.
+
+    Example:
+        >>> written(True), written(None), written(0.5)
+        ('true', 'none', '0.5')
+    """
     if isinstance(value, PolicySpec):
-        # No commas: what is cut at commas outside of a spec should not cut one policy in two.
+        # Separated by ";", because some command lines split lists of specs at commas.
         return f"{value.name}({_join(value.options, ';')})" if value.options else value.name
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
@@ -206,13 +234,13 @@ def _depth(spec: PolicySpec) -> int:
 
 
 def _require_balance(text: str) -> None:
-    """Raise unless parentheses come in pairs, not too deep; so what reads them may recurse."""
+    """Check that parentheses come in pairs and are not nested too deep, so that the reader may recurse."""
     opened: list[int] = []
     for found in re.finditer("[()]", text):
         if found[0] == "(":
             opened.append(found.start())
             if len(opened) > _DEEPEST:
-                raise SpecError(f"a spec holds policies at most {_DEEPEST} deep, got {shown(text)}")
+                raise SpecError(f"policies in a spec are nested at most {_DEEPEST} deep, got {shown(text)}")
         elif not opened:
             raise SpecError(f"')' at position {found.start() + 1} of spec {shown(text)} closes nothing")
         else:
@@ -222,7 +250,7 @@ def _require_balance(text: str) -> None:
 
 
 def _read_nested(part: str, text: str) -> PolicySpec:
-    """Read ``name(key=value;key=value)``, a part of a spec's text in which parentheses are balanced."""
+    """Read ``name(key=value;key=value)``, a part of a spec's text with balanced parentheses."""
     name, _, rest = part.partition("(")
     depth = 1
     for found in re.finditer("[()]", rest):
@@ -232,13 +260,12 @@ def _read_nested(part: str, text: str) -> PolicySpec:
     inside, behind = rest[: found.start()], rest[found.end() :].strip()
     if behind:
         raise SpecError(
-            f"expected nothing behind {shown(part[: -len(behind)])} in spec {shown(text)}, "
-            f"got {shown(behind)}"
+            f"expected nothing after {shown(part[: -len(behind)])} in spec {shown(text)}, got {shown(behind)}"
         )
     if not inside.strip():
         raise SpecError(
             f"expected key=value between the parentheses of {shown(part)} in spec {shown(text)}; "
-            "without options, leave them out"
+            "leave the parentheses out if there are no options"
         )
     return PolicySpec(name.strip(), _read_options(inside, text))
 
@@ -256,7 +283,7 @@ def _read_options(part: str, text: str) -> dict[str, OptionValue]:
 
 
 def _pieces(part: str) -> Iterator[str]:
-    """Cut at the separators that stand in no parentheses."""
+    """Split text at the separators outside of parentheses."""
     depth = start = 0
     for found in re.finditer("[(),;]", part):
         if found[0] in "()":
@@ -265,11 +292,3 @@ def _pieces(part: str) -> Iterator[str]:
             yield part[start : found.start()]
             start = found.end()
     yield part[start:]
-
-
-def suggestion(wrong: str, right: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of the right names, or nothing."""
-    if not isinstance(wrong, str) or len(wrong) > _LONGEST_NAME:  # nothing is close, and looking takes long
-        return ""
-    close = difflib.get_close_matches(wrong, list(right), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

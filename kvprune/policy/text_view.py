@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from kvprune.errors import ScoreError
+from kvprune.scoring.attention import attention_logits, logit_chunks, softmax_
 from kvprune.tokens.precision import accumulation_dtype
 
 __all__ = ["TextView"]
-
-_ROWS_PER_CHUNK = 64
-_ELEMENTS_PER_CHUNK = 2**21  # 8 MiB of float32 attention weights alive at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,7 +110,12 @@ class TextView:
         """
         batch, query_heads = self.queries.shape[:2]
         weights = torch.zeros(
-            batch, query_heads, rows.shape[1], self.entries, dtype=self._dtype, device=self.device
+            batch,
+            query_heads,
+            rows.shape[1],
+            self.entries,
+            dtype=accumulation_dtype(self.keys),
+            device=self.device,
         )
         rows = rows.to(self.device)
         for sample in range(batch):
@@ -119,9 +123,12 @@ class TextView:
             if len(counted):
                 entries = self.real[sample].nonzero().squeeze(1)
                 keys = self.keys[sample, :, entries]
-                own = self._weights(sample, slice(None), rows[sample, counted], keys, entries, 0.0)
+                asked = rows[sample, counted]
+                queries = rearrange(self.queries[sample][:, asked], "(h g) t d -> h g t d", h=self.heads)
+                logits = attention_logits(queries, keys, self.scaling)  # [Hkv, Hq / Hkv, rows, entries]
+                logits.masked_fill_(~self._sees(entries, asked), -torch.inf)
                 index = counted[:, None].expand(-1, len(entries)), entries.expand(len(counted), -1)
-                weights[sample][:, index[0], index[1]] = rearrange(own, "h g t s -> (h g) t s")
+                weights[sample][:, index[0], index[1]] = softmax_(logits).flatten(0, 1)
         return self._finite(weights)
 
     def attention_mass(self, rows: Tensor | None = None, *, null_keys: float = 0.0) -> Tensor:
@@ -143,45 +150,25 @@ class TextView:
         """
         counted = self.real_rows if rows is None else self.real_rows & rows.to(self.real.device)
         batch, query_heads = self.queries.shape[:2]
-        mass = torch.zeros(batch, query_heads, self.entries, dtype=self._dtype, device=self.device)
-        groups = query_heads // self.heads
+        mass = torch.zeros(
+            batch, query_heads, self.entries, dtype=accumulation_dtype(self.keys), device=self.device
+        )
         for sample in range(batch):
             chosen = counted[sample].nonzero().squeeze(1)
             if len(chosen) == 0:
                 continue
-            entries = self.real[sample].nonzero().squeeze(1)
-            keys = self.keys[sample, :, entries]
+            entries = self.real[sample].nonzero().squeeze(1)  # [n]
+            keys = self.keys[sample, :, entries]  # [Hkv, n, D]
             own = torch.zeros(query_heads, len(entries), dtype=mass.dtype, device=mass.device)
-            per_head = groups * min(len(chosen), _ROWS_PER_CHUNK) * len(entries)
-            step = max(1, _ELEMENTS_PER_CHUNK // max(1, per_head))
-            for rows_now in chosen.split(_ROWS_PER_CHUNK):
-                for first in range(0, self.heads, step):
-                    heads = slice(first, first + step)
-                    weights = self._weights(sample, heads, rows_now, keys, entries, null_keys)
-                    own[first * groups : (first + step) * groups] += weights.sum(2).flatten(0, 1)
+            sees = partial(self._sees, entries)
+            for heads, logits, _ in logit_chunks(self.queries[sample], keys, chosen, self.scaling, sees):
+                own[heads] += softmax_(logits, null_keys).sum(1)
             mass[sample, :, entries] = own
         return self._finite(mass)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return accumulation_dtype(self.keys)
-
-    def _weights(
-        self, sample: int, heads: slice, rows: Tensor, keys: Tensor, entries: Tensor, null_keys: float
-    ) -> Tensor:
-        """Return weights of some KV heads, ``[H, Hq / Hkv, rows, entries]``; ``keys`` are of ``entries``."""
-        grouped = rearrange(self.queries[sample], "(h g) t d -> h g t d", h=self.heads)[heads][:, :, rows]
-        packed = rearrange(grouped, "h g t d -> h (g t) d").to(self._dtype) * self.scaling
-        weights = rearrange(packed @ keys[heads].to(self._dtype).mT, "h (g t) s -> h g t s", t=len(rows))
-        weights.masked_fill_(entries > rows[:, None] + (self.entries - self.rows), -torch.inf)
-        peak = weights.amax(-1, keepdim=True)
-        if null_keys:
-            peak.clamp_(min=0)
-        weights.sub_(peak).exp_()
-        total = weights.sum(-1, keepdim=True)
-        if null_keys:
-            total += null_keys * torch.exp(-peak)
-        return weights.div_(total)
+    def _sees(self, entries: Tensor, rows: Tensor) -> Tensor:
+        """Return which of the entries each row may attend to, bool ``[rows, entries]``."""
+        return entries <= rows[:, None] + (self.entries - self.rows)
 
     def _finite(self, weights: Tensor) -> Tensor:
         if not bool(weights.isfinite().all()):

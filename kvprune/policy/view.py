@@ -6,15 +6,16 @@ Views are read-only by contract: a policy neither writes to their tensors nor ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvprune import scoring
 from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
+from kvprune.policy.captured import Captured
 from kvprune.policy.text_view import TextView
 from kvprune.tokens import randomness
 from kvprune.tokens.layout import Layout
@@ -40,10 +41,7 @@ class View:
         fingerprints: Returns an int64 ``[B]`` digest of what the encoder read for each sample.
         policy_name: For messages.
         layout_of: Returns where the columns lie in their images; None where that is not known.
-        captured_features: ``[B, S, C]`` as they enter the projections to keys and values, present in a
-            `FeatureView`, and in a `LayerView` if the policy needs "features".
-        captured_guidance: ``[B, S]``, present if the policy needs "guidance".
-        captured_class_attention: ``[B, S]``, present if the policy needs "class_attention".
+        captured: What the policy declared that it needs; a `FeatureView` has the features in any case.
     """
 
     visibility: Visibility
@@ -52,9 +50,7 @@ class View:
     fingerprints: Callable[[], Tensor] = lambda: torch.zeros(1, dtype=torch.int64)
     policy_name: str = "?"
     layout_of: Callable[[], Layout] | None = None
-    captured_features: Tensor | None = None
-    captured_guidance: Tensor | None = None
-    captured_class_attention: Tensor | None = None
+    captured: Captured = Captured()
 
     @property
     def batch(self) -> int:
@@ -114,7 +110,7 @@ class View:
     @property
     def features(self) -> Tensor:
         """Encoder features as they enter the projections to keys and values, ``[B, S, C]``."""
-        return self._captured(self.captured_features, "features")
+        return self._needed(self.captured.features, "features")
 
     @property
     def guidance(self) -> Tensor:
@@ -123,7 +119,7 @@ class View:
         The attention that a token receives, summed over the guide's cross-attention layers, heads and live
         text rows (see `kvprune.Guide`); 0 for what no row sees.
         """
-        return self._captured(self.captured_guidance, "guidance")
+        return self._needed(self.captured.guidance, "guidance")
 
     @property
     def class_attention(self) -> Tensor:
@@ -133,7 +129,7 @@ class View:
         a float64 model); 0 for class tokens and padding tiles. Where columns were merged, it is that of the
         column in whose place the merged one stands.
         """
-        return self._captured(self.captured_class_attention, "class_attention")
+        return self._needed(self.captured.class_attention, "class_attention")
 
     @property
     def images(self) -> Tensor:
@@ -184,7 +180,15 @@ class View:
         """
         return randomness.generator(self.seed, self._place)
 
-    def _captured(self, tensor: _Captured | None, what: str) -> _Captured:
+    def capturing(self, **captured: Any) -> Self:
+        """Return the view with other captured tensors, by name; None takes one away."""
+        return replace(self, captured=replace(self.captured, **captured))
+
+    def without_captured(self) -> Self:
+        """Return the view without anything captured, which may be large."""
+        return replace(self, captured=Captured())
+
+    def _needed(self, tensor: _Captured | None, what: str) -> _Captured:
         if tensor is None:
             raise PolicyOptionError(
                 f"policy {self.policy_name!r} reads view.{what} {self.where} without declaring "
@@ -210,11 +214,8 @@ class LayerView(View):
         layer_idx: Index of the decoder layer in the model (3, 8, 13, ... in Llama-3.2-11B-Vision).
         rank: Index among the cross-attention layers, 0 to L - 1.
         scaling: Factor on attention logits.
-        captured_queries: ``[B, Hq, T, D]``, present if the policy needs "queries".
-        captured_raw_keys: ``[B, Hkv, S, D]`` before any key norm, present if the policy needs "raw_keys".
-        captured_text: The self-attention before this layer, present if the policy needs "text" and there is
-            one.
-        follows_text: Whether there is one: not for a cross-attention layer that is the decoder's first.
+        follows_text: Whether a self-attention of the text comes before this layer: not if it is the decoder's
+            first layer.
     """
 
     keys: Tensor
@@ -222,9 +223,6 @@ class LayerView(View):
     layer_idx: int
     rank: int
     scaling: float
-    captured_queries: Tensor | None = None
-    captured_raw_keys: Tensor | None = None
-    captured_text: TextView | None = None
     follows_text: bool = True
 
     @property
@@ -249,12 +247,12 @@ class LayerView(View):
     @property
     def queries(self) -> Tensor:
         """Queries of this layer as they entered attention, ``[B, Hq, T, D]``."""
-        return self._captured(self.captured_queries, "queries")
+        return self._needed(self.captured.queries, "queries")
 
     @property
     def raw_keys(self) -> Tensor:
         """Keys before the key norm, ``[B, Hkv, S, D]``; the cached keys in models without one."""
-        return self._captured(self.captured_raw_keys, "raw_keys")
+        return self._needed(self.captured.raw_keys, "raw_keys")
 
     @property
     def text(self) -> TextView:
@@ -268,7 +266,7 @@ class LayerView(View):
                 f"policy {self.policy_name!r} reads view.text {self.where}, but this cross-attention layer "
                 "is the first of the decoder: no self-attention comes before it (view.follows_text tells)"
             )
-        return self._captured(self.captured_text, "text")
+        return self._needed(self.captured.text, "text")
 
     def attention_mass(self, rows: Tensor | None = None, *, null_keys: float = 0.0) -> Tensor:
         """Attention that each column receives, summed over live rows, ``[B, Hq, S]`` in float32.

@@ -1,18 +1,31 @@
-"""Tensor mathematics that policies share: attention, ranks, budgets, similarity, neighbours.
+"""Functions on scores that policies share: attention, ranks, budgets, similarity, neighbours.
 
-Nothing here knows a model or a cache. Ties are broken by position, so results do not depend on the device.
-Nothing ever holds a [B, H, T, S] tensor.
+Nothing here depends on a model or a cache. Ties are broken by position, so results do not depend on the
+device. No function creates a [B, H, T, S] tensor.
 """
 
 from __future__ import annotations
 
+from kvprune.scoring.apportionment import (
+    apportion,
+    each,
+    is_clamped,
+    proportional,
+)
 from kvprune.scoring.attention import (
     attention_density,
+    attention_logits,
     attention_mass,
     by_kv_head,
     last_rows,
+    logit_chunks,
     pool_heads,
     row_counts,
+    softmax_,
+)
+from kvprune.scoring.even_spacing import (
+    even_order,
+    share_evenly,
 )
 from kvprune.scoring.neighbours import (
     lines,
@@ -28,19 +41,9 @@ from kvprune.scoring.ranking import (
     rank_within,
     stratum_sizes,
 )
-from kvprune.scoring.shares import (
-    apportion,
-    each,
-    is_clamped,
-    proportional,
-)
 from kvprune.scoring.similarity import (
     Directions,
     most_alike,
-)
-from kvprune.scoring.spreading import (
-    even_order,
-    share_evenly,
 )
 from kvprune.tokens.precision import (
     accumulation_dtype,
@@ -51,6 +54,7 @@ __all__ = [
     "accumulation_dtype",
     "apportion",
     "attention_density",
+    "attention_logits",
     "attention_mass",
     "by_kv_head",
     "each",
@@ -63,6 +67,7 @@ __all__ = [
     "last_rows",
     "limits",
     "lines",
+    "logit_chunks",
     "members",
     "most_alike",
     "pool_heads",
@@ -71,5 +76,6 @@ __all__ = [
     "rank_within",
     "row_counts",
     "share_evenly",
+    "softmax_",
     "stratum_sizes",
 ]

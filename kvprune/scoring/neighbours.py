@@ -1,7 +1,7 @@
-"""Pooling scores over neighbouring tokens, so that what is kept comes in patches and not in crumbs.
+"""Pools scores over neighbouring tokens, so that policies keep regions and not scattered tokens.
 
-Neighbours are never taken across the border of an image, and nothing that does not count takes part: the
-mean at a border is the mean of fewer tokens, not a mean with zeros.
+Neighbours belong to the same image, and only counted columns are neighbours: at a border, the mean is over
+fewer tokens and is not lowered by zeros.
 """
 
 from __future__ import annotations
@@ -26,25 +26,32 @@ def pool_neighbours(
     kernel: int,
     reduction: Literal["avg", "max"] = "avg",
 ) -> Tensor:
-    """Replace each score by the mean (or maximum) over the window around its place.
+    """Replace each score by the mean or maximum of the scores in a window around its column.
 
     Args:
-        scores: ``[B, H, S]``, finite where counted.
-        places: int64 ``[B or 1, S, 2]``, row and column; at most one column of an image has a place.
-        images: int64 ``[B or 1, S]``, columns with different numbers are no neighbours.
-        counted: bool ``[B, S]``, columns that may be neighbours.
+        scores: ``[B, H, S]``, finite for counted columns.
+        places: int64 ``[B or 1, S, 2]``, row and column in the image (see `kvprune.Layout`). Columns of an
+            image have different places.
+        images: int64 ``[B or 1, S]``, only columns with equal numbers are neighbours.
+        counted: bool ``[B, S]``, columns that take part.
         kernel: Width and height of the window, odd.
-        reduction: "avg" over the neighbours that are there, or "max".
+        reduction: "avg" (the mean of the neighbours that exist) or "max".
 
     Returns:
-        ``[B, H, S]`` of the dtype of ``scores``. Columns that are not counted, or have no place (-1),
-        keep their own score and are nobody's neighbours.
+        ``[B, H, S]`` in the dtype of ``scores``. Columns that are not counted, or have no place (-1), keep
+        their own score and do not enter the windows of others.
 
-    Cost: some copies of one image's scores in float64; a few host transfers for each image.
+    Cost: a few copies of one image's scores in float64; a few host transfers for each image.
+
+    Example:
+        >>> places = torch.tensor([[[0, 0], [0, 1], [0, 2]]])
+        >>> images, counted = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool)
+        >>> pool_neighbours(torch.tensor([[[0.0, 3.0, 6.0]]]), places, images, counted, kernel=3)
+        tensor([[[1.5000, 3.0000, 4.5000]]])
     """
     batch = scores.shape[0]
     pooled = scores.clone()
-    there = counted & (places >= 0).all(-1)
+    there = counted & (places >= 0).all(-1)  # [B, S]
     places, images = places.expand(batch, -1, -1), images.expand(batch, -1)
     for sample in range(batch):
         for image in images[sample][there[sample]].unique().tolist():
@@ -52,20 +59,20 @@ def pool_neighbours(
             place = places[sample, columns]
             place = place - place.amin(0)
             height, width = (place.amax(0) + 1).tolist()
-            cells = place[:, 0] * width + place[:, 1]
-            # In float64, equal scores stay equal whatever the number of their neighbours.
+            cells = place[:, 0] * width + place[:, 1]  # [n], index into the flattened image
+            # In float64, the mean of equal scores is the same for any number of neighbours.
             grid = scores.new_zeros(scores.shape[1] + 1, height * width, dtype=torch.float64)
             grid[:-1, cells] = scores[sample][:, columns].double()
-            grid[-1, cells] = 1  # which cells are there
+            grid[-1, cells] = 1  # marks the cells that have a column
             grid = _pool(grid.view(-1, height, width), kernel, reduction).flatten(1)
             pooled[sample][:, columns] = grid[:, cells].to(scores.dtype)
     return pooled
 
 
 def _pool(grid: Tensor, kernel: int, reduction: str) -> Tensor:
-    """Pool ``[H + 1, height, width]``, whose last plane marks the cells that are there, to H planes."""
+    """Pool ``[H + 1, height, width]``, whose last plane marks the cells that have a column, to H planes."""
     height, width = grid.shape[1:]
-    # A window that reaches beyond both ends is as good as one that just does; a line has one row.
+    # A window need not be larger than the image in either direction; a line has only one row.
     reach = (min(kernel // 2, height - 1), min(kernel // 2, width - 1))
     size = (2 * reach[0] + 1, 2 * reach[1] + 1)
     if reduction == "max":
@@ -76,17 +83,17 @@ def _pool(grid: Tensor, kernel: int, reduction: str) -> Tensor:
 
 
 def lines(visibility: Visibility, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return places and images as `pool_neighbours` takes them, for neighbours in the order of the cache.
+    """Return places and images for `pool_neighbours` that make columns neighbours by their cache order.
 
-    Each unit of the visibility (a tile, or what an encoder read of one sample) is a line of its own; counted
-    columns stand on it one after another.
+    Each unit of the visibility (in Mllama, a tile) becomes one line, on which its counted columns follow each
+    other without gaps.
 
     Args:
-        visibility: Of the columns.
-        counted: bool ``[B, S]``.
+        visibility: Visibility of the columns.
+        counted: bool ``[B, S]``, columns that take part.
 
     Returns:
-        Places int64 ``[B, S, 2]``, all in row 0, and the number of the line int64 ``[B, S]``.
+        Places int64 ``[B, S, 2]``, all in row 0, and the number of each column's line, int64 ``[B, S]``.
     """
     units = torch.where(counted, visibility.units.expand_as(counted), -1)
     position = rank_within(torch.zeros_like(units, dtype=torch.float32)[:, None], units)[:, 0]

@@ -1,7 +1,7 @@
-"""Pure tensor mathematics that policies share: attention mass, ranks within strata, keeping the top.
+"""Ranks tokens by score within each stratum, and keeps the best ones that a budget allows.
 
-Nothing here knows a model or a cache. Ties are always broken by position, so results do not depend on the
-device, and nothing ever holds a [B, H, T, S] tensor.
+A stratum is a set of columns that compete for one budget (see `kvprune.tokens.visibility.Visibility.strata`).
+Equal scores are ordered by position, so results do not depend on the device.
 """
 
 from __future__ import annotations
@@ -31,31 +31,42 @@ def rank_within(scores: Tensor, strata: Tensor, first: Tensor | None = None) -> 
 
     Args:
         scores: ``[B, H, S]``, higher is better; equal scores are ordered by position.
-        strata: int64 ``[B, S]``, the set in which a column competes.
-        first: bool ``[B, H, S]``, columns that rank before all others of their stratum.
+        strata: int64 ``[B, S]``, the stratum of each column.
+        first: bool ``[B, H, S]``, columns that rank before all other columns of their stratum.
 
     Returns:
-        int64 ``[B, H, S]``. Columns of stratum -1 have ranks among themselves, which mean nothing.
+        int64 ``[B, H, S]``. Columns of stratum -1 are ranked among themselves; ignore these ranks.
+
+    Example:
+        >>> scores = torch.tensor([[[0.1, 0.9, 0.5, 0.5]]])
+        >>> rank_within(scores, torch.tensor([[0, 0, 0, 0]]))
+        tensor([[[3, 0, 1, 2]]])
+        >>> rank_within(scores, torch.tensor([[0, 0, 1, 1]]))
+        tensor([[[1, 0, 0, 1]]])
     """
     # Stable sorts from the least to the most significant key: position, score, first, stratum.
-    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # [B, H, S], columns from best to worst
     if first is not None:
         order = order.gather(-1, (~first).to(torch.uint8).gather(-1, order).argsort(dim=-1, stable=True))
-    by_head = strata[:, None].expand_as(scores)
+    by_head = strata[:, None].expand_as(scores)  # [B, H, S]
     if not bool((strata == strata[:, :1]).all()):
         order = order.gather(-1, by_head.gather(-1, order).argsort(dim=-1, stable=True))
     sorted_strata = by_head.gather(-1, order)
-    start = torch.searchsorted(sorted_strata, sorted_strata)
+    start = torch.searchsorted(sorted_strata, sorted_strata)  # where the stratum of each column begins
     positions = torch.arange(scores.shape[-1], device=scores.device) - start
     return torch.empty_like(order).scatter_(-1, order, positions)
 
 
 def stratum_sizes(strata: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Return how many columns the stratum of each column has, int64 ``[B, S]``; 0 for stratum -1.
+    """Return the size of each column's stratum, int64 ``[B, S]``; 0 for stratum -1.
 
     Args:
         strata: int64 ``[B, S]``.
         counted: bool ``[B, S]``, count only these columns.
+
+    Example:
+        >>> stratum_sizes(torch.tensor([[0, 0, 1, -1]]))
+        tensor([[2, 2, 1, 0]])
     """
     sizes, present = _sizes(strata, counted)
     return torch.where(strata < 0, 0, sizes.gather(-1, present))
@@ -70,10 +81,19 @@ def _sizes(strata: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def members(strata: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield each sample's number and the columns of each of its strata, int64 ``[n]``, for greedy methods.
+    """Yield the sample and the columns of each stratum of each sample, for methods that loop over them.
+
+    Costs one host transfer, and one more for each stratum.
 
     Args:
-        strata: int64 ``[B, S]``; columns of stratum -1 belong to none. Costs host transfers.
+        strata: int64 ``[B, S]``; columns of stratum -1 are left out.
+
+    Yields:
+        The number of the sample, and the columns of one of its strata, int64 ``[n]``.
+
+    Example:
+        >>> [(sample, columns.tolist()) for sample, columns in members(torch.tensor([[0, 1, 0, -1]]))]
+        [(0, [0, 2]), (0, [1])]
     """
     for sample, highest in enumerate(strata.amax(-1).tolist()):
         for stratum in range(highest + 1):
@@ -83,9 +103,17 @@ def members(strata: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def limits(budget: Budget, strata: Tensor) -> Tensor:
-    """Return how many columns of its stratum a budget keeps, for each column, int64 ``[B, S]``.
+    """Return how many columns of each column's stratum a budget keeps, int64 ``[B, S]``.
 
-    Exact: each stratum's size goes through `Budget.resolve`. 0 for columns of stratum -1.
+    The number is exact: see `kvprune.Budget.resolve`. It is 0 for columns of stratum -1.
+
+    Args:
+        budget: The budget of each stratum.
+        strata: int64 ``[B, S]``.
+
+    Example:
+        >>> limits(Budget(keep_ratio=0.5), torch.tensor([[0, 0, 0, 1, -1]]))
+        tensor([[2, 2, 2, 1, 0]])
     """
     sizes, present = _sizes(strata)
     kept = torch.tensor([budget.resolve_all(row) for row in sizes.tolist()], device=strata.device)
@@ -93,21 +121,33 @@ def limits(budget: Budget, strata: Tensor) -> Tensor:
 
 
 def keep_top(scores: Tensor, strata: Tensor, limit: Tensor, visibility: Visibility) -> Tensor:
-    """Keep the highest-scoring columns of each stratum, but starve no visibility group.
+    """Keep the highest-scoring columns of each stratum, and at least one of each visibility group.
 
-    The best column of each visibility group comes first (KV03, KV05); the others follow by score until the
-    stratum's limit is reached. Where there are more groups than the limit allows, one of each stays. A
-    sample without an eligible column keeps column 0 as a placeholder; the cache manager evicts it again.
+    The best column of each visibility group is kept first (KV03, KV05). The other columns follow by score
+    until the stratum's limit is reached. If there are more groups than the limit, one column of each group is
+    kept all the same. A sample without an eligible column keeps column 0 as a placeholder, which the cache
+    manager evicts again.
 
     Args:
         scores: ``[B, H, S]``, higher is better.
         strata: int64 ``[B, S]``; columns of stratum -1 are never kept.
         limit: int64 ``[B, S]``, how many columns of the column's stratum are kept (see `limits`), or
-            ``[B, H, S]`` where heads keep different numbers.
-        visibility: Of the same columns.
+            ``[B, H, S]`` if heads keep different numbers.
+        visibility: Visibility of the same columns.
 
     Returns:
         bool ``[B, H, S]``, the kept columns.
+
+    Example:
+        >>> visibility = Visibility(
+        ...     rows=torch.tensor([[[True]]]),
+        ...     units=torch.tensor([[0, 0, 0, 0]]),
+        ...     images=torch.tensor([0]),
+        ...     live=torch.tensor([[True]]),
+        ... )
+        >>> limit = limits(Budget(keep_ratio=0.5), visibility.strata)
+        >>> keep_top(torch.tensor([[[0.1, 0.9, 0.5, 0.7]]]), visibility.strata, limit, visibility)
+        tensor([[[False,  True, False,  True]]])
     """
     eligible = (strata >= 0)[:, None]
     rank, first = _keeping_order(scores, strata, visibility)
@@ -119,17 +159,17 @@ def keep_top(scores: Tensor, strata: Tensor, limit: Tensor, visibility: Visibili
 
 
 def in_keeping_order(scores: Tensor, strata: Tensor, visibility: Visibility) -> Tensor:
-    """Return scores in the order in which `keep_top` keeps columns of one stratum, ``[B, H, S]``.
+    """Return the scores sorted in the order in which `keep_top` keeps columns, ``[B, H, S]``.
 
     Args:
-        scores: ``[B, H, S]``.
-        strata: int64 ``[B, S]``, 0 for columns that may be kept and -1 for others; these come last, as the
-            lowest number.
-        visibility: Of the same columns.
+        scores: ``[B, H, S]``, higher is better.
+        strata: int64 ``[B, S]``, 0 for columns that may be kept and -1 for all others. The scores of the
+            others are replaced by the lowest number of the dtype, at the end.
+        visibility: Visibility of the same columns.
     """
     rank, _ = _keeping_order(scores, strata, visibility)
-    others = (strata < 0)[:, None].expand_as(rank)
-    # Ranks of other columns mean nothing: they are written to a place that is cut off.
+    others = (strata < 0)[:, None].expand_as(rank)  # [B, H, S]
+    # Scores of the other columns are written to an extra place, which is cut off.
     width = scores.shape[-1]
     lowest = torch.finfo(scores.dtype).min
     ordered = scores.new_full((*scores.shape[:2], width + 1), lowest)
@@ -141,19 +181,20 @@ def group_counts(strata: Tensor, visibility: Visibility) -> Tensor:
 
     Args:
         strata: int64 ``[B, S]``; columns of stratum -1 are not counted.
-        visibility: Of the same columns.
+        visibility: Visibility of the same columns.
 
     Returns:
-        At least 1 where a sample has columns that count, and 0 where it has none.
+        At least 1 for a sample with columns that count, and 0 for a sample without one.
     """
     counted = strata >= 0
-    groups = torch.where(counted, visibility.groups, -1)
+    groups = torch.where(counted, visibility.groups, -1)  # [B, S]
+    # Group -1 is counted in place 0, which is cut off.
     present = groups.new_zeros(len(groups), len(visibility.images) + 1).scatter_(-1, groups + 1, 1)
     return present[:, 1:].sum(-1).clamp(min=counted.any(-1).to(torch.int64))
 
 
 def _keeping_order(scores: Tensor, strata: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor | None]:
-    """Return the rank by which columns of a stratum are kept, and which are the first of their groups."""
+    """Return the rank by which columns of a stratum are kept, and the best column of each group."""
     first = None
     if visibility.has_several_groups:
         groups = torch.where(strata >= 0, visibility.groups, -1)
@@ -162,9 +203,13 @@ def _keeping_order(scores: Tensor, strata: Tensor, visibility: Visibility) -> tu
 
 
 def each_stratum(strata: Tensor) -> Iterator[Tensor]:
-    """Yield for each stratum that some sample has which columns belong to it, bool ``[B, S]``.
+    """Yield the mask of each stratum that occurs in the batch, bool ``[B, S]``, in increasing order.
 
-    Costs one host transfer. In an interleaved chat, what decoding sees (stratum 0) comes first.
+    Costs one host transfer. Stratum 0, the columns that decoding sees, comes first; stratum -1 is left out.
+
+    Example:
+        >>> [mask.tolist() for mask in each_stratum(torch.tensor([[0, 1, -1]]))]
+        [[[True, False, False]], [[False, True, False]]]
     """
     for number in strata.unique().tolist():
         if number >= 0:

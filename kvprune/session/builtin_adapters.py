@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.base import ModelAdapter
-from kvprune.adapters.encoder_decoder import BartAdapter, WhisperAdapter
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.session.hookspecs import hookimpl
 
 __all__ = ["kvprune_adapters"]

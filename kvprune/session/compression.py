@@ -8,7 +8,8 @@ from typing import Self
 
 from torch import nn
 
-from kvprune.adapters.base import ModelAdapter, compressing
+from kvprune.adapters.attachment import compressing
+from kvprune.adapters.base import ModelAdapter
 from kvprune.engine.guidance import Guidance, Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
@@ -95,12 +96,12 @@ class Compression:
     @property
     def selections(self) -> Mapping[int, Selection]:
         """Columns that decoding uses after the latest prefill, by layer index."""
-        return self._manager.selections
+        return self._manager.kept.selections
 
     @property
     def prefill_selections(self) -> Mapping[int, Selection | None]:
         """Columns that each layer attended to in its latest prefill, by layer index; None means all."""
-        return self._manager.prefill_selections
+        return self._manager.kept.prefill_selections
 
     @property
     def text_selections(self) -> Mapping[int, Selection]:
@@ -109,7 +110,7 @@ class Compression:
         Holds only layers whose text a policy pruned. Tokens that came after the prefill are kept as well and
         are not listed.
         """
-        return self._manager.text_selections
+        return self._manager.kept.text_selections
 
     @property
     def is_attached(self) -> bool:

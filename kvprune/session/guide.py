@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvprune.adapters.base import ModelAdapter, compressing
+from kvprune.adapters.attachment import compressing
+from kvprune.adapters.base import ModelAdapter
 from kvprune.engine.guidance import Guidance, GuideReceipt, Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.measurement import Stopwatch

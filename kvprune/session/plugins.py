@@ -22,9 +22,8 @@ from torch.nn.modules import module as torch_module
 from kvprune.adapters.base import ModelAdapter
 from kvprune.errors import NameClashError, PluginError
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
-from kvprune.policy.spec import suggestion
 from kvprune.session import hookspecs
-from kvprune.text import error_line, printable, shown
+from kvprune.text import error_line, printable, shown, suggestion
 
 __all__ = [
     "ENTRY_POINT_GROUP",

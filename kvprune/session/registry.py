@@ -23,7 +23,7 @@ from kvprune.errors import (
 )
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.nesting import make_nested
-from kvprune.policy.spec import PolicySpec, suggestion
+from kvprune.policy.spec import PolicySpec
 from kvprune.session.plugins import (
     ENTRY_POINT_GROUP,
     PLUGINS_VARIABLE,
@@ -34,7 +34,7 @@ from kvprune.session.plugins import (
     find,
     load_plugin,
 )
-from kvprune.text import error_line, printable, shown
+from kvprune.text import error_line, printable, shown, suggestion
 
 __all__ = [
     "ENTRY_POINT_GROUP",

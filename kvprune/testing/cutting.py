@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from kvprune.policy.captured import Captured
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import LayerView, View
 from kvprune.testing.problems import LayerProblem
 from kvprune.tokens.layout import Layout
+from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
 __all__ = ["cut_text", "cut_to_sample"]
@@ -36,8 +38,8 @@ def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
     elif problem.received == 1.0:
         columns = int((see.units[sample] == 0).sum())
 
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[one, :, :columns].clone()
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[one, :, :columns].clone()
 
     def layout() -> Layout:
         whole = problem.layout()
@@ -47,15 +49,7 @@ def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
     cuts: dict[str, Any] = {
         "layout_of": layout,
         "fingerprints": lambda: problem.fingerprints()[one],
-        "captured_features": None
-        if view.captured_features is None
-        else view.captured_features[one, :columns].clone(),
-        "captured_guidance": None
-        if view.captured_guidance is None
-        else view.captured_guidance[one, :columns].clone(),
-        "captured_class_attention": None
-        if view.captured_class_attention is None
-        else view.captured_class_attention[one, :columns].clone(),
+        "captured": _cut_captured(view.captured, one, columns, first_row),
         "visibility": Visibility(
             rows=rows if rows.shape[1] == 1 else rows[:, first_row:],
             units=see.units.expand(see.batch, -1)[one, :columns],
@@ -65,17 +59,19 @@ def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
         ),
     }
     if isinstance(view, LayerView):
-        queries = view.captured_queries
-        cuts |= {
-            "keys": cut(view.keys),
-            "values": cut(view.values),
-            "captured_queries": None if queries is None else queries[one, :, first_row:],
-            "captured_raw_keys": cut(view.captured_raw_keys),
-            "captured_text": None
-            if view.captured_text is None
-            else cut_text(view.captured_text, one, first_row),
-        }
+        cuts |= {"keys": cut(view.keys), "values": cut(view.values)}
     return dataclasses.replace(view, **cuts)
+
+
+def _cut_captured(captured: Captured, sample: slice, columns: int, first_row: int) -> Captured:
+    """Return what was captured of a sample: its first ``columns``, from text row ``first_row`` on."""
+    queries, text = captured.queries, captured.text
+    one = captured.rows(sample).at(Selection.all(1, columns))
+    return dataclasses.replace(
+        one,
+        queries=None if queries is None else queries[sample, :, first_row:],
+        text=None if text is None else cut_text(text, sample, first_row),
+    )
 
 
 def cut_text(text: TextView, sample: slice, first: int) -> TextView:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvprune.adapters.tiny import mllama_inputs, tiny_bart, tiny_mllama
+from kvprune.policy.captured import Captured
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView, View
 from kvprune.testing.reference import existing, slow_groups
@@ -103,9 +104,14 @@ class LayerProblem(_ShortRepr):
         text_rows = see.live.shape[1]
         return LayerView(
             layout_of=self.layout,
-            captured_features=self._draw("features", 1, see.columns)[:, 0],
-            captured_guidance=self._draw("guidance", 1, see.columns)[:, 0, :, 0].abs().float(),
-            captured_class_attention=self._class_attention(see),
+            captured=Captured(
+                queries=self._draw("queries", self.query_heads, text_rows),
+                raw_keys=self._draw("raw keys", self.kv_heads, see.columns),
+                features=self._draw("features", 1, see.columns)[:, 0],
+                guidance=self._draw("guidance", 1, see.columns)[:, 0, :, 0].abs().float(),
+                class_attention=self._class_attention(see),
+                text=self.text(policy_name),
+            ),
             keys=self._draw("keys", self.kv_heads, see.columns),
             values=self._draw("values", self.kv_heads, see.columns),
             visibility=see,
@@ -116,9 +122,6 @@ class LayerProblem(_ShortRepr):
             seed=self.seed,
             fingerprints=self.fingerprints,
             policy_name=policy_name,
-            captured_queries=self._draw("queries", self.query_heads, text_rows),
-            captured_raw_keys=self._draw("raw keys", self.kv_heads, see.columns),
-            captured_text=self.text(policy_name),
         )
 
     def _class_attention(self, see: Visibility) -> Tensor:

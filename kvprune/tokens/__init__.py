@@ -1,1 +1,1 @@
-"""Which encoder tokens there are, who sees them, and which of them are kept."""
+"""Encoder tokens: which rows see them, where they lie in the image, and which are kept or merged."""

@@ -1,4 +1,4 @@
-"""How many tokens a policy keeps.
+"""How many tokens a policy keeps (`Budget`).
 
 All arithmetic is exact: a tenth of ten tokens is one token on every platform.
 """
@@ -17,15 +17,21 @@ __all__ = ["Budget"]
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many visible tokens a policy keeps: a fraction of them, or a number of them.
+    """How many visible tokens a policy keeps: a fraction of them or a fixed number.
 
     Args:
-        keep_ratio: Fraction of visible tokens to keep, in (0, 1]. The decimal that was written is what
-            counts: ``0.1`` is one tenth, not the binary number nearest to it.
+        keep_ratio: Fraction of visible tokens to keep, in (0, 1]. It is read as the decimal that was written:
+            ``0.1`` is exactly one tenth, not the nearest binary number.
         keep_tokens: Number of tokens to keep, at least 1.
 
     Raises:
         BudgetError: If neither or both are given, or one is out of range.
+
+    Example:
+        >>> Budget(keep_ratio=0.1).resolve(10)
+        1
+        >>> Budget(keep_tokens=64).resolve(10)
+        10
     """
 
     keep_ratio: float | None = None
@@ -48,9 +54,9 @@ class Budget:
             raise BudgetError(f"keep_tokens is a whole number of tokens, at least 1, got {tokens!r}")
 
     def resolve(self, visible: int) -> int:
-        """Return the number of tokens kept out of ``visible`` ones.
+        """Return how many of ``visible`` tokens are kept.
 
-        The ratio is rounded up, so at least one token stays as long as one is visible (KV03).
+        The product with the ratio is rounded up, so at least one visible token is kept (KV03).
         """
         if self.keep_tokens is not None:
             return min(self.keep_tokens, visible)
@@ -58,5 +64,5 @@ class Budget:
         return math.ceil(Fraction(str(self.keep_ratio)) * visible)
 
     def resolve_all(self, visible: Iterable[int]) -> list[int]:
-        """Apply `resolve` to each number of visible tokens."""
+        """Apply `resolve` to each number of visible tokens and return the results in order."""
         return [self.resolve(count) for count in visible]

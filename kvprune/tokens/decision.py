@@ -1,4 +1,4 @@
-"""What a policy wants at one cross-attention layer."""
+"""A policy's answer at one cross-attention layer (`Decision`): what to cache, what to pass on."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ __all__ = ["Decision"]
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a policy wants at one cross-attention layer; an empty one changes nothing.
+    """A policy's answer at one cross-attention layer. An empty decision changes nothing.
 
     Args:
-        cache: Columns of this layer's view that its cache keeps for decoding, and in which precision; None
-            leaves all columns that decoding can see.
-        onward: Columns of this layer's view that later cross-attention layers still receive: they project,
-            attend to and store only these. None leaves them as they are. The heads of different layers do
-            not correspond, so this one is shared by heads (second axis 1).
-        note: What a user should know about the decision; it becomes a warning of the report, each text once.
+        cache: Columns of this layer's view that its cache keeps for decoding, and their precision. None keeps
+            every column that decoding can see.
+        onward: Columns of this layer's view that later cross-attention layers receive: they project, attend
+            to and store only these. None passes on all columns. Heads of different layers do not correspond,
+            so all heads share this selection (second axis 1).
+        note: A remark for the user, for example that the budget could not be met. It becomes a warning in the
+            report; equal notes are shown once.
 
-    A selection that merges lets dropped columns live on in kept ones: in ``cache`` as sums of keys and of
-    values, in ``onward`` as sums of the features from which later layers make their keys and values.
+    If a selection has a merge, dropped columns are added to kept ones: in ``cache`` as sums of keys and of
+    values, in ``onward`` as sums of the features from which later layers compute keys and values.
 
     Raises:
-        SelectionError: If ``onward`` differs by head or states bits, or the note is no text.
+        SelectionError: If ``onward`` differs by head or has bits, or the note is not a string.
     """
 
     cache: Selection | None = None
@@ -35,14 +36,14 @@ class Decision:
 
     def __post_init__(self) -> None:
         if not isinstance(self.note, str):
-            raise SelectionError(f"the note of a decision is text, got {type(self.note).__name__}")
+            raise SelectionError(f"the note of a decision is a string, got {type(self.note).__name__}")
         if self.onward is not None and self.onward.indices.shape[1] != 1:
             raise SelectionError(
-                "KV01: what later layers receive is shared by heads, indices [B, 1, K], "
+                "KV01: all heads share the columns that later layers receive, so indices are [B, 1, K], "
                 f"got {list(self.onward.indices.shape)}"
             )
         if self.onward is not None and self.onward.bits is not None:
             raise SelectionError(
-                "KV01: bits say how a cache holds entries, and features that go onward are not cached; "
-                f"got onward={self.onward!r}; state bits in Decision(cache=...)"
+                "KV01: bits are the precision of cached entries, but features passed onward are not cached; "
+                f"got onward={self.onward!r}; give bits in Decision(cache=...)"
             )

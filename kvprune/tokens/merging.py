@@ -1,8 +1,8 @@
-"""How dropped columns live on in kept ones (`Merge`), and the weighted sums that make it so.
+"""Merges dropped columns into kept ones: the assignment with weights (`Merge`), and the weighted sums.
 
-Sums are taken in float32 (float64 for float64) and a few heads or channels at a time, so that no copy of a
-whole cache in float32 is ever alive. On CUDA the order of the additions, and so the last bit of a sum, may
-differ from run to run, unless ``torch.use_deterministic_algorithms(True)`` is set.
+Sums are computed in float32 (float64 for float64 models), a few heads or channels at a time, so that a whole
+cache is never copied to float32. On CUDA the order of the additions, and so the last bit of a sum, may differ
+from run to run, unless ``torch.use_deterministic_algorithms(True)`` is set.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _ELEMENTS_PER_CHUNK = 2**21  # 8 MiB of float32
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """How dropped columns live on in kept ones: each entry becomes a weighted sum of its members.
+    """Assigns columns to kept entries: each entry becomes a weighted sum of its members.
 
     Args:
-        into: int64 ``[B, H or 1, S]``, position among the kept entries of the one that takes column s; -1
-            where a column is dropped outright. A kept column goes into its own entry.
+        into: int64 ``[B, H or 1, S]``, the kept entry that column s is added to, as a position among the kept
+            entries; -1 if the column is dropped without a trace. A kept column goes into its own entry.
         weights: float32 or float64, same shape: the column's weight in the sum of its entry.
-        renormalize_keys: Whether merged keys get the length back that their members have on (weighted)
-            average. Keys that point in different directions would otherwise become shorter by merging.
-        size_bias: Whether the logarithm of its number of members is added to the logits of an entry when
-            decoding, so that it draws as much attention as that many tokens.
-        carried: Bias ``[B, H or 1, K]`` that entries of earlier images have already. It stands in what a run
-            reports; a policy leaves it out.
+        renormalize_keys: Whether to scale each merged key to the weighted mean length of its members. Without
+            it, merging keys that point in different directions makes them shorter.
+        size_bias: Whether decoding adds the logarithm of an entry's number of members to its logits, so that
+            it receives as much attention as that many tokens.
+        carried: Bias ``[B, H or 1, K]`` that entries of earlier images already have. It appears only in the
+            selections that a run reports; policies leave it out.
     """
 
     into: Tensor
@@ -43,8 +43,9 @@ class Merge:
     carried: Tensor | None = None
 
     def members(self, entries: int) -> Tensor:
-        """Number of columns that go into each of ``entries`` entries, int64 ``[B, H or 1, K]``."""
-        slots = torch.where(self.into < 0, entries, self.into)
+        """Return the number of members of each of ``entries`` entries, int64 ``[B, H or 1, K]``."""
+        # Dropped columns are counted in an extra entry, which is cut off.
+        slots = torch.where(self.into < 0, entries, self.into)  # [B, H or 1, S]
         counts = torch.zeros(*slots.shape[:2], entries + 1, dtype=torch.int64, device=slots.device)
         return counts.scatter_add_(-1, slots, torch.ones_like(slots))[..., :entries]
 
@@ -61,7 +62,7 @@ class Merge:
         return replace(self, into=move(self.into), weights=move(self.weights), carried=carried)
 
     def equals(self, other: Merge | None) -> bool:
-        """Whether another merge says the same, to the last bit."""
+        """Whether another merge has the same assignment, weights and flags, to the last bit."""
         if other is None or (self.carried is None) != (other.carried is None):
             return False
         flags = self.renormalize_keys == other.renormalize_keys and self.size_bias == other.size_bias
@@ -71,13 +72,13 @@ class Merge:
 
 
 def merge_heads(tensor: Tensor, merge: Merge, entries: int, *, renormalize: bool = False) -> Tensor:
-    """Merge what heads hold, ``[R, H, S, D]`` to ``[R, H, K, D]`` in the same dtype.
+    """Merge keys or values, ``[R, H, S, D]`` to ``[R, H, K, D]`` in the same dtype.
 
     Args:
         tensor: Keys or values.
-        merge: Over their S entries, for R rows.
+        merge: The merge of their S entries, for R rows.
         entries: Number of entries K afterwards.
-        renormalize: Whether sums get the mean length of their members.
+        renormalize: Whether sums are scaled to the weighted mean length of their members.
     """
     rows, heads, columns, width = tensor.shape
     merged = tensor.new_empty(rows, heads, entries, width)
@@ -94,12 +95,12 @@ def merge_heads(tensor: Tensor, merge: Merge, entries: int, *, renormalize: bool
 
 
 def merge_features(features: Tensor, into: Tensor, weights: Tensor, entries: int) -> Tensor:
-    """Merge features, ``[B, S, C]`` to ``[B, K, C]`` in the same dtype; gradients reach them.
+    """Merge features, ``[B, S, C]`` to ``[B, K, C]`` in the same dtype, differentiably.
 
     Args:
-        features: What enters the projections to keys and values.
+        features: Inputs of the projections to keys and values.
         into: int64 ``[B, S]``, as in `Merge`.
-        weights: ``[B, S]``, likewise.
+        weights: ``[B, S]``, as in `Merge`.
         entries: Number of entries K afterwards.
     """
     batch, columns, channels = features.shape
@@ -112,21 +113,21 @@ def merge_features(features: Tensor, into: Tensor, weights: Tensor, entries: int
 
 
 def _sums(tokens: Tensor, into: Tensor, weights: Tensor, entries: int) -> Tensor:
-    """Weighted sums of tokens ``[N, S, D]`` by entry, ``[N, K, D]`` in float32 or float64."""
+    """Return the weighted sum of the tokens of each entry, ``[N, S, D]`` to ``[N, K, D]``."""
     dtype = accumulation_dtype(tokens)
-    weighted = tokens.to(dtype) * weights[..., None].to(tokens.device, dtype)
-    # What is dropped outright goes into an entry of its own, which goes: times zero, infinity would stay.
+    weighted = tokens.to(dtype) * weights[..., None].to(tokens.device, dtype)  # [N, S, D]
+    # Dropped columns are added to an extra entry, which is cut off. A weight of 0 would turn inf into NaN.
     slots = torch.where(into < 0, entries, into).to(tokens.device)[..., None].expand_as(weighted)
-    sums = weighted.new_zeros(tokens.shape[0], entries + 1, tokens.shape[-1])
+    sums = weighted.new_zeros(tokens.shape[0], entries + 1, tokens.shape[-1])  # [N, K + 1, D]
     return sums.scatter_add(-2, slots, weighted)[:, :entries]
 
 
 def _stretch(tokens: Tensor, into: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
-    """Factor that gives each sum the weighted mean length of its members, ``[N, K, 1]``."""
-    lengths = torch.linalg.vector_norm(tokens.to(sums.dtype), dim=-1, keepdim=True)
+    """Return the factors that scale sums to the weighted mean length of their members, ``[N, K, 1]``."""
+    lengths = torch.linalg.vector_norm(tokens.to(sums.dtype), dim=-1, keepdim=True)  # [N, S, 1]
     shares = weights.abs()
     entries = sums.shape[-2]
-    total = _sums(torch.ones_like(lengths), into, shares, entries)
+    total = _sums(torch.ones_like(lengths), into, shares, entries)  # [N, K, 1]
     wanted = _sums(lengths, into, shares, entries) / total
     factor = wanted / torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
-    return torch.where(factor.isfinite(), factor, 1.0)  # a sum of no length, or of no weight, stays
+    return torch.where(factor.isfinite(), factor, 1.0)  # sums of length or weight 0 stay as they are

@@ -1,4 +1,4 @@
-"""The data type in which sums and scores are computed: float32, or float64 for float64 models."""
+"""The dtype in which sums and scores are computed: float32, or float64 for float64 models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Randomness that depends on the seed, the layer and the sample's content, and on nothing else.
+"""Random numbers that depend only on the seed, the layer and the sample's content.
 
-A sample must select alone what it selects in a batch, on any device (KV10). So randomness is seeded by a
-fingerprint of what the encoder read for that sample, and drawn on the CPU.
+A sample must get the same selection alone and in a batch, on any device (KV10). So the generator is seeded by
+a fingerprint of the sample's encoder input, and numbers are drawn on the CPU.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from torch import Tensor
 
 __all__ = ["fingerprint", "generator", "uniform"]
 
-_STRIDE = 61  # of pixels: a prime that does not divide image widths, so all rows and channels are sampled
+_STRIDE = 61  # every 61st pixel: a prime that divides no image width, so all rows and channels are sampled
 _STEPS_PER_UNIT = 64
 
 
 def fingerprint(encoder_input: Tensor) -> Tensor:
-    """Return an int64 ``[B]`` digest of what the encoder reads (pixels, audio features or token ids).
+    """Return a digest of each sample's encoder input, int64 ``[B]``.
 
-    Whole numbers throughout, so every device computes the same one. Zeros at the end (images that only
-    other samples of the batch have) do not change it.
+    The computation uses whole numbers, so every device gets the same result. Zeros at the end (images that
+    only other samples of the batch have) do not change it.
+
+    Args:
+        encoder_input: ``[B, ...]``, pixels, audio features or token ids.
     """
     flat = encoder_input.flatten(1)
     if flat.is_floating_point():
@@ -31,15 +34,22 @@ def fingerprint(encoder_input: Tensor) -> Tensor:
 
 
 def generator(*parts: int) -> torch.Generator:
-    """Return a CPU generator seeded by whole numbers, mixed so that neighbours are unrelated."""
+    """Return a CPU generator seeded by whole numbers, hashed so that similar seeds give unrelated numbers."""
     digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def uniform(seed: int, rank: int, fingerprints: Tensor, heads: int, columns: int) -> Tensor:
-    """Draw from [0, 1), float32 ``[B, heads, columns]`` on the CPU, for each sample on its own.
+    """Draw uniform numbers from [0, 1), float32 ``[B, heads, columns]`` on the CPU, sample by sample.
 
-    Columns are drawn in order, so more columns at the end (padding) change nothing before them.
+    Columns are drawn in order, so columns appended at the end (padding) do not change earlier ones.
+
+    Args:
+        seed: The seed of the run.
+        rank: Rank of the layer, so that layers get different numbers.
+        fingerprints: int64 ``[B]``, see `fingerprint`.
+        heads: Number of heads.
+        columns: Number of columns S.
     """
     draws = [
         torch.rand(columns, heads, generator=generator(seed, rank, value)) for value in fingerprints.tolist()

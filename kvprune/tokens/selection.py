@@ -1,26 +1,28 @@
-"""How many tokens to keep (`Budget`), which ones (`Selection`), and what follows (`Decision`).
+"""Which columns of a cross-attention cache are kept (`Selection`), as indices and as a mask.
 
-All arithmetic on budgets is exact: ``keep_ratio=0.1`` of ten tokens is one token on every platform.
-A `Selection` is checked when it is made, so whoever holds one may rely on the invariants KV01 and KV03.
+A selection is checked when it is made, so code that receives one may rely on the invariants KV01 and KV03.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kvprune.errors import SelectionError
 from kvprune.tokens.merging import Merge
+from kvprune.tokens.packing import pack_left
 
 __all__ = ["BITS", "OWN_BITS", "Selection"]
 
 OWN_BITS = 16
-"""Stands for the cache's own dtype, whatever that is."""
+"""Stands for the cache's own dtype, whichever that is."""
 
 BITS = (OWN_BITS, 8, 4, 2)
-"""Precisions in which an entry may be held."""
+"""Precisions in which an entry may be stored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,18 +31,24 @@ class Selection:
 
     Args:
         indices: int64 ``[B, H or 1, K]``, strictly increasing columns of the unpruned cache, H being the
-            number of KV heads. One row serves all heads where the second axis is 1.
-        valid: bool, same shape. Rows of a ragged batch are padded to the longest one by repeating their
-            last index; padding is not valid, and valid entries come first.
+            number of KV heads. If the second axis is 1, all heads share one row.
+        valid: bool, same shape. Ragged batches are padded to the longest row by repeating the last index of
+            each row. Padding is not valid, and valid entries come first.
         columns: Width S of the unpruned cache, in tokens.
-        merge: How dropped columns live on in kept ones; None if none do. `kvprune.tokens.buckets` makes it.
-        bits: uint8, same shape, in how many bits a number of the entry is held: 16 stands for the cache's own
-            dtype, 8, 4 and 2 are quantized (`kvprune.cache.quantization`). Padding repeats those of its last
-            index. None where all entries are held in the own dtype.
+        merge: How dropped columns are merged into kept ones; None without merging. `kvprune.tokens.buckets`
+            makes it.
+        bits: uint8, same shape, bits per number of each entry: 16 stands for the cache's own dtype; 8, 4 and
+            2 are quantized (`kvprune.cache.quantization`). Padding repeats the bits of the last index. None
+            if all entries are stored in the cache's own dtype.
 
     Raises:
-        SelectionError: If any of this does not hold (KV01), or a row keeps nothing (KV03). What a merge says
-            is checked when a decision is judged (KV15).
+        SelectionError: If any of this does not hold (KV01), or a row keeps nothing (KV03). A merge is checked
+            later, together with the decision (KV15).
+
+    Example:
+        >>> selection = Selection.from_mask(torch.tensor([[[True, False, True]]]))
+        >>> selection.indices.tolist()
+        [[[0, 2]]]
     """
 
     indices: Tensor
@@ -50,6 +58,12 @@ class Selection:
     bits: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self._check_tensors()
+        self._check_contents()
+        self._check_bits()
+
+    def _check_tensors(self) -> None:
+        """Check types, shapes and devices of indices and valid, without a host transfer."""
         indices, valid = self.indices, self.valid
         if not isinstance(indices, Tensor) or not isinstance(valid, Tensor):
             raise SelectionError(
@@ -67,12 +81,16 @@ class Selection:
             )
         if valid.device != indices.device:
             raise SelectionError(
-                f"KV01: indices are on {indices.device}, but valid is on {valid.device}; they share a device"
+                f"KV01: indices are on {indices.device}, but valid is on {valid.device}; "
+                "both must be on one device"
             )
         if indices.shape[-1] == 0:
             raise SelectionError("KV03: a selection keeps at least one token per row, got K = 0")
-        steps, valid_steps = indices.diff(dim=-1), valid[..., 1:]
-        # One transfer for all questions: this runs once per prefill, never in decode.
+
+    def _check_contents(self) -> None:
+        """Check the values of indices and valid, with one host transfer for all questions."""
+        indices, valid = self.indices, self.valid
+        steps, valid_steps = indices.diff(dim=-1), valid[..., 1:]  # [B, H or 1, K - 1]
         empty, out_of_range, unordered, holes, loose_padding = torch.stack(
             [
                 ~valid.any(-1).all(),
@@ -95,7 +113,6 @@ class Selection:
             raise SelectionError("KV01: indices are strictly increasing in each row; a row is not")
         if loose_padding:
             raise SelectionError("KV01: padding repeats the last index of its row; a row does not")
-        self._check_bits()
 
     def _check_bits(self) -> None:
         bits = self.bits
@@ -103,7 +120,7 @@ class Selection:
             return
         if self.merge is not None:
             raise SelectionError(
-                "KV01: a selection merges entries or states bits, got both; what is merged is held in the "
+                "KV01: a selection has either a merge or bits, got both; merged entries are stored in the "
                 "cache's own dtype"
             )
         if not isinstance(bits, Tensor):
@@ -116,7 +133,7 @@ class Selection:
         if bits.device != self.indices.device:
             raise SelectionError(
                 f"KV01: indices are on {self.indices.device}, but bits are on {bits.device}; "
-                "they share a device"
+                "both must be on one device"
             )
         _require_known(bits)
         if bool(((bits[..., 1:] != bits[..., :-1]) & ~self.valid[..., 1:]).any()):
@@ -128,13 +145,19 @@ class Selection:
     def from_mask(cls, kept: Tensor, bits: Tensor | None = None) -> Selection:
         """Return the selection of the columns where ``kept`` is true.
 
+        The mask is copied: changing ``kept`` later does not change the selection.
+
         Args:
             kept: bool ``[B, H or 1, S]``.
-            bits: uint8, same shape or one that expands to it, the precision of each column (see the class);
-                what it says of columns that are not kept does not matter.
+            bits: uint8, same shape or one that expands to it, the precision of each column (see the class).
+                Its values at dropped columns are ignored.
 
         Raises:
-            SelectionError: If the shapes are others, a row keeps nothing, or the bits are none of `BITS`.
+            SelectionError: If a shape or dtype is wrong, a row keeps nothing, or a value is not in `BITS`.
+
+        Example:
+            >>> Selection.from_mask(torch.tensor([[[True, False, True, True]]]))
+            Selection(batch=1, heads=1, kept=3, columns=4)
         """
         if not isinstance(kept, Tensor):
             raise SelectionError(f"KV01: a mask of kept columns is a tensor, got {type(kept).__name__}")
@@ -142,23 +165,18 @@ class Selection:
             raise SelectionError(
                 f"KV01: a mask of kept columns is bool [B, H or 1, S], got {kept.dtype} {list(kept.shape)}"
             )
-        counts = kept.sum(-1, keepdim=True)
-        fewest, width = torch.stack(counts.aminmax()).tolist()
+        fewest, most = torch.stack(kept.sum(-1).aminmax()).tolist()
         if fewest == 0:
             raise SelectionError("KV03: a selection keeps at least one token per row; a row keeps none")
-        # A stable sort of "dropped" moves kept columns to the front and leaves them in order.
-        indices = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
-        valid = torch.arange(width, device=kept.device) < counts
-        last = indices.gather(-1, (counts - 1).clamp(min=0))
-        indices = torch.where(valid, indices, last)
-        if bits is None:
-            return cls.trusted(indices, valid, kept.shape[-1])
-        chosen = _bits_of_kept(bits, kept).gather(-1, indices)
-        return cls.trusted(indices, valid, kept.shape[-1], bits=chosen)
+        indices, valid = pack_left(kept, most)
+        chosen = None if bits is None else _bits_of_kept(bits, kept).gather(-1, indices)
+        selection = cls.trusted(indices, valid, kept.shape[-1], bits=chosen)
+        vars(selection)["mask"] = kept.clone()  # fills the cached property
+        return selection
 
     @classmethod
     def all(cls, batch: int, columns: int, device: torch.device | str = "cpu") -> Selection:
-        """Return the selection that keeps each of ``columns`` columns in each of ``batch`` samples."""
+        """Return the selection that keeps all ``columns`` columns in each of ``batch`` samples."""
         if columns < 1:
             raise SelectionError(f"KV03: a selection keeps at least one token per row, got {columns} columns")
         indices = torch.arange(columns, device=device).expand(batch, 1, columns)
@@ -175,7 +193,7 @@ class Selection:
         merge: Merge | None = None,
         bits: Tensor | None = None,
     ) -> Selection:
-        """Return a selection that is right by construction, without the checks and their host transfer.
+        """Return a selection that is correct by construction: skips the checks and their host transfer.
 
         Args:
             indices: See the class.
@@ -190,6 +208,12 @@ class Selection:
             object.__setattr__(selection, name, value)
         return selection
 
+    def with_merge(self, merge: Merge | None) -> Selection:
+        """Return the same selection with another merge (None for no merge), unchecked."""
+        selection = copy.copy(self)  # the copy shares the mask, if it has been computed
+        object.__setattr__(selection, "merge", merge)
+        return selection
+
     @property
     def counts(self) -> Tensor:
         """Number of kept tokens, int64 ``[B, H or 1]``."""
@@ -197,27 +221,34 @@ class Selection:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether some row is padded."""
+        """Whether some row is padded (one host transfer)."""
         return not bool(self.valid.all())
 
-    def to_mask(self) -> Tensor:
-        """Return the kept columns as bool ``[B, H or 1, S]``."""
-        kept = torch.zeros(
-            *self.indices.shape[:2], self.columns, dtype=torch.bool, device=self.indices.device
-        )
+    @cached_property
+    def mask(self) -> Tensor:
+        """The kept columns, bool ``[B, H or 1, S]``, computed at most once.
+
+        All readers share this tensor: read it, and do not write to it. `to_mask` returns a copy.
+        """
+        shape = *self.indices.shape[:2], self.columns
+        kept = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
         # Padding repeats a valid index, so writing True everywhere marks exactly the kept columns.
         return kept.scatter_(-1, self.indices, True)
 
+    def to_mask(self) -> Tensor:
+        """Return the kept columns as bool ``[B, H or 1, S]``, a copy that the caller may change."""
+        return self.mask.clone()
+
     def bits_by_column(self) -> Tensor:
-        """Return the precision of each column, uint8 ``[B, H or 1, S]``; 16 also where nothing is kept."""
+        """Return the precision of each column, uint8 ``[B, H or 1, S]``; 16 for dropped columns."""
         shape = *self.indices.shape[:2], self.columns
         by_column = torch.full(shape, OWN_BITS, dtype=torch.uint8, device=self.indices.device)
-        # Padding repeats the bits of a valid entry with its index.
+        # Padding has the index and the bits of a valid entry, so writing it changes nothing.
         return by_column if self.bits is None else by_column.scatter_(-1, self.indices, self.bits)
 
     @property
     def quantizes(self) -> bool:
-        """Whether some entry is held in fewer bits than the cache's own dtype has."""
+        """Whether some entry has fewer bits than the cache's own dtype (one host transfer)."""
         return self.bits is not None and bool((self.bits != OWN_BITS).any())
 
     def repeat(self, copies: int) -> Selection:
@@ -251,7 +282,7 @@ class Selection:
     def _same_bits(self, other: Selection) -> bool:
         if self.bits is not None and other.bits is not None:
             return torch.equal(self.bits, other.bits)
-        return not self.quantizes and not other.quantizes  # None says what 16 everywhere says
+        return not self.quantizes and not other.quantizes  # None and all-16 are equivalent
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -270,13 +301,13 @@ def _require_known(bits: Tensor) -> None:
     unknown = bits[~torch.isin(bits, known)]
     if unknown.numel():
         raise SelectionError(
-            f"KV01: an entry is held in {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits "
-            f"({OWN_BITS} being the cache's own dtype), got {int(unknown[0])}"
+            f"KV01: the bits of an entry are {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} "
+            f"({OWN_BITS} stands for the cache's own dtype), got {int(unknown[0])}"
         )
 
 
 def _bits_of_kept(bits: Tensor, kept: Tensor) -> Tensor:
-    """Check the bits of columns against a mask of kept ones, and expand them to its shape."""
+    """Check the bits of columns against the mask of kept columns, and expand them to its shape."""
     if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.ndim != 3:
         got = f"{bits.dtype} {list(bits.shape)}" if isinstance(bits, Tensor) else type(bits).__name__
         raise SelectionError(f"KV01: bits of columns are uint8 {list(kept.shape)}, got {got}")
@@ -284,7 +315,7 @@ def _bits_of_kept(bits: Tensor, kept: Tensor) -> Tensor:
         raise SelectionError(f"KV01: bits of columns are {list(kept.shape)}, got {list(bits.shape)}")
     if bits.device != kept.device:
         raise SelectionError(
-            f"KV01: the mask is on {kept.device}, but bits are on {bits.device}; they share a device"
+            f"KV01: the mask is on {kept.device}, but bits are on {bits.device}; both must be on one device"
         )
     bits = bits.expand_as(kept)
     _require_known(bits[kept])

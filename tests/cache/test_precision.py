@@ -165,20 +165,25 @@ def filled(columns: int = 4) -> CrossKVLayer:
     return layer
 
 
+def in_four_bits() -> Selection:
+    every = torch.ones(1, 1, 4, dtype=torch.bool)
+    return Selection.from_mask(every, torch.full((1, 1, 4), 4, dtype=torch.uint8))
+
+
 def test_what_is_not_finite_is_not_quantized():
     layer = filled()
     layer.keys[0, 0, 1, 2] = torch.nan
     with pytest.raises(QuantizationError, match="must be finite"):
-        layer.retain(torch.ones(1, 1, 4, dtype=torch.bool), bits=torch.full((1, 1, 4), 4, dtype=torch.uint8))
+        layer.retain(in_four_bits())
 
 
 def test_quantized_entries_are_not_merged():
     layer, every = filled(), torch.ones(1, 1, 4, dtype=torch.bool)
-    layer.retain(every, bits=torch.full((1, 1, 4), 4, dtype=torch.uint8))
+    layer.retain(in_four_bits())
     merge = Merge(torch.arange(4).expand(1, 1, 4), torch.ones(1, 1, 4))
     with pytest.raises(UnsupportedCacheError, match="quantized, and a later decision merges"):
-        layer.retain(every, merge)
-    with pytest.raises(SelectionError, match="merges entries or states bits, got both"):
+        layer.retain(Selection(torch.arange(4).expand(1, 1, 4), every, 4, merge))
+    with pytest.raises(SelectionError, match="has either a merge or bits, got both"):
         Selection(
             torch.arange(4).expand(1, 1, 4), every, 4, merge, torch.full((1, 1, 4), 4, dtype=torch.uint8)
         )
@@ -197,8 +202,14 @@ def parts(**changes):
 @pytest.mark.parametrize(
     ("bits", "message"),
     [
-        (torch.tensor([[[16, 8, 3], [2, 8, 8]]], dtype=torch.uint8), r"16, 8, 4 or 2 bits .*, got 3"),
-        (torch.tensor([[[16, 8, 0], [2, 8, 8]]], dtype=torch.uint8), r"16, 8, 4 or 2 bits .*, got 0"),
+        (
+            torch.tensor([[[16, 8, 3], [2, 8, 8]]], dtype=torch.uint8),
+            r"are 16, 8, 4 or 2 .*, got 3",
+        ),
+        (
+            torch.tensor([[[16, 8, 0], [2, 8, 8]]], dtype=torch.uint8),
+            r"are 16, 8, 4 or 2 .*, got 0",
+        ),
         (torch.tensor([[[16, 8, 4], [2, 8, 4]]], dtype=torch.uint8), "padding repeats the bits"),
         (
             torch.tensor([[[16, 8, 4], [2, 8, 8]]]),
@@ -242,6 +253,6 @@ def test_a_mask_takes_bits_of_its_shape_only(bits):
 def test_features_have_no_precision():
     bits = torch.full((1, 1, 3), 4, dtype=torch.uint8)
     onward = Selection.from_mask(torch.ones(1, 1, 3, dtype=torch.bool), bits)
-    with pytest.raises(SelectionError, match="features that go onward are not cached"):
+    with pytest.raises(SelectionError, match="features passed onward are not cached"):
         Decision(onward=onward)
     assert Decision(cache=onward).cache is onward

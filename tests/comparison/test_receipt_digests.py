@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune.comparison.storage.digests import receipts
-from kvprune.engine.report import LayerReceipt
+from kvprune.engine.receipts import LayerReceipt
 from kvprune.testing import mllama_inputs
 from kvprune.tokens.selection import Selection
 

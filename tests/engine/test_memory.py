@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import replace
 
 import pytest
 import torch
@@ -73,9 +72,8 @@ def test_merging_needs_at_most_64_mib_at_11b_dimensions_beside_what_it_keeps(dty
     with PeakMemory() as memory:
         selection = policy.select(view).cache
     assert memory.peak <= 32 * MIB, f"{memory.peak / MIB:.1f} MiB"
-    kept = selection.to_mask()
     with PeakMemory() as memory:
-        layer.retain(kept, selection.merge)
+        layer.retain(selection)
     assert memory.peak - layer.bytes_held <= 64 * MIB, f"{memory.peak / MIB:.1f} MiB"
     features = torch.randn(1, 6404, 4096).to(dtype)
     with PeakMemory() as memory:
@@ -114,7 +112,7 @@ def test_ranking_by_guidance_needs_at_most_4_mib_at_11b_dimensions(spec, dtype):
     policy = kvprune.get_policy(spec)
     before = make_problem(policy, dtype=dtype)
     layer = make_problem(kvprune.get_policy("full"), dtype=dtype)
-    layer = replace(layer, captured_guidance=before.guidance)
+    layer = layer.capturing(guidance=before.guidance)
     decisions = []
     peak = peak_memory(lambda: decisions.extend((policy.choose(before), policy.select(layer))))
     assert peak <= 4 * MIB, f"{peak / MIB:.1f} MiB"

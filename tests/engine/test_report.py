@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import CompressionReport, PolicySpec
-from kvprune.engine.report import LayerReceipt
+from kvprune.engine.receipts import LayerReceipt
 
 MIB = 2**20
 

@@ -45,7 +45,7 @@ class SomeText(kvprune.CrossKVPolicy):
     def select(self, view):
         if not self.cross:
             return kvprune.Decision()
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         limit = kvprune.scoring.limits(kvprune.Budget(keep_ratio=0.5), strata)
         return kvprune.Decision(
             cache=Selection.from_mask(

@@ -15,8 +15,7 @@ import kvprune
 from kvprune import PolicySpec
 from kvprune.errors import KVPruneError, PolicyOptionError, SpecError
 from kvprune.policy.options import check_option, parse_option
-from kvprune.policy.spec import suggestion
-from kvprune.text import error_line, printable, shown
+from kvprune.text import error_line, printable, shown, suggestion
 
 MEGABYTE = 10**6
 POLICIES = sorted(policy.name for policy in kvprune_policies())
@@ -246,7 +245,7 @@ def test_digits_that_are_no_number_here_are_refused(text):
     ],
 )
 def test_a_text_that_a_spec_would_read_as_something_else_is_refused(annotation, value, again):
-    with pytest.raises(PolicyOptionError, match=f"cannot be the text '{value}', .* read back as {again}"):
+    with pytest.raises(PolicyOptionError, match=f"cannot be the text '{value}': .* is read as {again}"):
         check_option("p", "o", annotation, value)
     check_option("p", "o", annotation, "plain")
     check_option("p", "o", Literal["none", "true"], "none")

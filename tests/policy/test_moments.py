@@ -50,7 +50,7 @@ class Late(kvprune.PrefillPolicy):
     def conclude(self, views, observed):
         decisions = []
         for view, scores in zip(views, observed, strict=True):
-            strata = torch.where(view.strata == 0, 0, -1)
+            strata = view.decode_strata
             limit = scoring.limits(self.exact_budget, strata)
             room = torch.minimum(limit - 1, scoring.stratum_sizes(strata) - limit).clamp(0, 1)
             later = 2 * view.rank - len(views) + 1
@@ -220,7 +220,7 @@ def test_queries_do_not_outlive_their_layer():
             return frozenset({"queries", "features"})
 
         def conclude(self, views, observed):
-            alive.extend((view.captured_queries, view.captured_features) for view in views)
+            alive.extend((view.captured.queries, view.captured.features) for view in views)
             return super().conclude(views, observed)
 
     policy = dataclasses.dataclass(frozen=True, kw_only=True)(Keeps)()
@@ -258,7 +258,7 @@ def test_nobody_pays_for_features_that_nobody_needs(family):
         name = "looks"
 
         def select(self, view):
-            view_features.append(view.captured_features)
+            view_features.append(view.captured.features)
             return Decision()
 
     compressed(model_of(family), inputs_of(family), dataclasses.dataclass(frozen=True, kw_only=True)(Looks)())
@@ -293,7 +293,7 @@ def test_notes_on_decisions_are_warnings_of_the_report(family):
 
 def test_a_note_is_text_and_no_part_of_what_is_decided():
     assert Decision(note="why") == Decision()
-    with pytest.raises(SelectionError, match="note of a decision is text, got list"):
+    with pytest.raises(SelectionError, match="note of a decision is a string, got list"):
         Decision(note=["why"])
 
 

@@ -11,11 +11,11 @@ from typing import Literal
 
 import pytest
 import torch
+from commands import kvprune_command
 from helpers import conversations, kept_sets, make_view, make_visibility
 from hypothesis import given
 from hypothesis import strategies as st
 from kvprune_strategies import Full, Norm, Random
-from test_cli import kvprune_command
 
 import kvprune
 from kvprune import CrossKVPolicy, Decision, PolicySpec, ScoringPolicy, require_scorer
@@ -173,7 +173,7 @@ def test_defaults_are_left_out_and_inner_versions_are_kept(toys):
         ("by-rank:scorer=trim(k_ratio=2)", PolicyOptionError, r"got 'trim\(k_ratio=2\)'"),
         ("wrap:made=random", PolicyOptionError, r"must be policy 'norm', got 'random' \(installed: norm\)"),
         ("by-rank:scorer=none", UnknownPolicyError, "unknown policy 'none'"),
-        ("by-rank:scorer=Norm", SpecError, "'Norm' is no policy name"),
+        ("by-rank:scorer=Norm", SpecError, "'Norm' is not a policy name"),
         ("by-rank:scorer=norm:of=keys", PolicyOptionError, r"such as scorer=norm\(key=value;key=value\)"),
         ("by-rank:scorer=norm(off=keys)", PolicyOptionError, "'norm' has no option 'off'; did you mean 'of'"),
         ("by-rank:scorer=norm(of=hair)", PolicyOptionError, "'of' of policy 'norm' must be values"),
@@ -221,7 +221,7 @@ def test_in_python_the_option_is_a_policy_and_nothing_else():
             Around(scorer=wrong)
     for wrong in (PolicySpec("norm"), PolicySpec("norm", {"of": "keys"})):
         with pytest.raises(
-            PolicyOptionError, match=r"got the spec 'norm.*get_policy makes policies of specs"
+            PolicyOptionError, match=r"got the spec 'norm.*get_policy builds a policy from a spec"
         ):
             Around(scorer=wrong)
     with pytest.raises(PolicyOptionError, match="must be policy that ranks tokens, got 'norm'"):

@@ -188,7 +188,7 @@ def test_a_batch_in_which_only_one_sample_gets_a_new_image_is_decided(reach):
         (lambda view: view.values, r"shape \[2, 2, 6, 4\]"),
         (lambda view: view.values.norm(dim=-1)[..., :5], r"shape \[2, 2, 5\]"),
         (lambda view: view.values.norm(dim=-1)[:1], r"shape \[1, 2, 6\]"),
-        (lambda view: view.captured_queries.norm(dim=-1), r"shape \[2, 4, 3\]"),
+        (lambda view: view.captured.queries.norm(dim=-1), r"shape \[2, 4, 3\]"),
         (lambda view: torch.rand(2, 4, 6), r"shape \[2, 4, 6\]"),
         (lambda view: torch.tensor(0.0), r"shape \[\]"),
         (lambda view: None, "NoneType"),
@@ -345,7 +345,7 @@ def test_check_class_refuses_a_name_that_no_spec_can_hold():
         def score(self, view):
             return view.random()
 
-    with pytest.raises(SpecError, match="'My Policy' is no policy name"):
+    with pytest.raises(SpecError, match="'My Policy' is not a policy name"):
         Shouting.check_class()
 
 

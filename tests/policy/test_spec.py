@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvprune.errors import PolicyOptionError, SpecError
 from kvprune.policy.options import check_option, describe_type, parse_option
-from kvprune.policy.spec import PolicySpec, suggestion
+from kvprune.policy.spec import PolicySpec
+from kvprune.text import suggestion
 
 names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True)
 keys = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
@@ -144,15 +145,18 @@ def test_typed_values_are_written_as_users_write_them(value, text):
         ("a)", r"'\)' at position 2 of spec 'a\)' closes nothing"),
         ("a:b=c(d=1))", r"'\)' at position 11 of spec"),
         ("a:b=)c(", r"'\)' at position 5 of spec"),
-        ("a()", r"between the parentheses of 'a\(\)' in spec 'a\(\)'; without options, leave them out"),
+        (
+            "a()",
+            r"between the parentheses of 'a\(\)' in spec 'a\(\)'; leave the parentheses out",
+        ),
         ("a:b=c( )", r"between the parentheses of 'c\( \)' in spec 'a:b=c\( \)'"),
-        ("a(b=1)c", r"nothing behind 'a\(b=1\)' in spec 'a\(b=1\)c', got 'c'"),
-        ("a(b=1):c=2", r"nothing behind 'a\(b=1\)' .*got ':c=2'"),
-        ("a(b=1)(c=2)", r"nothing behind 'a\(b=1\)' .*got '\(c=2\)'"),
-        ("a:b=c(d=1)e,f=2", r"nothing behind 'c\(d=1\)' in spec .*, got 'e'"),
-        ("a:b=(c=1)", "'' is no policy name"),
-        ("(b=1)", "'' is no policy name"),
-        ("a:b=c:d(e=1)", "'c:d' is no policy name"),
+        ("a(b=1)c", r"nothing after 'a\(b=1\)' in spec 'a\(b=1\)c', got 'c'"),
+        ("a(b=1):c=2", r"nothing after 'a\(b=1\)' .*got ':c=2'"),
+        ("a(b=1)(c=2)", r"nothing after 'a\(b=1\)' .*got '\(c=2\)'"),
+        ("a:b=c(d=1)e,f=2", r"nothing after 'c\(d=1\)' in spec .*, got 'e'"),
+        ("a:b=(c=1)", "'' is not a policy name"),
+        ("(b=1)", "'' is not a policy name"),
+        ("a:b=c:d(e=1)", "'c:d' is not a policy name"),
         ("a:b(c=1)", r"expected key=value in spec 'a:b\(c=1\)', got 'b\(c=1\)'"),
         ("a:b=c(d)", r"expected key=value in spec 'a:b=c\(d\)', got 'd'"),
         ("a:b=c(d=1;d=2)", "'d' is given twice"),
@@ -224,15 +228,15 @@ def test_inner_options_are_written_without_commas():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "A"}, "'A' is no policy name"),
-        ({"name": None}, "None is no policy name"),
-        ({"name": "a\n"}, r"'a\\n' is no policy name"),
+        ({"name": "A"}, "'A' is not a policy name"),
+        ({"name": None}, "None is not a policy name"),
+        ({"name": "a\n"}, r"'a\\n' is not a policy name"),
         ({"name": "a", "version": "1"}, "version.*got '1'"),
         ({"name": "a", "version": True}, "version.*got True"),
         ({"name": "a", "version": 1.0}, r"version.*got 1\.0"),
         ({"name": "a", "options": [("b", 1)]}, r"mapping.*got \[\('b', 1\)\]"),
-        ({"name": "a", "options": {"b-c": 1}}, "'b-c' is no option name in the spec of 'a'"),
-        ({"name": "a", "options": {1: 1}}, "1 is no option name in the spec of 'a'"),
+        ({"name": "a", "options": {"b-c": 1}}, "'b-c' is not an option name in the spec of 'a'"),
+        ({"name": "a", "options": {1: 1}}, "1 is not an option name in the spec of 'a'"),
         ({"name": "a", "options": {"b": [1]}}, r"option 'b' of 'a'.*got \[1\]"),
         ({"name": "a", "options": {"b": {"c": 1}}}, r"option 'b' of 'a'.*got \{'c': 1\}"),
     ],
@@ -318,12 +322,15 @@ def test_json_of_a_spec_is_plain():
         ({"name": "a", "options": []}, r"mapping.*got \[\]"),
         ({"name": "a", "options": None}, "mapping.*got None"),
         ({"name": "a", "version": "2"}, "version.*got '2'"),
-        ({"name": 5}, "5 is no policy name"),
+        ({"name": 5}, "5 is not a policy name"),
         ({"name": "a", "options": {"b": [0.5]}}, r"option 'b' of 'a'.*got \[0\.5\]"),
         ({"name": "a", "options": {"b": {"c": 1}}}, r"option 'b' of 'a' is text.*got \{'c': 1\}"),
-        ({"name": "a", "options": {"b": {"name": "C"}}}, "'C' is no policy name"),
+        ({"name": "a", "options": {"b": {"name": "C"}}}, "'C' is not a policy name"),
         ({"name": "a", "options": {"b": {"name": "c", "x": 1}}}, r"unknown keys \['x'\]"),
-        ({"name": "a", "options": {"b": "c(d=1)"}}, r"holds the text 'c\(d=1\)'.*none of ',', ';', '\('"),
+        (
+            {"name": "a", "options": {"b": "c(d=1)"}},
+            r"is the text 'c\(d=1\)'.*contains none of ',', ';', '\('",
+        ),
     ],
 )
 def test_wrong_json_data_is_refused_and_shown(data, message):

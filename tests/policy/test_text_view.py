@@ -3,69 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
 from helpers import make_view, make_visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text_views import make_text, slow_row
 
 from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
 from kvprune.policy.text_view import TextView
 from kvprune.testing.cost import peak_memory
 from kvprune.testing.cutting import cut_to_sample
 from kvprune.testing.problems import LayerProblem
-
-
-def make_text(lengths=(3, 5), earlier=0, *, query_heads=4, kv_heads=2, seed=0, dtype=torch.float64):
-    """A text view of left-padded samples, with some entries of earlier turns."""
-    random = torch.Generator().manual_seed(seed)
-    rows = max(lengths)
-    real = torch.ones(len(lengths), rows + earlier, dtype=torch.bool)
-    for sample, length in enumerate(lengths):
-        if earlier:
-            real[sample, : sample + 1] = False
-            real[sample, earlier : earlier + rows - length] = False
-        else:
-            real[sample, : rows - length] = False
-
-    def draw(heads, count):
-        return torch.randn(len(lengths), heads, count, 4, generator=random, dtype=torch.float64).to(dtype)
-
-    return TextView(
-        queries=draw(query_heads, rows),
-        keys=draw(kv_heads, rows + earlier),
-        values=draw(kv_heads, rows + earlier),
-        real=real,
-        scaling=0.5,
-        layer_idx=2,
-        policy_name="test",
-    )
-
-
-def slow_row(text, sample, head, row, null_keys=0.0):
-    """Attention of one row and query head by text entry, in plain floats; zero for rows of padding."""
-    entries = text.keys.shape[2]
-    position = entries - text.queries.shape[2] + row
-    weights = [0.0] * entries
-    real = text.real[sample].tolist()
-    if not real[position]:
-        return weights
-    query = text.queries[sample, head, row].double().tolist()
-    kv_head = head // (text.queries.shape[1] // text.keys.shape[1])
-    exponentials = {}
-    for entry in range(position + 1):
-        if real[entry]:
-            key = text.keys[sample, kv_head, entry].double().tolist()
-            exponentials[entry] = math.exp(
-                text.scaling * math.fsum(q * k for q, k in zip(query, key, strict=True))
-            )
-    total = null_keys + math.fsum(exponentials.values())
-    for entry, value in exponentials.items():
-        weights[entry] = value / total
-    return weights
-
 
 texts = st.builds(
     make_text,
@@ -112,8 +62,8 @@ def test_attention_mass_of_rows(text, null_keys, some):
 def test_mass_does_not_depend_on_chunks(monkeypatch):
     text = make_text((70, 130))
     whole = text.attention_mass()
-    monkeypatch.setattr("kvprune.policy.text_view._ROWS_PER_CHUNK", 7)
-    monkeypatch.setattr("kvprune.policy.text_view._ELEMENTS_PER_CHUNK", 1)
+    monkeypatch.setattr("kvprune.scoring.attention._ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr("kvprune.scoring.attention._ELEMENTS_PER_CHUNK", 1)
     assert torch.allclose(text.attention_mass(), whole, atol=1e-9)
     assert torch.allclose(whole.sum(-1), torch.tensor([[70.0], [130.0]], dtype=torch.float64), atol=1e-9)
 

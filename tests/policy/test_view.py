@@ -23,15 +23,13 @@ def test_the_shorthands_are_those_of_the_visibility(visibility):
 
 def test_what_was_captured_is_readable():
     view = make_view(make_visibility([[[1]]], 3))
-    assert view.queries is view.captured_queries
-    assert view.raw_keys is view.captured_raw_keys
+    assert view.queries is view.captured.queries
+    assert view.raw_keys is view.captured.raw_keys
 
 
-@pytest.mark.parametrize(
-    ("what", "field"), [("queries", "captured_queries"), ("raw_keys", "captured_raw_keys")]
-)
-def test_reading_what_was_not_declared_says_what_to_declare(what, field):
-    view = make_view(make_visibility([[[1]]], 3), rank=2, policy_name="careless", **{field: None})
+@pytest.mark.parametrize("what", ["queries", "raw_keys"])
+def test_reading_what_was_not_declared_says_what_to_declare(what):
+    view = make_view(make_visibility([[[1]]], 3), rank=2, policy_name="careless").capturing(**{what: None})
     message = rf'policy \'careless\' reads view\.{what} at layer 13 .*frozenset\(\{{"{what}"\}}\)'
     with pytest.raises(PolicyOptionError, match=message):
         getattr(view, what)
@@ -116,7 +114,7 @@ def test_a_view_cannot_be_assigned_to():
 @pytest.mark.parametrize("size", [1e30, torch.nan])
 def test_attention_that_is_not_finite_is_a_typed_error(size):
     view = make_view(make_visibility([[[1]]], 4), dtype=torch.float32)
-    huge = dataclasses.replace(view, keys=view.keys * size, captured_queries=view.queries * size)
+    huge = dataclasses.replace(view.capturing(queries=view.queries * size), keys=view.keys * size)
     with pytest.raises(ScoreError, match=r"layer 3: attention is NaN or infinite for \d+ of 16 pairs"):
         huge.attention_mass()
     with pytest.raises(ScoreError, match=r"layer 3: attention is NaN or infinite for \d+ of 4 heads"):

@@ -31,7 +31,7 @@ def mass_of(view, rows=None):
 
 
 def slow_mass(view, counted=None):
-    heads = view.captured_queries.shape[1]
+    heads = view.captured.queries.shape[1]
     samples = range(view.visibility.batch)
     return torch.tensor(
         [[slow_attention(view, sample, head, counted) for head in range(heads)] for sample in samples],
@@ -86,8 +86,8 @@ def test_attention_mass_does_not_depend_on_the_chunks_of_rows(text_rows):
 def test_attention_mass_does_not_depend_on_the_size_of_chunks(monkeypatch, rows_per_chunk, elements):
     visibility = make_visibility([[[1, 0, 1]] * 7, [[0, 0, 0]] * 3 + [[1, 1, 0]] * 4], 2)
     view = make_view(visibility, query_heads=6, kv_heads=3)
-    monkeypatch.setattr(scoring, "_ROWS_PER_CHUNK", rows_per_chunk)
-    monkeypatch.setattr(scoring, "_ELEMENTS_PER_CHUNK", elements)
+    monkeypatch.setattr("kvprune.scoring.attention._ROWS_PER_CHUNK", rows_per_chunk)
+    monkeypatch.setattr("kvprune.scoring.attention._ELEMENTS_PER_CHUNK", elements)
     torch.testing.assert_close(mass_of(view), slow_mass(view), rtol=1e-10, atol=1e-12)
 
 
@@ -125,7 +125,7 @@ def test_left_padding_of_a_batch_does_not_change_a_sample():
         make_visibility([rows], 3),
         keys=wide.keys,
         values=wide.values,
-        captured_queries=wide.captured_queries[:, :, 2:],
+        captured_queries=wide.captured.queries[:, :, 2:],
     )
     assert torch.equal(mass_of(wide), mass_of(narrow))
 
@@ -316,7 +316,7 @@ def test_keep_top_of_everything_keeps_everything_seen(visibility):
 
 @given(conversations())
 def test_keep_top_over_a_part_of_the_strata_leaves_the_others_out(visibility):
-    strata = torch.where(visibility.strata == 0, 0, -1)
+    strata = visibility.decode_strata
     scores = torch.ones(visibility.batch, 1, visibility.columns)
     kept = scoring.keep_top(scores, strata, scoring.limits(Budget(keep_ratio=1), strata), visibility)
     for sample in range(visibility.batch):
@@ -398,11 +398,11 @@ def test_query_heads_of_one_kv_head_are_consecutive():
 
 def slow_density(view, sample, head, threshold, columns):
     """Fraction of pairs of live row and column whose weight is at least a fraction of the row's largest."""
-    kv_head = head // (view.captured_queries.shape[1] // view.keys.shape[1])
+    kv_head = head // (view.captured.queries.shape[1] // view.keys.shape[1])
     keys = view.keys[sample, kv_head].double().tolist()
     large = pairs = 0
     for row in live_rows(view.visibility, sample):
-        query = view.captured_queries[sample, head, row].double().tolist()
+        query = view.captured.queries[sample, head, row].double().tolist()
         seen = sorted(seen_by_row(view.visibility, sample, row) & columns)
         products = [math.fsum(q * k for q, k in zip(query, keys[c], strict=True)) for c in seen]
         weights = [math.exp(view.scaling * (product - max(products))) for product in products]

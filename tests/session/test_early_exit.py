@@ -9,8 +9,7 @@ import math
 import pytest
 import torch
 from generation import bart, mllama
-from guidance import alone, probe
-from test_guide import small
+from guidance import alone, probe, small
 
 import kvprune
 from kvprune.errors import BudgetError, GuideError

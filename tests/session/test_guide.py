@@ -10,25 +10,21 @@ import pytest
 import torch
 from families import rows_so_far
 from generation import bart, difference_to_oracle, generate, mllama, whisper
-from guidance import Watched, alone, live_rows_of, probe, slow_sum, stock_importance
+from guidance import Watched, alone, live_rows_of, probe, slow_sum, small, stock_importance
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kvprune
-from kvprune.adapters.base import ModelAdapter, compressing
+from kvprune.adapters.attachment import compressing
+from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.engine.guidance import Guidance, GuideReceipt, Prompt, to_rows
 from kvprune.errors import GuideError, NestedCompressionError, PolicyOptionError, UnsupportedModelError
 from kvprune.session.compression import Compression
 from kvprune.session.guide import BoundGuide
-from kvprune.testing import mllama_inputs, tiny_mllama
+from kvprune.testing import mllama_inputs
 
 LAYOUTS = (["4ttt"], ["tt4ttt", "t1tt", "tt2tttt"], ["tt4tt1tt", "t2tt", "14ttt"])
-
-
-def small(attention="sdpa", seed=2, dtype=torch.float32):
-    """Another model of the same geometry: other weights, two cross layers instead of three."""
-    return tiny_mllama(seed, dtype=dtype, attn_implementation=attention, cross_layers=(1, 2))
 
 
 def guided_by(model, inputs, guide=None, **options):

@@ -180,12 +180,12 @@ BAD = {
     ),
     "name is a property": (policy(body="name = property(lambda self: 'odd')"), "Policy has no name"),
     "name is a number": (policy(body="name = 7"), "Policy has no name"),
-    "name is empty": (policy(""), "'' is no policy name"),
-    "name of a kilobyte": (policy("a" * 1000), "is no policy name"),
-    "name in upper case": (policy("Trim"), "'Trim' is no policy name"),
-    "name with a blank": (policy("trim "), "'trim ' is no policy name"),
-    "name in Cyrillic": (policy("tr\u0456m"), "is no policy name"),
-    "name with an escape": (policy("\\x1b[31mtrim"), r"'\x1b[31mtrim' is no policy name"),
+    "name is empty": (policy(""), "'' is not a policy name"),
+    "name of a kilobyte": (policy("a" * 1000), "is not a policy name"),
+    "name in upper case": (policy("Trim"), "'Trim' is not a policy name"),
+    "name with a blank": (policy("trim "), "'trim ' is not a policy name"),
+    "name in Cyrillic": (policy("tr\u0456m"), "is not a policy name"),
+    "name with an escape": (policy("\\x1b[31mtrim"), r"'\x1b[31mtrim' is not a policy name"),
     "version is huge": (policy(body="version = 10**5000"), "between 0 and 10**9, got <int of 16610 bits"),
     "version is negative": (policy(body="version = -1"), "between 0 and 10**9, got -1"),
     "cost is no text": (policy(body="cost = 3"), "Policy has the cost 3; it is text, or empty"),
@@ -195,7 +195,7 @@ BAD = {
     ),
     "check_class is silenced": (
         policy(body="@classmethod\ndef check_class(cls): pass\nname = 'No Name'"),
-        "'No Name' is no policy name",
+        "'No Name' is not a policy name",
     ),
     "metaclass raises": (
         "import kvprune\nclass Meta(type(kvprune.ScoringPolicy)):\n"

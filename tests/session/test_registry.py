@@ -373,7 +373,7 @@ UNDECORATED_CLASS = """
             UNDECORATED_CLASS + HOOK,
             ["Policy is no frozen dataclass", "@dataclass(frozen=True, kw_only=True)"],
         ),
-        (good("Loud Name"), ["'Loud Name' is no policy name"]),
+        (good("Loud Name"), ["'Loud Name' is not a policy name"]),
     ],
     ids=[
         "misspelt hook",

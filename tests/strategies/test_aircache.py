@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvprune_strategies import H2O, AirCache, Norm
 from sharing import best_of, concluded, counts_of, kept_by_layer, layers_over, share_out, visible_of
-from test_text_view import make_text, slow_row
+from text_views import make_text, slow_row
 
 import kvprune
 from kvprune.errors import PolicyOptionError, UnsupportedModelError
@@ -22,9 +22,8 @@ alphas = st.sampled_from([0, 0.5, 0.9, 1.0])
 def with_text(views, seed=0, dtype=torch.float64):
     """The views, each with a self-attention before it whose text is as long as theirs."""
     return [
-        dataclasses.replace(
-            view,
-            captured_text=make_text([view.live.shape[1]] * view.batch, seed=31 * seed + number, dtype=dtype),
+        view.capturing(
+            text=make_text([view.live.shape[1]] * view.batch, seed=31 * seed + number, dtype=dtype)
         )
         for number, view in enumerate(views)
     ]
@@ -45,7 +44,7 @@ def slow_elite(view, sample, alpha):
     ]
     if not rows:
         return []
-    by_head = [slow_row(view.captured_text, sample, head, rows[-1]) for head in range(4)]
+    by_head = [slow_row(view.captured.text, sample, head, rows[-1]) for head in range(4)]
     weights = [math.fsum(head[row] for head in by_head) / 4 for row in range(view.live.shape[1])]
     highest = max(weights[row] for row in rows)
     return [row for row in rows if weights[row] >= alpha * highest or row == rows[-1]]
@@ -179,18 +178,15 @@ def test_a_sample_keeps_alone_what_it_keeps_in_a_batch(visibility, ratio):
         one = slice(sample, sample + 1)
         texts = [
             dataclasses.replace(
-                view.captured_text,
+                view.captured.text,
                 **{
-                    name: getattr(view.captured_text, name)[one]
+                    name: getattr(view.captured.text, name)[one]
                     for name in ("queries", "keys", "values", "real")
                 },
             )
             for view in views
         ]
-        own = [
-            dataclasses.replace(alone(view, sample), captured_text=text)
-            for view, text in zip(views, texts, strict=True)
-        ]
+        own = [alone(view, sample).capturing(text=text) for view, text in zip(views, texts, strict=True)]
         by_itself = kept_by_layer(AirCache(keep_ratio=ratio), own)
         assert [layer[0] for layer in by_itself] == [layer[sample] for layer in together]
 
@@ -207,7 +203,7 @@ def test_a_scorer_chooses_tokens_and_changes_no_budget():
 def test_a_layer_without_a_self_attention_before_it_is_refused():
     (view,) = with_text([make_view(make_visibility([[[1]]], 4))])
     with pytest.raises(UnsupportedModelError, match="no self-attention comes before it"):
-        AirCache().observe(dataclasses.replace(view, captured_text=None, follows_text=False))
+        AirCache().observe(dataclasses.replace(view.capturing(text=None), follows_text=False))
 
 
 def test_defaults_and_needs():

@@ -38,7 +38,7 @@ def slow_relevance(view, sample, floor):
 
 def slow_kernel(view, sample, floor, of):
     """diag(r) S diag(r) of all columns of a sample."""
-    vectors = view.captured_features[sample]
+    vectors = view.captured.features[sample]
     if of == "keys":
         vectors = torch.cat([view.keys[sample, 0], view.keys[sample, 1]], dim=-1)
     unit = [vector / vector.norm() for vector in vectors.double()]
@@ -121,8 +121,7 @@ def test_a_sample_keeps_alone_what_it_keeps_in_a_batch(visibility, ratio, of):
     together = kept_sets(policy.select(view).onward)
     for sample in range(visibility.batch):
         single = with_features(visibility)
-        cut = alone(single, sample)
-        object.__setattr__(cut, "captured_features", single.captured_features[sample : sample + 1])
+        cut = alone(single, sample).capturing(features=single.captured.features[sample : sample + 1])
         assert kept_sets(policy.select(cut).onward)[0] == together[sample]
         assert all(together[sample][0] & group for group in slow_groups(visibility, sample))
 

@@ -115,11 +115,11 @@ def test_a_sample_alone_merges_as_in_the_batch(visibility, ratio, seed):
 def test_equal_importance_and_equal_distance_go_to_the_lower_column():
     view = make_view(make_visibility([[[1]]], 7))
     queries = torch.zeros_like(view.queries)
-    even = dataclasses.replace(view, captured_queries=queries)
+    even = view.capturing(queries=queries)
     assert kept_sets(Elastic(keep_ratio=0.25).select(even).cache) == [[{0, 1}]]
     keys = torch.zeros_like(view.keys)
     keys[:, :, [1, 5]] = 1
-    pulled = dataclasses.replace(view, captured_queries=torch.ones_like(queries), keys=keys)
+    pulled = dataclasses.replace(view.capturing(queries=torch.ones_like(queries)), keys=keys)
     assert buckets(Elastic(keep_tokens=2).select(pulled).cache, 0) == {1: [0, 1, 2, 3], 5: [4, 5, 6]}
 
 
@@ -128,7 +128,7 @@ def test_buckets_end_at_tiles_and_images_or_at_images_only():
     view = make_view(make_visibility([[[1, 1, 1, 1]]], 2, images=[0, 0, 0, 1]))
     keys = torch.zeros_like(view.keys)
     keys[:, :, [2, 4, 7]] = 5
-    pulled = dataclasses.replace(view, captured_queries=torch.ones_like(view.queries), keys=keys)
+    pulled = dataclasses.replace(view.capturing(queries=torch.ones_like(view.queries)), keys=keys)
     by_tile = Elastic(keep_tokens=3).select(pulled).cache
     assert buckets(by_tile, 0) == {2: [0, 1, 2, 3], 4: [4, 5], 7: [6, 7]}  # tile 0 has no anchor of its own
     by_image = Elastic(keep_tokens=3, borders="image").select(pulled).cache
@@ -148,7 +148,7 @@ def test_class_tokens_apart_are_members_of_no_bucket_but_their_own():
     view = make_view(make_visibility([[[1, 1]]], 3))
     keys = torch.zeros_like(view.keys)
     keys[:, :, [0, 1]] = 5
-    pulled = dataclasses.replace(view, captured_queries=torch.ones_like(view.queries), keys=keys)
+    pulled = dataclasses.replace(view.capturing(queries=torch.ones_like(view.queries)), keys=keys)
     with pytest.raises(UnsupportedModelError, match="where tokens lie"):
         Elastic(class_tokens="apart").select(pulled)
     is_class = torch.tensor([[True, False, False] * 2])

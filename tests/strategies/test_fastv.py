@@ -61,9 +61,9 @@ def test_only_the_last_usable_row_counts(rows, seed):
     queries = view.queries.clone()
     queries[:, :, : rows - 2] += 3
     queries[:, :, rows - 1] += 3
-    assert onward(dataclasses.replace(view, captured_queries=queries)) == onward(view)
+    assert onward(view.capturing(queries=queries)) == onward(view)
     queries[:, :, rows - 2] *= -5
-    assert onward(dataclasses.replace(view, captured_queries=queries)) != onward(view)
+    assert onward(view.capturing(queries=queries)) != onward(view)
 
 
 def test_it_decides_in_the_layer_before_the_first_pruned_one_and_leaves_that_whole():

@@ -7,12 +7,11 @@ import dataclasses
 import pytest
 import torch
 from generation import bart, difference_to_oracle, generate, mllama, whisper
-from guidance import Watched, live_rows_of, slow_sum
+from guidance import Watched, live_rows_of, slow_sum, small
 from helpers import conversations, exact_budget, kept_sets, make_view, slow_groups, slow_strata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvprune_strategies import Guided
-from test_guide import small
 
 import kvprune
 import kvprune.testing
@@ -76,12 +75,10 @@ def test_a_sample_keeps_alone_what_it_keeps_in_a_batch(visibility):
     for sample in range(see.batch):
         one = slice(sample, sample + 1)
         alone = dataclasses.replace(
-            before,
+            before.capturing(guidance=before.guidance[one], features=None),
             visibility=dataclasses.replace(
                 see, rows=see.rows[one], live=see.live[one], units=see.units.expand(see.batch, -1)[one]
             ),
-            captured_guidance=before.guidance[one],
-            captured_features=None,
         )
         assert kept_sets(Guided(keep_ratio=0.3).choose(alone).onward)[0] == together[sample]
 

@@ -21,7 +21,7 @@ from sharing import (
 
 import kvprune
 from kvprune.errors import BudgetError, PolicyOptionError
-from kvprune.scoring.shares import apportion
+from kvprune.scoring.apportionment import apportion
 
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
 

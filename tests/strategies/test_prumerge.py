@@ -1,6 +1,5 @@
 """`prumerge` against the method's definition, written with loops."""
 
-import dataclasses
 import math
 from fractions import Fraction
 
@@ -193,7 +192,7 @@ def test_attention_that_is_not_a_number_is_refused():
     view = make_seen(make_visibility([[[1]]], 8))
     broken = view.class_attention.index_fill(1, torch.tensor([3]), math.nan)
     with pytest.raises(ScoreError, match="NaN for 1 tokens"):
-        PruMerge().choose(dataclasses.replace(view, captured_class_attention=broken))
+        PruMerge().choose(view.capturing(class_attention=broken))
 
 
 def test_what_is_asked_for():

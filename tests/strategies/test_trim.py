@@ -95,7 +95,7 @@ def test_k_ratio_keeps_the_whole_union_although_a_second_image_keeps_its_best_to
     keys[:, :, 4:] = 0
     queries = torch.zeros_like(view.queries)
     queries[..., 0] = 1
-    view = dataclasses.replace(view, keys=keys, captured_queries=queries)
+    view = dataclasses.replace(view.capturing(queries=queries), keys=keys)
     assert union_of_heads(view, 0, 0.25) == {0, 1}
     (kept,) = onward(view, k_ratio=0.25)
     assert kept >= {0, 1}
@@ -238,7 +238,7 @@ def test_trim_needs_queries_and_nothing_else():
     assert Trim().needs == {"queries"}
     assert onward(view)
     with pytest.raises(PolicyOptionError, match=r"view\.queries"):
-        Trim().select(dataclasses.replace(view, captured_queries=None))
+        Trim().select(view.capturing(queries=None))
 
 
 # options

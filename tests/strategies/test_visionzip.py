@@ -1,6 +1,5 @@
 """`visionzip` against the method's definition, written with loops."""
 
-import dataclasses
 import math
 from fractions import Fraction
 
@@ -169,9 +168,7 @@ def test_equal_attention_goes_to_the_lower_column():
 
 def test_attention_that_is_not_a_number_is_refused():
     view = make_seen(make_visibility([[[1]]], 8))
-    broken = dataclasses.replace(
-        view, captured_class_attention=view.class_attention.index_fill(1, torch.tensor([3]), math.nan)
-    )
+    broken = view.capturing(class_attention=view.class_attention.index_fill(1, torch.tensor([3]), math.nan))
     with pytest.raises(ScoreError, match="NaN for 1 tokens"):
         VisionZip().choose(broken)
 

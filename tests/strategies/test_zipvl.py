@@ -44,7 +44,7 @@ def bits_of(policy, view, sample=0):
 
 def averages(view, sample):
     """Attention of each column averaged over query heads, and how many rows see it."""
-    heads = view.captured_queries.shape[1]
+    heads = view.captured.queries.shape[1]
     by_head = [slow_attention(view, sample, head) for head in range(heads)]
     mass = [math.fsum(column) / heads for column in zip(*by_head, strict=True)]
     rows = [seen_by_row(view.visibility, sample, row) for row in live_rows(view.visibility, sample)]
@@ -125,7 +125,7 @@ def test_flat_attention_keeps_tau_of_the_tokens_and_peaked_attention_one():
     flat = make_view(visibility, captured_queries=torch.zeros(1, 4, 3, 4, dtype=torch.float64))
     for tau in (0.1, 0.25, 0.5, 0.96, 0.975, 1.0):
         for dtype in (torch.float64, torch.float32):
-            view = make_view(visibility, dtype=dtype, captured_queries=flat.captured_queries.to(dtype))
+            view = make_view(visibility, dtype=dtype, captured_queries=flat.captured.queries.to(dtype))
             assert len(bits_of(zipvl(tau=tau), view)) == exact_budget(tau, 40)
     keys = torch.zeros(1, 2, 40, 4, dtype=torch.float64)
     keys[:, :, 7] = 1e4

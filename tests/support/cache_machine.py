@@ -74,7 +74,7 @@ class CacheMachine(RuleBasedStateMachine):
                 kept = torch.tensor(data.draw(st.lists(_bits(columns), min_size=rows, max_size=rows)))
                 kept[:, 0] |= ~kept.any(-1)
                 arriving = Selection.from_mask(kept[:, None])
-            layer.announce(arriving, twins)
+            layer.expect(arriving, columns, twins)
             width = columns if arriving is None else arriving.indices.shape[-1]
             keys = torch.empty(self.batch, HEADS, width, 1)
             for row in range(self.batch):
@@ -131,7 +131,8 @@ class CacheMachine(RuleBasedStateMachine):
                     for column, key, before, size in plain[row][head]
                     if column in wanted
                 ]
-        layer.retain(kept, bits=bits if precisions != [16] or seed % 2 else None)
+        stated = bits if precisions != [16] or seed % 2 else None
+        layer.retain(Selection.from_mask(kept & valid, stated))
 
     @filled
     @rule(seed=st.integers(0, 999), which=st.integers(0, LAYERS - 1), biased=st.booleans())
@@ -166,7 +167,9 @@ class CacheMachine(RuleBasedStateMachine):
                         column, key, bits, size = sums[taker]
                         sums[taker] = column, key + sums[entry][1], bits, size + 1 if biased else size
                 plain[row][head] = [sums[entry] for entry in entries if kept[held, h, entry]]
-        layer.retain(kept, Merge(into, torch.ones(into.shape), size_bias=biased))
+        places = Selection.from_mask(kept)
+        merge = Merge(into, torch.ones(into.shape), size_bias=biased)
+        layer.retain(places.with_merge(merge))
 
     @filled
     @rule(data=st.data())
@@ -307,7 +310,7 @@ class CacheMachine(RuleBasedStateMachine):
         mask = TileMask(rows, PATCHES, torch.float32)
         module = SimpleNamespace(num_heads=HEADS, config=SimpleNamespace(_attn_implementation="sdpa"))
         for layer, plain in zip(self.layers, self.plain, strict=True):
-            bias = mask.over_layer(layer, module)
+            bias = mask.over(layer.contents, module)
             assert bias is not None
             assert bias.shape[0] == self.batch
             assert bias.shape[-1] == layer.width

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kvprune
 from kvprune import Decision
+from kvprune.adapters.tiny import tiny_mllama
 
 
 def probe(views: list[Any], *, layers: bool = False) -> kvprune.CrossKVPolicy:
@@ -115,3 +116,8 @@ def stock_importance(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         (row,) = slow_sum(watched.calls[0], live_rows_of(one))
         found.append(row + [0.0] * (columns - len(row)))
     return torch.tensor(found).double()
+
+
+def small(attention="sdpa", seed=2, dtype=torch.float32):
+    """Another model of the same geometry: other weights, two cross layers instead of three."""
+    return tiny_mllama(seed, dtype=dtype, attn_implementation=attention, cross_layers=(1, 2))

@@ -7,6 +7,7 @@ from fractions import Fraction
 import torch
 
 from kvprune import FeatureView, LayerView, Layout
+from kvprune.policy.captured import Captured
 from kvprune.testing.reference import (
     kept_sets,
     live_rows,
@@ -17,6 +18,7 @@ from kvprune.testing.reference import (
     slow_strata,
 )
 from kvprune.testing.strategies import conversations, visibilities
+from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
 __all__ = [
@@ -52,6 +54,14 @@ def make_visibility(rows, columns_per_unit, images=None, live=None, exists=None)
     return Visibility(rows, units, images, live, exists)
 
 
+def with_captured(fields):
+    """Fields of a view, in which ``captured_x`` stands for what `Captured` calls ``x``."""
+    captured = {name: fields.pop(name) for name in [*fields] if name.startswith("captured_")}
+    return fields | {
+        "captured": Captured(**{name.removeprefix("captured_"): value for name, value in captured.items()})
+    }
+
+
 def make_view(
     visibility, *, query_heads=4, kv_heads=2, width=4, seed=0, rank=0, dtype=torch.float64, **fields
 ):
@@ -76,7 +86,7 @@ def make_view(
         "fingerprints": lambda: torch.arange(visibility.batch) * 7919 + 13,
         "policy_name": "test",
     }
-    return LayerView(**(defaults | fields))
+    return LayerView(**with_captured(defaults | fields))
 
 
 def alone(view, sample, columns=None):
@@ -100,8 +110,7 @@ def alone(view, sample, columns=None):
         seed=view.seed,
         fingerprints=lambda: view.fingerprints().expand(see.batch)[one],
         policy_name=view.policy_name,
-        captured_queries=None if view.captured_queries is None else view.captured_queries[one],
-        captured_raw_keys=cut(view.captured_raw_keys),
+        captured=view.captured.rows(one).at(Selection.all(1, units.shape[-1])).only(("queries", "raw_keys")),
     )
 
 
@@ -113,13 +122,13 @@ def exact_budget(ratio, count):
 def slow_attention(view, sample, head, counted=None):
     """Attention mass of one head by column, in plain Python floats; 0 for unseen columns."""
     visibility = view.visibility
-    kv_head = head // (view.captured_queries.shape[1] // view.keys.shape[1])
+    kv_head = head // (view.captured.queries.shape[1] // view.keys.shape[1])
     keys = view.keys[sample, kv_head].double().tolist()
     mass = [0.0] * len(keys)
     for row in live_rows(visibility, sample):
         if counted is not None and not counted[sample][row]:
             continue
-        query = view.captured_queries[sample, head, row].double().tolist()
+        query = view.captured.queries[sample, head, row].double().tolist()
         columns = sorted(seen_by_row(visibility, sample, row))
         logits = [
             view.scaling * math.fsum(q * k for q, k in zip(query, keys[c], strict=True)) for c in columns
@@ -148,7 +157,7 @@ def make_features(visibility, *, width=6, seed=0, dtype=torch.float64, grid=None
         "layout_of": lambda: layout,
         "captured_features": features.to(dtype),
     }
-    return FeatureView(**(defaults | fields))
+    return FeatureView(**with_captured(defaults | fields))
 
 
 def one_of(view, sample):
@@ -156,11 +165,11 @@ def one_of(view, sample):
     see = view.visibility
     one = slice(sample, sample + 1)
     places = view.places.expand(see.batch, -1, -1)[one]
-    classes, paid = view.layout.class_tokens, view.captured_class_attention
+    classes, paid = view.layout.class_tokens, view.captured.class_attention
     classes = None if classes is None else classes.expand(see.batch, -1)[one]
     paid = None if paid is None else paid[one]
     return dataclasses.replace(
-        view,
+        view.capturing(features=view.captured.features[one], class_attention=paid),
         visibility=Visibility(
             see.rows[one],
             see.units.expand(see.batch, -1)[one],
@@ -170,6 +179,4 @@ def one_of(view, sample):
         ),
         fingerprints=lambda: view.fingerprints().expand(see.batch)[one],
         layout_of=lambda: Layout(places, classes),
-        captured_features=view.captured_features[one],
-        captured_class_attention=paid,
     )

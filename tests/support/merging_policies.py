@@ -28,7 +28,7 @@ class MergesCaches(CrossKVPolicy):
     name = "merges-caches"
 
     def select(self, view):
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         scores = view.values.double().norm(dim=-1)
         if not self.by_head:
             scores = scores.mean(1, keepdim=True)

@@ -1,6 +1,5 @@
 """Policies that share a budget out, asked about several layers at once; and sharing out with plain loops."""
 
-import dataclasses
 import math
 
 from helpers import kept_sets, make_view, slow_groups, slow_strata
@@ -17,12 +16,7 @@ def layers_over(visibility, seed=0, layers=LAYERS, **fields):
 def concluded(policy, views):
     """Decisions about all layers, asked as the cache manager asks."""
     observed = [policy.observe(view) for view in views]
-    bare = [
-        dataclasses.replace(
-            view, captured_queries=None, captured_raw_keys=None, captured_features=None, captured_text=None
-        )
-        for view in views
-    ]
+    bare = [view.capturing(queries=None, raw_keys=None, features=None, text=None) for view in views]
     return policy.conclude(bare, observed)
 
 

@@ -82,8 +82,8 @@ def test_problems_have_the_dimensions_and_what_the_policy_needs(spec: str) -> No
     assert list(view.visible.shape) == [1, 6404]
     assert view.visible.all()
     assert int(view.live.sum()) == 64
-    assert (view.captured_queries is not None) == ("queries" in policy.needs)
-    assert (view.captured_raw_keys is not None) == ("raw_keys" in policy.needs)
+    assert (view.captured.queries is not None) == ("queries" in policy.needs)
+    assert (view.captured.raw_keys is not None) == ("raw_keys" in policy.needs)
 
 
 def test_the_same_seed_gives_the_same_problem_and_decision() -> None:

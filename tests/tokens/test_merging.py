@@ -23,7 +23,7 @@ from kvprune.testing import masked_oracle, mllama_inputs
 from kvprune.testing.oracle import with_merges
 from kvprune.tokens.buckets import merge_mean, merge_weighted, nearest
 from kvprune.tokens.merging import Merge, merge_features, merge_heads
-from kvprune.tokens.translation import compose
+from kvprune.tokens.reindexing import compose
 
 CACHES = (
     MergesCaches(),
@@ -156,11 +156,11 @@ def test_selections_with_merges_repeat_and_compare():
 @pytest.mark.parametrize(
     ("buckets", "weights", "message"),
     [
-        ([[[0, 1, 2]]], torch.ones(1, 1, 3), "one is not kept"),
-        ([[[0, 7, 2]]], torch.ones(1, 1, 3), "one is not kept"),
-        ([[[2, 0, 2]]], torch.ones(1, 1, 3), "a kept column is in its own bucket"),
-        ([[[0, 0]]], torch.ones(1, 1, 2), "buckets are int64"),
-        ([[[0, 0, 2]]], torch.ones(1, 1, 2), "weights numbers"),
+        ([[[0, 1, 2]]], torch.ones(1, 1, 3), "anchor is not kept"),
+        ([[[0, 7, 2]]], torch.ones(1, 1, 3), "anchor is not kept"),
+        ([[[2, 0, 2]]], torch.ones(1, 1, 3), "a kept column is the anchor of its own bucket"),
+        ([[[0, 0]]], torch.ones(1, 1, 2), r"buckets \(int64\) and weights"),
+        ([[[0, 0, 2]]], torch.ones(1, 1, 2), "and weights have the shape of kept"),
     ],
 )
 def test_buckets_that_make_no_sense_raise(buckets, weights, message):
@@ -362,7 +362,7 @@ def test_bias_is_counted_as_bookkeeping_and_forgotten_at_reset():
     layer = CrossKVLayer()
     layer.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
     selection = merge_mean(torch.tensor([[[True, False, True]]]), torch.tensor([[[0, 0, 2]]]), size_bias=True)
-    layer.retain(selection.to_mask(), selection.merge)
+    layer.retain(selection)
     assert layer.bias.tolist() == [[[pytest.approx(0.6931472), 0.0]]]
     parts = layer.slots.nbytes + layer.valid.nbytes + layer.bias.nbytes
     assert layer.bytes_of_bookkeeping == parts

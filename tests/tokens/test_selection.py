@@ -290,5 +290,5 @@ def test_a_decision_keeps_what_it_was_given():
 
 
 def test_what_later_layers_receive_cannot_differ_by_head():
-    with pytest.raises(SelectionError, match=r"KV01.*shared by heads.*\[1, 2, 3\]"):
+    with pytest.raises(SelectionError, match=r"KV01.*all heads share.*\[1, 2, 3\]"):
         Decision(onward=Selection(**valid_parts()))

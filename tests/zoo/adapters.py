@@ -10,8 +10,8 @@ import inspect
 
 import torch
 
+from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.column_mask import ColumnMask
-from kvprune.adapters.encoder_decoder import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache.copies import Twins
@@ -24,8 +24,8 @@ class StockDecodeMask(BartAdapter):
 
     caught_by = ("KV06", "KV13")
 
-    def _decode(self, module, cache, named):
-        decoded = super()._decode(module, cache, named)
+    def _decode(self, call, module, cache, named):
+        decoded = super()._decode(call, module, cache, named)
         return {**decoded, self.mask: named.get(self.mask)}
 
 
@@ -34,8 +34,8 @@ class OneTooWide(BartAdapter):
 
     caught_by = ("KV06",)
 
-    def _decode(self, module, cache, named):
-        decoded = super()._decode(module, cache, named)
+    def _decode(self, call, module, cache, named):
+        decoded = super()._decode(call, module, cache, named)
         mask = decoded[self.mask]
         if mask is not None:
             mask = torch.cat([mask, mask[..., -1:]], dim=-1)
@@ -48,14 +48,14 @@ class MasksByPosition(MllamaAdapter):
     caught_by = ("KV13",)
 
     class Mask(TileMask):
-        def _cut(self, slots, valid, ragged, copies):
+        def _cut(self, slots, valid, contents):
             places = torch.arange(slots.shape[-1]).expand_as(slots)
-            return super()._cut(places, valid, ragged, copies)
+            return super()._cut(places, valid, contents)
 
     def _before_inner(self, module, args, kwargs):
         changed = super()._before_inner(module, args, kwargs)
-        if self._mask is not None:
-            self._mask.__class__ = self.Mask
+        if self._call is not None:
+            self._call.mask.__class__ = self.Mask
         return changed
 
 
@@ -69,19 +69,19 @@ class RemembersTheMask(BartAdapter):
             super().__init__(dtype)
             self._by_width = made
 
-        def over(self, mask, slots, valid, **how):
-            if slots is None:
-                return super().over(mask, slots, valid, **how)
-            if slots.shape not in self._by_width:
-                self._by_width[slots.shape] = super().over(mask, slots, valid, **how)
-            return self._by_width[slots.shape]
+        def over(self, mask, contents, module):
+            if contents.slots is None:
+                return super().over(mask, contents, module)
+            if contents.slots.shape not in self._by_width:
+                self._by_width[contents.slots.shape] = super().over(mask, contents, module)
+            return self._by_width[contents.slots.shape]
 
     def _before_decoder(self, module, args, kwargs):
         super()._before_decoder(module, args, kwargs)
         if self._manager.in_prefill:
             self._made = {}
         else:
-            self._mask = self.Mask(self._decoder.dtype, self._made)
+            self._call.mask = self.Mask(self._decoder.dtype, self._made)
 
 
 class LeavesAHook(BartAdapter):
@@ -127,8 +127,8 @@ class ForgetsHooksWhenAttachFails(BartAdapter):
             self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
         ]
-        for attention in self._attentions():
-            handles.append(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        for site in self.sites:
+            handles.append(site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         self._handles += handles
 
 
@@ -165,10 +165,10 @@ class OffByOneOnward(BartAdapter):
 
     caught_by = ("KV11", "KV13")
 
-    def _receive(self, module, cache, named):
+    def _receive(self, call, module, cache, named):
         if self._manager._prefill.onward is not None:
             named = {**named, self.states: named[self.states].roll(-1, dims=1)}
-        return super()._receive(module, cache, named)
+        return super()._receive(call, module, cache, named)
 
 
 class SeesPadding(BartAdapter):
@@ -186,7 +186,7 @@ class CountsEveryRow(MllamaAdapter):
 
     caught_by = ("view",)
 
-    def _begin(self, named, batch, length, drafts):
+    def _begin(self, call, named, batch, length):
         begin = self._manager.begin
 
         def with_all_rows(visibility, *args, **kwargs):
@@ -195,7 +195,7 @@ class CountsEveryRow(MllamaAdapter):
 
         self._manager.begin = with_all_rows
         try:
-            super()._begin(named, batch, length, drafts)
+            super()._begin(call, named, batch, length)
         finally:
             del self._manager.begin
 
@@ -205,8 +205,10 @@ class SwapsQueries(MllamaAdapter):
 
     caught_by = ("view", "KV10")
 
-    def _after_q_norm(self, module, args, kwargs, output):
-        self._captured["queries"] = output.roll(1, dims=0)
+    def _after_layer(self, module, args, kwargs, output):
+        if "queries" in self._call.tensors:
+            self._call.tensors["queries"] = self._call.tensors["queries"].roll(1, dims=0)
+        super()._after_layer(module, args, kwargs, output)
 
 
 class NoScaling(BartAdapter):
@@ -225,8 +227,8 @@ class _Unscaled:
     def __getattr__(self, name):
         return getattr(self._real, name)
 
-    def after_layer(self, rank, layer, *, scaling, **tensors):
-        self._real.after_layer(rank, layer, scaling=1.0, **tensors)
+    def after_layer(self, rank, layer, *, scaling, **known):
+        self._real.after_layer(rank, layer, scaling=1.0, **known)
 
 
 class NormedRawKeys(MllamaAdapter):
@@ -234,15 +236,13 @@ class NormedRawKeys(MllamaAdapter):
 
     caught_by = ("view",)
 
-    def _hook_prefill(self, needs, *, cached):
-        super()._hook_prefill(needs - {"raw_keys"}, cached=cached)
+    def _hook_layers(self, call, *, cached):
+        needs, call.needs = call.needs, call.needs - {"raw_keys"}
+        super()._hook_layers(call, cached=cached)
+        call.needs = needs
         if "raw_keys" in needs:
             for i in self._layer_indices:
-                norm = self._text.layers[i].cross_attn.k_norm
-                self.after(norm, self._after_k_norm_as_raw, for_one_call=True)
-
-    def _after_k_norm_as_raw(self, module, args, kwargs, output):
-        self._captured["raw_keys"] = output
+                call.keep_output(self, self._text.layers[i].cross_attn.k_norm, "raw_keys")
 
 
 class SharesRowsThatDiffer(MllamaAdapter):
@@ -277,12 +277,12 @@ class ForgetsWhileDecoding(BartAdapter):
 
     caught_by = ("KV11",)
 
-    def _decode(self, module, cache, named):
+    def _decode(self, call, module, cache, named):
         layer = cache.cross_attention_cache.layers[module.layer_idx]
         if named["hidden_states"].shape[1] > 1 and layer.width > 1:
             layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
             layer.slots, layer.valid = (tensor[..., 1:] for tensor in layer.entries())
-        return super()._decode(module, cache, named)
+        return super()._decode(call, module, cache, named)
 
 
 class UnsortedSlots(BartAdapter):
@@ -295,8 +295,8 @@ class UnsortedSlots(BartAdapter):
             said = super().selection(*args, **kwargs)
             return Selection.trusted(said.indices.flip(-1), said.valid.flip(-1), said.columns)
 
-    def _receive(self, module, cache, named):
-        received = super()._receive(module, cache, named)
+    def _receive(self, call, module, cache, named):
+        received = super()._receive(call, module, cache, named)
         cache.cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
         return received
 
@@ -328,14 +328,14 @@ class HidesTheFirstTile(MllamaAdapter):
 
     caught_by = ("KV03", "KV08")
 
-    def _begin(self, named, batch, length, drafts):
-        rows = self._mask.rows
+    def _begin(self, call, named, batch, length):
+        rows = call.mask.rows
         if rows is not None:
-            self._mask.rows = rows & (torch.arange(rows.shape[-1]) % 4 > 0)
+            call.mask.rows = rows & (torch.arange(rows.shape[-1]) % 4 > 0)
         try:
-            super()._begin(named, batch, length, drafts)
+            super()._begin(call, named, batch, length)
         finally:
-            self._mask.rows = rows
+            call.mask.rows = rows
 
 
 class StarvesARow(MllamaAdapter):
@@ -343,7 +343,7 @@ class StarvesARow(MllamaAdapter):
 
     caught_by = ("KV05",)
 
-    def _begin(self, named, batch, length, drafts):
+    def _begin(self, call, named, batch, length):
         begin = self._manager.begin
 
         def with_the_last_row(visibility, *args, **kwargs):
@@ -353,7 +353,7 @@ class StarvesARow(MllamaAdapter):
 
         self._manager.begin = with_the_last_row
         try:
-            super()._begin(named, batch, length, drafts)
+            super()._begin(call, named, batch, length)
         finally:
             del self._manager.begin
 

@@ -26,7 +26,7 @@ class OffByOne(Ranking):
     caught_by = ("KV02",)
 
     def select(self, view):
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         return keep(view, by_norm(view), scoring.limits(Budget(keep_ratio=self.keep_ratio), strata) + 1)
 
 
@@ -68,7 +68,7 @@ class BudgetOfTheBatch(Ranking):
     caught_by = ("KV02", "KV10")
 
     def select(self, view):
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         limit = scoring.limits(Budget(keep_ratio=self.keep_ratio), strata)
         return keep(view, by_norm(view), int(limit.max()))
 
@@ -81,7 +81,7 @@ class FirstLayerOnly(Ranking):
     def select(self, view):
         if view.rank > 0:
             return Decision()
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         return keep(view, by_norm(view), scoring.limits(Budget(keep_ratio=self.keep_ratio), strata))
 
 
@@ -94,7 +94,7 @@ class OneMoreInTheLastHead(Ranking):
     caught_by = ("KV02",)
 
     def select(self, view):
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         scores = by_norm(view)
         limit = scoring.limits(Budget(keep_ratio=self.keep_ratio), strata)[:, None].expand_as(scores).clone()
         limit[:, 1:] += torch.arange(1, scores.shape[1])[:, None] == scores.shape[1] - 1

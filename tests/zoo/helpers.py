@@ -24,7 +24,7 @@ def by_norm(view):
 
 def keep(view, scores, limit):
     """Keep as many of the best visible tokens as a number, or a tensor [B, S], says."""
-    strata = torch.where(view.strata == 0, 0, -1)
+    strata = view.decode_strata
     if isinstance(limit, int):
         limit = torch.full_like(strata, limit)
     return Decision(cache=Selection.from_mask(scoring.keep_top(scores, strata, limit, view.visibility)))
@@ -32,7 +32,7 @@ def keep(view, scores, limit):
 
 def sizes(view):
     """Number of tokens that decoding sees, by column, [B, S]."""
-    return scoring.stratum_sizes(torch.where(view.strata == 0, 0, -1))
+    return scoring.stratum_sizes(view.decode_strata)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from kvprune import Budget, Decision, Selection, scoring
 from zoo.helpers import Ranking, by_norm, keep
 
@@ -16,7 +14,7 @@ class AllButOne(Ranking):
     caught_by = ("KV07", "KV08")
 
     def select(self, view):
-        strata = torch.where(view.strata == 0, 0, -1)
+        strata = view.decode_strata
         limit = scoring.limits(Budget(keep_ratio=self.keep_ratio), strata)
         return keep(view, by_norm(view), (limit - 1).clamp(min=1))
 

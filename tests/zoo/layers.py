@@ -28,7 +28,7 @@ class Sharing(PrefillPolicy):
     def conclude(self, views, observed):
         decisions = []
         for rank, (view, scores) in enumerate(zip(views, observed, strict=True)):
-            strata = torch.where(view.strata == 0, 0, -1)
+            strata = view.decode_strata
             limit = scoring.limits(Budget(keep_ratio=self.keep_ratio), strata)
             room = torch.minimum(limit - 1, scoring.stratum_sizes(strata) - limit).clamp(0, 1)
             limit = limit + (room * self.shift(views, rank, limit) if len(views) > 1 else 0)

@@ -14,7 +14,7 @@ from zoo.helpers import by_norm, unchecked
 
 def merging(view, cells):
     """Half of the visible tokens, and the others in the nearest of them within cells [B, S]."""
-    strata = torch.where(view.strata == 0, 0, -1)
+    strata = view.decode_strata
     scores = by_norm(view).mean(1, keepdim=True)
     limit = scoring.limits(Budget(keep_ratio=0.5), strata)
     kept = scoring.keep_top(scores, strata, limit, view.visibility)
@@ -39,7 +39,7 @@ class MergesAcrossImages(CrossKVPolicy):
     caught_by = ("KV15",)
 
     def select(self, view):
-        return Decision(cache=merging(view, torch.where(view.strata == 0, 0, -1)))
+        return Decision(cache=merging(view, view.decode_strata))
 
 
 @dataclass(frozen=True, kw_only=True)

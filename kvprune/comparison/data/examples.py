@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvprune.comparison.data.safe_json import parse
 from kvprune.errors import DataError
+from kvprune.text import suggestion
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,7 +95,9 @@ def choose(
     known = list(dict.fromkeys(example.task for example in examples))
     for task in tasks or ():
         if task not in known:
-            raise DataError(f"unknown task {task!r}{closest(task, known)}; the data has: {', '.join(known)}")
+            raise DataError(
+                f"unknown task {task!r}{suggestion(task, known)}; the data has: {', '.join(known)}"
+            )
     if tasks is not None and not tasks:
         raise DataError(f"no task chosen; the data has: {', '.join(known)}")
     if limit is not None and limit < 1:
@@ -122,12 +125,6 @@ def normalise(text: str) -> str:
 def is_correct(answer: str, answers: Sequence[str]) -> bool:
     """Whether `answer` equals one of `answers` after `normalise`."""
     return normalise(answer) in {normalise(right) for right in answers}
-
-
-def closest(got: str, known: Sequence[str]) -> str:
-    """A suggestion to put behind an unknown name, or nothing."""
-    near = difflib.get_close_matches(got, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def read_picture(path: Path) -> tuple[Image.Image, bytes]:

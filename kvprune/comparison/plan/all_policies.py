@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from dataclasses import dataclass
 
-from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.options import required_options
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
 from kvprune.session.registry import Registry
@@ -44,18 +43,10 @@ def every_policy(installed: Registry | None = None) -> Everything:
         types = entry.cls.option_types()
         if entry.distribution != _OWN or "keep_ratio" not in types:
             continue
-        required = _required(entry.cls)
+        required = required_options(entry.cls)
         if required:
             left_out[name] = f"needs {', '.join(required)}; add it with --policy"
             continue
         onward = "onward" in typing.get_args(types.get("reach"))
         specs.append(str(PolicySpec(name, {"reach": "onward"} if onward else {})))
     return Everything(tuple(specs), left_out)
-
-
-def _required(policy: type[CrossKVPolicy]) -> list[str]:
-    return [
-        option.name
-        for option in dataclasses.fields(policy)
-        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
-    ]

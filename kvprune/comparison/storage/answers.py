@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kvprune.errors import ResultsError
+from kvprune.text import shown
 
 __all__ = ["Answer", "from_row", "to_row"]
 
@@ -68,7 +69,7 @@ def from_row(where: str, row: Mapping[str, Any]) -> Answer:
         value = row[name]
         if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool"):
             raise ResultsError(
-                f"{where} is damaged: field {name!r} is {_show(value)}, not a {kind}; delete this line"
+                f"{where} is damaged: field {name!r} is {shown(value, 80)}, not a {kind}; delete this line"
             )
     answer = Answer(**row)
     for name, good, right in (
@@ -79,15 +80,10 @@ def from_row(where: str, row: Mapping[str, Any]) -> Answer:
     ):
         if not good:
             raise ResultsError(
-                f"{where} is damaged: field {name!r} is {_show(row[name])}, not {right}; delete this line"
+                f"{where} is damaged: field {name!r} is {shown(row[name], 80)}, not {right}; delete this line"
             )
     return answer
 
 
 _MOST_BYTES = 2**63
 _RECEIPT = re.compile("[0-9a-f]{64}")
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

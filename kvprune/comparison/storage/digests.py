@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
-from kvprune.engine.report import LayerReceipt
+from kvprune.engine.receipts import LayerReceipt
 from kvprune.tokens.selection import OWN_BITS, Selection
 
 __all__ = ["receipts"]

@@ -16,6 +16,7 @@ from typing import Any
 from kvprune.comparison.plan.grid import Configuration
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.nesting import parts
+from kvprune.text import printable
 
 __all__ = ["FORMAT", "KIND", "build_manifest", "differences", "digest", "first_difference", "model_digest"]
 
@@ -183,5 +184,4 @@ def _versions(configurations: Sequence[Configuration]) -> dict[str, str]:
 
 
 def _show(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return printable(json.dumps(value, ensure_ascii=False), 80)

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvprune.comparison.data.examples import Example, choose, closest, read_examples
+from kvprune.comparison.data.examples import Example, choose, read_examples
 from kvprune.comparison.storage.results import DATA, TEMPORARY
 from kvprune.errors import DataError, ResultsError
+from kvprune.text import suggestion
 
 __all__ = ["DEFAULT_LIMIT", "check_demo_tasks", "demo_examples", "own_examples", "weights"]
 
@@ -33,7 +34,7 @@ def check_demo_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
     for task in tasks or ():
         if task not in demo.TASKS:
             raise DataError(
-                f"unknown task {task!r}{closest(task, demo.TASKS)}; the demo has: {', '.join(demo.TASKS)}"
+                f"unknown task {task!r}{suggestion(task, demo.TASKS)}; the demo has: {', '.join(demo.TASKS)}"
             )
     if tasks is not None and not tasks:
         raise DataError(f"no task chosen; the demo has: {', '.join(demo.TASKS)}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.captured import Captured
 from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView
@@ -95,9 +96,11 @@ def make_problem(
         seed=seed,
         policy_name=policy.name,
         layout_of=lambda: _two_by_two(size, device),
-        captured_features=_draw((1, size.columns, size.features), dtype, device, seed),
-        captured_class_attention=_paid(policy, size, device, seed),
-        captured_guidance=_guidance(policy, size, device, seed),
+        captured=Captured(
+            features=_draw((1, size.columns, size.features), dtype, device, seed),
+            class_attention=_paid(policy, size, device, seed),
+            guidance=_guidance(policy, size, device, seed),
+        ),
     )
 
 
@@ -136,14 +139,16 @@ def _layer(
         seed=seed,
         policy_name=policy.name,
         layout_of=lambda: _two_by_two(size, device),
-        captured_queries=draw(2, size.query_heads, size.rows) if "queries" in needs else None,
-        captured_raw_keys=draw(3, size.kv_heads, size.columns) if "raw_keys" in needs else None,
-        captured_features=_draw((1, size.columns, size.features), dtype, device, seed, rank, 4)
-        if "features" in needs
-        else None,
-        captured_class_attention=_paid(policy, size, device, seed),
-        captured_guidance=_guidance(policy, size, device, seed),
-        captured_text=_text(policy, size, rank, dtype, device, seed) if "text" in needs else None,
+        captured=Captured(
+            queries=draw(2, size.query_heads, size.rows) if "queries" in needs else None,
+            raw_keys=draw(3, size.kv_heads, size.columns) if "raw_keys" in needs else None,
+            features=_draw((1, size.columns, size.features), dtype, device, seed, rank, 4)
+            if "features" in needs
+            else None,
+            class_attention=_paid(policy, size, device, seed),
+            guidance=_guidance(policy, size, device, seed),
+            text=_text(policy, size, rank, dtype, device, seed) if "text" in needs else None,
+        ),
     )
 
 

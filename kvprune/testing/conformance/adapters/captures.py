@@ -32,12 +32,12 @@ def check_view(policy: CrossKVPolicy, setting: Setting) -> None:
     sites = {site.layer_idx: site.module for site in setting.sites(setting.model)}
     for view in views:
         where = f"layer {view.layer_idx}"
-        if view.captured_queries is None or view.captured_raw_keys is None:
+        if view.captured.queries is None or view.captured.raw_keys is None:
             raise Violation(f"{where} to show queries and raw keys to a policy that needs them", "None")
         got, seen = _recomputed(view)
         _require_attention(where, view, got, seen, weights[view.layer_idx])
         norm = getattr(sites[view.layer_idx], "k_norm", None)
-        raw = view.captured_raw_keys
+        raw = view.captured.raw_keys
         with torch.no_grad():
             keys = raw if norm is None else norm(raw)
         if keys.shape != view.keys.shape or not (keys - view.keys).abs().max() <= _TOLERANCE:
@@ -68,8 +68,8 @@ def _attention_of(setting: Setting) -> dict[int, Tensor]:
 
 def _recomputed(view: LayerView) -> tuple[Tensor, Tensor]:
     """Return attention ``[R, Hq, T, S]``, and which columns each row may see, bool ``[R, T, S]``."""
-    assert view.captured_queries is not None
-    queries, see = view.captured_queries, view.visibility
+    assert view.captured.queries is not None
+    queries, see = view.captured.queries, view.visibility
     rows = see.rows.expand(-1, queries.shape[2], -1)
     units = see.units.expand(see.batch, -1)[:, None].expand(-1, rows.shape[1], -1)
     seen = rows.gather(-1, units)

@@ -14,7 +14,6 @@ from torch import Tensor
 from kvprune.adapters.base import ModelAdapter
 from kvprune.errors import UnknownInvariantError, UnsupportedModelError
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.spec import suggestion
 from kvprune.session.registry import load
 from kvprune.testing.conformance.adapters.table import (
     ADAPTER_INVARIANTS,
@@ -31,7 +30,7 @@ from kvprune.testing.conformance.common.reproducers import adapter_snippet
 from kvprune.testing.conformance.common.search import run_check
 from kvprune.testing.conformance.models.setting import Oracle, Setting
 from kvprune.testing.conformance.policies.suite import as_expected, failure_of
-from kvprune.text import printable, shown
+from kvprune.text import printable, shown, suggestion
 
 __all__ = ["MakeInputs", "MakeModel", "check_adapter", "installed_adapter"]
 

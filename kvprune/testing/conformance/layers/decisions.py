@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
 
 import torch
 
-from kvprune.policy.base import CrossKVPolicy, Need
+from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import ScoringPolicy
 from kvprune.policy.moments import FeaturePolicy
 from kvprune.policy.view import FeatureView, LayerView
@@ -56,13 +55,7 @@ def pose(policy: CrossKVPolicy, problem: LayerProblem) -> FeatureView | LayerVie
     by_features = isinstance(policy, FeaturePolicy)  # which is shown features in any case
     view = problem.features(policy.name) if by_features else problem.view(policy.name)
     given = policy.needs | {"features"} if by_features else policy.needs
-    fields = {field.name for field in dataclasses.fields(view)}
-    unneeded: dict[str, Any] = {
-        field: None
-        for what in get_args(Need)
-        if what not in given and (field := f"captured_{what}") in fields
-    }
-    return dataclasses.replace(view, **unneeded)
+    return dataclasses.replace(view, captured=view.captured.only(given))
 
 
 def answer(policy: CrossKVPolicy, view: FeatureView | LayerView) -> Decision:

@@ -97,7 +97,8 @@ def check_inputs(policy: CrossKVPolicy, problem: LayerProblem) -> None:
 def _tensors(view: FeatureView | LayerView) -> dict[str, torch.Tensor]:
     see = view.visibility
     found = {
-        **{field.name.removeprefix("captured_"): getattr(view, field.name) for field in fields(view)},
+        **{field.name: getattr(view, field.name) for field in fields(view)},
+        **{field.name: getattr(view.captured, field.name) for field in fields(view.captured)},
         **{f"visibility.{field.name}": getattr(see, field.name) for field in fields(see)},
     }
     text = found.get("text")

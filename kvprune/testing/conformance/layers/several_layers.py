@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import torch
 
@@ -129,16 +128,11 @@ def _kept(policy: PrefillPolicy, views: list[LayerView]) -> Kept:
     """What a policy keeps of each layer, asked as the cache manager asks it."""
     with torch.no_grad():
         observed = [policy.observe(view) for view in views]
-        bare = [dataclasses.replace(view, **_uncaptured(view)) for view in views]
+        bare = [view.without_captured() for view in views]
         decisions = list(policy.conclude(bare, observed))
     if len(decisions) != len(views):
         raise Violation(f"a decision for each of {len(views)} layers from conclude", f"{len(decisions)}")
     return [_cached(decision, view) for decision, view in zip(decisions, views, strict=True)]
-
-
-def _uncaptured(view: LayerView) -> dict[str, Any]:
-    captured = [field.name for field in dataclasses.fields(view) if field.name.startswith("captured_")]
-    return dict.fromkeys(captured)
 
 
 def _cached(decision: Decision, view: LayerView) -> list[list[set[int]]]:

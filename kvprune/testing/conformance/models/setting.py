@@ -6,7 +6,7 @@ It knows no policy by name, and no adapter, so that adapters can be checked in a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -164,7 +164,7 @@ class Setting:
         """Return the cache layers of cross-attention, by layer index."""
         return cross_layers(self.layer_indices, cache)
 
-    def sites(self, model: Any) -> list[Site]:
+    def sites(self, model: Any) -> Sequence[Site]:
         """Return the cross-attention modules of a model of this kind."""
         return attention_sites(self.adapter_class, model)
 

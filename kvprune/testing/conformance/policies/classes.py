@@ -12,6 +12,7 @@ from kvprune.policy.nesting import make_nested, parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.testing.conformance.common.budgets import variants
 from kvprune.testing.conformance.common.findings import Violation
+from kvprune.text import docstring
 
 __all__ = ["check_class", "class_warnings"]
 
@@ -54,19 +55,13 @@ def _made_again(cls: type[CrossKVPolicy], policy: CrossKVPolicy, spec: PolicySpe
 def class_warnings(cls: type[CrossKVPolicy]) -> tuple[str, ...]:
     """Return what is no failure but should be looked at."""
     found = []
-    if not _docstring(cls):
+    if not docstring(cls):
         found.append(f"{cls.__name__} has no docstring; `kvprune list` and `kvprune show` print it")
     undocumented = [
         field.name
         for field in dataclasses.fields(cls)
-        if not any(f"{field.name}:" in _docstring(base) for base in cls.__mro__)
+        if not any(f"{field.name}:" in docstring(base) for base in cls.__mro__)
     ]
     if undocumented:
         found.append(f"options without a line under Args: {', '.join(undocumented)}")
     return tuple(found)
-
-
-def _docstring(cls: type) -> str:
-    """The docstring of a class itself, unless dataclass wrote it."""
-    own = cls.__dict__.get("__doc__") or ""
-    return "" if own.startswith(f"{cls.__name__}(") else own.strip()

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 
 from kvprune.errors import ConformanceError, PolicyOptionError, UnknownInvariantError
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.spec import PolicySpec, suggestion
+from kvprune.policy.options import required_options
+from kvprune.policy.spec import PolicySpec
 from kvprune.session.registry import load
 from kvprune.testing.conformance.common.budgets import variants
 from kvprune.testing.conformance.common.findings import ConformanceReport, Result
@@ -18,6 +19,7 @@ from kvprune.testing.conformance.policies.classes import check_class, class_warn
 from kvprune.testing.conformance.policies.lab import Lab
 from kvprune.testing.conformance.policies.table import CLASS, INVARIANTS, Invariant
 from kvprune.testing.problems import LayerProblem, ModelProblem
+from kvprune.text import suggestion
 
 __all__ = ["as_expected", "check_policy", "failure_of", "recheck"]
 
@@ -149,12 +151,12 @@ def _resolve(
         made = load().get_policy(policy)
         return str(made.spec), type(made), [made]
     name = str(getattr(policy, "name", policy.__qualname__))
-    for option in dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ():
-        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
-            raise PolicyOptionError(
-                f"policy {name!r} needs the option {option.name!r}, so its class cannot be checked with "
-                f"default options; check a policy, or a spec such as '{name}:{option.name}=...'"
-            )
+    required = required_options(policy)
+    if required:
+        raise PolicyOptionError(
+            f"policy {name!r} needs the option {required[0]!r}, so its class cannot be checked with "
+            f"default options; check a policy, or a spec such as '{name}:{required[0]}=...'"
+        )
     return name, policy, []
 
 

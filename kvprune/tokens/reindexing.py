@@ -1,4 +1,8 @@
-"""Expresses selections and merges of one set of tokens in terms of another: received, cached, all."""
+"""Re-expresses selections and merges in the numbering of another set of tokens.
+
+There are three numberings: the columns that a layer receives, the entries that its cache holds, and the
+columns of the unpruned cache.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +16,35 @@ __all__ = ["among_entries", "anchors", "compose", "of_columns", "positions"]
 
 
 def positions(selection: Selection) -> Tensor:
-    """Position of each kept column among the kept ones, int64 ``[B, H or 1, S]``; -1 where it is dropped."""
-    kept = selection.to_mask()
+    """Return each column's position among the kept columns, int64 ``[B, H or 1, S]``; -1 if it is dropped.
+
+    Example:
+        >>> positions(Selection.from_mask(torch.tensor([[[False, True, True]]]))).tolist()
+        [[[-1, 0, 1]]]
+    """
+    return positions_in(selection.mask)
+
+
+def positions_in(kept: Tensor) -> Tensor:
+    """Return each true element's position among those of its row, int64; -1 where ``kept`` is false."""
     return torch.where(kept, kept.cumsum(-1) - 1, -1)
 
 
 def anchors(selection: Selection) -> Tensor:
-    """Column that stands for each column, int64 ``[B, H or 1, S]``; -1 where a column is dropped outright."""
+    """Return the kept column that each column is merged into, int64 ``[B, H or 1, S]``; -1 for none."""
     into = positions(selection) if selection.merge is None else selection.merge.into
     return torch.where(into < 0, -1, selection.indices.gather(-1, into.clamp(min=0)))
 
 
 def compose(received: Selection | None, onward: Selection) -> Selection:
-    """Express a selection among received columns in terms of all columns, merges included.
+    """Express a selection of received columns as a selection of all columns; merges are combined.
 
     Args:
-        received: What a decision was made about; None if that was all columns.
-        onward: The decision.
+        received: The columns that the policy saw; None if it saw all of them.
+        onward: The selection that the policy made among them.
 
     Returns:
-        A selection of its own tensors: it does not change with those of the policy.
+        A selection that shares no tensor with ``onward``, so the policy cannot change it later.
     """
     columns = onward.columns if received is None else received.columns
     indices = onward.indices.clone() if received is None else received.indices.gather(-1, onward.indices)
@@ -43,7 +56,7 @@ def compose(received: Selection | None, onward: Selection) -> Selection:
     if received is None:
         return Selection.trusted(indices, onward.valid.clone(), columns, Merge(into.clone(), weights.clone()))
     earlier = positions(received) if first is None else first.into
-    passed = earlier.clamp(min=0)
+    passed = earlier.clamp(min=0)  # [B, H or 1, S], received column that column s was merged into
     total = weights.gather(-1, passed)
     if first is not None:
         total = total * first.weights
@@ -52,23 +65,23 @@ def compose(received: Selection | None, onward: Selection) -> Selection:
 
 
 def among_entries(selection: Selection, kept: Tensor, first: int) -> Merge | None:
-    """Express the merge of a view's columns in terms of the entries of a cache layer.
+    """Express the merge of a view's columns as a merge of the entries of a cache layer.
 
     Args:
-        selection: Of the view's columns, which are the layer's entries from ``first`` on.
+        selection: A selection of the view's columns, which are the layer's entries from ``first`` on.
         kept: bool ``[R, H or 1, K]``, the valid entries that stay.
-        first: Entries of earlier images; they take no members.
+        first: Number of entries of earlier images. Nothing is merged into them.
 
     Returns:
-        None if nothing is merged into an entry that stays, and none of them is weighted.
+        The merge; None if it changes nothing (no entry has another member, and all weights are 1).
     """
     if selection.merge is None:
         return None
     heads = kept.shape[1]
-    taken = anchors(selection).to(kept.device)
+    taken = anchors(selection).to(kept.device)  # [B, H or 1, S]
     earlier = torch.arange(first, device=kept.device).expand(taken.shape[0], heads, first)
     takers = torch.cat([earlier, torch.where(taken < 0, -1, taken + first).expand(-1, heads, -1)], dim=-1)
-    own = torch.where(kept, kept.cumsum(-1) - 1, -1)
+    own = positions_in(kept)  # [R, H or 1, K]
     into = torch.where(takers < 0, -1, own.gather(-1, takers.clamp(min=0)))
     weights = selection.merge.weights.to(kept.device).expand(-1, heads, -1)
     weights = torch.cat([torch.ones_like(earlier, dtype=weights.dtype), weights], dim=-1)
@@ -78,16 +91,16 @@ def among_entries(selection: Selection, kept: Tensor, first: int) -> Merge | Non
 
 
 def of_columns(merge: Merge, slots: Tensor, valid: Tensor, columns: int) -> Merge:
-    """Express a merge of entries in terms of the columns that they came from.
+    """Express a merge of cache entries as a merge of the columns that they came from.
 
     Args:
-        merge: Of entries.
+        merge: A merge of entries.
         slots: int64 ``[R, H or 1, entries]``, the column of each entry.
-        valid: bool, same shape.
-        columns: Columns seen so far, S.
+        valid: bool, same shape; false for padding.
+        columns: Number of columns seen so far, S.
     """
     heads = merge.into.shape[1]
-    # Entries that only pad repeat a column; what they say goes into one column too many.
+    # Padding repeats a column, so it is written to an extra column, which is cut off.
     index = torch.where(valid, slots, columns).expand(-1, heads, -1)
     shape = (*index.shape[:2], columns + 1)
     into = torch.full(shape, -1, device=index.device).scatter_(-1, index, merge.into)[..., :columns]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import scoring
-from kvprune.scoring.shares import apportion, each, is_clamped, proportional
+from kvprune.scoring.apportionment import apportion, each, is_clamped, proportional
 
 COLUMNS = 6
 anything = conversations() | visibilities()
@@ -186,7 +186,7 @@ def test_heads_may_keep_different_numbers(visibility, first, second):
 
 @given(anything, st.integers(0, 3))
 def test_scores_are_listed_in_the_order_in_which_tokens_are_kept(visibility, levels):
-    strata = torch.where(visibility.strata == 0, 0, -1)
+    strata = visibility.decode_strata
     scores = torch.rand(visibility.batch, 2, visibility.columns, generator=torch.Generator().manual_seed(1))
     scores = (scores * levels).floor() if levels else scores
     ordered = scoring.in_keeping_order(scores, strata, visibility)
@@ -211,7 +211,7 @@ def test_the_best_of_each_image_comes_first():
 
 @given(anything)
 def test_one_column_of_each_group_is_what_must_stay(visibility):
-    strata = torch.where(visibility.strata == 0, 0, -1)
+    strata = visibility.decode_strata
     counts = scoring.group_counts(strata, visibility).tolist()
     for sample in range(visibility.batch):
         counted = slow_strata(visibility, sample)[0]

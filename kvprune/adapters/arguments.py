@@ -1,0 +1,53 @@
+"""Reads and replaces arguments of forward calls by name, whatever transformers calls them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["CACHE", "cache_of", "has_cache", "named_arguments", "with_cache"]
+
+_CACHE_NAMES = ("cache", "past_key_values")
+"""What the argument for the cache is called: since transformers 5.24, and before."""
+
+CACHE = "|".join(_CACHE_NAMES)
+"""The same, as `probe_signatures` takes a parameter of several names."""
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward call by name, those given by position included."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    named: dict[str, Any] = dict(bound.arguments)
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and name in named:
+            named.update(named.pop(name))
+    return named
+
+
+def cache_of(named: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a forward call; None if there is none."""
+    for name in _CACHE_NAMES:
+        if named.get(name) is not None:
+            return named[name]
+    return None
+
+
+def with_cache(named: Mapping[str, Any], cache: object) -> dict[str, Any]:
+    """Return the arguments with another cache in place of theirs."""
+    return {**named, **{name: cache for name in _CACHE_NAMES if named.get(name) is not None}}
+
+
+def has_cache(named: Mapping[str, Any], config: Any) -> bool:
+    """Whether a forward call has a cache, or transformers will make one for it.
+
+    Args:
+        named: Its arguments by name.
+        config: Of the model that it calls.
+    """
+    use_cache = named.get("use_cache")
+    return cache_of(named) is not None or bool(config.use_cache if use_cache is None else use_cache)

@@ -1,0 +1,102 @@
+"""What is attached to a model: hooks and attributes, which are all undone again (KV12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Attachment", "compressing"]
+
+
+class _Hook:
+    """A hook that does nothing while its attachment stands aside."""
+
+    def __init__(self, attachment: Attachment, hook: Callable[..., Any]) -> None:
+        self.attachment = attachment
+        self.hook = hook
+
+    def __call__(self, *call: Any) -> Any:
+        return None if self.attachment.is_aside else self.hook(*call)
+
+
+class Attachment:
+    """Hooks and attributes on the modules of one model, until `detach`.
+
+    Args:
+        model: Is hooked. Its hooks may also last for one forward call only (``for_one_call``).
+        label: What is attached, for messages.
+    """
+
+    def __init__(self, model: nn.Module, label: str) -> None:
+        self.model = model
+        self.label = label
+        self.is_aside = False
+        self._handles: list[RemovableHandle] = []
+        self._call_handles: list[RemovableHandle] = []
+        self._restore: list[Callable[[], None]] = []
+
+    def detach(self) -> None:
+        """Undo everything; harmless if nothing is attached."""
+        self.end_of_call()
+        while self._handles:
+            self._handles.pop().remove()
+        while self._restore:
+            self._restore.pop()()
+
+    @contextmanager
+    def standing_aside(self) -> Iterator[None]:
+        """Let the model run as if nothing were attached; for as long, something else may be."""
+        self.is_aside = True
+        try:
+            yield
+        finally:
+            self.is_aside = False
+
+    def end_of_call(self) -> None:
+        """Remove the hooks that were made for one forward call."""
+        while self._call_handles:
+            self._call_handles.pop().remove()
+
+    def before(self, module: nn.Module, hook: Callable[..., Any], *, for_one_call: bool = False) -> None:
+        """Run ``hook(module, args, kwargs)`` before a module, until `detach` or `end_of_call`."""
+        handles = self._call_handles if for_one_call else self._handles
+        handles.append(module.register_forward_pre_hook(_Hook(self, hook), with_kwargs=True))
+
+    def after(
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        *,
+        for_one_call: bool = False,
+        always: bool = False,
+    ) -> None:
+        """Run ``hook(module, args, kwargs, output)`` after a module, with ``always`` also if it raised."""
+        handles = self._call_handles if for_one_call else self._handles
+        handles.append(module.register_forward_hook(_Hook(self, hook), with_kwargs=True, always_call=always))
+
+    def override(self, module: nn.Module, attribute: str, value: object) -> None:
+        """Set an attribute on one module instance until `detach`, which restores what was there."""
+        missing = object()
+        before = module.__dict__.get(attribute, missing)
+
+        def restore() -> None:
+            if before is missing:
+                del module.__dict__[attribute]
+            else:
+                module.__dict__[attribute] = before
+
+        module.__dict__[attribute] = value
+        self._restore.append(restore)
+
+
+def compressing(model: nn.Module) -> str | None:
+    """Return what compresses a model or a part of it now, found by its hooks; None if nothing does."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Hook) and not hook.attachment.is_aside:
+                return hook.attachment.label
+    return None

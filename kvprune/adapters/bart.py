@@ -1,0 +1,29 @@
+"""BART: text to text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.adapters import tiny
+from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+
+__all__ = ["BartAdapter"]
+
+
+class BartAdapter(EncoderDecoderAdapter):
+    """BART."""
+
+    family = "BART"
+    model_classes = ("BartForConditionalGeneration", "BartModel")
+    modeling_module = "transformers.models.bart.modeling_bart"
+    attention_class = "BartAttention"
+    self_attention = "self_attn"
+    provides = EncoderDecoderAdapter.provides | {"text"}
+
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+        """Return a tiny BART, and texts of several lengths."""
+        return tiny.example_bart(dtype)

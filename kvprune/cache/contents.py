@@ -1,0 +1,208 @@
+"""What a cross-attention cache layer holds: its entries, where they came from, and how many bytes they take.
+
+`CrossKVLayer` adds what may be done with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from kvprune.cache.copies import Twins
+from kvprune.cache.quantization import Pool
+from kvprune.tokens.selection import OWN_BITS, Selection
+
+__all__ = ["Arrival", "Contents", "HeldEntries"]
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """All that a mask over the entries of a layer depends on.
+
+    Axes: R rows that are held, K entries; H is the number of KV heads, or 1 where heads share entries.
+
+    Args:
+        slots: int64 ``[R, H or 1, K]``, the column each entry came from; None while all columns are held.
+        valid: bool, same shape; false where an entry only pads a ragged batch. None while ``slots`` is None.
+        bias: ``[R, H or 1, K]``, added to the logits of each entry; None for nothing.
+        ragged: Whether some entry may be invalid, known without asking the device.
+        copies: Consecutive rows of the batch for which each of the R rows stands.
+    """
+
+    slots: Tensor | None = None
+    valid: Tensor | None = None
+    bias: Tensor | None = None
+    ragged: bool = False
+    copies: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What arrives at a layer in one prefill, and what the layer will hold when it has arrived.
+
+    Args:
+        received: Which of the new columns arrive, for R rows; None for all of them.
+        columns: How many new columns there are, dropped ones included.
+        contents: What the layer holds afterwards, and attends to.
+    """
+
+    received: Selection | None
+    columns: int
+    contents: Contents
+
+
+class HeldEntries(DynamicLayer):
+    """Keys and values of the entries of one cross-attention layer.
+
+    Attributes:
+        keys, values: ``[R, Hkv, K', D]``, R being the batch B divided by `copies`: entries in the own dtype.
+            Where all entries are quantized, a view of one number with K' = 1 stands for them, because
+            Mllama skips a layer whose keys are empty.
+        pools: Quantized entries; the K entries are those of the pools in order, and then these K'.
+        columns: Columns seen so far, S: what stock transformers would hold.
+        slots: int64 ``[R, H or 1, K]``, the column each entry came from; None while all S are held.
+        valid: bool, same shape; false where an entry only pads a ragged batch. None while ``slots`` is None.
+        bias: ``[R, H or 1, K]``, what decoding adds to the logits of each entry; None while that is nothing.
+        ragged: Whether some entry may be invalid, known without asking the device.
+        twins: Which rows of the batch are held as one.
+    """
+
+    # Optional in the base class; here they are read only once they are filled.
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pools: tuple[Pool, ...] = ()
+        self._stands_in = True  # keys and values are no entries
+        self.columns = 0
+        self.slots: Tensor | None = None
+        self.valid: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.ragged = False
+        self.twins = Twins()
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether anything is held."""
+        return self.columns > 0
+
+    @property
+    def copies(self) -> int:
+        """Consecutive rows of the batch for which each row that is held stands."""
+        return self.twins.copies
+
+    @property
+    def contents(self) -> Contents:
+        """All that a mask over the entries depends on."""
+        return Contents(self.slots, self.valid, self.bias, self.ragged, self.copies)
+
+    @property
+    def width(self) -> int:
+        """Entries held per row and KV head, K."""
+        return sum(self.widths.values())
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Entries held per row and KV head by their bits, 16 standing for the own dtype."""
+        if not self.is_filled:
+            return {}
+        widths = {OWN_BITS: self.own} if self.own else {}
+        return widths | {pool.bits: pool.width for pool in self.pools}
+
+    @property
+    def own(self) -> int:
+        """Entries held in the own dtype per row and KV head, K'."""
+        return 0 if self._stands_in else self.keys.shape[-2]
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether attention can read keys and values as they are: not quantized, no shared rows."""
+        return self.copies == 1 and not self.pools
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Return the column and the validity of each entry, ``[R, H or 1, K]``, also if all are held."""
+        if self.slots is not None and self.valid is not None:
+            return self.slots, self.valid
+        everything = Selection.all(self.keys.shape[0], self.columns, self.keys.device)
+        return everything.indices, everything.valid
+
+    def held_columns(self) -> Tensor:
+        """Return which columns are held, bool ``[R, H or 1, S]``."""
+        slots, valid = self.entries()
+        held = torch.zeros(*slots.shape[:2], self.columns + 1, dtype=torch.bool, device=slots.device)
+        # Padding may name any column; it goes to one beyond the last.
+        return held.scatter_(-1, torch.where(valid, slots, self.columns), True)[..., :-1]
+
+    def selection(self) -> Selection:
+        """Return which columns are held for R rows, in order of columns, and in which precision."""
+        slots, valid = self.entries()
+        if not self.pools:
+            if self.ragged:  # where an image came later, padding lies before its columns
+                return Selection.from_mask(self.held_columns())
+            return Selection.trusted(slots, valid, self.columns)
+        bits = self._bits().expand(*slots.shape[:2], -1)
+        by_column = torch.full(
+            (*slots.shape[:2], self.columns + 1), OWN_BITS, dtype=torch.uint8, device=slots.device
+        )
+        by_column.scatter_(-1, torch.where(valid, slots, self.columns), bits)
+        return Selection.from_mask(self.held_columns(), by_column[..., :-1])
+
+    def _bits(self) -> Tensor:
+        """Return the bits of each entry, uint8 ``[K]``."""
+        widths = [(pool.bits, pool.width) for pool in self.pools] + [(OWN_BITS, self.own)]
+        return torch.cat(
+            [torch.full((n,), bits, dtype=torch.uint8, device=self.keys.device) for bits, n in widths]
+        )
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        """All keys and values that are held, in whichever form."""
+        own = [self.keys, self.values] if self.own else []
+        return own + [tensor for pool in self.pools for tensor in pool.tensors]
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the keys and values that are held, padding of ragged batches included.
+
+        Of quantized entries, these are their codes and the ends of their groups.
+        """
+        return sum(tensor.nbytes for tensor in self._tensors) if self.is_filled else 0
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes of keys and values that stock transformers would hold, for each row of the batch."""
+        return self._bytes_of(self.columns) * self.copies if self.is_filled else 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the copy in the own dtype that one call reads if something is quantized, for R rows."""
+        return self._bytes_of(self.width) if self.pools else 0
+
+    def _bytes_of(self, entries: int) -> int:
+        """Return the bytes of so many entries per row and KV head in the own dtype."""
+        shapes = ((tensor.shape, tensor.element_size()) for tensor in (self.keys, self.values))
+        return entries * sum(shape[0] * shape[1] * shape[-1] * size for shape, size in shapes)
+
+    @property
+    def bytes_behind(self) -> int:
+        """Bytes of memory behind the keys and values: more than `bytes_held` if they are views of more."""
+        if not self.is_filled:
+            return 0
+        buffers = {
+            storage.data_ptr(): storage.nbytes()
+            for storage in (tensor.untyped_storage() for tensor in self._tensors)
+        }
+        return sum(buffers.values())
+
+    @property
+    def bytes_of_bookkeeping(self) -> int:
+        """Bytes of the column numbers, validity flags and bias beside the keys and values."""
+        beside = (self.slots, self.valid, self.bias)
+        held = sum(tensor.nbytes for tensor in beside if tensor is not None)
+        if not self.is_filled or self.own:
+            return held
+        return held + self.keys.element_size() + self.values.element_size()  # what stands for no entry

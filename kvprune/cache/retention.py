@@ -1,0 +1,133 @@
+"""What a cross-attention cache layer holds after some of its entries are dropped, merged or quantized.
+
+Pure functions of what the layer holds now; `CrossKVLayer.retain` puts the answer in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.cache.contents import HeldEntries
+from kvprune.cache.pools import Part, join, lower, pack_left
+from kvprune.cache.quantization import QUANTIZED_BITS, Pool, gather_entries
+from kvprune.errors import UnsupportedCacheError
+from kvprune.tokens.merging import Merge, merge_heads
+from kvprune.tokens.precision import accumulation_dtype
+from kvprune.tokens.selection import Selection
+
+__all__ = ["Retained", "retained"]
+
+
+@dataclass(frozen=True, eq=False)
+class Retained:
+    """What stays: fields as in `HeldEntries`."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    valid: Tensor
+    bias: Tensor | None
+    pools: tuple[Pool, ...] = ()
+
+
+def retained(layer: HeldEntries, kept: Selection) -> Retained | None:
+    """Return what a layer holds once only some of its entries are kept; None if nothing changes.
+
+    Args:
+        layer: Filled.
+        kept: Which of its K entries stay, ``columns`` being K; only valid ones. ``bits`` say in which
+            precision each is held from now on; quantized entries stay as they are, whatever it says of them.
+
+    Raises:
+        QuantizationError: If something that is to be quantized is not finite.
+        UnsupportedCacheError: If entries would be both merged and quantized.
+    """
+    if kept.merge is not None:
+        if layer.pools:
+            raise UnsupportedCacheError(
+                "entries of this cache are quantized, and a later decision merges entries; a cache does "
+                "one of the two: start with an empty one"
+            )
+        return _merged(layer, kept, kept.merge)
+    if layer.pools or kept.bits is not None:
+        return _repacked(layer, kept)
+    if not kept.is_ragged and kept.indices.shape[-1] == layer.width:
+        return None
+    return _gathered(layer, kept)
+
+
+def _gathered(layer: HeldEntries, kept: Selection) -> Retained:
+    """Drop entries of a layer whose entries all have the own dtype."""
+    heads = max(layer.entries()[0].shape[1], kept.indices.shape[1])
+    places = kept.indices.expand(-1, heads, -1)  # [R, H, K]
+    return Retained(
+        gather_entries(layer.keys, places),
+        gather_entries(layer.values, places),
+        *_bookkeeping(layer, places, kept.valid),
+    )
+
+
+def _repacked(layer: HeldEntries, kept: Selection) -> Retained | None:
+    """Drop and quantize entries of a layer that holds several precisions, or will."""
+    slots, _ = layer.entries()
+    heads = max(slots.shape[1], kept.indices.shape[1])
+    mask = kept.mask.expand(-1, heads, -1)  # [R, H, K]
+    quantized = layer.width - layer.own  # entries of the pools come first
+    bits = None if kept.bits is None else kept.bits_by_column().expand_as(mask)[..., quantized:]
+    quantize = lower(mask[..., quantized:], bits)
+    if bool(mask.all()) and not quantize:
+        return None
+    parts, own = _kept_parts(layer, mask), mask[..., quantized:]
+    for width, chosen in quantize.items():
+        place, valid = pack_left(chosen)
+        parts.append(Part(Pool.of(layer.keys, layer.values, place, width), place + quantized, valid))
+        own = own & ~chosen
+    place, valid = pack_left(own)
+    joined = [join(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])]
+    places = torch.cat([*(part.places for part in joined), place + quantized], -1)
+    return Retained(
+        gather_entries(layer.keys, place),
+        gather_entries(layer.values, place),
+        *_bookkeeping(layer, places, torch.cat([*(part.valid for part in joined), valid], -1)),
+        tuple(part.pool for part in joined),
+    )
+
+
+def _kept_parts(layer: HeldEntries, mask: Tensor) -> list[Part]:
+    """Return what is kept of the pools."""
+    parts, first = [], 0
+    for pool in layer.pools:
+        place, valid = pack_left(mask[..., first : first + pool.width])
+        if place.shape[-1]:
+            parts.append(Part(pool.at(place), place + first, valid))
+        first += pool.width
+    return parts
+
+
+def _merged(layer: HeldEntries, kept: Selection, merge: Merge) -> Retained:
+    """Let what is dropped live on in what is kept."""
+    entries = kept.indices.shape[-1]
+    heads = max(layer.entries()[0].shape[1], kept.indices.shape[1])
+    slots, valid, bias = _bookkeeping(layer, kept.indices.expand(-1, heads, -1), kept.valid)
+    if merge.size_bias:
+        # Entries that have a bias already came earlier and take no members, so their logarithm is 0.
+        sizes = merge.members(entries).clamp(min=1).to(accumulation_dtype(layer.keys)).log()
+        bias = sizes if bias is None else bias + sizes
+    return Retained(
+        merge_heads(layer.keys, merge, entries, renormalize=merge.renormalize_keys),
+        merge_heads(layer.values, merge, entries),
+        slots,
+        valid,
+        bias,
+    )
+
+
+def _bookkeeping(layer: HeldEntries, places: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return columns, validity and bias of the entries at ``places``, int64 ``[R, H, K]``."""
+    heads = places.shape[1]
+    slots = layer.entries()[0].expand(-1, heads, -1).gather(-1, places)
+    bias = None if layer.bias is None else layer.bias.expand(-1, heads, -1).gather(-1, places)
+    return slots, valid.expand_as(places).clone(), bias

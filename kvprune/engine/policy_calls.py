@@ -1,0 +1,148 @@
+"""Calls the policy: builds the view that it sees, and names it in whatever it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.engine.prefill import Observed, Prefill
+from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.captured import Captured
+from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
+from kvprune.policy.text_view import TextView
+from kvprune.policy.view import FeatureView, LayerView
+from kvprune.tokens.decision import Decision
+from kvprune.tokens.selection import Selection
+
+__all__ = ["PolicyCalls"]
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True)
+class PolicyCalls:
+    """One policy on one model.
+
+    Args:
+        policy: Is called.
+        seed: For policies that draw random numbers.
+        layer_indices: The model's cross-attention layers in order.
+    """
+
+    policy: CrossKVPolicy
+    seed: int
+    layer_indices: tuple[int, ...]
+
+    def feature_view(self, prefill: Prefill, features: Tensor) -> FeatureView:
+        """Return what a policy sees before the first layer.
+
+        Args:
+            prefill: Is running.
+            features: ``[R, S, C]``, all new columns.
+        """
+        return FeatureView(
+            visibility=prefill.arriving(None),
+            num_layers=len(self.layer_indices),
+            seed=self.seed,
+            fingerprints=prefill.fingerprints,
+            policy_name=self.policy.name,
+            layout_of=prefill.layout,
+            captured=Captured(features=features).joined(prefill.captured, features.device),
+        )
+
+    def layer_view(
+        self,
+        prefill: Prefill,
+        rank: int,
+        layer: CrossKVLayer,
+        received: Selection | None,
+        captured: Captured,
+        *,
+        scaling: float,
+        follows_text: bool,
+    ) -> LayerView:
+        """Return what a policy sees of a layer that has just attended.
+
+        Args:
+            prefill: Is running.
+            rank: Of the layer among the cross-attention layers.
+            layer: Its cache layer, updated.
+            received: The columns that arrived at it.
+            captured: In this layer, for each row of the batch, draft rows included.
+            scaling: Factor on attention logits.
+            follows_text: Whether a self-attention of the text comes before the layer.
+        """
+        arriving = prefill.arriving(received)
+        new = layer.own - arriving.columns  # what is quantized is of earlier images
+        # Draft rows come last; visibility does not have them.
+        own = captured.rows(slice(None, None, layer.copies)).first_rows(arriving.live.shape[1])
+        return LayerView(
+            keys=layer.keys[..., new:, :],
+            values=layer.values[..., new:, :],
+            visibility=arriving,
+            layer_idx=self.layer_indices[rank],
+            rank=rank,
+            num_layers=len(self.layer_indices),
+            scaling=scaling,
+            seed=self.seed,
+            fingerprints=prefill.fingerprints,
+            policy_name=self.policy.name,
+            layout_of=prefill.layout_of(received),
+            captured=prefill.captured_of(received, own, layer.keys.device, follows_text=follows_text),
+            follows_text=follows_text,
+        )
+
+    def choose(self, policy: FeaturePolicy, view: FeatureView) -> object:
+        """Return the decision before the first layer."""
+        return self._call(view, lambda: policy.choose(view))
+
+    def select(self, view: LayerView) -> object:
+        """Return the decision after one layer."""
+        return self._call(view, lambda: self.policy.select(view))
+
+    def select_text(self, view: TextView) -> Selection | None:
+        """Return the decision about one layer's text."""
+        return self._call(view, lambda: self.policy.select_text(view))
+
+    def observe(self, policy: PrefillPolicy, view: LayerView) -> object:
+        """Return what the policy remembers of one layer."""
+        return self._call(view, lambda: policy.observe(view))
+
+    def conclude(self, policy: PrefillPolicy, observed: Sequence[Observed]) -> list[Decision]:
+        """Return one decision for each layer, when all have attended.
+
+        Raises:
+            SelectionError: If they are not as many as layers, or one says what later layers receive.
+        """
+        views = [layer.asked.view for layer in observed]
+        statistics = [layer.statistics for layer in observed]
+        decisions = self._call(views[-1], lambda: list(policy.conclude(views, statistics)))
+        if len(decisions) != len(views):
+            raise SelectionError(
+                f"policy {policy.name!r}: conclude returned {len(decisions)} decisions, "
+                f"expected one for each of {len(views)} layers"
+            )
+        for view, decision in zip(views, decisions, strict=True):
+            if isinstance(decision, Decision) and decision.onward is not None:
+                raise SelectionError(
+                    f"policy {policy.name!r} {view.where}: conclude decided what later layers "
+                    "receive, but all of them have attended; return Decision(cache=...)"
+                )
+        return decisions
+
+    def _call(self, view: FeatureView | LayerView | TextView, question: Callable[[], _Answer]) -> _Answer:
+        """Call the policy; what it raises is named after it."""
+        try:
+            return question()
+        except (KVPruneError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise PolicyFailedError(
+                f"policy {self.policy.name!r} raised {type(error).__name__} {view.where}: {str(error)[:500]}"
+            ) from error

@@ -1,0 +1,61 @@
+"""Receipts: what one layer held after a prefill, read off its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvprune.tokens.selection import OWN_BITS
+
+__all__ = ["LayerReceipt", "TextReceipt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReceipt:
+    """One cross-attention layer after the latest prefill.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        columns: Tokens per sample that stock transformers would hold.
+        width: Tokens per sample and KV head that are held, padding of ragged batches included.
+        bytes_held: Bytes of keys and values that are held; of quantized ones, codes and ends of groups.
+        bytes_full: Bytes of keys and values that stock transformers would hold.
+        bytes_of_bookkeeping: Bytes of column numbers and validity flags.
+        decisions: How often the policy has decided about this layer so far.
+        seconds: What its latest decision took.
+        widths: The width by the bits in which entries are held; "16" stands for the cache's own dtype.
+    """
+
+    layer_idx: int
+    columns: int
+    width: int
+    bytes_held: int
+    bytes_full: int
+    bytes_of_bookkeeping: int
+    decisions: int = 1
+    seconds: float = 0.0
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some entry is held in fewer bits than the cache's own dtype has."""
+        return any(bits != str(OWN_BITS) for bits in self.widths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReceipt:
+    """One self-attention layer whose text a policy decided about, after the latest prefill.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        tokens: Text tokens per sample that stock transformers would hold, padding included.
+        width: Text entries per sample and KV head that are held, padding of ragged batches included.
+        bytes_held: Bytes of their keys and values.
+        bytes_full: Bytes that stock transformers would hold.
+    """
+
+    layer_idx: int
+    tokens: int
+    width: int
+    bytes_held: int
+    bytes_full: int
