@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvprune.cli.looking import read_docstrings
+from kvprune.cli.policies import read_docstrings
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import ScoringPolicy
 from kvprune.policy.options import describe_type

@@ -1,7 +1,7 @@
-"""The command line: parses, calls the library and prints; what is computed is computed elsewhere.
+"""The command line: parses arguments, calls the library and prints the result.
 
-`looking` has list, show and doctor; `citing` has cite; `checking` has check; `running` has compare and
-verify; `benching` has bench; `common` what all of them share.
+One file for each command (`policies` has list and show); `common` holds what they share. torch and
+transformers are imported inside the commands, so that ``kvprune --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ try:
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f'kvprune: the command line needs {missing.name}, which is not installed: pip install "kvprune[demo]"'
+        f"kvprune: the command line needs {missing.name}, which is not installed: pip install {missing.name}"
     ) from missing
 
-from kvprune.cli import benching, checking, citing, looking, running
+from kvprune.cli import bench, check, cite, compare, doctor, policies, verify
 
 __all__ = ["app", "main"]
 
@@ -32,21 +32,21 @@ app = typer.Typer(
     help="Prune the cross-attention KV cache of vision-language models, and compare how well that works.",
 )
 # In the order in which --help lists them.
-app.command("list")(looking.list_policies)
-app.command()(looking.show)
-app.command()(citing.cite)
-app.command()(looking.doctor)
-app.command()(checking.check)
-app.command()(running.compare)
-app.command()(running.verify)
-app.add_typer(benching.bench, name="bench")
+app.command("list")(policies.list_policies)
+app.command()(policies.show)
+app.command()(cite.cite)
+app.command()(doctor.doctor)
+app.command()(check.check)
+app.command()(compare.compare)
+app.command()(verify.verify)
+app.add_typer(bench.bench, name="bench")
 
 
 def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A docstring must not end a command on a terminal without UTF-8.
+            # Text that the terminal's encoding cannot show must not end a command with an error.
             stream.reconfigure(errors="backslashreplace")
     app()
 

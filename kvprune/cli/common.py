@@ -1,45 +1,55 @@
-"""What the commands share: options, tables, and errors as one line."""
+"""What the commands share: common options, tables, and errors printed as one line."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from kvprune.errors import KVPruneError
-from kvprune.session import registry
 from kvprune.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvprune.session.registry import Registry
 
 __all__ = [
     "Debug",
+    "TrustRemoteCode",
+    "hide_progress_bars",
+    "hide_warnings",
     "load_quietly",
     "make_console",
     "make_table",
     "one_line_errors",
-    "quiet_transformers",
-    "quieten_transformers",
     "say",
 ]
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python files that come with the model. Read them first: they can do whatever you can.",
+    ),
+]
 
 _WIDTH = 120
-"""Columns of a table where standard output is no terminal."""
+"""Width of a table, in characters, if standard output is no terminal."""
 
 
 @contextmanager
 def one_line_errors(debug: bool, *, resumes: bool = False) -> Iterator[None]:
-    """Turn errors that the user can do something about into one line and exit code 2.
+    """Print errors that the user can fix as one line and exit with code 2; exit with 130 on an interrupt.
 
     Args:
-        debug: Raise them instead.
-        resumes: Whether the same command goes on where it was interrupted.
+        debug: Raise the error instead.
+        resumes: Whether the same command continues where it was interrupted.
     """
     try:
         yield
@@ -53,16 +63,16 @@ def one_line_errors(debug: bool, *, resumes: bool = False) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def quieten_transformers() -> None:
-    """Keep its bars for loading weights from breaking what this command prints."""
+def hide_progress_bars() -> None:
+    """Turn off the progress bars of transformers, which would break up what a command prints."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep its warnings off the terminal for a while."""
+def hide_warnings() -> Iterator[None]:
+    """Keep the warnings of transformers off the terminal inside a ``with`` block."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -73,21 +83,28 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_quietly() -> registry.Registry:
-    """Load all plugins; what they print goes to standard error, which is no part of a command's answer."""
+def load_quietly() -> Registry:
+    """Load all plugins; what they print goes to standard error, to keep a command's output clean."""
+    from kvprune.session import registry
+
     with redirect_stdout(sys.stderr):
         return registry.load()
 
 
 def make_table(*columns: str) -> Table:
     """Return an empty table; its first column is never wrapped."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.columns[0].no_wrap = True
     return table
 
 
 def make_console() -> Console:
-    """Return a console for standard output, of fixed width where that is no terminal."""
+    """Return a console for standard output; its width is fixed if that is no terminal."""
+    from rich.console import Console
+
     # Text of plugins is shown as it is: no markup, no :emoji:.
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
     if console.is_terminal:
@@ -96,5 +113,5 @@ def make_console() -> Console:
 
 
 def say(text: str) -> None:
-    """Print a line about the run, not of its result, on standard error."""
+    """Print a message on standard error, apart from a command's result."""
     print(f"kvprune: {text}", file=sys.stderr)

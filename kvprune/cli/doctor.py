@@ -1,35 +1,45 @@
-"""Is this installation sound? Versions, plugins, what adapters rely on, and the demo model."""
+"""The command that checks an installation: doctor.
+
+It looks at versions, plugins, what adapters rely on in transformers, and the demo model.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
+import typer
 
+from kvprune.cli.common import Debug, hide_progress_bars, one_line_errors
 from kvprune.errors import KVPruneError
-from kvprune.session import registry
-from kvprune.session.plugins import AdapterEntry, global_hooks
 from kvprune.text import error_line, printable, shown
 
-__all__ = ["Check", "examine"]
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
-_OPTIONAL = ("typer", "rich", "matplotlib", "scipy", "sklearn", "PIL")
+    from kvprune.session.plugins import AdapterEntry
+
+__all__ = ["Check", "doctor", "examine"]
+
+_OPTIONAL = ("matplotlib", "scipy", "sklearn", "PIL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was looked at.
+    """One thing that was checked.
 
     Attributes:
-        section: what it belongs to, such as "versions".
-        name: what was looked at.
-        ok: whether it is as it should be; None where it is only worth knowing.
-        detail: what was found.
-        remedy: what to do, where `ok` is False.
+        section: Heading under which it is printed, such as "versions".
+        name: What was checked.
+        ok: Whether it is as it should be; None for information only.
+        detail: What was found.
+        remedy: What to do if `ok` is False.
     """
 
     section: str
@@ -39,15 +49,37 @@ class Check:
     remedy: str = ""
 
 
+def doctor(debug: Debug = False) -> None:
+    """Check whether this installation works.
+
+    Looks at versions, plugins, what adapters rely on in transformers, and the demo model.
+    """
+    with one_line_errors(debug), redirect_stdout(sys.stderr):
+        hide_progress_bars()
+        checks = examine()
+    section = ""
+    for check in checks:
+        if check.section != section:
+            section = check.section
+            print(section)
+        mark = {True: "ok", False: "FAIL", None: "-"}[check.ok]
+        print(f"  {mark:<5} {check.name}: {check.detail}")
+        if check.ok is False:
+            print(f"        to do: {check.remedy}")
+    failed = sum(check.ok is False for check in checks)
+    print(f"{failed} of {len(checks)} checks failed." if failed else "All is well.")
+    raise typer.Exit(1 if failed else 0)
+
+
 def examine() -> tuple[Check, ...]:
-    """Look at everything; never raises because of what it finds, and what it returns is printable."""
+    """Check everything. Returns printable text, and never raises: an error is a failed check."""
     checks: list[Check] = []
     for section, look in _SECTIONS:
         try:
             checks += look()
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # whatever is broken here is the finding
+        except BaseException as error:  # foreign code may raise anything; the error is the finding
             checks.append(_failure(section, error))
     return tuple(
         Check(
@@ -62,6 +94,7 @@ def examine() -> tuple[Check, ...]:
 
 
 def _failure(section: str, error: BaseException, subject: str = "") -> Check:
+    """Return the failed check for something that raised while it was examined."""
     return Check(
         section=section,
         name=f"{subject} could not be examined".strip(),
@@ -72,6 +105,9 @@ def _failure(section: str, error: BaseException, subject: str = "") -> Check:
 
 
 def _versions() -> Iterator[Check]:
+    """Compare installed versions with those that kvprune requires."""
+    from packaging.requirements import Requirement
+
     yield Check(section="versions", name="python", ok=None, detail=platform.python_version())
     try:
         wanted = [Requirement(text) for text in importlib.metadata.requires("kvprune") or []]
@@ -106,6 +142,7 @@ def _version(requirement: Requirement) -> Check:
 
 
 def _optional() -> Iterator[Check]:
+    """Name the packages of the extra "demo" that are missing."""
     missing = []
     for module in _OPTIONAL:
         try:
@@ -119,6 +156,9 @@ def _optional() -> Iterator[Check]:
 
 
 def _plugins() -> Iterator[Check]:
+    """List what each plugin provides, and the plugins that failed to load."""
+    from kvprune.session import registry
+
     found = registry.load()
     names: dict[tuple[str, str], list[str]] = {}
     for policy in found.policies.values():
@@ -148,6 +188,9 @@ def _plugins() -> Iterator[Check]:
 
 
 def _hooks() -> Iterator[Check]:
+    """Find hooks on all modules of torch, which would change every model."""
+    from kvprune.session.plugins import global_hooks
+
     hooks = [f"{table.strip('_')}: {shown(hook, 80)}" for (table, _), hook in global_hooks()]
     yield Check(
         section="torch",
@@ -159,12 +202,15 @@ def _hooks() -> Iterator[Check]:
 
 
 def _adapters() -> Iterator[Check]:
+    """Probe what each adapter relies on in transformers."""
+    from kvprune.session import registry
+
     for entry in registry.load().adapters:
         try:
             yield from _probes(entry)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a plugin's own code; the other adapters are still of interest
+        except BaseException as error:  # foreign code; go on with the other adapters
             yield _failure(f"adapter {entry.cls.family}", error, f"{entry.cls.__name__} of {entry.plugin}")
 
 
@@ -185,6 +231,7 @@ def _probes(entry: AdapterEntry) -> Iterator[Check]:
 
 
 def _demo() -> Iterator[Check]:
+    """Load the demo model and find its adapter."""
     from kvprune import demo
     from kvprune.session.registry import find_adapter
 

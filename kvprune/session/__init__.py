@@ -1,1 +1,1 @@
-"""From names to a running compression: plugins, the registry, `compress`, guides."""
+"""Plugins, the registry of policies and adapters, `compress`, and guides."""

@@ -1,4 +1,4 @@
-"""The plugin that provides the built-in adapters, through the same door as anybody else's."""
+"""The plugin that provides the built-in adapters, through the hook that third-party packages use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compress`: joins a model, a policy and the cache manager for as long as the user wants."""
+"""`compress` and `Compression`: put a model under a policy, and take it back out."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def compress(
     seed: int = 0,
     guide: nn.Module | Guide | Guidance | None = None,
 ) -> Compression:
-    """Compress the cross-attention cache of a model while a ``with`` block lasts.
+    """Compress the cross-attention cache of a model inside a ``with`` block.
 
-    Every ``generate`` or forward call inside the block runs under the policy. For long-lived use, call
-    `Compression.attach` and `Compression.detach` instead of ``with``.
+    Every ``generate`` or forward call inside the block runs under the policy. To keep a model under a policy
+    for longer, call `Compression.attach` and `Compression.detach` instead.
 
     Args:
         model: A supported transformers model (``kvprune doctor`` lists them).
         policy: A spec such as ``"trim:k_ratio=0.25"``, or a policy.
-        seed: For policies that draw random numbers.
-        guide: For policies that need guidance, such as ``guided``: another model of the same vision geometry,
-            or a `kvprune.Guide` with options. None: the model guides itself, in a pass of its own over each
-            prompt. A `kvprune.Guidance` is what a guide said about the one batch that will be generated from.
-            The guide runs inside the model's forward call and its cost is in the report.
+        seed: Seed of policies that draw random numbers.
+        guide: For policies that need guidance, such as ``guided``: another model with the same vision
+            geometry, or a `kvprune.Guide` with options. With None the model guides itself, in an extra pass
+            over each prompt. A `kvprune.Guidance` is what a guide found out about one batch; generate from
+            that batch only. The guide runs inside the model's forward call, and its cost is in the report.
 
     Returns:
-        The compression; nothing is attached yet.
+        The compression, not yet attached to the model.
 
     Raises:
-        UnsupportedModelError: If no adapter knows the model (lists the supported ones), or its adapter does
-            not provide what the policy needs.
+        UnsupportedModelError: If no adapter supports the model (lists the supported ones), or its adapter
+            cannot capture what the policy needs.
         IncompatibleTransformersError: If transformers lacks something that the adapter relies on.
-        GuideError: If the guide cannot guide this model, or the policy does not use one.
+        GuideError: If the guide cannot guide this model, or the policy does not use a guide.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
 
     Example:
@@ -61,10 +61,10 @@ def compress(
     """
     registry = load()
     adapter = registry.adapter_for(model)
-    chosen = registry.get_policy(policy)
-    require_policy_class(type(chosen))
+    resolved = registry.resolve(policy)
+    require_policy_class(resolved.cls)
     adapter.require_probes()
-    return Compression(adapter(model), chosen, seed, guide)
+    return Compression(adapter(model), resolved.policy, seed, guide)
 
 
 class Compression:
@@ -95,19 +95,20 @@ class Compression:
 
     @property
     def selections(self) -> Mapping[int, Selection]:
-        """Columns that decoding uses, by layer index, as the latest prefill left them."""
+        """Columns that decoding uses after the latest prefill, by layer index."""
         return self._manager.kept.selections
 
     @property
     def prefill_selections(self) -> Mapping[int, Selection | None]:
-        """Columns that each layer's latest prefill attended to, by layer index; None for all there were."""
+        """Columns that each layer attended to in its latest prefill, by layer index; None means all."""
         return self._manager.kept.prefill_selections
 
     @property
     def text_selections(self) -> Mapping[int, Selection]:
-        """Tokens of the text that decoding uses, by layer index, as the latest prefill left them.
+        """Text tokens that decoding uses after the latest prefill, by layer index.
 
-        Only layers whose text a policy pruned; what came after prefill is held besides.
+        Holds only layers whose text a policy pruned. Tokens that came after the prefill are kept as well and
+        are not listed.
         """
         return self._manager.kept.text_selections
 
@@ -117,11 +118,11 @@ class Compression:
         return self._attached
 
     def attach(self) -> Self:
-        """Put the model under the policy until `detach`.
+        """Put the model under the policy until `detach` is called.
 
         Raises:
-            CompressionStateError: If this compression is attached already.
-            NestedCompressionError: If the model, or a part of it, is being compressed already.
+            CompressionStateError: If this compression is already attached.
+            NestedCompressionError: If the model, or a part of it, is already being compressed.
         """
         if self._attached:
             raise CompressionStateError(f"this compression ({self.policy.spec}) is attached already")
@@ -140,15 +141,15 @@ class Compression:
         return self
 
     def detach(self) -> None:
-        """Restore the model to what it was, to the last hook and attribute (KV12); harmless if detached."""
+        """Restore every hook and attribute of the model (KV12). Does nothing if already detached."""
         self._attached = False
         self._adapter.detach()
 
     def check_ran(self) -> None:
-        """Raise if an image went through the model while the policy was attached but never decided.
+        """Raise if the model received encoder states under the policy, but the policy never decided.
 
         Raises:
-            PolicyNeverRanError: With what was seen.
+            PolicyNeverRanError: With the number of inputs that were seen.
         """
         if self.report.encoder_inputs and not self.report.prefills:
             raise PolicyNeverRanError(
@@ -170,7 +171,11 @@ class Compression:
 def _bound(
     guide: nn.Module | Guide | Guidance | None, target: ModelAdapter, policy: CrossKVPolicy
 ) -> Callable[[Prompt], Guidance] | None:
-    """Return what answers the policy's need for guidance; None if it has no such need."""
+    """Return the function that provides guidance; None if the policy does not use a guide.
+
+    Raises:
+        GuideError: If a guide is given and the policy does not use one.
+    """
     if "guidance" not in policy.needs:
         if guide is not None:
             raise GuideError(

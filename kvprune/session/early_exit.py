@@ -1,15 +1,15 @@
-"""Early exit: where the guide is sure of its answer, the target is not called."""
+"""Early exit: answers for which the guide is confident are taken as they are; the target answers the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvprune.engine.guidance import GuideReceipt, Prompt
+from kvprune.engine.guidance import Guidance, GuideReceipt, Prompt
 from kvprune.engine.report import CompressionReport
 from kvprune.errors import GuideError
 from kvprune.policy.base import CrossKVPolicy
@@ -24,16 +24,17 @@ __all__ = ["GuidedAnswers", "guided_generate"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GuidedAnswers:
-    """The answers to a batch, and whose they are.
+    """The answers to a batch, and whether the guide or the target gave them.
 
     Args:
-        answers: New tokens of each sample, int64 ``[n]``, up to the first end of sequence.
-        by_guide: Whether the guide's answer was taken, by sample.
-        scores: The decision score of each sample, the mean of the next two.
+        answers: New tokens of each sample, int64 ``[n]``, up to the first end-of-sequence token.
+        by_guide: For each sample, whether the guide's answer was taken.
+        scores: Decision score of each sample: the mean of its confidence and its consistency.
         confidence: Geometric mean of the guide's highest probability at each token of its answer.
-        consistency: Probability of the guide's answer when it receives few of the encoder tokens.
-        guide: What the guide cost, for all samples.
-        report: Of the target's compression; None if the target was not called. It includes the guide's cost.
+        consistency: Probability that the guide gives its answer when it receives few of the encoder tokens.
+        guide: What the guide cost, for all samples together.
+        report: Report of the target's compression, including the guide's cost; None if the target was not
+            called.
     """
 
     answers: tuple[Tensor, ...]
@@ -69,7 +70,7 @@ def guided_generate(
     length_normalised: bool = True,
     seed: int = 0,
 ) -> GuidedAnswers:
-    """Let a guide answer, and call the target, under the guide's ranking, where the guide is not sure.
+    """Let a guide answer; call the target, under the guide's ranking, where the guide is not confident.
 
     The guide generates greedily. Its confidence is ``(prod_t max_v p_t(v)) ** (1 / n)`` over the n tokens of
     its answer. Its consistency is the probability of the same answer, ``(prod_t p'_t(y_t)) ** (1 / n)``, when
@@ -77,51 +78,42 @@ def guided_generate(
     cross-attention layer. The target is called for samples whose mean of the two is below the threshold.
 
     Args:
-        target: A supported model that generates.
-        inputs: Of its ``generate``, as a processor makes them: tensors ``[B, ...]``; all else is left out.
-        guide: Another model of the same vision geometry, or `kvprune.Guide` with options, whose
-            ``max_new_tokens`` is the limit of the guide's answer if it is not 0.
-        policy: Of the target; must use guidance.
-        threshold: Mean score from which on the guide's answer is taken: 0 or less always takes it, and more
+        target: A supported model that can generate.
+        inputs: Inputs of its ``generate``, as a processor makes them. Tensors ``[B, ...]`` are used;
+            everything else is ignored.
+        guide: Another model with the same vision geometry, or a `kvprune.Guide` with options. If the guide's
+            own ``max_new_tokens`` is not 0, it limits the guide's answer.
+        policy: Policy of the target; must use guidance.
+        threshold: The guide's answer is taken if its score is at least this: 0 or less always takes it, more
             than 1 never.
-        max_new_tokens: Limit of answers.
-        consistency_ratio: See above.
-        length_normalised: False takes the product over the answer instead of the geometric mean, which goes
-            to zero for long answers.
-        seed: For policies that draw random numbers.
+        max_new_tokens: Most new tokens of an answer.
+        consistency_ratio: Fraction of visible tokens that the guide receives for its consistency, in (0, 1].
+        length_normalised: False takes the product over the answer instead of the geometric mean. The product
+            goes to zero for long answers.
+        seed: Seed of policies that draw random numbers.
 
     Raises:
-        GuideError: If the guide cannot guide the target, or cannot answer; or the policy does not use it.
+        GuideError: If the guide cannot guide the target or cannot answer, or the policy does not use it.
         BudgetError: If ``consistency_ratio`` is no fraction in (0, 1].
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise GuideError(f"max_new_tokens is a whole number, 1 or more, got {shown(max_new_tokens)}")
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold != threshold:
-        raise GuideError(f"threshold is a number, such as 0.8, got {shown(threshold)}")
-    options = guide if isinstance(guide, Guide) else Guide(guide)
-    if not options.max_new_tokens:
-        options = Guide(options.model, max_new_tokens=max_new_tokens, row_mean=options.row_mean)
+    _require_limits(max_new_tokens, threshold)
+    options = _answering(guide, max_new_tokens)
     chosen = get_policy(policy)
-    compress(target, chosen, seed=seed, guide=options)  # refuses what cannot be, before anything runs
+    compress(target, chosen, seed=seed, guide=options)  # raises here, before the guide spends time
     adapter = find_adapter(target)(target)
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    prompt = Prompt({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
     guidance = BoundGuide(options, adapter).ask(
-        Prompt(tensors), consistency_ratio=consistency_ratio, length_normalised=length_normalised
+        prompt, consistency_ratio=consistency_ratio, length_normalised=length_normalised
     )
-    assert guidance.answer is not None
-    assert guidance.written is not None
-    assert guidance.confidence is not None
-    assert guidance.consistency is not None
-    scores = (guidance.confidence + guidance.consistency) / 2
+    answers, confidence, consistency = _rated(guidance)
+    scores = (confidence + consistency) / 2  # [B]
     by_guide: list[bool] = (scores >= threshold).tolist()
-    answers = [row[flags] for row, flags in zip(guidance.answer, guidance.written, strict=True)]
     asked = [sample for sample, taken in enumerate(by_guide) if not taken]
     report = None
     if asked:
         rows = torch.tensor(asked)
-        rest = Prompt({name: value[rows.to(value.device)] for name, value in tensors.items()})
         with compress(target, chosen, seed=seed, guide=guidance.of(rows)) as run:
-            new, written = adapter.answer(rest, max_new_tokens)
+            new, written = adapter.answer(_of_samples(prompt, rows), max_new_tokens)  # both [asked, n]
         report = run.report
         for sample, answer, flags in zip(asked, new, written, strict=True):
             answers[sample] = answer[flags]
@@ -129,8 +121,37 @@ def guided_generate(
         answers=tuple(answers),
         by_guide=tuple(by_guide),
         scores=tuple(scores.tolist()),
-        confidence=tuple(guidance.confidence.tolist()),
-        consistency=tuple(guidance.consistency.tolist()),
+        confidence=tuple(confidence.tolist()),
+        consistency=tuple(consistency.tolist()),
         guide=guidance.receipt,
         report=report,
     )
+
+
+def _require_limits(max_new_tokens: object, threshold: object) -> None:
+    """Raise GuideError unless the limit on answers is a positive int and the threshold a number."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise GuideError(f"max_new_tokens is a whole number, 1 or more, got {shown(max_new_tokens)}")
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold != threshold:  # NaN
+        raise GuideError(f"threshold is a number, such as 0.8, got {shown(threshold)}")
+
+
+def _answering(guide: nn.Module | Guide, max_new_tokens: int) -> Guide:
+    """Return the guide with its options; its answer has the given limit if it states none."""
+    options = guide if isinstance(guide, Guide) else Guide(guide)
+    return options if options.max_new_tokens else replace(options, max_new_tokens=max_new_tokens)
+
+
+def _rated(guidance: Guidance) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return a guide's answers, int64 ``[n]`` each, with their confidence and consistency, ``[B]``."""
+    assert guidance.answer is not None  # [B, n]
+    assert guidance.written is not None  # bool [B, n]
+    assert guidance.confidence is not None
+    assert guidance.consistency is not None
+    answers = [row[flags] for row, flags in zip(guidance.answer, guidance.written, strict=True)]
+    return answers, guidance.confidence, guidance.consistency
+
+
+def _of_samples(prompt: Prompt, rows: Tensor) -> Prompt:
+    """Return the prompt of some of its samples; ``rows`` is int64 ``[samples]``."""
+    return Prompt({name: value[rows.to(value.device)] for name, value in prompt.arguments.items()})

@@ -1,9 +1,9 @@
-"""A guide: a model that ranks the encoder tokens before the model under the policy sees them.
+"""A guide: a model that ranks the encoder tokens before the target, the model under the policy, sees them.
 
 The guide reads the same prompt and adds up the attention that each encoder token receives. It is a smaller
-model with the same vision geometry, or the target itself in a pass before (nothing is saved then, but it
-shows what the best of guides could tell). It runs inside the target's forward call, so whoever times that
-call times the guide, too.
+model with the same vision geometry, or the target itself in an extra pass. A target that guides itself saves
+no time, but shows how much a perfect guide would help. The guide runs inside the target's forward call, so a
+timing of that call includes it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,23 @@ __all__ = ["BoundGuide", "Guide"]
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """Which model guides, and what it adds up.
+    """Which model guides, and which attention it adds up.
 
     The importance of encoder token j is ``sum over cross-attention layers, query heads and text rows of
-    A[layer, head, row, j]``, with ordinary softmax weights. Text rows are those of the prompt that see the
-    token's image, and those of the guide's own answer. A sample is ranked in a batch as it is alone.
+    A[layer, head, row, j]``, where A holds softmax attention weights. The text rows are the rows of the
+    prompt that see the token's image, and the rows of the guide's own answer. The other samples of a batch do
+    not change the ranking of a sample.
 
     Args:
-        model: A supported model of the target's vision geometry; None for the target itself.
-        max_new_tokens: Most tokens of the guide's answer, decoded greedily. 0: the rows of the prompt only,
-            in one forward call. Otherwise the guide generates, and reads prompt and answer once more; the
-            rows are those that it ran in generation, so the last token of the answer has none.
-        row_mean: Add the means over the rows of the prompt and over those of the answer instead of sums, so
-            that a long answer does not outvote the prompt.
+        model: A supported model with the target's vision geometry; None for the target itself.
+        max_new_tokens: Most tokens of the guide's answer, decoded greedily. With 0, only the rows of the
+            prompt count, and one forward call is enough. Otherwise the guide generates, then reads prompt and
+            answer once more. The last token of the answer has no row: generation never read it.
+        row_mean: Add the mean over the rows of the prompt and the mean over the rows of the answer instead of
+            sums, so that a long answer does not outweigh the prompt.
+
+    Raises:
+        GuideError: If a value has the wrong type or is out of range.
     """
 
     model: nn.Module | None = None
@@ -62,15 +66,15 @@ class Guide:
 
 
 class BoundGuide:
-    """A guide for one target: can be asked about prompts.
+    """A guide and its target; ranks the encoder tokens of the target's prompts.
 
     Args:
-        guide: Its options.
+        guide: The guide's model and options.
         target: Adapter of the model that is guided; may be attached.
 
     Raises:
-        GuideError: If the guide cannot guide this target; nothing has run then.
-        UnsupportedModelError: If no adapter knows the guide.
+        GuideError: If the guide cannot guide this target. Nothing has run by then.
+        UnsupportedModelError: If no adapter supports the guide.
         IncompatibleTransformersError: If transformers lacks something that its adapter relies on.
     """
 
@@ -105,16 +109,17 @@ class BoundGuide:
     def ask(
         self, prompt: Prompt, *, consistency_ratio: float | None = None, length_normalised: bool = True
     ) -> Guidance:
-        """Rank the encoder tokens of a prompt, and rate the answer.
+        """Rank the encoder tokens of a prompt; if the guide answers, also rate its answer.
 
         Args:
-            prompt: Of the target.
-            consistency_ratio: Rate the answer also by its probability when the guide receives only this
-                fraction of visible tokens, the most important ones. None: not.
-            length_normalised: Whether that is the geometric mean over the answer's tokens, or the product.
+            prompt: A prompt of the target.
+            consistency_ratio: If given, also compute the probability of the answer when the guide receives
+                only this fraction of visible tokens, the most important ones.
+            length_normalised: Whether this probability is the geometric mean over the answer's tokens
+                (True) or their product (False).
 
         Raises:
-            GuideError: If the guide cannot read the prompt, or fails.
+            GuideError: If the guide cannot read the prompt, or raises an error.
             BudgetError: If ``consistency_ratio`` is no fraction in (0, 1].
         """
         few = None if consistency_ratio is None else MostImportant(keep_ratio=consistency_ratio)
@@ -136,14 +141,15 @@ class BoundGuide:
     def _ask(
         self, prompt: Prompt, few: CrossKVPolicy | None, passes: _Passes, *, length_normalised: bool
     ) -> Guidance:
-        adapter, answer, written = self._adapter, None, None
+        """Run the guide's passes; ``few`` is the policy of the pass that measures consistency."""
+        adapter, answer, written = self._adapter, None, None  # answer int64 [R, n], written bool [R, n]
         if self.options.max_new_tokens:
             with self._under(OwnImages()) as manager:
                 answer, written = adapter.answer(prompt, self.options.max_new_tokens)
             passes.add(manager, written, calls=answer.shape[1])
         record = AttentionRecord(prompt.text.shape[1])
         with self._under(record.policy()) as manager:
-            logits = adapter.replay(prompt, answer, written)
+            logits = adapter.replay(prompt, answer, written)  # [R, n, V]; None without an answer
         passes.add(manager, written)
         scores, rows = record.sums(len(prompt.text), by_mean=self.options.row_mean)
         guidance = Guidance(scores=scores, rows=rows, answer=answer, written=written)
@@ -160,7 +166,11 @@ class BoundGuide:
         return replace(guidance, consistency=rated)
 
     def _readable(self, prompt: Prompt) -> Prompt:
-        """Return the prompt as the guide can read it."""
+        """Return the prompt on the guide's device and in its dtype.
+
+        Raises:
+            GuideError: If another model than the target cannot read it.
+        """
         if not self.is_target:
             if prompt.past is not None:
                 raise GuideError(
@@ -181,7 +191,7 @@ class BoundGuide:
     def _under(
         self, policy: CrossKVPolicy, guide: Callable[[Prompt], Guidance] | None = None
     ) -> Iterator[CrossKVManager]:
-        """Run the guide under a policy of ours; if it is the target, the target's adapter stands aside."""
+        """Run the guide under a policy. If the guide is the target, the target's adapter is off meanwhile."""
         adapter = self._adapter
         manager = CrossKVManager(policy, 0, adapter.layer_indices, guide)
         with ExitStack() as stack:
@@ -199,14 +209,17 @@ class BoundGuide:
 
 
 class _Passes:
-    """Counts what the passes over one prompt cost."""
+    """Adds up what the passes of a guide over one prompt cost."""
 
     def __init__(self, receipt: GuideReceipt, prompt_tokens: int) -> None:
         self.receipt = receipt
         self._prompt_tokens = prompt_tokens
 
     def add(self, manager: CrossKVManager, written: Tensor | None, *, calls: int = 1) -> None:
-        """Add a pass: what it held, and what it read: the prompt, and all but the last of the answer."""
+        """Add a pass: the bytes that it held and the tokens that it read.
+
+        A pass reads the prompt and every token of the answer but the last.
+        """
         read = self._prompt_tokens + (0 if written is None else int(written[:, 1:].sum()))
         held = manager.report.bytes_peak
         self.receipt = replace(self.receipt, runs=0, forward_calls=calls, tokens=read, bytes_peak=held).plus(
@@ -223,11 +236,11 @@ def _mean_probability(
         logits: ``[R, n, V]``.
         written: bool ``[R, n]``.
         answer: int64 ``[R, n]``; None takes the highest probability at each place.
-        mean: Whether to take the mean.
+        mean: Whether to take the geometric mean; otherwise the product.
     """
     rated = []
-    for row in range(len(logits)):  # one at a time: the vocabulary is wide
-        by_token = logits[row].float().log_softmax(-1)
+    for row in range(len(logits)):  # one row at a time, because the vocabulary is large
+        by_token = logits[row].float().log_softmax(-1)  # [n, V]
         chosen = by_token.amax(-1) if answer is None else by_token.gather(-1, answer[row, :, None])[:, 0]
         total = chosen.double().masked_fill(~written[row], 0.0).sum()
         rated.append((total / written[row].sum() if mean else total).exp())
@@ -235,7 +248,7 @@ def _mean_probability(
 
 
 def _require_same_geometry(guide: ModelAdapter, target: ModelAdapter) -> None:
-    """Raise unless encoder tokens and token ids of a guide are those of the target."""
+    """Raise GuideError unless encoder tokens and token ids mean the same to the guide and the target."""
     ours, theirs = guide.geometry(), target.geometry()
     for adapter, geometry in ((guide, ours), (target, theirs)):
         if geometry is None:
@@ -256,7 +269,7 @@ def _require_same_geometry(guide: ModelAdapter, target: ModelAdapter) -> None:
 
 
 def _attended(prompt: Prompt) -> int:
-    """Return how many text tokens of a prompt are no padding."""
+    """Return the number of text tokens of a prompt, without padding."""
     mask = prompt.arguments.get("attention_mask")
     rows, length = prompt.text.shape[:2]
     return rows * length if mask is None or mask.ndim != 2 else int(mask[:, -length:].sum())

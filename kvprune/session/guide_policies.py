@@ -1,4 +1,4 @@
-"""The policies under which a guide runs, and the record of the attention in it."""
+"""The policies under which a guide runs, and the record of the attention that it pays to encoder tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ __all__ = ["AttentionRecord", "MostImportant", "OwnImages"]
 
 @dataclass(frozen=True, kw_only=True)
 class OwnImages(FeaturePolicy):
-    """Drops, for each sample, the images that only other samples of its batch have, and nothing else.
+    """Drops, for each sample, the columns of images that only other samples of the batch have; nothing else.
 
-    Text before an image attends to all columns in stock, also to these. So the guide is for each sample what
-    stock is for that sample alone (KV10), and bit by bit what stock is where all have as many images.
+    In stock transformers, text before an image attends to all columns, these included. Without them the guide
+    computes for each sample what stock computes for that sample alone (KV10). Where all samples have the same
+    number of images, the result is bit-identical to stock.
     """
 
     name = "guide"
@@ -30,15 +31,16 @@ class OwnImages(FeaturePolicy):
 
     def choose(self, view: FeatureView) -> Decision:
         """Drop the images that no row of a sample sees."""
-        images = view.images.expand(view.batch, -1)
-        seen = view.visible_in_prefill
+        images = view.images.expand(view.batch, -1)  # [B, S], the image of each column
+        seen = view.visible_in_prefill  # [B, S]
+        # [B, S]; column i tells whether any row sees image i.
         shown = torch.zeros_like(images).scatter_add_(-1, images, seen.to(images.dtype)) > 0
         own = shown.gather(-1, images) | ~seen.any(-1, keepdim=True)
         return Decision() if bool(own.all()) else Decision(onward=Selection.from_mask(own[:, None]))
 
 
 class AttentionRecord:
-    """Adds up attention over layers and heads, apart for the rows of prompt and answer."""
+    """Adds up attention over layers and heads, separately for the rows of the prompt and of the answer."""
 
     def __init__(self, prompt_rows: int) -> None:
         self._prompt_rows = prompt_rows
@@ -46,7 +48,7 @@ class AttentionRecord:
         self._received: Selection | None = None
 
     def policy(self) -> CrossKVPolicy:
-        """Return a policy that decides what `OwnImages` decides, and records what it is shown."""
+        """Return a policy that decides as `OwnImages` does and records the attention of each layer."""
         record = self
 
         @dataclass(frozen=True, kw_only=True)
@@ -67,13 +69,13 @@ class AttentionRecord:
         return Recorder()
 
     def add(self, view: LayerView) -> None:
-        """Add one layer."""
-        seeing = view.visibility.seeing
+        """Add the attention of one layer."""
+        seeing = view.visibility.seeing  # [B, T], rows that see an image
         in_prompt = torch.arange(seeing.shape[1], device=seeing.device) < self._prompt_rows
         for part, rows in enumerate((seeing & in_prompt, seeing & ~in_prompt)):
             if part and seeing.shape[1] == self._prompt_rows:
                 break
-            mass = view.attention_mass(rows).sum(1)
+            mass = view.attention_mass(rows).sum(1)  # [B, Hq, S] -> [B, S]
             if part == len(self._parts):
                 self._parts.append((mass, rows.sum(-1)))
             else:
@@ -81,13 +83,13 @@ class AttentionRecord:
                 self._parts[part] = before + mass.to(before.device), counted
 
     def sums(self, batch: int, *, by_mean: bool) -> tuple[Tensor, Tensor]:
-        """Return scores ``[R, S]`` and the rows that were added up ``[R]``."""
+        """Return the scores ``[R, S]``, and the number of rows that were added up for each sample ``[R]``."""
         if not self._parts:
             raise GuideError("the guide ran, but none of its cross-attention layers received encoder states")
         scores = [mass / rows.clamp(min=1)[:, None] if by_mean else mass for mass, rows in self._parts]
-        copies = batch // scores[0].shape[0]  # rows that the guide held as one
+        copies = batch // scores[0].shape[0]  # rows of the batch that the guide held as one
         total = torch.stack(scores).sum(0)
-        if self._received is not None:  # back to all columns; what pads a ragged batch has no attention
+        if self._received is not None:  # back to all columns; padding of a ragged batch has mass 0
             everything = total.new_zeros(len(total), self._received.columns)
             total = everything.scatter_add_(-1, self._received.indices[:, 0], total)
         total = total.repeat_interleave(copies, dim=0)
@@ -96,13 +98,13 @@ class AttentionRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class MostImportant(FeatureScoringPolicy):
-    """Drops all but the most important tokens before the first layer."""
+    """Keeps only the tokens that the guide finds most important, from before the first layer on."""
 
     name = "guide-consistency"
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the guide says."""
+        """The guide's scores."""
         return frozenset({"guidance"})
 
     def score(self, view: FeatureView) -> Tensor:

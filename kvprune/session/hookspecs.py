@@ -1,4 +1,4 @@
-"""The two hooks by which any package, ours included, adds policies and model adapters."""
+"""The two plugin hooks: how a package adds policies and model adapters. The built-in ones use them, too."""
 
 from __future__ import annotations
 

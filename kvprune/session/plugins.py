@@ -1,8 +1,8 @@
-"""Plugins: finds the installed ones and loads one at a time, so that what breaks one is its own affair.
+"""Finds the installed plugins and loads each one separately, so that a broken plugin affects no other.
 
-A plugin is foreign code, run when it is imported and when its hooks are called. Whatever it raises or
-returns is checked here. What it does besides (files, the environment, patches) cannot be undone, but hooks
-on all modules of torch are found, because they would change the numbers of every policy.
+A plugin is foreign code that runs when it is imported and when its hooks are called. Everything it raises or
+returns is checked here. Its side effects (files, the environment, patches) cannot be undone. One kind is
+found and refused: hooks on all modules of torch, because they would change the numbers of every policy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ENTRY_POINT_GROUP = "kvprune"
 PLUGINS_VARIABLE = "KVPRUNE_PLUGINS"
 
 _MOST_CLASSES = 1000
-"""Classes that one hook may return; more can only be a generator that does not end."""
+"""Most classes that one hook may return; a hook that returns more is taken for an endless generator."""
 
 _REFERENCE = re.compile(r"[\w.]+(\s*:\s*[\w.]+)?(\s*\[.*\])?\s*")
 
@@ -68,7 +68,7 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """A plugin that could not be used, and why."""
+    """A plugin that failed to load, and its error."""
 
     name: str
     distribution: str
@@ -81,10 +81,10 @@ class BrokenPlugin:
 
 
 def find() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
-    """Return the entry points that may load, in the order of their names, and unreadable distributions.
+    """Return the entry points to load, sorted by name, and the distributions that cannot be read.
 
     Raises:
-        NameClashError: If two distributions provide an entry point of one name.
+        NameClashError: If two distributions provide an entry point of the same name.
         PluginError: If ``KVPRUNE_PLUGINS`` names one that is not installed.
     """
     installed, unreadable = _installed()
@@ -99,7 +99,7 @@ def find() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
                 f"{PLUGINS_VARIABLE}={shown(wanted)} names the plugin {shown(name)}, which is not installed"
                 f"{suggestion(name, found)} (installed: {printable(', '.join(sorted(found))) or 'none'})"
             )
-        # One distribution may be listed twice on sys.path; two distributions must not share a name.
+        # The same distribution may be on sys.path twice, but two distributions must not share a name.
         owners = sorted({distribution_of(entry_point) for entry_point in found[name]})
         if len(owners) > 1:
             raise NameClashError(
@@ -112,7 +112,7 @@ def _installed() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
     """Return our entry points, and the distributions whose entry points cannot be read."""
     try:
         return list(metadata.entry_points(group=ENTRY_POINT_GROUP)), []
-    except Exception:  # one damaged file anywhere makes this raise for everybody: look at each alone
+    except Exception:  # a single damaged distribution makes this raise, so look at each one below
         pass
     found: list[metadata.EntryPoint] = []
     unreadable: list[BrokenPlugin] = []
@@ -134,7 +134,7 @@ def _installed() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
 
 
 def distribution_of(entry_point: metadata.EntryPoint) -> str:
-    """Return the name of the distribution that declares an entry point, or words where it has none."""
+    """Return the name of an entry point's distribution, or "an unknown distribution"."""
     try:
         name = entry_point.dist.name if entry_point.dist is not None else None
     except Exception:  # damaged metadata
@@ -143,11 +143,11 @@ def distribution_of(entry_point: metadata.EntryPoint) -> str:
 
 
 def load_plugin(entry_point: metadata.EntryPoint) -> tuple[list[PolicyEntry], list[AdapterEntry]]:
-    """Import one plugin, call its hooks, and check all that they return.
+    """Import one plugin, call its hooks, and check everything that they return.
 
     Raises:
-        PluginError: If it misuses the hooks, or leaves hooks on all modules of torch behind.
-        BaseException: Whatever the plugin itself raises.
+        PluginError: If the plugin misuses the hooks, or leaves hooks on all modules of torch.
+        BaseException: Any error of the plugin's own code.
     """
     name, distribution = printable(entry_point.name), distribution_of(entry_point)
     before = dict(global_hooks())
@@ -158,7 +158,7 @@ def load_plugin(entry_point: metadata.EntryPoint) -> tuple[list[PolicyEntry], li
             "expected module or module:attribute"
         )
     plugin = entry_point.load()
-    # A manager of its own: what a plugin leaves half registered (older pluggy) cannot reach another.
+    # One manager per plugin: older pluggy may leave a failed plugin half registered.
     manager = pluggy.PluginManager("kvprune")
     manager.add_hookspecs(hookspecs)
     _register(manager, plugin, name)
@@ -182,7 +182,7 @@ def load_plugin(entry_point: metadata.EntryPoint) -> tuple[list[PolicyEntry], li
 
 
 def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
-    """Register a plugin, refusing hooks that we do not have."""
+    """Register a plugin; raise PluginError if it implements an unknown hook, or none."""
     manager.register(plugin, name=name)
     try:
         manager.check_pending()
@@ -200,11 +200,11 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
 def _call(
     manager: pluggy.PluginManager, plugin: Any, name: str, hook: str, base: type[Any]
 ) -> list[type[Any]]:
-    """Call one hook of the plugin and check what it returns."""
+    """Call one hook of the plugin, check that it returns classes derived from ``base``, and return these."""
     where = f"hook {hook} of plugin {name!r}"
     results = getattr(manager.hook, hook)()
     implemented = {one.name for one in manager.get_hookcallers(plugin) or []}
-    if hook in implemented and not results:  # pluggy leaves None out
+    if hook in implemented and not results:  # pluggy drops a returned None
         raise PluginError(f"{where} returned None, expected a list of classes")
     classes: list[type[Any]] = []
     for returned in results:
@@ -226,7 +226,7 @@ def _call(
 
 
 def _check_adapter(cls: type[ModelAdapter]) -> None:
-    """Raise TypeError unless the class can be used as an adapter: concrete, its models named."""
+    """Raise TypeError unless the class is a concrete adapter that names its family and model classes."""
     where = f"{cls.__module__}.{cls.__qualname__}"
     if inspect.isabstract(cls):
         raise TypeError(
@@ -236,7 +236,7 @@ def _check_adapter(cls: type[ModelAdapter]) -> None:
     if not isinstance(family, str) or not family:
         raise TypeError(f'{where} has the family {shown(family)}; write `family = "..."`')
     classes = getattr(cls, "model_classes", None)
-    # A bare string would match by substring.
+    # A string must not pass for a tuple: `in` would then match substrings.
     if not isinstance(classes, tuple) or not classes or not all(isinstance(one, str) for one in classes):
         raise TypeError(
             f"{where} has the model_classes {shown(classes)}; write a tuple of class names, "
@@ -245,7 +245,7 @@ def _check_adapter(cls: type[ModelAdapter]) -> None:
 
 
 def global_hooks() -> Iterator[tuple[tuple[str, int], object]]:
-    """Yield the hooks that torch runs for every module of every model, each with its table and key."""
+    """Yield ``((table, key), hook)`` for each hook that torch runs for every module of every model."""
     for table, hooks in vars(torch_module).items():
         if table.startswith("_global_") and table.endswith("_hooks") and isinstance(hooks, dict):
             for key, hook in hooks.items():
@@ -253,13 +253,13 @@ def global_hooks() -> Iterator[tuple[tuple[str, int], object]]:
 
 
 def _refuse_global_hooks(name: str, reference: str, before: dict[tuple[str, int], object]) -> None:
-    """Raise if the plugin has hooked all modules of torch, now or when it was first imported."""
+    """Raise if the plugin put a hook on all modules of torch, now or when it was first imported."""
     module = reference.partition(":")[0].strip()
     package = module.rpartition(".")[0] or module
     left = [
         f"{table.removeprefix('_global_').removesuffix('_hooks')} hook {shown(hook, 80)}"
         for (table, key), hook in global_hooks()
-        # At a second look the import adds nothing, but the hook is still there and still the plugin's.
+        # When the plugin was imported earlier, its hook is already there; its module tells whose it is.
         if (table, key) not in before or (package and f"{_module_of(hook)}.".startswith(f"{package}."))
     ]
     if left:
@@ -270,6 +270,7 @@ def _refuse_global_hooks(name: str, reference: str, before: dict[tuple[str, int]
 
 
 def _module_of(hook: object) -> str:
+    """Return the module that defines a hook, or the function inside a partial."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     return str(getattr(hook, "__module__", "") or "")

@@ -1,7 +1,7 @@
-"""Names: what the installed plugins provide, and how a spec becomes a policy.
+"""The registry: which policies and adapters the installed plugins provide, and how a spec becomes a policy.
 
-A plugin that breaks is remembered and reported, and raises only when something of it is asked for.
-Nothing is cached here, so what is installed is what is seen.
+A plugin that fails to load is remembered and reported; its error is raised only when something of that plugin
+is asked for. Nothing is cached, so a plugin that is installed later is found without a restart.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = [
     "BrokenPlugin",
     "PolicyEntry",
     "Registry",
+    "ResolvedPolicy",
     "find_adapter",
     "get_policy",
     "list_policies",
@@ -50,23 +51,48 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedPolicy:
+    """A policy and where it comes from.
+
+    Attributes:
+        policy: The policy, with all its options.
+        cls: Its class.
+        version: Version of the class.
+        plugin: Entry point that provides the class; empty if no installed plugin does.
+        distribution: Installed distribution of that entry point, or empty.
+    """
+
+    policy: CrossKVPolicy
+    cls: type[CrossKVPolicy]
+    version: int
+    plugin: str
+    distribution: str
+
+
 @dataclass(frozen=True)
 class Registry:
-    """What the installed plugins provide."""
+    """What the installed plugins provide.
+
+    Attributes:
+        policies: Policy classes with their origin, by name.
+        adapters: Adapter classes with their origin.
+        broken: Plugins that failed to load.
+    """
 
     policies: Mapping[str, PolicyEntry]
     adapters: tuple[AdapterEntry, ...]
     broken: tuple[BrokenPlugin, ...]
 
-    def policy_class(self, name: str) -> type[CrossKVPolicy]:
-        """Return the policy class of a name.
+    def entry(self, name: str) -> PolicyEntry:
+        """Return the policy class of a name, with its origin.
 
         Raises:
-            PluginError: If the name is that of a broken plugin, with its error as the cause.
+            PluginError: If the name is that of a broken plugin; that plugin's error is the cause.
             UnknownPolicyError: If no plugin provides it; lists the names and the closest one.
         """
         if isinstance(name, str) and name in self.policies:
-            return self.policies[name].cls
+            return self.policies[name]
         for plugin in self.broken:
             if name in (plugin.name, plugin.distribution):
                 raise PluginError(
@@ -74,8 +100,7 @@ class Registry:
                 ) from plugin.error
         names = ", ".join(self.policies) or "none"
         message = f"unknown policy {shown(name)}{suggestion(name, self.policies)} (installed: {names})"
-        if self.broken:
-            message += f" (broken plugins, see `kvprune list`: {', '.join(p.name for p in self.broken)})"
+        message += self._broken_names()
         if not self.policies:
             message += (
                 "; no plugin was found: install the project (pip install -e .) "
@@ -83,33 +108,50 @@ class Registry:
             )
         raise UnknownPolicyError(message)
 
-    def get_policy(self, spec: str | PolicySpec | CrossKVPolicy) -> CrossKVPolicy:
-        """Turn a spec into a policy, those in its options first; a policy is returned as it is.
+    def policy_class(self, name: str) -> type[CrossKVPolicy]:
+        """Return the policy class of a name; raises what `entry` raises."""
+        return self.entry(name).cls
+
+    def resolve(self, spec: str | PolicySpec | CrossKVPolicy) -> ResolvedPolicy:
+        """Turn a spec into a policy, and say where the policy comes from.
+
+        Policies among the options are built first. A policy is returned as it is, with its origin if an
+        installed plugin provides its class.
 
         Raises:
             SpecError: If the text is no spec, or the spec demands another version than is installed.
-            UnknownPolicyError, PluginError: See `policy_class`.
-            PolicyOptionError: If an option is unknown or a value is wrong, or a policy of another kind than
-                the option takes.
+            UnknownPolicyError, PluginError: See `entry`.
+            PolicyOptionError: If an option is unknown, a value is wrong, or an option takes another kind of
+                policy than the one that it names.
             PluginError: If the policy's own code fails while it is built.
         """
         if isinstance(spec, CrossKVPolicy):
-            return spec
+            cls = type(spec)
+            # By class, not by name: a class that is not installed may have the name of one that is.
+            known = next((entry for entry in self.policies.values() if entry.cls is cls), None)
+            return _resolved(spec, known or PolicyEntry("", cls, "", "", cls.version))
         if isinstance(spec, str):
             spec = PolicySpec.parse(spec)
         if not isinstance(spec, PolicySpec):
             raise SpecError(f"expected a spec string, a PolicySpec or a policy, got {shown(spec)}")
-        cls = self.policy_class(spec.name)
-        entry = self.policies[spec.name]
+        entry = self.entry(spec.name)
         if spec.version not in (None, entry.version):
             raise SpecError(
                 f"the spec asks for version {spec.version} of policy {spec.name!r}, "
                 f"but version {entry.version} is installed; its selections may differ"
             )
+        return _resolved(self._build(entry, spec), entry)
+
+    def get_policy(self, spec: str | PolicySpec | CrossKVPolicy) -> CrossKVPolicy:
+        """Turn a spec into a policy; a policy is returned as it is. Raises what `resolve` raises."""
+        return self.resolve(spec).policy
+
+    def _build(self, entry: PolicyEntry, spec: PolicySpec) -> CrossKVPolicy:
+        """Build a policy from the options of a spec; the author's code runs here and may raise anything."""
         where, text = f"policy {spec.name!r} of plugin {entry.plugin!r}", shown(str(spec))
         try:
-            classes = {name: entry.cls for name, entry in self.policies.items()}
-            policy = cls.from_options(make_nested(cls, spec.options, self.get_policy, classes))
+            classes = {name: other.cls for name, other in self.policies.items()}
+            policy = entry.cls.from_options(make_nested(entry.cls, spec.options, self.get_policy, classes))
         except (KVPruneError, KeyboardInterrupt):
             raise
         except ValueError as error:  # how authors who do not know our errors refuse a value
@@ -120,12 +162,17 @@ class Registry:
             raise PluginError(f"{where} built {shown(policy)} from {text}, which is no policy")
         return policy
 
+    def _broken_names(self) -> str:
+        """Return the names of broken plugins for the end of a message; empty if there are none."""
+        names = ", ".join(plugin.name for plugin in self.broken)
+        return f" (broken plugins, see `kvprune list`: {names})" if names else ""
+
     def adapter_for(self, model: object) -> type[ModelAdapter]:
         """Return the adapter class for a model.
 
         Raises:
-            UnsupportedModelError: If none matches (lists what is supported), or several do.
-            PluginError: If none matches, and an adapter failed at the question.
+            UnsupportedModelError: If no adapter supports the model (lists what is supported), or several do.
+            PluginError: If no adapter supports the model, and one failed while it was asked.
         """
         matching: list[AdapterEntry] = []
         failed: list[tuple[AdapterEntry, BaseException]] = []
@@ -154,18 +201,37 @@ class Registry:
                 for entry, error in failed
             )
             raise PluginError(f"{message}; {problems}") from failed[0][1]
-        if self.broken:
-            message += f" (broken plugins, see `kvprune list`: {', '.join(p.name for p in self.broken)})"
-        raise UnsupportedModelError(message)
+        raise UnsupportedModelError(message + self._broken_names())
+
+
+def _resolved(policy: CrossKVPolicy, entry: PolicyEntry) -> ResolvedPolicy:
+    return ResolvedPolicy(
+        policy=policy,
+        cls=type(policy),
+        version=entry.version,
+        plugin=entry.plugin,
+        distribution=entry.distribution,
+    )
 
 
 def list_policies() -> list[str]:
-    """Return the sorted names of all installed policies, built-in and third-party alike."""
+    """Return the sorted names of all installed policies, built-in and third-party."""
     return sorted(load().policies)
 
 
 def get_policy(spec: str | PolicySpec | CrossKVPolicy) -> CrossKVPolicy:
-    """Turn a spec such as ``"trim:k_ratio=0.25"`` into a policy (see `Registry.get_policy`)."""
+    """Turn a spec such as ``"trim:k_ratio=0.25"`` into a policy.
+
+    A policy is returned as it is, without loading plugins.
+
+    Raises:
+        KVPruneError: If the spec names no usable policy; see `Registry.resolve`.
+
+    Example:
+        >>> import kvprune
+        >>> kvprune.get_policy("random:keep_tokens=3").keep_tokens
+        3
+    """
     return spec if isinstance(spec, CrossKVPolicy) else load().get_policy(spec)
 
 
@@ -175,13 +241,14 @@ def find_adapter(model: object) -> type[ModelAdapter]:
 
 
 def load() -> Registry:
-    """Find, import and register all plugins, each on its own.
+    """Find, import and register all plugins, each independently of the others.
 
-    The environment variable ``KVPRUNE_PLUGINS`` restricts this to the named entry points, separated by
-    commas; empty means none, unset means all.
+    The environment variable ``KVPRUNE_PLUGINS`` restricts this to the entry points that it names, separated
+    by commas. If it is empty, no plugin is loaded; if it is unset, all are.
 
     Raises:
-        NameClashError: If two distributions provide a plugin, or two plugins a policy, of one name.
+        NameClashError: If two distributions provide plugins of the same name, or two plugins provide
+            policies of the same name.
         PluginError: If the variable names a plugin that is not installed.
     """
     entry_points, broken = find()
@@ -193,7 +260,7 @@ def load() -> Registry:
             _refuse_the_same_again(found, policies)
         except KeyboardInterrupt:  # the user's, not the plugin's
             raise
-        # Foreign code: whatever it raises, SystemExit too, is its own affair until it is asked for.
+        # A plugin may raise anything, even SystemExit; its error is raised when the plugin is asked for.
         except BaseException as error:
             broken.append(BrokenPlugin(printable(entry_point.name), distribution_of(entry_point), error))
             continue
@@ -212,7 +279,7 @@ def load() -> Registry:
 
 
 def _refuse_the_same_again(found: list[PolicyEntry], policies: Mapping[str, PolicyEntry]) -> None:
-    """Raise if a plugin provides a class that another already did: one module under two names."""
+    """Raise if another plugin already provided the same class: two entry points name one module."""
     for entry in found:
         if entry.name in policies and policies[entry.name].cls is entry.cls:
             raise PluginError(

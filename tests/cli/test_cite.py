@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import kvprune
 from kvprune.cli import app
-from kvprune.cli.citing import own_bibtex
+from kvprune.cli.cite import own_bibtex
 from kvprune.session import registry
 
 POLICIES = registry.load().policies

@@ -18,6 +18,9 @@ from kvprune.cli import app
 from kvprune.comparison.storage import sources
 from kvprune.session import registry
 
+COMMANDS = [[name] for name in ("list", "show", "cite", "doctor", "check", "compare", "verify", "bench")]
+COMMANDS.append(["bench", "memory"])
+
 
 def test_version() -> None:
     assert kvprune_command("--version") == f"kvprune {metadata.version('kvprune')}\n"
@@ -178,8 +181,38 @@ def test_missing_typer_is_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr == (
-        'kvprune: the command line needs typer, which is not installed: pip install "kvprune[demo]"\n'
+        "kvprune: the command line needs typer, which is not installed: pip install typer\n"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], *([*command, "--help"] for command in COMMANDS)],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_help_and_version_wait_for_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from kvprune.cli import main
+sys.argv = ["kvprune", *{arguments!r}]
+try:
+    main()
+finally:
+    heavy = {{"torch", "transformers", "numpy", "kvprune_strategies"}} & set(sys.modules)
+    print("imported:", *sorted(heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
+def test_help_has_one_whole_line_on_each_command() -> None:
+    out = kvprune_command("--help")
+    lines = out[out.index("Commands:") :].splitlines()[1:]
+    assert [line.split()[0] for line in lines] == [command[0] for command in COMMANDS[:-1]]
+    for line in lines:
+        assert line.endswith("."), line
+        assert not line.endswith("..."), line
 
 
 def test_documentation_names_every_option_of_compare() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+
+import kvprune
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (
@@ -139,11 +145,132 @@ def state():
     return [tables, [id(ALL_ATTENTION_FUNCTIONS[name]) for name in tables[0]]]
 before = state()
 import kvprune
+for name in kvprune.__all__:
+    getattr(kvprune, name)
 print(json.dumps([before == state(), "kvprune_strategies" in sys.modules, "sklearn" in sys.modules,
                   "matplotlib" in sys.modules, "typer" in sys.modules and "kvprune.cli" in sys.modules]))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == [True, False, False, False, False]
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the names of the modules that a fresh Python has loaded after some code."""
+    code += "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return set(json.loads(out))
+
+
+def test_an_import_alone_loads_neither_torch_nor_any_room():
+    loaded = loaded_by("import kvprune")
+    assert not {"torch", "transformers", "einops", "pluggy"} & loaded
+    assert {name for name in loaded if name.split(".")[0] == "kvprune"} == {"kvprune"}
+
+
+def test_public_names_load_only_what_torch_and_the_caches_of_transformers_need():
+    needed = loaded_by("import torch, transformers.cache_utils")
+    loaded = loaded_by("import kvprune\nkvprune.compress, kvprune.CrossKVPolicy")
+    roots = {name.split(".")[0] for name in loaded - needed} - set(sys.stdlib_module_names)
+    assert roots <= {"kvprune", "einops", "pluggy"}
+
+
+def promised_to_type_checkers() -> dict[str, str]:
+    """Return each name under ``if TYPE_CHECKING`` of kvprune/__init__.py, and the module that defines it."""
+    tree = ast.parse((ROOT / "kvprune" / "__init__.py").read_text("utf-8"))
+    (block,) = (
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    found = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.name == alias.asname, f"{alias.name}: only `X as X` is exported to type checkers"
+            found[alias.name] = str(node.module).removeprefix("kvprune").removeprefix(".")
+    return found
+
+
+def test_type_checkers_see_the_names_that_are_there():
+    promised = promised_to_type_checkers()
+    assert {name: module for name, module in promised.items() if module} == kvprune._NAMES
+    assert tuple(sorted(name for name, module in promised.items() if not module)) == kvprune._MODULES
+
+
+def test_each_public_name_comes_from_where_the_table_says():
+    assert kvprune.__all__ == sorted({*kvprune._NAMES, "__version__", "errors", "scoring"})
+    for name, module in kvprune._NAMES.items():
+        home = importlib.import_module(f"kvprune.{module}")
+        assert getattr(kvprune, name) is getattr(home, name)
+        assert name in home.__all__, f"kvprune.{module} does not export {name}"
+    for name in kvprune._MODULES:
+        assert getattr(kvprune, name) is importlib.import_module(f"kvprune.{name}")
+    assert {*kvprune.__all__, *kvprune._MODULES} <= set(dir(kvprune))  # all are loaded by now
+    with pytest.raises(AttributeError, match="module 'kvprune' has no attribute 'compres'"):
+        kvprune.compres  # noqa: B018
+
+
+def test_names_come_after_a_bare_import():
+    code = """
+import kvprune
+print(kvprune.errors.KVPruneError.__name__, kvprune.scoring.__name__, kvprune.testing.check_policy.__name__)
+print(kvprune.demo.load.__name__, kvprune.session.registry.load.__name__)
+from kvprune import *
+print(compress.__name__, errors.__name__, Selection.__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [
+        "KVPruneError", "kvprune.scoring", "check_policy",
+        "load", "load",
+        "compress", "kvprune.errors", "Selection",
+    ]  # fmt: skip
+
+
+def test_what_dir_lists_needs_no_extra():
+    loaded = loaded_by("import inspect, kvprune\ninspect.getmembers(kvprune)")
+    assert "kvprune.testing" in loaded
+    assert not {"kvprune.demo", "hypothesis", "matplotlib"} & loaded
+
+
+def module_level_imports(nodes: list[ast.stmt]) -> set[str]:
+    """Return the top-level packages that statements import when they run, not those for types."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.Try):
+            found |= module_level_imports(node.body)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+            found |= module_level_imports([*node.body, *node.orelse])
+    return found
+
+
+def test_outside_the_demo_a_module_imports_only_what_the_plain_install_brings():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    brought = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    allowed = brought | {"kvprune"} | set(sys.stdlib_module_names)
+    for name, path in modules().items():
+        if room(name) != "demo" and name != "kvprune.testing.strategies":  # these need extras
+            assert module_level_imports(ast.parse(path.read_text("utf-8")).body) <= allowed, name
+
+
+def test_only_our_packages_are_installed_whatever_lies_beside_them(tmp_path):
+    """`kvprune compare` leaves a results folder in the checkout, and people keep copies there."""
+    expand = pytest.importorskip("setuptools.config.pyprojecttoml")
+    for folder in ("kvprune", "strategies"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("model", "__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "kvprune-results" / "data").mkdir(parents=True)
+    shutil.copytree(tmp_path / "kvprune", tmp_path / "kvprune_old")
+    shutil.copytree(tmp_path / "strategies" / "kvprune_strategies", tmp_path / "kvprune_strategies_old")
+    (tmp_path / "kvprune" / "notes").mkdir()
+    (tmp_path / "kvprune_empty").mkdir()
+    settings = expand.read_configuration(tmp_path / "pyproject.toml", expand=True)
+    ours = {name for name, path in modules().items() if path.name == "__init__.py"}
+    assert set(settings["tool"]["setuptools"]["packages"]) == ours | {"kvprune_strategies"}
 
 
 def test_nothing_generic_is_installed():

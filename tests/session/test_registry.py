@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 
 import pytest
 from kvprune_strategies import kvprune_policies
@@ -173,6 +174,41 @@ def test_a_policy_is_returned_as_it_is():
     built = kvprune.get_policy("trim")
     assert kvprune.get_policy(built) is built
     assert load().get_policy(built) is built
+
+
+def test_a_spec_is_resolved_with_where_its_policy_comes_from(install):
+    install("acme-prune", acme=good("acme-policy", version=4))
+    found = load()
+    for spec in ("acme-policy:sharpness=3", PolicySpec("acme-policy", {"sharpness": 3.0})):
+        resolved = found.resolve(spec)
+        assert (resolved.plugin, resolved.distribution) == ("acme", "acme-prune")
+        assert (resolved.version, resolved.cls) == (4, found.policy_class("acme-policy"))
+        assert resolved.policy == resolved.cls(sharpness=3.0)
+    again = found.resolve(resolved.policy)
+    assert again == resolved
+    assert again.policy is resolved.policy
+
+
+def test_a_policy_that_no_plugin_provides_has_no_origin():
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(kvprune.ScoringPolicy):
+        name = "trim"  # the name alone does not make it the installed one
+        version = 7
+
+        def score(self, view):
+            return view.random()
+
+    mine = Mine()
+    resolved = load().resolve(mine)
+    assert resolved.policy is mine
+    assert (resolved.cls, resolved.version) == (Mine, 7)
+    assert (resolved.plugin, resolved.distribution) == ("", "")
+
+
+def test_policies_among_the_options_are_resolved_first():
+    resolved = load().resolve("pyramid:scorer=keydiff,keep_ratio=0.25")
+    assert resolved.cls.name == "pyramid"
+    assert load().resolve(resolved.policy.scorer).plugin == "builtin"
 
 
 @pytest.mark.parametrize("spec", [None, 3, kvprune.ScoringPolicy], ids=repr)
@@ -492,6 +528,7 @@ def test_importing_kvprune_loads_no_plugin_and_changes_nothing_in_transformers(i
 
         before = state()
         import kvprune
+        public = [getattr(kvprune, name) for name in kvprune.__all__]
         assert state() == before
         plugins = ("kvprune_strategies", "plugin_under_test")
         loaded = [name for name in sys.modules if name.startswith(plugins)]

@@ -90,7 +90,7 @@ def expand(policies: Sequence[str | PolicySpec], keep_ratios: Sequence[float]) -
     found = {REFERENCE: _configure(installed, PolicySpec(REFERENCE))}
     for given in policies:
         spec = PolicySpec.parse(given) if isinstance(given, str) else given
-        for one in _cross(installed, spec, keep_ratios):
+        for one in _cross(spec, installed.policy_class(spec.name), keep_ratios):
             configuration = _configure(installed, one)
             found.setdefault(configuration.spec, configuration)
     return tuple(found.values())
@@ -106,9 +106,9 @@ def exactly(specs: Sequence[str]) -> tuple[Configuration, ...]:
     return tuple(replace(_configure(installed, PolicySpec.parse(spec)), spec=spec) for spec in specs)
 
 
-def _cross(registry: Registry, spec: PolicySpec, keep_ratios: Sequence[float]) -> list[PolicySpec]:
-    takes_ratio = "keep_ratio" in registry.policy_class(spec.name).option_types()
-    if not takes_ratio or any(option in BUDGETS for option in spec.options):
+def _cross(spec: PolicySpec, cls: type[CrossKVPolicy], keep_ratios: Sequence[float]) -> list[PolicySpec]:
+    """Return one spec per keep ratio; the spec as it is if it states a budget or its policy takes none."""
+    if "keep_ratio" not in cls.option_types() or any(option in BUDGETS for option in spec.options):
         return [spec]
     if not keep_ratios:
         raise PolicyOptionError(
@@ -117,12 +117,15 @@ def _cross(registry: Registry, spec: PolicySpec, keep_ratios: Sequence[float]) -
     return [replace(spec, options={**spec.options, "keep_ratio": ratio}) for ratio in keep_ratios]
 
 
-def _configure(registry: Registry, spec: PolicySpec) -> Configuration:
-    policy = registry.get_policy(spec)
+def _configure(installed: Registry, spec: PolicySpec) -> Configuration:
+    resolved = installed.resolve(spec)
+    policy = resolved.policy
     budget = {
         option: getattr(policy, option) for option in BUDGETS if getattr(policy, option, None) is not None
     }
     rest = {option: value for option, value in policy.spec.options.items() if option not in BUDGETS}
+    # A policy that is the default of an option need not be installed.
+    inner = [installed.resolve(part).distribution for part in parts(policy) if part is not policy]
     return Configuration(
         policy=policy,
         spec=str(policy.spec),
@@ -130,11 +133,7 @@ def _configure(registry: Registry, spec: PolicySpec) -> Configuration:
         budget=", ".join(f"{option}={value}" for option, value in budget.items()),
         keep_ratio=budget.get("keep_ratio"),
         reach=getattr(policy, "reach", None),
-        plugin=registry.policies[spec.name].plugin,
-        distribution=registry.policies[spec.name].distribution,
-        inner=tuple(
-            registry.policies[part.name].distribution
-            for part in parts(policy)
-            if part is not policy and part.name in registry.policies  # a default need not be installed
-        ),
+        plugin=resolved.plugin,
+        distribution=resolved.distribution,
+        inner=tuple(distribution for distribution in inner if distribution),
     )

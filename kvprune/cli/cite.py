@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvprune.cli.common import Debug, load_quietly, one_line_errors
 from kvprune.errors import CitationError
-from kvprune.policy.base import CrossKVPolicy
 from kvprune.text import printable
+
+if TYPE_CHECKING:
+    from kvprune.policy.base import CrossKVPolicy
 
 __all__ = ["FRAMEWORK", "cite", "own_bibtex"]
 
@@ -24,16 +26,16 @@ _OWN = """\
   year = {{2026}},
   version = {{{version}}},
 }}"""
-"""What CITATION.cff says, for BibTeX; a test compares the two."""
+"""CITATION.cff as BibTeX; a test compares the two."""
 
 
 def cite(
     names: Annotated[
-        list[str], typer.Argument(help="Names of policies, or kvprune for the framework itself; repeatable.")
+        list[str], typer.Argument(help="Names of policies, or kvprune for the framework itself.")
     ],
     debug: Debug = False,
 ) -> None:
-    """Print BibTeX entries: of the papers that policies come from, and of kvprune."""
+    """Print BibTeX entries of policies' papers, or of kvprune itself."""
     with one_line_errors(debug):
         found = load_quietly()
         entries = [
@@ -44,7 +46,7 @@ def cite(
 
 
 def own_bibtex() -> str:
-    """Return the BibTeX entry of kvprune, in the version that is installed."""
+    """Return the BibTeX entry of kvprune, with the installed version."""
     return _OWN.format(version=metadata.version("kvprune"))
 
 
@@ -52,7 +54,7 @@ def _bibtex(policy: type[CrossKVPolicy]) -> str:
     """Return a policy's BibTeX entry.
 
     Raises:
-        CitationError: If it has none; says what to cite instead.
+        CitationError: If the policy has no entry; says what to cite instead.
     """
     if policy.bibtex.strip():
         return policy.bibtex.strip()

@@ -1,4 +1,4 @@
-"""The command that checks a policy or an adapter: check."""
+"""The command that runs the conformance suite on a policy or an adapter: check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvprune.cli.common import Debug, make_console, make_table, one_line_errors, quiet_transformers
+from kvprune.cli.common import Debug, hide_warnings, make_console, make_table, one_line_errors
 from kvprune.errors import ConformanceError, UnknownInvariantError
 
 __all__ = ["check"]
@@ -18,27 +18,32 @@ def check(
     policy: Annotated[
         str,
         typer.Argument(
-            help="Name of an installed policy, checked with several budgets; a spec such as "
-            "trim:k_ratio=0.1, checked as it is; or the class name of an installed adapter, or of a model "
-            "that it supports."
+            help="Name of an installed policy, which is checked with several budgets; or a spec such as "
+            "trim:k_ratio=0.1, which is checked as it is; or the class name of an installed adapter or of a "
+            "model that it supports."
         ),
     ],
     expect_failure: Annotated[
         list[str] | None,
-        typer.Option(help="ID=REASON of an invariant that must fail; repeatable."),
+        typer.Option(help="Invariant that must fail, and why, as ID=REASON; repeatable."),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Invariants to check, separated by commas.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the generated problems.")] = 0,
+    only: Annotated[
+        str | None, typer.Option(help="Invariants to check, separated by commas. Default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed for the generated problems.")] = 0,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON on standard output.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Check a policy, or an adapter, against the invariants KV01 to KV15, on tiny models."""
-    from kvprune.testing import check_adapter, check_policy
-    from kvprune.testing.conformance import installed_adapter
+    """Check a policy or an adapter against the invariants.
 
+    Tries to break the invariants KV01 to KV15 on generated problems and tiny models.
+    """
     with one_line_errors(debug):
+        from kvprune.testing import check_adapter, check_policy
+        from kvprune.testing.conformance import installed_adapter
+
         ids = None if only is None else [part.strip() for part in re.split("[,;]", only)]
         expected = dict(_expected_failure(text) for text in expect_failure or [])
         try:
@@ -46,7 +51,7 @@ def check(
             if adapter is None:
                 report = check_policy(policy, only=ids, expected_failures=expected, seed=seed)
             else:
-                with quiet_transformers():  # some families warn at each call of `generate`
+                with hide_warnings():  # some families warn at each call of `generate`
                     report = check_adapter(adapter, only=ids, expected_failures=expected, seed=seed)
         except ConformanceError as failure:
             report = failure.report

@@ -1,36 +1,25 @@
-"""Commands that look at what is installed: list, show, doctor."""
+"""The commands that describe the installed policies: list and show."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import sys
-from contextlib import redirect_stdout
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvprune.cli.common import (
-    Debug,
-    load_quietly,
-    make_console,
-    make_table,
-    one_line_errors,
-    quieten_transformers,
-    say,
-)
+from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
 from kvprune.errors import PluginError
-from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.options import default_of, describe_type
-from kvprune.policy.spec import written
-from kvprune.session import registry
 from kvprune.text import docstring, error_line, printable
 
-__all__ = ["doctor", "list_policies", "read_docstrings", "show"]
+if TYPE_CHECKING:
+    from kvprune.session.registry import PolicyEntry
+
+__all__ = ["list_policies", "read_docstrings", "show"]
 
 
 def list_policies(debug: Debug = False) -> None:
-    """List installed policies, and plugins that could not be loaded."""
+    """List the installed policies, and the plugins that failed to load."""
     with one_line_errors(debug):
         found = load_quietly()
         table = make_table("policy", "version", "plugin (distribution)", "what it does")
@@ -44,25 +33,29 @@ def list_policies(debug: Debug = False) -> None:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A policy's name, as `kvprune list` prints it.")],
+    name: Annotated[str, typer.Argument(help="Name of a policy, as `kvprune list` prints it.")],
     debug: Debug = False,
 ) -> None:
-    """Explain one policy: what it does, its options, where it comes from and what it costs."""
+    """Explain a policy.
+
+    Prints what the policy does, its options, where it comes from and what it costs.
+    """
     with one_line_errors(debug):
-        found = load_quietly()
-        found.policy_class(name)
-        entry = found.policies[name]
+        entry = load_quietly().entry(name)
         try:
             _describe(entry)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # the class is foreign code, too
+        except BaseException as error:  # the class is foreign code and may raise anything
             raise PluginError(
                 f"policy {name!r} of plugin {entry.plugin!r} cannot be described: {error_line(error)}"
             ) from error
 
 
-def _describe(entry: registry.PolicyEntry) -> None:
+def _describe(entry: PolicyEntry) -> None:
+    """Print what a policy's docstring, class attributes and options say."""
+    from kvprune.policy.options import describe_type
+
     policy = entry.cls
     text, meanings = read_docstrings(policy)
     print(f"{entry.name}, version {entry.version}, from plugin {entry.plugin} ({entry.distribution})\n")
@@ -84,35 +77,22 @@ def _describe(entry: registry.PolicyEntry) -> None:
 
 
 def _default(option: dataclasses.Field[Any]) -> str:
+    """Return an option's default as a spec writes it, or "required"."""
+    from kvprune.policy.base import CrossKVPolicy
+    from kvprune.policy.options import default_of
+    from kvprune.policy.spec import written
+
     default = default_of(option)
     if default is dataclasses.MISSING:
         return "required"
     return written(default.nested_spec if isinstance(default, CrossKVPolicy) else default)
 
 
-def doctor(debug: Debug = False) -> None:
-    """Check versions, plugins, what adapters rely on in transformers, and the demo model."""
-    from kvprune.cli.doctor import examine
-
-    with one_line_errors(debug), redirect_stdout(sys.stderr):
-        quieten_transformers()
-        checks = examine()
-    section = ""
-    for check in checks:
-        if check.section != section:
-            section = check.section
-            print(section)
-        mark = {True: "ok", False: "FAIL", None: "-"}[check.ok]
-        print(f"  {mark:<5} {check.name}: {check.detail}")
-        if check.ok is False:
-            print(f"        to do: {check.remedy}")
-    failed = sum(check.ok is False for check in checks)
-    print(f"{failed} of {len(checks)} checks failed." if failed else "All is well.")
-    raise typer.Exit(1 if failed else 0)
-
-
 def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
-    """Return a class's docstring without its arguments, and each argument's meaning, inherited or not."""
+    """Return a class's docstring without its arguments, and the meaning of each argument by name.
+
+    Meanings come from the docstrings of the class and its bases.
+    """
     meanings: dict[str, str] = {}
     for cls in reversed(policy.__mro__):
         arguments = _ARGUMENTS.search(docstring(cls))

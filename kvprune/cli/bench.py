@@ -1,4 +1,4 @@
-"""Commands that measure policies by themselves: bench memory."""
+"""The commands that measure what a policy costs by itself: bench memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import typer
 
 from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
 from kvprune.errors import KVPruneError
-from kvprune.policy.base import CrossKVPolicy
-from kvprune.session import registry
 from kvprune.text import printable
 
 if TYPE_CHECKING:
+    from kvprune.policy.base import CrossKVPolicy
+    from kvprune.session.registry import Registry
     from kvprune.testing.cost import MemoryReport
 
 __all__ = ["bench", "memory"]
@@ -36,14 +36,17 @@ def memory(
         list[str] | None,
         typer.Option(help="Spec such as trim:k_ratio=0.1; repeatable. Default: every installed policy."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repetitions: Annotated[int, typer.Option(help="Repetitions of the timing; 0 times nothing.")] = 3,
+    device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
+    repetitions: Annotated[int, typer.Option(help="Repetitions of the timing; 0 turns it off.")] = 3,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the measurements as JSON on standard output.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure peak extra memory and seconds of one decision, at the dimensions of Llama-3.2-11B-Vision."""
+    """Measure peak extra memory and seconds of one decision.
+
+    The decision has the dimensions of Llama-3.2-11B-Vision.
+    """
     with one_line_errors(debug):
         from kvprune.comparison.display.console import progress_bar
         from kvprune.comparison.plan.settings import Progress
@@ -66,8 +69,8 @@ def memory(
         _print(report)
 
 
-def _installed(found: registry.Registry) -> list[CrossKVPolicy]:
-    """Return every installed policy with its default options; name those that have none."""
+def _installed(found: Registry) -> list[CrossKVPolicy]:
+    """Return every installed policy with default options; report those that need options as left out."""
     policies = []
     for name in sorted(found.policies):
         try:
@@ -78,6 +81,7 @@ def _installed(found: registry.Registry) -> list[CrossKVPolicy]:
 
 
 def _print(report: MemoryReport) -> None:
+    """Print one row per policy: MiB and seconds for each dtype."""
     dtypes = list(dict.fromkeys(one.dtype for one in report.measurements))
     table = make_table("policy", *(f"MiB, {dtype}" for dtype in dtypes), *(f"s, {dtype}" for dtype in dtypes))
     for column in table.columns[1:]:

@@ -1,0 +1,102 @@
+"""The command that compares policies and budgets on a model and its data: compare."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from kvprune.cli import compare_options as options
+from kvprune.cli.common import (
+    Debug,
+    hide_progress_bars,
+    load_quietly,
+    make_console,
+    one_line_errors,
+    say,
+)
+from kvprune.errors import PolicyOptionError
+
+__all__ = ["compare"]
+
+
+def compare(
+    policy: options.Policies = None,
+    every: options.Every = False,
+    keep_ratios: options.KeepRatios = "0.5,0.25,0.1,0.05",
+    model: options.Model = None,
+    data: options.Data = None,
+    tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    output: options.Output = Path("kvprune-results"),
+    batch_size: options.BatchSize = 16,
+    max_new_tokens: options.MaxNewTokens = 16,
+    late_tokens: options.LateTokens = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    attn_implementation: options.AttnImplementation = None,
+    repetitions: options.Repetitions = 5,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json_output: options.Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare policies and budgets on the same questions.
+
+    Prints accuracy, kept tokens, bytes and speed of each, next to the full cache, and keeps all results in a
+    folder.
+    """
+    with one_line_errors(debug, resumes=True):
+        from kvprune.comparison import Settings
+        from kvprune.comparison import compare as run
+        from kvprune.comparison.display.console import progress_bar, show_summary
+
+        settings = Settings(
+            model=model,
+            data=data,
+            tasks=None if tasks is None else tuple(part.strip() for part in tasks.split(",")),
+            limit=limit,
+            seed=seed,
+            output=output,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            late_tokens=int(every) if late_tokens is None else late_tokens,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            repetitions=repetitions,
+            trust_remote_code=trust_remote_code,
+        )
+        hide_progress_bars()
+        ratios = [_ratio(part) for part in re.split("[,;]", keep_ratios)]
+        policies = _specs(policy or (), every=every)
+        with redirect_stdout(sys.stderr), progress_bar() as on_progress:  # plugins may print
+            summary = run(policies, ratios, settings, on_progress)
+        if json_output:
+            print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
+        else:
+            show_summary(summary, output, make_console(), ranked=every)
+
+
+def _specs(given: Sequence[str], *, every: bool) -> list[str]:
+    """Return the specs to compare: those given, or the default ones; with ``every``, all that can run."""
+    from kvprune.comparison import DEFAULT_POLICIES, every_policy
+
+    if not every:
+        return list(given or DEFAULT_POLICIES)
+    found = every_policy(load_quietly())
+    for name, why in found.left_out.items():
+        say(f"left out: {name} {why}")
+    return [*DEFAULT_POLICIES, *found.specs, *given]
+
+
+def _ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise PolicyOptionError(
+            f"keep ratio {text.strip()!r} is no number; expected fractions such as 0.5,0.25"
+        ) from None

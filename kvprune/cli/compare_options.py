@@ -1,0 +1,87 @@
+"""The options of ``kvprune compare``: type and help text of each, in the order in which --help lists them.
+
+The defaults stand in the signature of the command; a test compares them with those of the library.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvprune.cli.common import TrustRemoteCode
+
+__all__ = [
+    "AttnImplementation",
+    "BatchSize",
+    "Data",
+    "Device",
+    "Dtype",
+    "Every",
+    "Json",
+    "KeepRatios",
+    "LateTokens",
+    "Limit",
+    "MaxNewTokens",
+    "Model",
+    "Output",
+    "Policies",
+    "Repetitions",
+    "Seed",
+    "Tasks",
+    "TrustRemoteCode",
+]
+
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Spec such as trim or random:keep_tokens=32; repeatable. A spec that states no budget runs at "
+        "each of --keep-ratios. Default: lossless, fastv, divprune, trim, and uniform, random, norm, keydiff "
+        "and snapkv with reach=onward. The full cache is always compared, too."
+    ),
+]
+Every = Annotated[
+    bool,
+    typer.Option(
+        "--all",
+        help="Add every built-in policy that takes a keep_ratio (with reach=onward if it has that option) to "
+        "the default ones and those of --policy, and rank all of them within each budget.",
+    ),
+]
+KeepRatios = Annotated[str, typer.Option(help="Fractions of visible tokens kept, separated by commas.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder. Default: the embedded demo.")]
+Data = Annotated[
+    Path | None, typer.Option(help="JSON-lines file of questions. Default: the embedded demo's.")
+]
+Tasks = Annotated[str | None, typer.Option(help="Tasks, separated by commas. Default: all.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Examples per task. Default: all of --data, or 64 of the demo.")
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed for policies that draw random numbers, and for the demo's questions.")
+]
+Output = Annotated[
+    Path, typer.Option(help="Results folder. The same command continues there where it was interrupted.")
+]
+BatchSize = Annotated[int, typer.Option(help="Examples per call of generate.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Most new tokens of an answer.")]
+LateTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="How many tokens at the end of each prompt are decoded after pruning. With 1, even one-token "
+        "answers show the effect of policies that prune after prefill. Default: 0; 1 with --all.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Device, such as cpu or cuda. Default: cuda if available, else cpu.")
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, float64, bfloat16 or float16.")]
+AttnImplementation = Annotated[
+    str | None, typer.Option(help="eager, sdpa, ... Default: what transformers chooses.")
+]
+Repetitions = Annotated[int, typer.Option(help="Repetitions of the timing; 0 turns it off.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print summary.json on standard output, and nothing else there.")
+]
