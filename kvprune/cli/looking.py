@@ -121,13 +121,18 @@ def _docstring(cls: type) -> str:
 
 
 def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
-    """Return a class's docstring without its arguments, and each argument's meaning, inherited or not."""
+    """Return a class's docstring without its arguments, and each argument's meaning, inherited or not.
+
+    Deviations from the paper follow the docstring.
+    """
     meanings: dict[str, str] = {}
     for cls in reversed(policy.__mro__):
         arguments = _ARGUMENTS.search(_docstring(cls))
         for name, meaning in _ARGUMENT.findall(arguments[1] if arguments else ""):
             meanings[name] = " ".join(meaning.split())
     text = _ARGUMENTS.sub("", _docstring(policy))
+    if deviations := inspect.cleandoc(getattr(policy, "deviations", "")):
+        text += f"\n\nDeviations:\n{deviations}"
     return re.sub("\n{3,}", "\n\n", text).strip(), meanings
 
 

@@ -119,9 +119,8 @@ def _cross(registry: Registry, spec: PolicySpec, keep_ratios: Sequence[float]) -
 
 def _configure(registry: Registry, spec: PolicySpec) -> Configuration:
     policy = registry.get_policy(spec)
-    budget = {
-        option: getattr(policy, option) for option in BUDGETS if getattr(policy, option, None) is not None
-    }
+    values = policy.option_values
+    budget = {option: values[option] for option in BUDGETS if values.get(option) is not None}
     rest = {option: value for option, value in policy.spec.options.items() if option not in BUDGETS}
     return Configuration(
         policy=policy,
