@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +92,8 @@ def _default(option: dataclasses.Field[Any]) -> str:
 def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
     """Return a class's docstring without its arguments, and the meaning of each argument by name.
 
-    Meanings come from the docstrings of the class and its bases.
+    Meanings come from the docstrings of the class and its bases. Deviations from the paper follow the
+    docstring.
     """
     meanings: dict[str, str] = {}
     for cls in reversed(policy.__mro__):
@@ -99,6 +101,8 @@ def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:
         for name, meaning in _ARGUMENT.findall(arguments[1] if arguments else ""):
             meanings[name] = " ".join(meaning.split())
     text = _ARGUMENTS.sub("", docstring(policy))
+    if deviations := inspect.cleandoc(getattr(policy, "deviations", "")):
+        text += f"\n\nDeviations:\n{deviations}"
     return re.sub("\n{3,}", "\n\n", text).strip(), meanings
 
 

@@ -1,6 +1,22 @@
 """What the author of a policy reads and writes: views, base classes, options, specs, checks.
 
-Everything that a policy needs beside `kvprune` itself and `kvprune.scoring` is imported from here.
+Everything that a policy needs besides `kvprune` itself and `kvprune.scoring` is imported from here.
+
+Which base class do I take? It depends on when the method decides, and on what it computes:
+
+it decides                              it computes                  base class             you write
+-------------------------------------------------------------------------------------------------------------
+right after each layer's attention      a score of each token        ScoringPolicy          score
+                                        what is kept, with a budget  BudgetPolicy           select
+                                        what is kept, no budget      CrossKVPolicy          select
+before the first cross-attention layer  a score of each token        FeatureScoringPolicy   score
+                                        what is kept                 FeaturePolicy          choose
+when all layers have attended           a weight of each layer       ProportionalAllocator  measure, weights
+                                        how urgent each token is     LayerAllocator         measure, urgency
+                                        what each layer keeps        PrefillPolicy          observe, conclude
+
+`FeaturePolicy` and `PrefillPolicy` get a budget by ``class Mine(BudgetPolicy, FeaturePolicy)``. A policy of
+any kind may prune the text's own cache as well: it needs "text_cache" and writes ``select_text``.
 """
 
 from __future__ import annotations
@@ -45,6 +61,9 @@ from kvprune.tokens.buckets import (
     merge_weighted,
     nearest,
 )
+from kvprune.tokens.randomness import (
+    uniform,
+)
 
 __all__ = [
     "BudgetPolicy",
@@ -67,4 +86,5 @@ __all__ = [
     "nearest",
     "onward_decision",
     "require_scorer",
+    "uniform",
 ]

@@ -1,9 +1,13 @@
-"""Policies that share one budget out among layers; a scorer says which tokens a layer keeps of its share."""
+"""Policies that share one budget among all layers, and in which a scorer ranks the tokens of each layer.
+
+A subclass of `LayerAllocator` measures each layer and says how urgently its i-th best token is wanted.
+`ProportionalAllocator` asks for a weight of each layer instead.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -27,11 +31,12 @@ __all__ = ["LayerAllocator", "ProportionalAllocator"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAllocator(BudgetPolicy, PrefillPolicy):
-    """Shares the budget of all layers out among them, when all have attended.
+    """Shares one budget among all layers, when all have attended.
 
     All layers together keep exactly what they would if each kept ``keep_ratio`` of its visible tokens. A
-    subclass says in ``urgency`` how much the i-th best token of each layer is wanted, from what ``measure``
-    found in each layer; see `kvprune.scoring.apportionment`. The heads of a layer keep equally many.
+    subclass says in ``urgency`` how urgently the i-th best token of each layer is wanted, from what
+    ``measure`` returned for each layer; see `kvprune.scoring.apportion`. The heads of a layer keep equally
+    many.
 
     Args:
         keep_ratio: Fraction of visible tokens kept, mean over layers, in (0, 1]; 0.5 if neither this nor
@@ -39,11 +44,15 @@ class LayerAllocator(BudgetPolicy, PrefillPolicy):
         keep_tokens: Number of visible tokens kept in a layer, mean over layers, instead of a fraction.
         scorer: Ranks the tokens of each layer; it decides nothing about budgets. None: the method's own
             ranking, where it has one.
+
+    Class attributes:
+        measure_needs: What ``measure`` needs; the policy needs this and what its scorer needs.
     """
 
     scorer: ScoringPolicy | None = None
 
     budget_scope: ClassVar[Literal["head", "layer", "model"]] = "model"
+    measure_needs: ClassVar[frozenset[Need]] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,19 +61,22 @@ class LayerAllocator(BudgetPolicy, PrefillPolicy):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the scorer needs; subclasses add what they measure."""
-        return frozenset() if self.scorer is None else self.scorer.needs
+        """What ``measure`` needs, and what the scorer needs."""
+        return self.measure_needs if self.scorer is None else self.measure_needs | self.scorer.needs
 
     def measure(self, view: LayerView) -> Tensor:
-        """Return what the share of this layer depends on, ``[B, N]``, alike in all layers; nothing here."""
+        """Return N numbers on which the share of this layer depends, ``[B, N]``; none by default."""
         return torch.zeros(view.batch, 0, device=view.device)
 
     def rank(self, view: LayerView, measured: Tensor) -> Tensor:
-        """Return scores ``[B, Hkv or 1, S]`` of this layer's tokens: the scorer's.
+        """Return scores ``[B, Hkv or 1, S]`` of this layer's tokens: by default the scorer's.
 
         Args:
-            view: Of the layer.
-            measured: What ``measure`` returned, for rankings that are made of it.
+            view: View of the layer.
+            measured: What ``measure`` returned, for methods that rank by it.
+
+        Raises:
+            PolicyOptionError: If there is no scorer.
         """
         if self.scorer is None:
             raise PolicyOptionError(f"policy {self.name!r} has no ranking of its own; give it a scorer")
@@ -78,53 +90,55 @@ class LayerAllocator(BudgetPolicy, PrefillPolicy):
 
         Args:
             measured: ``[B, L, N]``, what ``measure`` returned for each layer.
-            visible: int64 ``[B, L]``, tokens that decoding sees.
-            columns: Number of tokens for which urgencies are wanted; those beyond ``visible`` do not matter.
+            visible: int64 ``[B, L]``, number of tokens that decoding sees.
+            columns: For how many tokens i to return urgencies; those beyond ``visible`` do not matter.
         """
 
     def least(self, even: Tensor, visible: Tensor) -> Tensor:
-        """Return how many tokens a layer keeps at least, int64 ``[B, L]``; one of each group stays anyway.
+        """Return how many tokens a layer keeps at least, int64 ``[B, L]``; 0 by default.
+
+        One token of each visibility group stays in any case.
 
         Args:
-            even: int64 ``[B, L]``, what each layer would keep if all kept alike; the most that may be
-                returned.
-            visible: int64 ``[B, L]``, tokens that decoding sees.
+            even: int64 ``[B, L]``, what each layer would keep if all kept alike. Return no more than that.
+            visible: int64 ``[B, L]``, number of tokens that decoding sees.
         """
         return torch.zeros_like(even)
 
     def note(self, measured: Tensor, least: Tensor, visible: Tensor, total: Tensor) -> str:
-        """Return what a user should know about how the budget was shared out, or ""."""
+        """Return what a user should know about how the budget was shared, or ""."""
         return ""
 
     def observe(self, view: LayerView) -> tuple[Tensor, Tensor]:
-        """Measure and rank."""
+        """Return what is measured ``[B, N]`` and the checked scores ``[B, Hkv or 1, S]`` of one layer."""
         measured = self.measure(view)
-        by = self.name if self.scorer is None else self.scorer.name
-        return measured, check_scores(self.rank(view, measured), view, view.decode_strata, by)
+        ranked_by = self.name if self.scorer is None else self.scorer.name
+        return measured, check_scores(self.rank(view, measured), view, view.decode_strata, ranked_by)
 
     def conclude(
         self, views: Sequence[LayerView], observed: Sequence[tuple[Tensor, Tensor]]
     ) -> list[Decision]:
-        """Share the budget out, and keep the best tokens of each layer."""
+        """Share the budget, and keep the best tokens of each layer."""
         device = views[0].device
-        strata = [view.decode_strata for view in views]
-        visible = torch.stack([(of_layer >= 0).sum(-1).to(device) for of_layer in strata], dim=1)
-        groups = torch.stack(
-            [
-                scoring.group_counts(of_layer, view.visibility).to(device)
-                for of_layer, view in zip(strata, views, strict=True)
-            ],
-            dim=1,
-        )
-        measured = torch.stack([of_layer.to(device) for of_layer, _ in observed], dim=1)
-        even = each(self.budget.resolve, visible)
-        least = self.least(even, visible).maximum(groups)
-        total = even.sum(-1)
-        counts = apportion(self.urgency(measured, visible, views[0].columns), least, visible, total)
+        strata = [view.decode_strata for view in views]  # each [B, S]
+
+        def by_layer(counts: Iterable[Tensor]) -> Tensor:  # L tensors [B, ...] to one [B, L, ...]
+            return torch.stack([of_layer.to(device) for of_layer in counts], dim=1)
+
+        visible = by_layer((of_layer >= 0).sum(-1) for of_layer in strata)  # [B, L]
+        groups = by_layer(
+            scoring.group_counts(of_layer, view.visibility)
+            for of_layer, view in zip(strata, views, strict=True)
+        )  # [B, L]
+        measured = by_layer(of_layer for of_layer, _ in observed)  # [B, L, N]
+        even = each(self.budget.resolve, visible)  # [B, L]
+        least = self.least(even, visible).maximum(groups)  # [B, L]
+        total = even.sum(-1)  # [B]
+        counts = apportion(self.urgency(measured, visible, views[0].columns), least, visible, total)  # [B, L]
         decisions = []
         for number, view in enumerate(views):
             scores = observed[number][1]
-            limit = counts[:, number, None].to(scores.device).expand(-1, view.columns)
+            limit = counts[:, number, None].to(scores.device).expand(-1, view.columns)  # [B, S]
             kept = scoring.keep_top(scores, strata[number], limit, view.visibility)
             note = self.note(measured, least, visible, total) if number == 0 else ""
             decisions.append(Decision(cache=Selection.from_mask(kept), note=note))
@@ -133,13 +147,13 @@ class LayerAllocator(BudgetPolicy, PrefillPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class ProportionalAllocator(LayerAllocator):
-    """Shares the budget out in proportion to a weight of each layer."""
+    """Shares the budget in proportion to a weight of each layer."""
 
     @abstractmethod
     def weights(self, measured: Tensor) -> Tensor:
         """Return weights ``[B, L]``, none negative, from ``measured`` ``[B, L, N]``.
 
-        They must not depend on the budget. Where all of a sample are 0, its layers keep the same.
+        They must not depend on the budget. If all weights of a sample are 0, its layers keep equally many.
         """
 
     def urgency(self, measured: Tensor, visible: Tensor, columns: int) -> Tensor:
@@ -147,7 +161,7 @@ class ProportionalAllocator(LayerAllocator):
         return proportional(self.weights(measured), columns)
 
     def note(self, measured: Tensor, least: Tensor, visible: Tensor, total: Tensor) -> str:
-        """Say so if shares could not be met."""
+        """Tell the user if some layer could not get its share."""
         if not bool(is_clamped(self.weights(measured), least, visible, total)):
             return ""
         return (

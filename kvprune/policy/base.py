@@ -1,7 +1,7 @@
-"""What a policy's author writes: `CrossKVPolicy`, and `ScoringPolicy` for policies that rank tokens.
+"""The root of all policies: `CrossKVPolicy`, its class attributes, options and specs.
 
 A policy is a pure function from a read-only view to a decision. It holds options and nothing else: a
-frozen keyword-only dataclass whose fields are its options.
+frozen keyword-only dataclass whose fields are its options. `kvprune.policy` says which base class to take.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = [
 Need = Literal["queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention"]
 """What must be captured for a view beyond keys, values and visibility.
 
-"text_cache" shows nothing: it asks for `CrossKVPolicy.select_text`. "guidance" costs a pass of a guide
-(`kvprune.Guide`).
+"text_cache" captures nothing: it asks for calls of `CrossKVPolicy.select_text`. "guidance" costs a forward
+pass of a guide (`kvprune.Guide`).
 """
 
 
@@ -48,21 +48,24 @@ Need = Literal["queries", "raw_keys", "features", "text", "text_cache", "guidanc
 class CrossKVPolicy(AnyPolicy, ABC):
     """Decides which encoder tokens the cross-attention caches of a model keep.
 
-    ``select`` is asked once for each cross-attention layer in each prefill, in layer order, right after the
-    layer's attention. It answers with a `Decision` about this layer's cache and about what later layers
-    still receive. What decoding cannot see is evicted besides, unless the class says otherwise.
+    ``select`` is called once for each cross-attention layer in each prefill, in layer order, right after the
+    layer's attention. It returns a `Decision` about this layer's cache and about what later layers receive.
+    Columns that decoding cannot see are evicted as well, unless the class sets ``keeps_invisible``.
 
     Class attributes:
         name: The name in specs.
         version: Raised whenever the same seed and input would select other tokens than before.
+        needs: What must be captured beyond keys and values (see `Need`); nothing by default. Write
+            ``needs = frozenset({"queries"})``, or a property where it depends on options.
         paper: Where the method comes from, or "".
         bibtex: A BibTeX entry of that paper, which ``kvprune cite`` prints, or "".
-        fidelity: "faithful", "adapted", "inspired-by", or "baseline".
+        fidelity: How close the policy is to the paper: "faithful", "adapted", "inspired-by" or "baseline".
+        deviations: Where the policy differs from the paper, or "".
         cost: What one decision costs, in words.
         ranks_tokens: Whether a larger budget keeps a superset (KV14).
         keeps_invisible: Whether caches about which the policy decides nothing also keep what decoding
             cannot see (padding tiles, earlier images).
-        moment: When it decides, for tables: at each "layer", or what its base class says.
+        moment: When the policy decides, for tables: "layer", or what its base class says.
         budget_scope: Over what `exact_budget` is exact: each "head" of each layer, the mean over the heads of
             each "layer", or the mean over all layers of the "model".
     """
@@ -72,6 +75,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
     paper: ClassVar[str] = ""
     bibtex: ClassVar[str] = ""
     fidelity: ClassVar[str] = "baseline"
+    deviations: ClassVar[str] = ""
     cost: ClassVar[str] = ""
     ranks_tokens: ClassVar[bool] = False
     keeps_invisible: ClassVar[bool] = False
@@ -101,16 +105,17 @@ class CrossKVPolicy(AnyPolicy, ABC):
     def select_text(self, view: TextView) -> Selection | None:
         """Decide which text entries one self-attention layer keeps for decoding; pure, as `select` is.
 
-        Asked once for each self-attention layer in each prefill that has a cache, right after its attention,
+        Called once for each self-attention layer in each prefill that has a cache, right after its attention,
         if the policy needs "text_cache".
 
         Returns:
             A selection out of the view's entries, ``[B, Hkv or 1, K]``; None keeps them all. It holds real
-            entries only, among them the last row's own, and for each sample equally many in all heads and
-            layers: one mask serves them all.
+            entries only, among them the last row's own. A sample keeps equally many entries in all heads and
+            layers, because they share one mask.
         """
         return None
 
+    # A property here, so that a derived class may have a class attribute or a property of its own.
     @property
     def needs(self) -> frozenset[Need]:
         """What must be captured beyond keys and values (see `Need`). Nothing by default."""
@@ -133,24 +138,24 @@ class CrossKVPolicy(AnyPolicy, ABC):
         return {"keep_ratio": budget.keep_ratio}
 
     @property
+    def option_values(self) -> dict[str, Any]:
+        """The value of each option by its name; a budget that nobody stated is filled in (`BudgetPolicy`)."""
+        return {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+
+    @property
     def spec(self) -> PolicySpec:
         """The spec that builds this policy again: every option that differs from its default."""
-        return self._write(nested=False)
+        return self._write(self.option_values)
 
     @property
     def nested_spec(self) -> PolicySpec:
         """The spec as an option of another policy's: without a budget that nobody stated."""
-        return self._write(nested=True)
+        return self._write({option.name: getattr(self, option.name) for option in dataclasses.fields(self)})
 
-    def _write(self, *, nested: bool) -> PolicySpec:
+    def _write(self, values: typing.Mapping[str, Any]) -> PolicySpec:
         options: dict[str, OptionValue] = {}
         for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, _Unstated):
-                if nested:
-                    continue
-                value = float(value)
-            default = default_of(option)
+            value, default = values[option.name], default_of(option)
             if default is dataclasses.MISSING or value != default:
                 options[option.name] = value.nested_spec if isinstance(value, CrossKVPolicy) else value
         return PolicySpec(self.name, options, self.version)
@@ -203,7 +208,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
 
 
 def require_policy_class(cls: type[CrossKVPolicy]) -> None:
-    """Raise unless a class can be used as a policy; what `CrossKVPolicy.check_class` does, not overridable.
+    """Raise unless a class can be used as a policy: `CrossKVPolicy.check_class`, but no class overrides it.
 
     Raises:
         TypeError: With the class and what is missing.
@@ -218,7 +223,7 @@ def require_policy_class(cls: type[CrossKVPolicy]) -> None:
     if isinstance(cls.version, bool) or not isinstance(cls.version, int):
         raise TypeError(f"{where} has the version {shown(cls.version)}; a version is a whole number")
     PolicySpec(cls.name, version=cls.version)
-    for fact in ("paper", "bibtex", "fidelity", "cost"):
+    for fact in ("paper", "bibtex", "fidelity", "deviations", "cost"):
         if not isinstance(getattr(cls, fact), str):
             raise TypeError(f"{where} has the {fact} {shown(getattr(cls, fact))}; it is text, or empty")
     own = cls.__dict__.get("__dataclass_params__")
@@ -236,7 +241,3 @@ def require_policy_class(cls: type[CrossKVPolicy]) -> None:
                 "float, str, None, Literal, or a union of these, or a policy class (or None), "
                 "so that a spec can hold them"
             )
-
-
-class _Unstated(float):
-    """A default that nobody stated, and otherwise the number: equal to it, and kept by copies and replace."""

@@ -1,8 +1,14 @@
-"""Policies that decide at other moments than right after one layer's attention.
+"""Base classes of policies that decide at other moments than right after one layer's attention.
 
-features    before the first cross-attention layer     FeaturePolicy.choose
-layer       right after one layer's attention          CrossKVPolicy.select
-prefill     when all layers have attended              PrefillPolicy.observe and .conclude
+moment    when                                    what is called                   with
+features  before the first cross-attention layer  FeaturePolicy.choose             FeatureView
+layer     right after one layer's attention       CrossKVPolicy.select             LayerView
+          right after the text's self-attention   CrossKVPolicy.select_text        TextView
+prefill   when all layers have attended           PrefillPolicy.observe, conclude  LayerViews
+
+A new moment takes three things: a view of what is known then (in `kvprune.policy.view`), a base class here
+with one abstract method that gets this view, and one call of that method in `kvprune.engine`. The base class
+names the moment and leaves ``select`` without a decision, as `FeaturePolicy` does.
 """
 
 from __future__ import annotations
@@ -30,10 +36,9 @@ __all__ = ["FeaturePolicy", "FeatureScoringPolicy", "PrefillPolicy"]
 class FeaturePolicy(CrossKVPolicy):
     """Decides from the encoder's features before the first cross-attention layer.
 
-    What it drops is projected, attended to and stored by no layer at all: this is the only moment at which
-    the first layer's prefill becomes cheaper, too. There are no queries yet, so it does not know the
-    question. ``select`` is still asked at each layer about what is left; unless overridden, it decides
-    nothing.
+    No layer projects, attends to or stores what it drops. No other moment makes the first layer's prefill
+    cheaper. There are no queries yet, so the policy does not know the question. ``select`` is still called at
+    each layer with the columns that are left; it decides nothing unless overridden.
     """
 
     moment: ClassVar[str] = "features"
@@ -58,41 +63,40 @@ class FeatureScoringPolicy(BudgetPolicy, FeaturePolicy):
     def choose(self, view: FeatureView) -> Decision:
         """Keep the columns with the highest scores (KV02: exactly the budget, for each sample)."""
         scores = check_scores(self.score(view), view, view.strata, self.name)
-        limit = scoring.limits(self.budget, view.strata)
-        return Decision(
-            onward=Selection.from_mask(scoring.keep_top(scores, view.strata, limit, view.visibility))
-        )
+        limit = scoring.limits(self.budget, view.strata)  # [B, S]
+        kept = scoring.keep_top(scores, view.strata, limit, view.visibility)  # [B, 1, S]
+        return Decision(onward=Selection.from_mask(kept))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillPolicy(CrossKVPolicy):
     """Decides about all layers at once, when the last of them has attended.
 
-    Each layer is shown once, right after its attention; what ``observe`` makes of it should be small. All
-    layers keep all their tokens until ``conclude``, so prefill is what it would be without compression, and
-    needs as much memory.
+    ``observe`` is called for each layer right after its attention; what it returns should be small. All
+    layers keep all their tokens until ``conclude`` has decided, so prefill computes and holds what it would
+    without compression.
     """
 
     moment: ClassVar[str] = "prefill"
 
     @abstractmethod
     def observe(self, view: LayerView) -> Any:
-        """Return what must be known about one layer later. Pure, as ``select`` is."""
+        """Return what ``conclude`` must know about one layer. Pure, as ``select`` is."""
 
     @abstractmethod
     def conclude(self, views: Sequence[LayerView], observed: Sequence[Any]) -> Sequence[Decision]:
         """Decide about the cache of each layer.
 
         Args:
-            views: Of the layers in order, without what was captured beyond keys and values.
+            views: The layers' views, in order, without what was captured beyond keys and values.
             observed: What ``observe`` returned for each of them.
 
         Returns:
-            One decision for each layer, in the same order; none of them says anything about ``onward``.
+            One ``Decision(cache=...)`` for each layer, in the same order; none may decide ``onward``.
         """
 
     @typing.final
     def select(self, view: LayerView) -> Decision:
-        """Decide about one layer as if the model had no other."""
+        """Decide about one layer as if it were the model's only one."""
         (decision,) = self.conclude([view], [self.observe(view)])
         return decision

@@ -1,9 +1,9 @@
-"""`cdpruner`: tokens that matter and are unlike each other, by a determinantal point process."""
+"""`cdpruner`: relevant tokens that differ from each other, by a determinantal point process."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,32 +19,65 @@ class CDPruner(BudgetPolicy):
 
     With the relevance r of each token and the cosine S of each pair, the kernel is diag(r) S diag(r); its
     determinant over a set is a squared volume. Tokens are picked greedily, each time the one that adds the
-    most volume, at the first cross-attention layer and for all layers. Relevance is the attention that the
-    prompt pays to a token there, scaled to lie between ``floor`` and 1 in each sample.
+    most volume. The first cross-attention layer decides for all. Relevance is the attention that the prompt
+    pays to a token there, scaled to lie between ``floor`` and 1 in each sample.
 
     Args:
         of: What cosines are taken of: the projected "features", or the "keys" of the first layer, all heads
             in one vector.
-        floor: Relevance of the least relevant token, in (0, 1]; 1 makes all equally relevant, so that only
+        floor: Relevance of the least relevant token, in (0, 1]; at 1 all are equally relevant, so only
             diversity counts.
-
-    Deviations: there is no text encoder beside the vision tower, so attention takes the place of the
-    image-text cosine of CLIP (which the original negates). Once the picked vectors span all that there is,
-    the rest is ordered by relevance. An image that only earlier rows of a chat see is thinned on its own.
     """
 
     of: Literal["features", "keys"] = "features"
     floor: float = 0.01
 
-    name: ClassVar[str] = "cdpruner"
-    version: ClassVar[int] = 1
-    paper: ClassVar[str] = "arXiv 2506.10967 (CDPruner)"
-    fidelity: ClassVar[str] = "adapted"
-    cost: ClassVar[str] = (
+    name = "cdpruner"
+    version = 1
+
+    def select(self, view: LayerView) -> Decision:
+        """Decide at the first cross-attention layer for all."""
+        if view.rank > 0:
+            return Decision()
+        strata = view.strata  # [B, S]
+        limit = scoring.limits(self.budget, strata)  # [B, S]
+        relevance = view.attention_mass().mean(1)  # [B, S]
+        places = torch.full_like(relevance, float(view.columns))  # [B, S], in the order of picking
+        every = view.visibility.has_several_groups  # the best of each group must not depend on the budget
+        for sample, columns in scoring.members(strata):  # columns: [n]
+            count = len(columns) if every else int(limit[sample, columns[0]])
+            vectors = self._vectors(view, sample)  # [S, C] or [S, Hkv * D]
+            weights = _between(relevance[sample, columns], self.floor)  # [n]
+            order = _largest_volume(scoring.Directions(vectors, columns), weights, count)  # [count]
+            turns = torch.arange(len(order), dtype=places.dtype, device=places.device)
+            places[sample, columns[order]] = turns
+        return onward_decision(view, scoring.keep_top(-places[:, None], strata, limit, view.visibility))
+
+    def _vectors(self, view: LayerView, sample: int) -> Tensor:
+        return view.features[sample] if self.of == "features" else view.keys[sample].mT.flatten(0, 1).mT
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Queries for relevance, and features if cosines are taken of them."""
+        return frozenset({"queries", "features"}) if self.of == "features" else frozenset({"queries"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.floor <= 1:
+            raise PolicyOptionError(f"floor is the least relevance and lies in (0, 1], got {self.floor!r}")
+
+    fidelity = "adapted"
+    paper = "arXiv 2506.10967 (CDPruner)"
+    deviations = """
+    There is no text encoder beside the vision tower, so attention takes the place of CLIP's image-text
+    cosine (which the original negates). Once the picked vectors span the whole space, the other tokens are
+    ordered by relevance. An image that only earlier rows of a chat see is pruned on its own.
+    """
+    cost = (
         "one product of queries and keys, and S C products for each token kept, one after another; a basis "
         "of K x C numbers in float32 (50 MiB at half of 6404 features of 4096); one transfer to the host"
     )
-    bibtex: ClassVar[str] = """@misc{cdpruner2025,
+    bibtex = """@misc{cdpruner2025,
   title = {Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in {MLLMs}},
   author = {Zhang, Qizhe and others},
   year = {2025},
@@ -52,50 +85,19 @@ class CDPruner(BudgetPolicy):
   archivePrefix = {arXiv},
 }"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.floor <= 1:
-            raise PolicyOptionError(f"floor is the least relevance and lies in (0, 1], got {self.floor!r}")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Attention for relevance, and features if cosines are taken of them."""
-        return frozenset({"queries", "features"}) if self.of == "features" else frozenset({"queries"})
-
-    def select(self, view: LayerView) -> Decision:
-        """Decide at the first cross-attention layer for all."""
-        if view.rank > 0:
-            return Decision()
-        strata = view.strata
-        limit = scoring.limits(self.budget, strata)
-        relevance = view.attention_mass().mean(1)  # [B, S]
-        places = torch.full_like(relevance, float(view.columns))
-        every = view.visibility.has_several_groups  # the best of each group must not depend on the budget
-        for sample, columns in scoring.members(strata):
-            count = len(columns) if every else int(limit[sample, columns[0]])
-            vectors = (
-                view.features[sample] if self.of == "features" else view.keys[sample].mT.flatten(0, 1).mT
-            )
-            weights = _between(relevance[sample, columns], self.floor)
-            order = _largest_volume(scoring.Directions(vectors, columns), weights, count)
-            places[sample, columns[order]] = torch.arange(
-                len(order), dtype=places.dtype, device=places.device
-            )
-        return onward_decision(view, scoring.keep_top(-places[:, None], strata, limit, view.visibility))
-
 
 def _between(relevance: Tensor, floor: float) -> Tensor:
-    """Scale numbers to lie between a floor and 1; all are 1 if they are equal."""
+    """Scale numbers ``[n]`` to lie between a floor and 1; all are 1 if they are equal."""
     low, high = relevance.aminmax()
     share = torch.where(high > low, (relevance - low) / (high - low), 1)
     return floor + (1 - floor) * share
 
 
 def _largest_volume(directions: scoring.Directions, weights: Tensor, count: int) -> Tensor:
-    """Return ``count`` positions in the order in which greedy volume maximisation picks them.
+    """Return ``count`` positions in the order in which greedy volume maximisation picks them, ``[count]``.
 
-    The volume that a token adds is its weight times the length of what is left of its direction beside the
-    span of those picked before, so an orthonormal basis of the span takes the place of the Cholesky factor.
+    A token adds its weight times the length of the part of its direction that is orthogonal to the span of
+    the tokens picked before. So an orthonormal basis of that span takes the place of the Cholesky factor.
 
     Args:
         directions: n unit vectors.
@@ -104,26 +106,26 @@ def _largest_volume(directions: scoring.Directions, weights: Tensor, count: int)
     """
     width, device = directions.width, weights.device
     rank = min(count, width)
-    basis = torch.zeros(rank, width, dtype=directions.dtype, device=device)
-    left = directions.nonzero.to(directions.dtype)  # squared length of each vector beside the basis
+    basis = torch.zeros(rank, width, dtype=directions.dtype, device=device)  # [rank, C]
+    left = directions.nonzero.to(directions.dtype)  # [n], squared length of what is orthogonal to the basis
     exhausted = 1e-5 if directions.dtype == torch.float32 else 1e-12
     weights = weights.to(directions.dtype)
     picked = torch.empty(count, dtype=torch.int64, device=device)
     taken = torch.zeros_like(directions.nonzero)
     for place in range(count):
-        spans = left > exhausted
+        spans = left > exhausted  # [n]
         gain = torch.where(spans, 1 + weights.square() * left, weights).masked_fill(taken, -torch.inf)
         pick = (gain == gain.amax()).to(torch.uint8).argmax()  # the first of equal ones
         picked[place] = pick
         taken[pick] = True
         if place >= rank:
             continue
-        beside = directions.at(pick)
-        for _ in range(2):  # once would leave rounding errors of the size of what is looked for
-            beside = beside - (basis[:place] @ beside) @ basis[:place]
-        length = torch.linalg.vector_norm(beside)
-        new = spans.index_select(0, pick.reshape(1)) & (length > 0)
-        basis[place] = torch.where(new, beside / length, 0)
-        along = directions.cosines(basis[place : place + 1])[:, 0]
+        new = directions.at(pick)  # [C]
+        for _ in range(2):  # Gram-Schmidt; once would leave rounding errors as large as the result may be
+            new = new - (basis[:place] @ new) @ basis[:place]
+        length = torch.linalg.vector_norm(new)
+        counts = spans.index_select(0, pick.reshape(1)) & (length > 0)  # [1]
+        basis[place] = torch.where(counts, new / length, 0)
+        along = directions.cosines(basis[place : place + 1])[:, 0]  # [n]
         left = (left - along.square()).clamp(min=0) if place + 1 < width else torch.zeros_like(left)
     return picked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,28 +16,21 @@ from kvprune.policy import merge_mean, nearest
 class Elastic(BudgetPolicy):
     """Keep the tokens that receive most attention, each as the mean of the tokens nearest to it.
 
-    In each layer, the importance of a token is the attention that it receives from live text rows, added up
-    and averaged over heads. The most important ones are anchors. Every other visible token joins the nearest
-    anchor by index, of two equally near ones the lower; each head then keeps the mean key and the mean value
-    of every bucket. Prefill is untouched.
+    In each layer, the importance of a token is the attention that it receives, summed over live text rows
+    and averaged over heads. The most important tokens are anchors. Every other visible token joins the
+    nearest anchor by index, the lower one of two. Each head then keeps the mean key and the mean value of
+    each bucket: an anchor and what joined it. Prefill is untouched.
 
     Args:
-        borders: What no bucket crosses while it has an anchor: a "tile", whose tokens join the nearest anchor
-            of the image if their tile has none; or only an "image", which no bucket ever crosses.
-        class_tokens: "merge" treats class tokens of the encoder like any other. "apart" lets none into
-            the bucket of another token, nor others into its own; one that is no anchor is dropped outright.
-            This needs to know the layout.
-        renormalize_keys: Whether merged keys get the mean length of their members back. Mllama caches keys
-            after an RMS norm; their mean is shorter, so it draws less attention than any of them did.
-        size_bias: Whether the logarithm of the bucket's size is added to an entry's logits in decode, so
-            that a bucket draws as much attention as its number of tokens.
-
-    Deviations: the paper's decode half, which removes an entry at a fixed place whenever text grows past the
-    budget, is a no-op here, because a cross-attention cache does not grow. Nothing is protected for being
-    first or most recent: image tokens have no such order. Rows that see no image do not vote. Buckets end at
-    images and by default at tiles, which the paper's one sequence does not know; the best token of each image
-    is always an anchor. (In a sample whose text sees no image, an image may be left without an anchor, and
-    goes.) renormalize_keys and size_bias are not in the paper.
+        borders: What buckets do not cross. "tile": a tile; tokens of a tile without an anchor join the
+            nearest anchor of the image. "image": only an image. No bucket ever crosses an image.
+        class_tokens: "merge" treats class tokens of the encoder like any other token. "apart" neither merges
+            them into others nor others into them; class tokens that are no anchors are dropped. "apart" needs
+            the layout.
+        renormalize_keys: Whether merged keys are scaled to the mean length of their members. Mllama caches
+            keys after an RMS norm. Their mean is shorter, so it receives less attention than any of them did.
+        size_bias: Whether the logarithm of a bucket's size is added to its logits in decode, so that a bucket
+            receives attention in proportion to its number of tokens.
     """
 
     borders: Literal["tile", "image"] = "tile"
@@ -45,53 +38,58 @@ class Elastic(BudgetPolicy):
     renormalize_keys: bool = False
     size_bias: bool = False
 
-    name: ClassVar[str] = "elastic"
-    version: ClassVar[int] = 1
-    paper: ClassVar[str] = "arXiv 2407.18121 (Elastic Cache)"
-    fidelity: ClassVar[str] = "adapted"
-    cost: ClassVar[str] = (
+    name = "elastic"
+    version = 1
+    needs = frozenset({"queries"})
+
+    def select(self, view: LayerView) -> Decision:
+        """Merge what decoding can see; each layer decides for itself."""
+        strata = view.decode_strata  # [B, S]
+        importance = scoring.pool_heads(view.attention_mass())  # [B, 1, S]
+        limit = scoring.limits(self.budget, strata)  # [B, S]
+        kept = scoring.keep_top(importance, strata, limit, view.visibility)  # [B, 1, S]
+        buckets = self._buckets(view, kept, strata)  # [B, 1, S]
+        return Decision(
+            cache=merge_mean(kept, buckets, renormalize_keys=self.renormalize_keys, size_bias=self.size_bias)
+        )
+
+    def _buckets(self, view: LayerView, kept: Tensor, strata: Tensor) -> Tensor:
+        """Return the anchor of each column, int64 ``[B, 1, S]``; -1 for what decoding cannot see."""
+        unseen = strata < 0  # [B, S]
+        if self.class_tokens == "apart" and view.layout.class_tokens is not None:
+            alone = view.layout.class_tokens.to(unseen.device).expand_as(unseen)
+        else:
+            alone = torch.zeros_like(unseen)
+        joins = ~unseen & ~alone  # [B, S]
+        takes = kept & ~alone[:, None]  # [B, 1, S]
+        by_image = nearest(takes, view.images.expand_as(unseen).masked_fill(~joins, -1))  # [B, 1, S]
+        if self.borders == "image":
+            buckets = by_image
+        else:
+            tiles = view.visibility.units.expand_as(unseen).masked_fill(~joins, -1)
+            by_tile = nearest(takes, tiles)  # [B, 1, S]
+            buckets = torch.where(by_tile < 0, by_image, by_tile)
+        own = torch.arange(kept.shape[-1], device=kept.device)
+        return torch.where(kept, own, buckets)
+
+    fidelity = "adapted"
+    paper = "arXiv 2407.18121 (Elastic Cache)"
+    deviations = """
+    In decode, the paper removes an entry at a fixed place whenever text grows past the budget; a
+    cross-attention cache does not grow, so nothing is removed here. First and most recent tokens are not
+    protected, because image tokens have no such order. Rows that see no image do not vote. The paper has one
+    sequence; here buckets end at images, and by default at tiles. The best token of each image is always an
+    anchor. (In a sample whose text sees no image, an image may have no anchor and is dropped.)
+    renormalize_keys and size_bias are not in the paper.
+    """
+    cost = (
         "one product of queries and keys in each layer, 64 rows at a time, and one pass over keys and "
         "values, a few heads at a time in float32; with size_bias, decoding adds one number to each logit"
     )
-    bibtex: ClassVar[str] = """@misc{elastic2024,
+    bibtex = """@misc{elastic2024,
   title = {Efficient Inference of Vision Instruction-Following Models with Elastic Cache},
   author = {Liu, Zuyan and others},
   year = {2024},
   eprint = {2407.18121},
   archivePrefix = {arXiv}
 }"""
-
-    @property
-    def needs(self) -> frozenset[Literal["queries", "raw_keys", "features"]]:
-        """Attention is recomputed from queries, because fused kernels return no weights."""
-        return frozenset({"queries"})
-
-    def select(self, view: LayerView) -> Decision:
-        """Merge what decoding can see; each layer decides for itself."""
-        strata = view.decode_strata
-        importance = scoring.pool_heads(view.attention_mass())  # [B, 1, S]
-        limit = scoring.limits(self.budget, strata)
-        kept = scoring.keep_top(importance, strata, limit, view.visibility)
-        buckets = self._buckets(view, kept, strata)
-        return Decision(
-            cache=merge_mean(kept, buckets, renormalize_keys=self.renormalize_keys, size_bias=self.size_bias)
-        )
-
-    def _buckets(self, view: LayerView, kept: Tensor, strata: Tensor) -> Tensor:
-        """Return the anchor of each column, ``[B, 1, S]``; -1 for what decoding cannot see."""
-        unseen = strata < 0
-        if self.class_tokens == "apart" and view.layout.class_tokens is not None:
-            alone = view.layout.class_tokens.to(unseen.device).expand_as(unseen)
-        else:
-            alone = torch.zeros_like(unseen)
-        joins = ~unseen & ~alone
-        takes = kept & ~alone[:, None]
-        by_image = nearest(takes, view.images.expand_as(unseen).masked_fill(~joins, -1))
-        if self.borders == "image":
-            buckets = by_image
-        else:
-            tiles = view.visibility.units.expand_as(unseen).masked_fill(~joins, -1)
-            by_tile = nearest(takes, tiles)
-            buckets = torch.where(by_tile < 0, by_image, by_tile)
-        own = torch.arange(kept.shape[-1], device=kept.device)
-        return torch.where(kept, own, buckets)

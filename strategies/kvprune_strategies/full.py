@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvprune import CrossKVPolicy, Decision, LayerView
 
@@ -12,11 +11,12 @@ from kvprune import CrossKVPolicy, Decision, LayerView
 class Full(CrossKVPolicy):
     """Keep every column, padding tiles included: bit-identical to the untouched model (KV07)."""
 
-    name: ClassVar[str] = "full"
-    version: ClassVar[int] = 1
-    cost: ClassVar[str] = "none"
-    keeps_invisible: ClassVar[bool] = True
+    name = "full"
+    version = 1
+    keeps_invisible = True
 
     def select(self, view: LayerView) -> Decision:
         """Decide nothing, and evict nothing either."""
         return Decision()
+
+    cost = "none"

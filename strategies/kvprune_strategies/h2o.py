@@ -1,14 +1,12 @@
-"""`h2o`: heavy hitters, the tokens that text looked at most."""
+"""`h2o`: heavy hitters, the tokens that receive most attention from the text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from kvprune import LayerView, ScoringPolicy, scoring
-from kvprune.policy import Need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,21 +17,37 @@ class H2O(ScoringPolicy):
     of a KV head. Also known as observed attention.
 
     Args:
-        normalize: Whether a token's sum is divided by the number of live rows that may attend it. Without,
-            images that came earlier in a prompt win, because more rows saw them.
-
-    Deviations: scores are those of the prompt. The original goes on adding up and evicting at each decode
-    step, for which there is no moment here yet. No part of the budget goes to recent tokens, because decoding
-    brings no image tokens. The original does not divide; dividing changes the order only where one row sees
-    more images than another.
+        normalize: Whether a token's sum is divided by the number of live rows that may attend to it. If not,
+            earlier images of a prompt score higher, because more rows see them.
     """
 
     normalize: bool = True
 
-    name: ClassVar[str] = "h2o"
-    version: ClassVar[int] = 1
-    paper: ClassVar[str] = "arXiv 2306.14048 (H2O)"
-    bibtex: ClassVar[str] = """
+    name = "h2o"
+    version = 1
+    needs = frozenset({"queries"})
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the attention of live rows by KV head ``[B, Hkv, S]``."""
+        mass = scoring.by_kv_head(view.attention_mass(), view.heads)  # [B, Hkv, S]
+        if not self.normalize:
+            return mass
+        rows = scoring.row_counts(view.visibility)  # [B, S]
+        return mass / rows.clamp(min=1)[:, None]
+
+    fidelity = "adapted"
+    paper = "arXiv 2306.14048 (H2O)"
+    deviations = """
+    Scores are those of the prompt. The original also adds up attention and evicts at each decode step; a
+    policy here cannot do that yet. No part of the budget goes to recent tokens, because decoding adds no
+    image tokens. The original does not divide; dividing changes the order only where one row sees more images
+    than another.
+    """
+    cost = (
+        "one product of queries and keys in each layer that decides, 64 rows at a time; one host "
+        "synchronisation for each sample"
+    )
+    bibtex = """
 @article{h2o2023,
   title = {{H2O}: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models},
   author = {Zhang, Zhenyu and Sheng, Ying and Zhou, Tianyi and Chen, Tianlong and Zheng, Lianmin and Cai,
@@ -44,20 +58,3 @@ class H2O(ScoringPolicy):
   archivePrefix = {arXiv},
 }
 """
-    fidelity: ClassVar[str] = "adapted"
-    cost: ClassVar[str] = (
-        "one product of queries and keys in each layer that decides, 64 rows at a time; one host "
-        "synchronisation for each sample"
-    )
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Attention is recomputed from queries, because fused kernels return no weights."""
-        return frozenset({"queries"})
-
-    def score(self, view: LayerView) -> Tensor:
-        """Return the attention of live rows by KV head ``[B, Hkv, S]``."""
-        mass = scoring.by_kv_head(view.attention_mass(), view.heads)
-        if not self.normalize:
-            return mass
-        return mass / scoring.row_counts(view.visibility).clamp(min=1)[:, None]

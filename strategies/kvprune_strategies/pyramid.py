@@ -1,9 +1,9 @@
-"""`pyramid`: the budget of a layer falls from the first cross-attention layer to the last, along a line."""
+"""`pyramid`: the budget of the layers falls linearly from the first cross-attention layer to the last."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,42 +18,39 @@ from kvprune_strategies.snapkv import SnapKV
 class Pyramid(LayerAllocator):
     """Keep more in the first cross-attention layers than in the last, as PyramidKV does.
 
-    With C tokens to a layer on average, the last layer keeps C / beta, the first 2 C - C / beta, and those
-    between lie on the line. Where the first cannot keep that many, it keeps all its V visible tokens and
-    the line ends at 2 C - V. Layers are counted among the cross-attention layers.
+    With C tokens per layer on average, the last layer keeps C / beta, the first 2 C - C / beta, and those in
+    between lie on the line. If the first layer has not that many, it keeps all its V visible tokens, and the
+    last layer keeps 2 C - V. Only cross-attention layers count.
 
     Args:
         beta: How steep the line is, at least 1; at 1 all layers keep the same.
         shape: "inverted" gives the last layer what "pyramid" gives the first. Which cross-attention layers
             deserve more is an open question.
-        scorer: See `kvprune.policy.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
-
-    Deviations: the original adds a window of recent tokens to each layer; here the window is text and the
-    cache holds images. It rounds the step of the line down, so that the total drifts; here all layers
-    together keep exactly L * C, rounded where their shares are nearest to a whole number.
+        scorer: See `kvprune.policy.LayerAllocator`, also for keep_ratio and keep_tokens.
     """
 
     scorer: ScoringPolicy = field(default_factory=SnapKV)
     beta: float = 20
     shape: Literal["pyramid", "inverted"] = "pyramid"
 
-    name: ClassVar[str] = "pyramid"
-    version: ClassVar[int] = 1
-    paper: ClassVar[str] = "arXiv 2406.02069 (PyramidKV)"
-    bibtex: ClassVar[str] = """
-@article{pyramid2024,
-  title = {{PyramidKV}: Dynamic {KV} Cache Compression based on Pyramidal Information Funneling},
-  author = {Cai, Zefan and Zhang, Yichi and Gao, Bofei and others},
-  year = {2024},
-  eprint = {2406.02069},
-  archivePrefix = {arXiv},
-}
-"""
-    fidelity: ClassVar[str] = "adapted"
-    cost: ClassVar[str] = (
-        "that of the scorer in each layer, its scores of all layers until the last has attended, and then a "
-        "sort of L * S numbers; all layers hold all tokens until then"
-    )
+    name = "pyramid"
+    version = 1
+
+    def urgency(self, measured: Tensor, visible: Tensor, columns: int) -> Tensor:
+        """Return minus the mean budget C at which a layer's share reaches its i-th token (i + 1/2)."""
+        layers = visible.shape[1]
+        down = torch.arange(layers, dtype=torch.float64, device=visible.device) / max(1, layers - 1)  # [L]
+        if self.shape == "inverted":
+            down = 1 - down
+        down = down[:, None]  # [L, 1], 0 at the layer that keeps most, 1 at the one that keeps least
+        steepest = 2 - 1 / self.beta
+        slope = steepest - down * (steepest - 1 / self.beta)  # [L, 1], share / C while no layer keeps all
+        share = torch.arange(columns, dtype=torch.float64, device=visible.device) + 0.5  # [S]
+        full = visible[..., None].double()  # [B, L, 1]
+        # Once the layer that keeps most keeps all, C raises the other end of the line only.
+        turned = full - (full - share) / (2 * down.clamp(min=torch.finfo(torch.float64).tiny))  # [B, L, S]
+        due = torch.where(share * steepest <= slope * full, share / slope, turned)  # [B, L, S]
+        return -due
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,18 +60,23 @@ class Pyramid(LayerAllocator):
                 f"got {self.beta!r}"
             )
 
-    def urgency(self, measured: Tensor, visible: Tensor, columns: int) -> Tensor:
-        """The i-th token of a layer is due at the mean budget C at which the layer's share is i + 1/2."""
-        layers = visible.shape[1]
-        down = torch.arange(layers, dtype=torch.float64, device=visible.device) / max(1, layers - 1)
-        if self.shape == "inverted":
-            down = 1 - down
-        down = down[:, None]
-        steepest = 2 - 1 / self.beta
-        slope = steepest - down * (steepest - 1 / self.beta)  # share / C, as long as none keeps all
-        share = torch.arange(columns, dtype=torch.float64, device=visible.device) + 0.5
-        all_of_it = visible[..., None].double()
-        # From here on the top of the line keeps all, and the line turns about it.
-        turned = all_of_it - (all_of_it - share) / (2 * down.clamp(min=torch.finfo(torch.float64).tiny))
-        due = torch.where(share * steepest <= slope * all_of_it, share / slope, turned)
-        return -due
+    fidelity = "adapted"
+    paper = "arXiv 2406.02069 (PyramidKV)"
+    deviations = """
+    The original adds a window of recent tokens to each layer; here the window is text and the cache holds
+    images. The original rounds the step of the line down, so its total drifts; here all layers together keep
+    exactly L * C, rounded where their shares are nearest to a whole number.
+    """
+    cost = (
+        "that of the scorer in each layer, its scores of all layers until the last has attended, and then a "
+        "sort of L * S numbers; all layers hold all tokens until then"
+    )
+    bibtex = """
+@article{pyramid2024,
+  title = {{PyramidKV}: Dynamic {KV} Cache Compression based on Pyramidal Information Funneling},
+  author = {Cai, Zefan and Zhang, Yichi and Gao, Bofei and others},
+  year = {2024},
+  eprint = {2406.02069},
+  archivePrefix = {arXiv},
+}
+"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,18 +17,19 @@ class Uniform(ScoringPolicy):
     The stride depends on the budget, so a larger budget does not keep a superset (KV14 does not apply).
     """
 
-    name: ClassVar[str] = "uniform"
-    version: ClassVar[int] = 1
-    cost: ClassVar[str] = "one cumulative sum over columns"
-    ranks_tokens: ClassVar[bool] = False
+    name = "uniform"
+    version = 1
+    ranks_tokens = False
 
     def score(self, view: LayerView) -> Tensor:
         """Score 1 for the tokens on the stride and 0 for the others, ``[B, 1, S]``."""
-        strata = view.strata
+        strata = view.strata  # [B, S]
         order = scoring.rank_within(torch.zeros_like(strata, dtype=torch.float32)[:, None], strata)[:, 0]
-        kept = scoring.limits(self.budget, strata)
-        size = scoring.stratum_sizes(strata).clamp(min=1)
+        kept = scoring.limits(self.budget, strata)  # [B, S]
+        size = scoring.stratum_sizes(strata).clamp(min=1)  # [B, S]
         # The i-th of n tokens is on the stride where i * kept / n + 1/2 passes a whole number.
         half = size // 2
         on_stride = ((order + 1) * kept + half) // size > (order * kept + half) // size
         return on_stride[:, None].float()
+
+    cost = "one cumulative sum over columns"

@@ -3,60 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvprune import LayerView, ScoringPolicy
 from kvprune.errors import PolicyOptionError
-from kvprune.policy import Need, ProportionalAllocator
+from kvprune.policy import ProportionalAllocator
 from kvprune_strategies.h2o import H2O
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLCache(ProportionalAllocator):
-    """Share the budget out among layers in proportion to how dense their attention is.
+    """Share the budget among layers in proportion to how dense their attention is.
 
-    A layer's density is the fraction of pairs of a live text row and a token that it may attend whose
+    A layer's density is a fraction of the pairs of a live text row and a token that it sees: those whose
     attention weight is at least ``threshold`` times the row's largest one, mean over heads. Each layer keeps
-    a hundredth of its visible tokens at least (or its even share, if that is less) and all of them at most;
-    what such a bound adds or takes is shared among the other layers, and the report says so.
+    at least a hundredth of its visible tokens (or its even share, if that is less) and at most all of them.
+    What these bounds add or take is shared among the other layers, and the report says so.
 
     Args:
         threshold: In (0, 1].
-        class_tokens: Whether the class tokens of the encoder "count" like others, or density is computed as
-            if they were not there ("ignore"). They often have the largest weight of a row, against which
-            all others look small. They may be kept in either case.
-        scorer: See `kvprune.policy.allocators.LayerAllocator`, also for keep_ratio and keep_tokens.
-
-    Deviations: rows after the image are the rows that see it, and all tokens are of the image, so nothing is
-    left of the distinction between kinds of tokens. No tenth of the budget goes to recent tokens.
+        class_tokens: Whether the class tokens of the encoder "count" like others, or density is computed
+            without them ("ignore"). They often have the largest weight of a row, next to which all others are
+            small. They may be kept in either case.
+        scorer: See `kvprune.policy.LayerAllocator`, also for keep_ratio and keep_tokens.
     """
 
     scorer: ScoringPolicy = field(default_factory=lambda: H2O(normalize=False))
     threshold: float = 0.01
     class_tokens: Literal["count", "ignore"] = "count"
 
-    name: ClassVar[str] = "vlcache"
-    version: ClassVar[int] = 1
-    paper: ClassVar[str] = "arXiv 2410.23317 (VL-Cache)"
-    bibtex: ClassVar[str] = """
-@article{vlcache2024,
-  title = {{VL-Cache}: Sparsity and Modality-Aware {KV} Cache Compression for Vision-Language Model Inference
-           Acceleration},
-  author = {Tu, Dezhan and Vashchilenko, Danylo and Lu, Yuzhe and Xu, Panpan},
-  year = {2024},
-  eprint = {2410.23317},
-  archivePrefix = {arXiv},
-}
-"""
-    fidelity: ClassVar[str] = "adapted"
-    cost: ClassVar[str] = (
-        "one product of queries and keys in each layer beside that of the scorer, 64 rows at a time; scores "
-        "of all layers until the last has attended, when L * S numbers are sorted; all layers hold all "
-        "tokens until then; one host synchronisation for each sample and layer"
-    )
+    name = "vlcache"
+    version = 1
+    measure_needs = frozenset({"queries"})
+
+    def measure(self, view: LayerView) -> Tensor:
+        """Return the density of attention to what decoding sees, float64 ``[B, 1]``."""
+        columns = view.visible  # [B, S]
+        if self.class_tokens == "ignore" and view.layout.class_tokens is not None:
+            columns = columns & ~view.layout.class_tokens
+        return view.attention_density(self.threshold, columns).mean(-1, keepdim=True)
+
+    def weights(self, measured: Tensor) -> Tensor:
+        """Return the densities, ``[B, L]``."""
+        return measured[..., 0]
+
+    def least(self, even: Tensor, visible: Tensor) -> Tensor:
+        """Return a hundredth of the visible tokens, rounded up, or the even share if that is less."""
+        return torch.minimum((visible + 99) // 100, even)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,22 +62,25 @@ class VLCache(ProportionalAllocator):
                 f"got {self.threshold!r}"
             )
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Attention is recomputed from queries, because fused kernels return no weights."""
-        return super().needs | {"queries"}
-
-    def measure(self, view: LayerView) -> Tensor:
-        """Return the density of attention to what decoding sees, float64 ``[B, 1]``."""
-        columns = view.visible
-        if self.class_tokens == "ignore" and view.layout.class_tokens is not None:
-            columns = columns & ~view.layout.class_tokens
-        return view.attention_density(self.threshold, columns).mean(-1, keepdim=True)
-
-    def weights(self, measured: Tensor) -> Tensor:
-        """The densities."""
-        return measured[..., 0]
-
-    def least(self, even: Tensor, visible: Tensor) -> Tensor:
-        """A hundredth of the visible tokens, rounded up, if the even share is as much."""
-        return torch.minimum((visible + 99) // 100, even)
+    fidelity = "adapted"
+    paper = "arXiv 2410.23317 (VL-Cache)"
+    deviations = """
+    The paper treats image and text tokens differently, and measures rows after the image. Here all cached
+    tokens are of the image, and the rows that count are those that see it. The paper reserves a tenth of the
+    budget for recent tokens; this does not.
+    """
+    cost = (
+        "one product of queries and keys in each layer beside that of the scorer, 64 rows at a time; scores "
+        "of all layers until the last has attended, when L * S numbers are sorted; all layers hold all "
+        "tokens until then; one host synchronisation for each sample and layer"
+    )
+    bibtex = """
+@article{vlcache2024,
+  title = {{VL-Cache}: Sparsity and Modality-Aware {KV} Cache Compression for Vision-Language Model Inference
+           Acceleration},
+  author = {Tu, Dezhan and Vashchilenko, Danylo and Lu, Yuzhe and Xu, Panpan},
+  year = {2024},
+  eprint = {2410.23317},
+  archivePrefix = {arXiv},
+}
+"""

@@ -92,8 +92,9 @@ def test_fifteen_lines_keep_the_tokens_that_score_highest(visibility, percent):
 
 def test_an_author_needs_no_option_to_get_half():
     policy = ValueSpread()
-    assert (policy.keep_ratio, policy.keep_tokens, policy.reach) == (0.5, None, "layer")
-    assert policy.budget == kvprune.Budget(keep_ratio=0.5)
+    assert (policy.keep_ratio, policy.keep_tokens, policy.reach) == (None, None, "layer")
+    assert policy.budget == policy.exact_budget == kvprune.Budget(keep_ratio=0.5)
+    assert (policy.stated_budget, policy.requested) == ({}, {"keep_ratio": 0.5})
     assert policy.needs == frozenset()
     assert policy.ranks_tokens
     assert ValueSpread.check_class() is None
@@ -486,6 +487,86 @@ def test_an_unknown_option_of_a_policy_without_options_says_none():
 def test_an_impossible_budget_is_refused_when_the_policy_is_made(options, message):
     with pytest.raises(BudgetError, match=message):
         ValueSpread(**options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive(kvprune.BudgetPolicy):
+    """Finds a number of tokens itself, unless a budget or a share of something else is stated."""
+
+    name = "adaptive"
+    share: float | None = None
+    budget_alternatives = ("share",)
+    default_ratio = None
+
+    def select(self, view):
+        return Decision()
+
+
+def test_a_policy_may_have_no_default_budget_and_another_option_in_its_place():
+    assert (Adaptive().exact_budget, Adaptive().stated_budget, Adaptive().requested) == (None, {}, {})
+    assert Adaptive().spec == Adaptive().nested_spec == PolicySpec("adaptive", {}, 1)
+    with pytest.raises(BudgetError, match="policy 'adaptive' state no budget, and it has no default"):
+        Adaptive().budget  # noqa: B018
+    share = Adaptive(share=0.25)
+    assert (share.exact_budget, share.requested) == (None, {"share": 0.25})
+    assert share.budget == kvprune.Budget(keep_ratio=0.25)
+    assert Adaptive(keep_tokens=3).exact_budget == kvprune.Budget(keep_tokens=3)
+    with pytest.raises(BudgetError, match=r"share of policy 'adaptive' is a fraction in \(0, 1\], got 1\.5"):
+        Adaptive(share=1.5)
+    with pytest.raises(BudgetError, match=r"or keep_tokens or share, got keep_tokens=3 and share=0\.5"):
+        Adaptive(share=0.5, keep_tokens=3)
+
+
+BUILT_IN = {name: kvprune.get_policy(name) for name in kvprune.list_policies()}
+BUDGETED = [name for name, policy in BUILT_IN.items() if "keep_ratio" in policy.option_values]
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_a_default_budget_can_be_replaced(name):
+    policy = kvprune.get_policy(name)
+    assert (policy.keep_ratio, policy.keep_tokens) == (None, None)
+    for option, value in [("keep_ratio", 0.3), ("keep_tokens", 3)]:
+        other = dataclasses.replace(policy, **{option: value})
+        assert other == kvprune.get_policy(f"{name}:{option}={value}")
+        assert other.requested[option] == value
+        assert other.spec.options[option] == value
+        assert other != policy
+    again = dataclasses.replace(policy)
+    assert again == policy
+    assert (again.keep_ratio, hash(again)) == (None, hash(policy))
+
+
+def test_equality_that_a_class_defines_itself_is_kept():
+    @dataclass(frozen=True, kw_only=True)
+    class Alike(ValueSpread):
+        name = "alike"
+
+        def __eq__(self, other):
+            return isinstance(other, Alike)
+
+        def __hash__(self):
+            return 1
+
+    assert Alike(keep_ratio=0.1) == Alike(keep_ratio=0.2)
+    assert ValueSpread(keep_ratio=0.1) != 3
+
+
+def test_needs_may_be_a_class_attribute_or_a_property():
+    class Constant(ValueSpread):
+        name = "constant"
+        needs = frozenset({"queries"})
+
+    class Depends(ValueSpread):
+        name = "depends"
+
+        @property
+        def needs(self):
+            return frozenset({"queries"} if self.reach == "onward" else ())
+
+    make = dataclass(frozen=True, kw_only=True)
+    assert make(Constant)().needs == {"queries"}
+    assert make(Depends)().needs == frozenset()
+    assert Depends(reach="onward").needs == {"queries"}
 
 
 def test_a_missing_option_is_an_option_error_that_names_it():

@@ -203,7 +203,7 @@ def test_ties_go_to_the_first():
         ({"recent": 0}, PolicyOptionError, "recent of policy 'csp' is at least 1"),
         ({"null_keys": -1.0}, PolicyOptionError, "null_keys of policy 'csp' is at least 0"),
         ({"null_keys": math.inf}, PolicyOptionError, "null_keys"),
-        ({"keep_ratio": 0.5, "total_ratio": 0.5}, PolicyOptionError, "either total_ratio"),
+        ({"keep_ratio": 0.5, "total_ratio": 0.5}, PolicyOptionError, "keep_ratio=0.5 and total_ratio=0.5"),
         ({"text_keep": 0.5, "total_ratio": 0.5}, PolicyOptionError, "either total_ratio"),
         ({"keep_ratio": 1.5}, BudgetError, "keep_ratio"),
         ({"keep_ratio": 0.5, "keep_tokens": 3}, BudgetError, "either"),

@@ -11,7 +11,6 @@ from helpers import (
     exact_budget,
     kept_sets,
     make_visibility,
-    one_of,
     slow_groups,
     slow_strata,
 )
@@ -20,8 +19,7 @@ from hypothesis import strategies as st
 from kvprune_strategies import PruMerge
 
 from kvprune import get_policy
-from kvprune.errors import BudgetError, PolicyOptionError, ScoreError
-from kvprune.tokens.merging import merge_features
+from kvprune.errors import PolicyOptionError
 
 ratios = st.one_of(st.none(), st.integers(1, 100).map(lambda percent: percent / 100))
 choices = st.sampled_from(["keep", "rank"])
@@ -145,54 +143,12 @@ def test_each_image_has_quartiles_of_its_own():
     assert kept_sets(PruMerge().choose(view).onward) == [[{3, 39}]]
 
 
-@given(conversations(), ratios)
-def test_merging_identical_tokens_by_their_mean_changes_nothing(visibility, ratio):
-    view = make_seen(visibility, captured_features=torch.full((visibility.batch, visibility.columns, 3), 0.3))
-    onward = PruMerge(keep_ratio=ratio, merge="avg").choose(view).onward
-    if onward.merge is not None:
-        entries = onward.indices.shape[-1]
-        merged = merge_features(view.features, onward.merge.into[:, 0], onward.merge.weights[:, 0], entries)
-        assert torch.allclose(merged[onward.valid[:, 0]], torch.tensor(0.3), rtol=0, atol=1e-6)
-
-
-@given(conversations(), st.booleans())
-def test_keeping_all_merges_nothing(visibility, plus):
-    assert PruMerge(keep_ratio=1.0, plus=plus).choose(make_seen(visibility)).onward.merge is None
-
-
-@given(conversations(), ratios.filter(bool), ratios.filter(bool), st.booleans(), st.booleans())
-def test_a_larger_budget_keeps_a_superset(visibility, one, other, plus, classes):
-    view = make_seen(visibility, classes=classes)
-    few, many = (
-        PruMerge(keep_ratio=ratio, plus=plus).choose(view).onward.to_mask() for ratio in sorted([one, other])
-    )
-    assert not bool((few & ~many).any())
-
-
-@given(conversations(), ratios, st.booleans(), st.booleans())
-def test_a_sample_keeps_alone_what_it_keeps_in_a_batch(visibility, ratio, plus, classes):
-    view, policy = make_seen(visibility, classes=classes), PruMerge(keep_ratio=ratio, plus=plus)
-    together = policy.choose(view).onward
-    for sample in range(visibility.batch):
-        by_itself = members_of(policy.choose(one_of(view, sample)).onward, 0)
-        found = members_of(together, sample)
-        assert {a: set(b) for a, b in by_itself.items()} == {a: set(b) for a, b in found.items()}
-        assert all(by_itself[anchor] == found[anchor] for anchor in found)
-
-
 def test_a_bucket_without_attention_is_its_kept_token():
     paid = torch.zeros(1, 6, dtype=torch.float64)
     view = make_seen(make_visibility([[[1]]], 6), captured_class_attention=paid)
     onward = PruMerge(keep_tokens=2, merge="avg").choose(view).onward
     assert kept_sets(onward) == [[{0, 1}]]
     assert onward.merge.weights[0, 0].tolist() == [1, 1, 0, 0, 0, 0]
-
-
-def test_attention_that_is_not_a_number_is_refused():
-    view = make_seen(make_visibility([[[1]]], 8))
-    broken = view.class_attention.index_fill(1, torch.tensor([3]), math.nan)
-    with pytest.raises(ScoreError, match="NaN for 1 tokens"):
-        PruMerge().choose(view.capturing(class_attention=broken))
 
 
 def test_what_is_asked_for():
@@ -214,10 +170,3 @@ def test_what_is_asked_for():
 def test_wrong_options_are_refused_with_what_would_be_right(options, message):
     with pytest.raises(PolicyOptionError, match=message):
         PruMerge(**options)
-
-
-def test_impossible_budgets_are_refused():
-    with pytest.raises(BudgetError, match="lies in"):
-        PruMerge(keep_ratio=2.0)
-    with pytest.raises(BudgetError, match="keep_ratio or keep_tokens, or neither"):
-        PruMerge(keep_ratio=0.5, keep_tokens=3)

@@ -244,9 +244,18 @@ def test_trim_needs_queries_and_nothing_else():
 # options
 
 
+def test_a_number_of_tokens_is_a_budget_of_the_union():
+    view = make_view(make_visibility([[[1]] * 3] * 2, [8]))
+    assert [len(kept) for kept in onward(view, keep_tokens=3)] == [3, 3]
+    assert onward(view, keep_tokens=2) == onward(view, keep_ratio=0.25)
+    assert Trim(keep_tokens=3).exact_budget == kvprune.Budget(keep_tokens=3)
+
+
 def test_half_of_the_visible_tokens_are_kept_by_default():
     assert kvprune.get_policy("trim") == Trim(keep_ratio=0.5)
     assert Trim(k_ratio=0.25).keep_ratio is None
+    assert Trim(k_ratio=0.25).requested == {"k_ratio": 0.25}
+    assert Trim(k_ratio=0.25).exact_budget is None
     assert Trim.ranks_tokens
 
 
@@ -257,7 +266,7 @@ def test_half_of_the_visible_tokens_are_kept_by_default():
         ("trim:k_ratio=1.5", r"k_ratio.*got 1\.5"),
         ("trim:k_ratio=-0.1", r"k_ratio.*got -0\.1"),
         ("trim:keep_ratio=2", r"keep_ratio.*got 2\.0"),
-        ("trim:k_ratio=0.5,keep_ratio=0.5", r"k_ratio=0\.5 and keep_ratio=0\.5"),
+        ("trim:k_ratio=0.5,keep_ratio=0.5", r"keep_ratio=0\.5 and k_ratio=0\.5"),
     ],
 )
 def test_an_impossible_budget_is_refused_by_its_own_name(spec, message):
@@ -270,7 +279,7 @@ def test_an_impossible_budget_is_refused_by_its_own_name(spec, message):
     [
         ("trim:k_ratio=nan", "'k_ratio' of policy 'trim' must be number or none, got 'nan'"),
         ("trim:crop_first=1", "'crop_first' of policy 'trim' must be true or false, got '1'"),
-        ("trim:keep_tokens=5", "policy 'trim' has no option 'keep_tokens'"),
+        ("trim:k_tokens=5", "policy 'trim' has no option 'k_tokens'"),
     ],
 )
 def test_wrong_options_are_refused_with_what_would_be_right(spec, message):

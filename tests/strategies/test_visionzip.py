@@ -4,14 +4,12 @@ import math
 from fractions import Fraction
 
 import pytest
-import torch
 from class_tokens import choose_from, class_tokens, large, make_seen, members_of, require_joins
 from helpers import (
     conversations,
     exact_budget,
     kept_sets,
     make_visibility,
-    one_of,
     slow_groups,
     slow_strata,
 )
@@ -19,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvprune_strategies import VisionZip
 
-from kvprune.errors import BudgetError, PolicyOptionError, ScoreError
-from kvprune.tokens.merging import merge_features
+from kvprune.errors import PolicyOptionError
 
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
 shares = st.sampled_from([0.01, 0.5, 0.84, 1.0])
@@ -109,48 +106,11 @@ def test_of_64_tokens_54_are_dominant_and_10_contextual():
 
 
 @given(conversations(), ratios)
-def test_merging_identical_tokens_changes_nothing(visibility, ratio):
-    view = make_seen(visibility, captured_features=torch.full((visibility.batch, visibility.columns, 3), 0.3))
-    onward = VisionZip(keep_ratio=ratio, dominant=0.5).choose(view).onward
-    if onward.merge is not None:
-        entries = onward.indices.shape[-1]
-        merged = merge_features(view.features, onward.merge.into[:, 0], onward.merge.weights[:, 0], entries)
-        assert torch.allclose(merged[onward.valid[:, 0]], torch.tensor(0.3), rtol=0, atol=1e-6)
-
-
-@given(conversations(), shares)
-def test_keeping_all_merges_nothing(visibility, share):
-    onward = VisionZip(keep_ratio=1.0, dominant=share).choose(make_seen(visibility)).onward
-    assert onward.merge is None
-
-
-@given(conversations(), ratios)
 def test_without_contextual_tokens_nothing_is_merged(visibility, ratio):
     onward = VisionZip(keep_ratio=ratio, dominant=1.0).choose(make_seen(visibility)).onward
     for sample in range(visibility.batch):
         if len(slow_groups(visibility, sample)) == 1:
             assert all(len(bucket) == 1 for bucket in members_of(onward, sample).values())
-
-
-@given(conversations(), ratios, ratios, shares, st.booleans())
-def test_a_larger_budget_keeps_a_superset(visibility, one, other, share, classes):
-    view = make_seen(visibility, classes=classes)
-    few, many = (
-        VisionZip(keep_ratio=ratio, dominant=share).choose(view).onward.to_mask()
-        for ratio in sorted([one, other])
-    )
-    assert not bool((few & ~many).any())
-
-
-@given(conversations(), ratios, st.sampled_from(["avg", "sum"]), st.booleans())
-def test_a_sample_keeps_alone_what_it_keeps_in_a_batch(visibility, ratio, merge, classes):
-    view, policy = (
-        make_seen(visibility, classes=classes),
-        VisionZip(keep_ratio=ratio, dominant=0.5, merge=merge),
-    )
-    together = policy.choose(view).onward
-    for sample in range(visibility.batch):
-        assert members_of(policy.choose(one_of(view, sample)).onward, 0) == members_of(together, sample)
 
 
 def test_class_tokens_come_first_or_last():
@@ -159,18 +119,6 @@ def test_class_tokens_come_first_or_last():
     assert kept_sets(VisionZip(keep_tokens=1).choose(view).onward) == [[{0}]]
     rest = VisionZip(keep_tokens=8, dominant=1.0, class_tokens="rank").choose(view).onward
     assert kept_sets(rest) == [[set(range(10)) - {0, 5}]]
-
-
-def test_equal_attention_goes_to_the_lower_column():
-    view = make_seen(make_visibility([[[1]]], 8), captured_class_attention=torch.full((1, 8), 0.125))
-    assert kept_sets(VisionZip(keep_tokens=3, dominant=1.0).choose(view).onward) == [[{0, 1, 2}]]
-
-
-def test_attention_that_is_not_a_number_is_refused():
-    view = make_seen(make_visibility([[[1]]], 8))
-    broken = view.capturing(class_attention=view.class_attention.index_fill(1, torch.tensor([3]), math.nan))
-    with pytest.raises(ScoreError, match="NaN for 1 tokens"):
-        VisionZip().choose(broken)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +133,3 @@ def test_attention_that_is_not_a_number_is_refused():
 def test_wrong_options_are_refused_with_what_would_be_right(options, message):
     with pytest.raises(PolicyOptionError, match=message):
         VisionZip(**options)
-
-
-def test_impossible_budgets_are_refused():
-    with pytest.raises(BudgetError, match="lies in"):
-        VisionZip(keep_ratio=2.0)

@@ -196,6 +196,8 @@ def test_a_sample_without_an_image_keeps_all():
 def test_what_it_asks_for_is_on_the_receipt():
     assert zipvl().requested == {"tau": 0.975}
     assert zipvl().exact_budget is None
+    assert zipvl(keep_tokens=3).requested == {"keep_tokens": 3}
+    assert zipvl(keep_tokens=3).exact_budget == kvprune.Budget(keep_tokens=3)
     assert zipvl(keep_ratio=0.25).requested == {"keep_ratio": 0.25}
     assert zipvl(keep_ratio=0.25).exact_budget == kvprune.Budget(keep_ratio=0.25)
     mixed = zipvl(high_ratio=0.25, low_bits=4)
@@ -216,6 +218,7 @@ def test_what_it_asks_for_is_on_the_receipt():
         ({"high_bits": 3}, "16"),
         ({"low_bits": 16}, "0"),
         ({"keep_ratio": 0.5, "low_bits": 2}, r"takes high_ratio .*held \(low_bits=2\), got keep_ratio=0.5"),
+        ({"keep_tokens": 3, "low_bits": 2}, r"takes high_ratio .*held \(low_bits=2\), got keep_tokens=3"),
         ({"high_ratio": 0.5}, r"takes keep_ratio .*dropped \(low_bits=0\), got high_ratio=0.5"),
     ],
 )

@@ -120,9 +120,8 @@ def _cross(spec: PolicySpec, cls: type[CrossKVPolicy], keep_ratios: Sequence[flo
 def _configure(installed: Registry, spec: PolicySpec) -> Configuration:
     resolved = installed.resolve(spec)
     policy = resolved.policy
-    budget = {
-        option: getattr(policy, option) for option in BUDGETS if getattr(policy, option, None) is not None
-    }
+    values = policy.option_values
+    budget = {option: values[option] for option in BUDGETS if values.get(option) is not None}
     rest = {option: value for option, value in policy.spec.options.items() if option not in BUDGETS}
     # A policy that is the default of an option need not be installed.
     inner = [installed.resolve(part).distribution for part in parts(policy) if part is not policy]

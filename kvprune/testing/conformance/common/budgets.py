@@ -24,8 +24,8 @@ _HUGE = 10**6
 
 
 def stated_budget(policy: CrossKVPolicy) -> tuple[float | None, int | None] | None:
-    """Return keep_ratio and keep_tokens as a policy states them; None if it states neither."""
-    ratio, tokens = getattr(policy, "keep_ratio", None), getattr(policy, "keep_tokens", None)
+    """Return keep_ratio and keep_tokens of a policy, a default filled in; None if it has neither."""
+    ratio, tokens = (policy.option_values.get(name) for name in ("keep_ratio", "keep_tokens"))
     return None if ratio is None and tokens is None else (ratio, tokens)
 
 
@@ -55,7 +55,7 @@ def widening(policy: CrossKVPolicy) -> list[CrossKVPolicy]:
     names = [field.name for field in dataclasses.fields(policy)]
     names.sort(key=lambda name: name not in ("keep_ratio", "keep_tokens"))
     for name in names:
-        if getattr(policy, name) is None:
+        if policy.option_values[name] is None:
             continue
         if name == "keep_tokens":
             made = [_with(policy, keep_tokens=count) for count in (1, 2, 3, 5, _HUGE)]
