@@ -1,6 +1,6 @@
-"""Applies a decision to a cache layer, and says in terms of columns what was done.
+"""Applies a decision to a cache layer, and describes the result by columns for reports.
 
-Entries of earlier images stay as long as decoding can see them; new ones as the decision says.
+The decision is about new entries. Entries of earlier images are kept as long as decoding can see them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["attended", "carrying", "require_onward", "retain"]
 
 
 def retain(prefill: Prefill, decision: Decision, asked: Asked) -> Merge | None:
-    """Let a layer keep what was decided; return what was merged, in terms of its columns."""
+    """Drop the entries of a layer that a decision does not keep; return the merge by columns, if any."""
     layer, selection = asked.layer, decision.cache
     if selection is not None and selection.merge is not None:
         return _retain_merged(prefill, decision, selection, asked)
@@ -36,23 +36,25 @@ def retain(prefill: Prefill, decision: Decision, asked: Asked) -> Merge | None:
 
 
 def _is_final(prefill: Prefill, selection: Selection, asked: Asked) -> bool:
-    """Whether a selection of the view's columns says all there is to say about the entries of the layer.
+    """Whether a selection of the view's columns can be applied to the entries of the layer as it is.
 
-    It does unless earlier images are held, or it keeps columns that decoding cannot see: a sample to which no
-    image came selects a placeholder.
+    Not if the layer holds earlier images, and not if the selection keeps columns that decoding cannot see: a
+    sample without an image selects a placeholder column, which is dropped here.
     """
     if asked.first or selection.indices.device != asked.layer.keys.device:
         return False
     visible = asked.view.visibility.by_column(prefill.visibility.decode_units)  # [R, S]
-    by_head = visible.to(selection.indices.device)[:, None].expand(-1, selection.indices.shape[1], -1)
+    by_head = visible.to(selection.indices.device)[:, None].expand(
+        -1, selection.indices.shape[1], -1
+    )  # [R, H or 1, S]
     return bool((by_head.gather(-1, selection.indices) | ~selection.valid).all())
 
 
 def _retain_merged(prefill: Prefill, decision: Decision, selection: Selection, asked: Asked) -> Merge | None:
-    """Let a layer keep what was decided, and merge what is dropped into it."""
+    """Drop entries of a layer as decided, and merge the dropped ones into the kept ones."""
     layer = asked.layer
     slots, valid = layer.entries()
-    kept = _kept(prefill, decision, asked) & valid
+    kept = _kept(prefill, decision, asked) & valid  # [R, H or 1, K]
     merge = among_entries(selection, kept, asked.first)
     places = Selection.from_mask(kept)
     layer.retain(Selection.trusted(places.indices, places.valid, places.columns, merge))
@@ -60,18 +62,18 @@ def _retain_merged(prefill: Prefill, decision: Decision, selection: Selection, a
 
 
 def _kept(prefill: Prefill, decision: Decision, asked: Asked) -> Tensor:
-    """Return which entries of a layer stay, bool ``[R, H or 1, K]``."""
+    """Return which of the K entries of a layer are kept, bool ``[R, H or 1, K]``."""
     layer, first = asked.layer, asked.first
     device = layer.keys.device
     decodable = prefill.visibility.decode_units  # [R, U]
     new = asked.view.visibility.by_column(decodable)[:, None].to(device)  # [R, 1, S]
     if decision.cache is not None:
-        new = new & decision.cache.to_mask().to(device)
+        new = new & decision.cache.to_mask().to(device)  # [R, H or 1, S]
     if first:
-        # Entries of earlier images stay as long as decoding can see them.
-        slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)
+        # Entries of earlier images are kept as long as decoding can see them.
+        slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)  # [R, H or 1, first]
         batch, heads, _ = slots.shape
-        units = prefill.visibility.units[:, None].expand(batch, heads, -1).gather(-1, slots)
+        units = prefill.visibility.units[:, None].expand(batch, heads, -1).gather(-1, slots)  # of each entry
         old = decodable[:, None].expand(-1, heads, -1).gather(-1, units).to(device)  # [R, H, first]
         width = max(heads, new.shape[1])
         new = torch.cat([old.expand(-1, width, -1), new.expand(-1, width, -1)], dim=-1)
@@ -79,21 +81,27 @@ def _kept(prefill: Prefill, decision: Decision, asked: Asked) -> Tensor:
 
 
 def _bits(decision: Decision, layer: CrossKVLayer, first: int) -> Tensor | None:
-    """Return in which precision a layer holds its entries, uint8 ``[R, H or 1, K]``; None for its own."""
+    """Return the bits of each entry after a decision, uint8 ``[R, H or 1, K]``; None without quantization."""
     if decision.cache is None or decision.cache.bits is None:
         return None
-    new = decision.cache.bits_by_column().to(layer.keys.device)
+    new = decision.cache.bits_by_column().to(layer.keys.device)  # [R, H or 1, S]
     old = torch.full((*new.shape[:2], first), OWN_BITS, dtype=torch.uint8, device=new.device)
     return torch.cat([old, new], dim=-1)
 
 
 def attended(layer: CrossKVLayer, received: Selection | None, first_new: int) -> Selection:
-    """Return what a layer attends to in prefill: which features were merged, and which entries are biased."""
+    """Return the columns that a layer attended to in prefill, with merges and the bias of old entries.
+
+    Args:
+        layer: Updated with the new columns.
+        received: Columns that arrived at the layer, with the merge of their features; None for all.
+        first_new: The first column that is new.
+    """
     now = layer.selection()
     merge = None
     if received is not None and received.merge is not None:
-        into = positions(now)
-        takers = anchors(received).expand(-1, into.shape[1], -1)
+        into = positions(now)  # [R, H or 1, S]
+        takers = anchors(received).expand(-1, into.shape[1], -1)  # column that takes each new one; -1: none
         new = torch.where(takers < 0, -1, into.gather(-1, takers.clamp(min=0) + first_new))
         weights = torch.ones_like(into, dtype=received.merge.weights.dtype)
         weights[..., first_new:] = received.merge.weights
@@ -105,22 +113,23 @@ def attended(layer: CrossKVLayer, received: Selection | None, first_new: int) ->
 def carrying(
     merge: Merge | None, layer: CrossKVLayer, slots: Tensor, valid: Tensor, first_new: int
 ) -> Merge | None:
-    """Return a merge for a report, with the bias that entries of earlier images have.
+    """Return a merge for a report, with the logit bias that entries of earlier images carry.
 
     Args:
-        merge: Of columns, if this prefill merges any.
+        merge: Of this prefill, by column; None if it merges nothing.
         layer: The cache layer.
-        slots: The columns of the entries that are reported.
-        valid: Which of these are valid.
+        slots: int64 ``[R, H or 1, K]``, the columns of the reported entries.
+        valid: bool, same shape; false at padding.
         first_new: The first column that is new.
     """
     if layer.bias is None or first_new == 0:
         return merge
     held_slots, held_valid = layer.entries()
+    # [R, H or 1, S + 1]: padding may name any column, so its bias goes to one beyond the last.
     by_column = torch.zeros(*slots.shape[:2], layer.columns + 1, dtype=layer.bias.dtype, device=slots.device)
     by_column.scatter_(-1, torch.where(held_valid, held_slots, layer.columns), layer.bias)
     carried = by_column.gather(-1, slots).masked_fill(~valid | (slots >= first_new), 0)
-    if merge is None:
+    if merge is None:  # a merge in which each entry stands for itself alone
         own = torch.arange(slots.shape[-1], device=slots.device).expand_as(slots)
         ones = torch.ones_like(own, dtype=torch.float64)
         merge = of_columns(Merge(own, ones), slots, valid, layer.columns)
@@ -128,7 +137,7 @@ def carrying(
 
 
 def require_onward(decision: Decision, policy: CrossKVPolicy, layer_idx: int) -> None:
-    """Raise if a decision would change nothing, because there is no cache.
+    """Raise if a decision has no effect because the model was called without a cache.
 
     Raises:
         UnsupportedCacheError: Naming the policy and the layer.
