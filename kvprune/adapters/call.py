@@ -1,9 +1,9 @@
 """State and steps that all families share in one forward call of a model under compression.
 
 An adapter makes a `Call` when its model is called and discards it when the call ends, also by an exception.
-In prefill, each cross-attention layer passes through it twice: `Call.arrive` before the layer, which gets
-from the manager the columns that the layer receives, and `Call.leave` after it, which hands the manager the
-tensors that hooks captured in between (`Call.keep_output`, `Call.keep_input`).
+In prefill, each cross-attention layer uses it twice: `Call.arrive` runs before the layer, and gets
+the columns that arrive from the manager. `Call.leave` runs after it, and hands the manager the tensors
+that hooks have captured in between (`Call.keep_output`, `Call.keep_input`).
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class CrossKVLayer(HeldEntries):
         Args:
             received: The new columns that arrive, for each held row; None for all of them.
             columns: Number of new columns, including dropped ones.
-            twins: Rows of the batch that are equal and may be held once; used only if the layer is empty.
+            twins: Equal rows of the batch, to be held once; used only while the layer is empty.
         """
         if not self.is_filled:
             self.twins = twins or Twins()

@@ -43,10 +43,7 @@ from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
 from kvprune.engine.prefill import Asked, Observed, Prefill
 from kvprune.engine.report import CompressionReport
-from kvprune.errors import (
-    GuideError,
-    UnsupportedCacheError,
-)
+from kvprune.errors import GuideError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
 from kvprune.policy.checks import check_decision, check_text
