@@ -20,7 +20,7 @@ class _Hook:
         self.hook = hook
 
     def __call__(self, *call: Any) -> Any:
-        return None if self.attachment.is_aside else self.hook(*call)
+        return None if self.attachment.is_paused else self.hook(*call)
 
 
 class Attachment:
@@ -36,7 +36,7 @@ class Attachment:
     def __init__(self, model: nn.Module, label: str) -> None:
         self.model = model
         self.label = label
-        self.is_aside = False
+        self.is_paused = False
         self._handles: list[RemovableHandle] = []
         self._call_handles: list[RemovableHandle] = []
         self._restore: list[Callable[[], None]] = []
@@ -50,13 +50,13 @@ class Attachment:
             self._restore.pop()()
 
     @contextmanager
-    def standing_aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Pause all hooks in a block: the model runs as if nothing were attached, and others may attach."""
-        self.is_aside = True
+        self.is_paused = True
         try:
             yield
         finally:
-            self.is_aside = False
+            self.is_paused = False
 
     def end_of_call(self) -> None:
         """Remove the hooks that were added for one forward call."""
@@ -99,6 +99,6 @@ def compressing(model: nn.Module) -> str | None:
     """Return the label of the attachment that hooks a model or a part of it now; None if there is none."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _Hook) and not hook.attachment.is_aside:
+            if isinstance(hook, _Hook) and not hook.attachment.is_paused:
                 return hook.attachment.label
     return None

@@ -6,10 +6,10 @@ from the model's forward call to the pruned cache:
 1. The model is called. The adapter's first hook makes a `kvprune.adapters.call.Call`. If the arguments bring
    encoder states, it calls `CrossKVManager.begin` with the visibility of the columns, and adds the hooks that
    capture what the policy needs.
-2. Before each cross-attention layer, a hook puts a `CrossKVLayer` in the cache and calls `Call.arrive`.
+2. Before each cross-attention layer, a hook puts a `CrossKVLayer` in the cache and calls `Call.before_layer`.
    The layer's arguments are replaced: only the features that arrive, and a mask of the same width.
 3. The stock layer projects the features, updates the cache and attends.
-4. After the layer, a hook calls `Call.leave`. The manager asks the policy
+4. After the layer, a hook calls `Call.after_layer`. The manager asks the policy
    (`kvprune.engine.policy_calls`) and prunes the cache layer (`kvprune.engine.application`).
 5. After the model, also if it raised, a hook discards the `Call` and calls `CrossKVManager.end`.
 

@@ -1,8 +1,8 @@
 """State and steps that all families share in one forward call of a model under compression.
 
 An adapter makes a `Call` when its model is called and discards it when the call ends, also by an exception.
-In prefill, each cross-attention layer uses it twice: `Call.arrive` runs before the layer, and gets
-the columns that arrive from the manager. `Call.leave` runs after it, and hands the manager the tensors
+In prefill, each cross-attention layer uses it twice: `Call.before_layer` runs before the layer, and gets
+the columns that arrive from the manager. `Call.after_layer` runs after it, and hands the manager the tensors
 that hooks have captured in between (`Call.keep_output`, `Call.keep_input`).
 """
 
@@ -56,7 +56,7 @@ class Call:
             return self.transient
         return open_for_prefill(cache, layer_idx, self.manager.report.warn)
 
-    def arrive(self, rank: int, layer: CrossKVLayer, features: Tensor) -> tuple[Arrival, Tensor]:
+    def before_layer(self, rank: int, layer: CrossKVLayer, features: Tensor) -> tuple[Arrival, Tensor]:
         """Tell the manager that a layer is about to run; return the columns that arrive, and their features.
 
         Args:
@@ -74,7 +74,7 @@ class Call:
             self.tensors["features"] = features
         return arrival, features
 
-    def leave(
+    def after_layer(
         self, rank: int, layer_idx: int, cache: Cache | None, *, scaling: float, follows_text: bool = True
     ) -> None:
         """Tell the manager that a layer has attended, and hand over what was captured in it.

@@ -33,7 +33,7 @@ from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.prompts import decoder_prompt
 from kvprune.adapters.text_capture import TextCapture
-from kvprune.cache.copies import Twins, find_twins
+from kvprune.cache.copies import SharedRows, find_shared_rows
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
@@ -132,7 +132,7 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _note_prompt(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Note the prompt's length when assisted decoding starts; replaces ``_get_candidate_generator``."""
-        if self.is_aside:
+        if self.is_paused:
             return ask(*args, **kwargs)
         ids = inspect.signature(ask).bind(*args, **kwargs).arguments.get("input_ids")
         self._prompt = None if ids is None else int(ids.shape[1])
@@ -165,20 +165,20 @@ class EncoderDecoderAdapter(ModelAdapter):
             decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # rows of this call only
         masks = named.get("encoder_attention_mask"), decoder_mask
         cached = self._is_cached(named)
-        twins = Twins()
+        shared_rows = SharedRows()
         if cached and not torch.is_grad_enabled():
             # Share only rows that were repeated after the encoder. Whisper repeats audio for several return
             # sequences before the encoder, and later splits the cache by these rows.
             read = None if self._encoded is None else max(1, batch // self._encoded.shape[0])
-            twins = find_twins([tokens, *masks], [states], most=read)
-        copies, needs = twins.copies, call.needs
+            shared_rows = find_shared_rows([tokens, *masks], [states], most=read)
+        copies, needs = shared_rows.copies, call.needs
         drafts = 0 if self._prompt is None else tokens.shape[1] - self._prompt
         self._prompt = None
         call.manager.begin(
             self._visibility(tokens[:, : tokens.shape[1] - drafts], states, *masks, copies),
             columns,
             lambda: self._sample_fingerprints(states, batch)[::copies],
-            twins=twins,
+            shared_rows=shared_rows,
             cached=cached,
             layout=lambda: Layout.line(columns, states.device),
             prompt=decoder_prompt(named, tokens.shape[1], drafts, copies) if "guidance" in needs else None,
@@ -281,7 +281,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         """Return a layer's arguments in prefill: the features that arrive, and a mask of the same width."""
         flat = None if cache is None else cache.cross_attention_cache
         layer = call.layer_for(flat, module.layer_idx)
-        arrival, states = call.arrive(module.layer_idx, layer, named[self.states])
+        arrival, states = call.before_layer(module.layer_idx, layer, named[self.states])
         mask = call.mask.over(named.get(self.mask), arrival.contents, module)
         return {**named, self.states: states, self.mask: mask}
 
@@ -289,7 +289,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         assert self._call is not None
         cache = cache_of(kwargs)
         flat = None if cache is None else cache.cross_attention_cache
-        self._call.leave(module.layer_idx, module.layer_idx, flat, scaling=module.scaling)
+        self._call.after_layer(module.layer_idx, module.layer_idx, flat, scaling=module.scaling)
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._call = None

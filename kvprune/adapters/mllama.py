@@ -33,7 +33,7 @@ from kvprune.adapters.mllama_visibility import arriving_tiles, tiles_of_rows, vi
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tile_mask import TileMask
-from kvprune.cache.copies import Twins, find_twins
+from kvprune.cache.copies import SharedRows, find_shared_rows
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.placement import OneLayer, open_layer, require_cache
 from kvprune.engine.guidance import Prompt
@@ -148,8 +148,8 @@ class MllamaAdapter(ModelAdapter):
         cached = self._is_cached(named)
         # Rows are shared only for the first images in a cache, and not if gradients must flow to each row.
         sharable = cached and rows.shape[-1] == new_units and not torch.is_grad_enabled()
-        twins = self._twins(named, source) if sharable else Twins()
-        copies, policy, vision = twins.copies, call.manager.policy, self._inner.vision_model
+        shared_rows = self._shared_rows(named, source) if sharable else SharedRows()
+        copies, policy, vision = shared_rows.copies, call.manager.policy, self._inner.vision_model
         capture = prompt = None
         if "class_attention" in policy.needs:
             layer = self.class_attention_layer
@@ -160,7 +160,7 @@ class MllamaAdapter(ModelAdapter):
             self._visibility(call, rows, named.get("attention_mask"), length, copies),
             new_units * call.mask.patches,
             lambda: fingerprint(source[::copies]),
-            twins=twins,
+            shared_rows=shared_rows,
             cached=cached,
             layout=tile_layout(vision, named, copies),
             prompt=prompt,
@@ -192,7 +192,7 @@ class MllamaAdapter(ModelAdapter):
         return has_cache(named, self._text.config)
 
     @staticmethod
-    def _twins(named: dict[str, Any], source: Tensor) -> Twins:
+    def _shared_rows(named: dict[str, Any], source: Tensor) -> SharedRows:
         """Return how many consecutive rows of the batch are copies of one sample."""
         names = (
             "input_ids",
@@ -201,7 +201,7 @@ class MllamaAdapter(ModelAdapter):
             "aspect_ratio_mask",
             "cross_attention_mask",
         )
-        return find_twins([named.get(name) for name in names], [source, named.get("inputs_embeds")])
+        return find_shared_rows([named.get(name) for name in names], [source, named.get("inputs_embeds")])
 
     def _visibility(
         self, call: _Call, rows: Tensor, attention_mask: Tensor | None, length: int, copies: int
@@ -254,7 +254,7 @@ class MllamaAdapter(ModelAdapter):
         states = kwargs["cross_attention_states"]
         states = states.reshape(batch, -1, states.shape[-1])
         rank = self._layer_indices.index(module.layer_idx)
-        arrival, states = call.arrive(rank, layer, states)
+        arrival, states = call.before_layer(rank, layer, states)
         mask = call.mask.over(arrival.contents, module.cross_attn)
         return self._masked(call, {**kwargs, "cross_attention_states": states}, mask)
 
@@ -266,7 +266,7 @@ class MllamaAdapter(ModelAdapter):
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         assert self._call is not None
         rank = self._layer_indices.index(module.layer_idx)
-        self._call.leave(
+        self._call.after_layer(
             rank,
             module.layer_idx,
             cache_of(kwargs),

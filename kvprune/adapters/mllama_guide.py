@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvprune.adapters.arguments import cache_of
-from kvprune.adapters.prompts import copied_cache, plain_mask, rows_of
+from kvprune.adapters.prompts import copied_cache, distinct_rows, padding_mask
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
 
@@ -37,14 +37,14 @@ def make_prompt(
     # Copied now: when the guide runs, the first layers have already added this turn's text to the cache.
     past = copied_cache(cache_of(named), batch, copies)
     attended = named.get("attention_mask")
-    given = {**named, "attention_mask": attended if past is not None else plain_mask(attended, length)}
+    given = {**named, "attention_mask": attended if past is not None else padding_mask(attended, length)}
     arguments = {}
     for name in (*_TEXT, *_IMAGE):
         value = given.get(name)
         if isinstance(value, Tensor):
             # Cut draft tokens off, in arguments whose second axis counts tokens.
             ends = drafts if name in _TEXT and value.shape[1] >= length else 0
-            arguments[name] = rows_of(value, copies, value.shape[1] - ends if ends else None)
+            arguments[name] = distinct_rows(value, copies, value.shape[1] - ends if ends else None)
     return lambda features: Prompt(arguments, features, past)
 
 

@@ -13,16 +13,16 @@ from kvprune.adapters.arguments import cache_of
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
 
-__all__ = ["copied_cache", "decoder_prompt", "plain_mask", "rows_of"]
+__all__ = ["copied_cache", "decoder_prompt", "distinct_rows", "padding_mask"]
 
 
-def rows_of(tensor: Tensor, copies: int, rows: int | None = None) -> Tensor:
+def distinct_rows(tensor: Tensor, copies: int, rows: int | None = None) -> Tensor:
     """Return one of each ``copies`` rows of a batch ``[B, ...]``, cut to the first ``rows`` of axis 1."""
     tensor = tensor[::copies]
     return tensor if rows is None else tensor[:, :rows]
 
 
-def plain_mask(mask: Tensor | None, length: int) -> Tensor | None:
+def padding_mask(mask: Tensor | None, length: int) -> Tensor | None:
     """Return the attention mask of a first turn as a padding mask, ``[B, T]``, zero at padding.
 
     Args:
@@ -76,12 +76,12 @@ def decoder_prompt(
             f"the decoder has read {int(cache.get_seq_length())} tokens before it received encoder states, "
             "and a guide would not see them; start with an empty cache"
         )
-    mask = plain_mask(named.get("attention_mask"), length)
+    mask = padding_mask(named.get("attention_mask"), length)
     arguments = {}
     for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
         value = mask if name == "attention_mask" else named.get(name)
         if isinstance(value, Tensor):
-            arguments[name] = rows_of(value, copies, length - drafts)
+            arguments[name] = distinct_rows(value, copies, length - drafts)
     if isinstance(named.get("encoder_attention_mask"), Tensor):
-        arguments["encoder_attention_mask"] = rows_of(named["encoder_attention_mask"], copies)
+        arguments["encoder_attention_mask"] = distinct_rows(named["encoder_attention_mask"], copies)
     return lambda features: Prompt(arguments, features)

@@ -46,5 +46,5 @@ def fit_text_mask(cache: Any, mask: Tensor | None, batch: int, length: int) -> T
         )
     first = pruned.seen - pruned.held  # token that transformers takes for the first held entry
     mask = mask.clone()
-    mask[:, first : first + pruned.chosen] = pruned.valid.to(mask.device)
+    mask[:, first : first + pruned.kept_width] = pruned.valid.to(mask.device)
     return mask

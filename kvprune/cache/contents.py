@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kvprune.cache.copies import Twins
+from kvprune.cache.copies import SharedRows
 from kvprune.cache.quantization import Pool
 from kvprune.tokens.selection import OWN_BITS, Selection
 
@@ -67,7 +67,7 @@ class HeldEntries(DynamicLayer):
         valid: bool, same shape; false at padding of a ragged batch. None while ``slots`` is None.
         bias: ``[R, H or 1, K]``, added to the attention logits of each entry; None for no bias.
         ragged: Whether some entries may be invalid; known on the host, without a device transfer.
-        twins: Which rows of the batch are held once.
+        shared_rows: Which rows of the batch are held once.
     """
 
     # Optional in the base class; here they are read only after they are filled.
@@ -83,7 +83,7 @@ class HeldEntries(DynamicLayer):
         self.valid: Tensor | None = None
         self.bias: Tensor | None = None
         self.ragged = False
-        self.twins = Twins()
+        self.shared_rows = SharedRows()
 
     @property
     def is_filled(self) -> bool:
@@ -93,7 +93,7 @@ class HeldEntries(DynamicLayer):
     @property
     def copies(self) -> int:
         """Consecutive rows of the batch that each held row represents."""
-        return self.twins.copies
+        return self.shared_rows.copies
 
     @property
     def contents(self) -> Contents:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Twins", "find_twins"]
+__all__ = ["SharedRows", "find_shared_rows"]
 
 
-class Twins:
+class SharedRows:
     """Number of consecutive batch rows that share one held row; one object for all layers of a prefill.
 
     Args:
@@ -22,7 +22,7 @@ class Twins:
         self._asked: tuple[Tensor, int] | None = None
         self._answer = True
 
-    def stay(self, beam_idx: Tensor) -> bool:
+    def unchanged_by(self, beam_idx: Tensor) -> bool:
         """Whether a reordering only permutes copies of the same sample, as beam search does.
 
         False without copies. The result is cached, so that all layers need one device transfer together.
@@ -40,11 +40,11 @@ class Twins:
         return self._answer
 
 
-def find_twins(
+def find_shared_rows(
     small: Sequence[Tensor | None],
     large: Sequence[Tensor | None],
     most: int | None = None,
-) -> Twins:
+) -> SharedRows:
     """Find the largest number of copies such that the whole batch consists of groups of equal rows.
 
     Args:
@@ -55,7 +55,7 @@ def find_twins(
     cheap = [tensor for tensor in small if tensor is not None]
     batch = cheap[0].shape[0]
     if batch == 1 or most == 1:
-        return Twins()
+        return SharedRows()
     device = cheap[0].device
     alike = torch.stack([_like_the_row_before(tensor).to(device) for tensor in cheap]).all(0)  # [B - 1]
     same: list[bool] = alike.tolist()  # one transfer to the host, in prefill only
@@ -64,8 +64,8 @@ def find_twins(
         same[row] = so_far and all(torch.equal(tensor[row], tensor[row + 1]) for tensor in costly)
     for copies in range(min(batch, most or batch), 1, -1):
         if batch % copies == 0 and all(same[row - 1] for row in range(1, batch) if row % copies):
-            return Twins(copies)
-    return Twins()
+            return SharedRows(copies)
+    return SharedRows()
 
 
 def _like_the_row_before(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvprune.cache.contents import Arrival, Contents, HeldEntries
-from kvprune.cache.copies import Twins
+from kvprune.cache.copies import SharedRows
 from kvprune.cache.retention import retained
 from kvprune.tokens.selection import Selection
 
@@ -53,16 +53,18 @@ class CrossKVLayer(HeldEntries):
             adopted.columns = keys.shape[-2]
         return adopted
 
-    def expect(self, received: Selection | None, columns: int, twins: Twins | None = None) -> Arrival:
+    def expect(
+        self, received: Selection | None, columns: int, shared_rows: SharedRows | None = None
+    ) -> Arrival:
         """Announce the columns of the next `update`, and return what the layer will hold after it.
 
         Args:
             received: The new columns that arrive, for each held row; None for all of them.
             columns: Number of new columns, including dropped ones.
-            twins: Equal rows of the batch, to be held once; used only while the layer is empty.
+            shared_rows: Equal rows of the batch, to be held once; used only while the layer is empty.
         """
         if not self.is_filled:
-            self.twins = twins or Twins()
+            self.shared_rows = shared_rows or SharedRows()
         self._arrival = Arrival(received, columns, self._contents_after(received, columns))
         return self._arrival
 
@@ -96,7 +98,7 @@ class CrossKVLayer(HeldEntries):
             args: Not used.
             kwargs: Not used.
         """
-        arrival = self._arrival or self.expect(None, key_states.shape[-2], self.twins)
+        arrival = self._arrival or self.expect(None, key_states.shape[-2], self.shared_rows)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.is_filled:  # a later image: no shared rows, new entries at the end
@@ -160,7 +162,7 @@ class CrossKVLayer(HeldEntries):
         if self.copies > 1:
             rows = torch.arange(self.keys.shape[0] * self.copies, device=self.keys.device) // self.copies
             self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-            self.twins = Twins()
+            self.shared_rows = SharedRows()
 
     def get_seq_length(self) -> int:
         """Number of columns seen, kept or dropped, as a stock layer would return."""
@@ -175,17 +177,17 @@ class CrossKVLayer(HeldEntries):
         self.columns, self.slots, self.valid, self.ragged, self._arrival = 0, None, None, False, None
         self.bias = None
         self.pools, self._stands_in = (), True
-        self.twins = Twins()
+        self.shared_rows = SharedRows()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch, for beam search; nothing moves if only copies of a sample change places."""
-        if self.is_filled and not self.twins.stay(beam_idx):
+        if self.is_filled and not self.shared_rows.unchanged_by(beam_idx):
             self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch; the repeated rows share what is held."""
         if self.is_filled:
-            self.twins = Twins(self.copies * repeats)
+            self.shared_rows = SharedRows(self.copies * repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows of the batch; they are no longer shared."""
@@ -193,7 +195,7 @@ class CrossKVLayer(HeldEntries):
             rows = torch.arange(self.keys.shape[0] * self.copies, device=indices.device)[indices]
             rows = rows // self.copies
             self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-            self.twins = Twins()
+            self.shared_rows = SharedRows()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """Move what is held to a device, and keys and values to a dtype."""

@@ -29,9 +29,9 @@ class TextKVLayer(DynamicLayer):
     Attributes:
         keys, values: ``[B, Hkv, K, D]``.
         seen: Tokens seen so far, kept or dropped, padding included.
-        slots: int64 ``[B, H or 1, chosen]``, the token of each entry that the latest pruning kept; these
+        slots: int64 ``[B, H or 1, kept_width]``, the token of each entry that the latest pruning kept; these
             entries come first. None while nothing was pruned.
-        valid: bool ``[B, chosen]``, false at padding of a ragged selection; None while ``slots`` is None.
+        valid: bool ``[B, kept_width]``, false at padding of a ragged selection; None while ``slots`` is None.
         ragged: Whether some entries are padding; known on the host, without a device transfer.
     """
 
@@ -63,7 +63,7 @@ class TextKVLayer(DynamicLayer):
         return self.keys.shape[-2] if self.seen else 0
 
     @property
-    def chosen(self) -> int:
+    def kept_width(self) -> int:
         """Number of entries that the latest pruning kept; entries after them were appended later."""
         return 0 if self.slots is None else self.slots.shape[-1]
 
@@ -74,7 +74,7 @@ class TextKVLayer(DynamicLayer):
 
     def tokens(self) -> Tensor:
         """Return the token of each entry, int64 ``[B, H or 1, K]``."""
-        appended = torch.arange(self.seen - self.held + self.chosen, self.seen, device=self.keys.device)
+        appended = torch.arange(self.seen - self.held + self.kept_width, self.seen, device=self.keys.device)
         if self.slots is None:
             return appended.expand(self.keys.shape[0], 1, -1)
         return torch.cat([self.slots, appended.expand(*self.slots.shape[:2], -1)], dim=-1)
@@ -83,7 +83,7 @@ class TextKVLayer(DynamicLayer):
         """Return which entries are not padding of a ragged selection, bool ``[B, K]``."""
         real = torch.ones(self.keys.shape[0], self.held, dtype=torch.bool, device=self.keys.device)
         if self.valid is not None:
-            real[:, : self.chosen] = self.valid
+            real[:, : self.kept_width] = self.valid
         return real
 
     def retain(self, kept: Selection) -> None:
@@ -151,7 +151,7 @@ class TextKVLayer(DynamicLayer):
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if removed == 0 or not self.seen:
             return
-        after = self.held - self.chosen
+        after = self.held - self.kept_width
         if removed > after:
             raise UnsupportedCacheError(
                 f"the last {removed} tokens cannot be removed: only {after} of them came after text was "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
-from kvprune.engine.prefill import Asked, Prefill
+from kvprune.engine.prefill import DecisionContext, Prefill
 from kvprune.errors import UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.tokens.decision import Decision
@@ -19,54 +19,56 @@ from kvprune.tokens.merging import Merge
 from kvprune.tokens.selection import OWN_BITS, Selection
 from kvprune.tokens.translation import among_entries, anchors, of_columns, positions
 
-__all__ = ["attended", "carrying", "require_onward", "retain"]
+__all__ = ["attended_selection", "require_onward", "retain", "with_carried_bias"]
 
 
-def retain(prefill: Prefill, decision: Decision, asked: Asked) -> Merge | None:
+def retain(prefill: Prefill, decision: Decision, context: DecisionContext) -> Merge | None:
     """Drop the entries of a layer that a decision does not keep; return the merge by columns, if any."""
-    layer, selection = asked.layer, decision.cache
+    layer, selection = context.layer, decision.cache
     if selection is not None and selection.merge is not None:
-        return _retain_merged(prefill, decision, selection, asked)
-    if selection is not None and _is_final(prefill, selection, asked):
+        return _retain_merged(prefill, decision, selection, context)
+    if selection is not None and _is_final(prefill, selection, context):
         layer.retain(selection)
         return None
-    kept = _kept(prefill, decision, asked)
-    layer.retain(Selection.from_mask(kept, _bits(decision, layer, asked.first)))
+    kept = _kept(prefill, decision, context)
+    layer.retain(Selection.from_mask(kept, _bits(decision, layer, context.first)))
     return None
 
 
-def _is_final(prefill: Prefill, selection: Selection, asked: Asked) -> bool:
+def _is_final(prefill: Prefill, selection: Selection, context: DecisionContext) -> bool:
     """Whether a selection of the view's columns can be applied to the entries of the layer as it is.
 
     Not if the layer holds earlier images, and not if the selection keeps columns that decoding cannot see: a
     sample without an image selects a placeholder column, which is dropped here.
     """
-    if asked.first or selection.indices.device != asked.layer.keys.device:
+    if context.first or selection.indices.device != context.layer.keys.device:
         return False
-    visible = asked.view.visibility.by_column(prefill.visibility.decode_units)  # [R, S]
+    visible = context.view.visibility.by_column(prefill.visibility.decode_units)  # [R, S]
     by_head = visible.to(selection.indices.device)[:, None].expand(
         -1, selection.indices.shape[1], -1
     )  # [R, H or 1, S]
     return bool((by_head.gather(-1, selection.indices) | ~selection.valid).all())
 
 
-def _retain_merged(prefill: Prefill, decision: Decision, selection: Selection, asked: Asked) -> Merge | None:
+def _retain_merged(
+    prefill: Prefill, decision: Decision, selection: Selection, context: DecisionContext
+) -> Merge | None:
     """Drop entries of a layer as decided, and merge the dropped ones into the kept ones."""
-    layer = asked.layer
+    layer = context.layer
     slots, valid = layer.entries()
-    kept = _kept(prefill, decision, asked) & valid  # [R, H or 1, K]
-    merge = among_entries(selection, kept, asked.first)
+    kept = _kept(prefill, decision, context) & valid  # [R, H or 1, K]
+    merge = among_entries(selection, kept, context.first)
     places = Selection.from_mask(kept)
     layer.retain(Selection.trusted(places.indices, places.valid, places.columns, merge))
     return None if merge is None else of_columns(merge, slots, valid, layer.columns)
 
 
-def _kept(prefill: Prefill, decision: Decision, asked: Asked) -> Tensor:
+def _kept(prefill: Prefill, decision: Decision, context: DecisionContext) -> Tensor:
     """Return which of the K entries of a layer are kept, bool ``[R, H or 1, K]``."""
-    layer, first = asked.layer, asked.first
+    layer, first = context.layer, context.first
     device = layer.keys.device
     decodable = prefill.visibility.decode_units  # [R, U]
-    new = asked.view.visibility.by_column(decodable)[:, None].to(device)  # [R, 1, S]
+    new = context.view.visibility.by_column(decodable)[:, None].to(device)  # [R, 1, S]
     if decision.cache is not None:
         new = new & decision.cache.to_mask().to(device)  # [R, H or 1, S]
     if first:
@@ -89,7 +91,7 @@ def _bits(decision: Decision, layer: CrossKVLayer, first: int) -> Tensor | None:
     return torch.cat([old, new], dim=-1)
 
 
-def attended(layer: CrossKVLayer, received: Selection | None, first_new: int) -> Selection:
+def attended_selection(layer: CrossKVLayer, received: Selection | None, first_new: int) -> Selection:
     """Return the columns that a layer attended to in prefill, with merges and the bias of old entries.
 
     Args:
@@ -106,11 +108,11 @@ def attended(layer: CrossKVLayer, received: Selection | None, first_new: int) ->
         weights = torch.ones_like(into, dtype=received.merge.weights.dtype)
         weights[..., first_new:] = received.merge.weights
         merge = Merge(torch.cat([into[..., :first_new], new], -1), weights)
-    merge = carrying(merge, layer, now.indices, now.valid, first_new)
+    merge = with_carried_bias(merge, layer, now.indices, now.valid, first_new)
     return Selection.trusted(now.indices, now.valid, now.columns, merge, now.bits)
 
 
-def carrying(
+def with_carried_bias(
     merge: Merge | None, layer: CrossKVLayer, slots: Tensor, valid: Tensor, first_new: int
 ) -> Merge | None:
     """Return a merge for a report, with the logit bias that entries of earlier images carry.

@@ -72,7 +72,7 @@ def check_text_layers(
                 f"{who}: the text cache of layer {receipt.layer_idx} was deleted; keep past_key_values until "
                 "verify() has run"
             )
-        entries = layer.held if layer.slots is None else layer.chosen
+        entries = layer.held if layer.slots is None else layer.kept_width
         bytes_held = layer.bytes_held // layer.held * receipt.width
         if entries < receipt.width or bytes_held != receipt.bytes_held:
             raise ReceiptError(

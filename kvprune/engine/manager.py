@@ -33,15 +33,15 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.contents import Arrival
-from kvprune.cache.copies import Twins
+from kvprune.cache.copies import SharedRows
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
-from kvprune.engine.application import attended, carrying, require_onward, retain
+from kvprune.engine.application import attended_selection, require_onward, retain, with_carried_bias
 from kvprune.engine.guidance import Guidance, Prompt, to_rows
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
-from kvprune.engine.prefill import Asked, Observed, Prefill
+from kvprune.engine.prefill import DecisionContext, ObservedLayer, Prefill
 from kvprune.engine.report import CompressionReport
 from kvprune.errors import GuideError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
@@ -95,7 +95,7 @@ class CrossKVManager:
         new_columns: int,
         fingerprints: Callable[[], Tensor],
         *,
-        twins: Twins | None = None,
+        shared_rows: SharedRows | None = None,
         cached: bool = True,
         layout: Callable[[], Layout] | None = None,
         prompt: Callable[[Tensor], Prompt] | None = None,
@@ -109,7 +109,7 @@ class CrossKVManager:
             new_columns: Number of columns that arrive in this call; they are the last ones.
             fingerprints: Returns int64 ``[R]``, digests of the inputs that seed random policies
                 (`kvprune.tokens.randomness`).
-            twins: Number of consecutive rows of the batch that are copies of one sample; 1 by default.
+            shared_rows: Number of consecutive rows of the batch that are copies of one sample; 1 by default.
             cached: Whether there is a cache. Without one, only what later layers receive can be pruned.
             layout: Returns the positions of the new columns in their images, for R rows; None if unknown.
             prompt: Returns the input of a guide for R rows, given the features of the new columns,
@@ -123,7 +123,7 @@ class CrossKVManager:
             visibility,
             first_new,
             fingerprints,
-            twins or Twins(),
+            shared_rows or SharedRows(),
             cached,
             PrefillRecord(cached=cached),
             layout,
@@ -155,10 +155,10 @@ class CrossKVManager:
                 "cross-attention mask over all images of the conversation, and features of the new ones only"
             )
         if not prefill.is_prepared:
-            self._prepare(prefill, features[:: prefill.twins.copies])
+            self._prepare(prefill, features[:: prefill.shared_rows.copies])
         layer.separate()
-        prefill.record.arrives(self.layer_indices[rank], layer)
-        return layer.expect(prefill.onward, prefill.new_columns, prefill.twins)
+        prefill.record.note_arrival(self.layer_indices[rank], layer)
+        return layer.expect(prefill.onward, prefill.new_columns, prefill.shared_rows)
 
     def _prepare(self, prefill: Prefill, features: Tensor) -> None:
         """Run once before the first layer: collect captures, ask the guide, let a `FeaturePolicy` decide."""
@@ -193,12 +193,12 @@ class CrossKVManager:
         prefill.text_counts = check_text(selection, view, self.policy.name, prefill.text_counts)
         drafts = layer.held - view.entries  # the view leaves draft tokens out
         if selection is not None:
-            layer.retain(selection.repeat(prefill.twins.copies))
+            layer.retain(selection.repeat(prefill.shared_rows.copies))
         tokens = None if layer.slots is None else layer.tokens()[..., : layer.held - drafts]
         self.kept.add_text(view.layer_idx, tokens, layer.seen - drafts)
         available = view.real.sum(-1).clamp(min=1)  # [R], text entries that are no padding
         fraction = torch.ones_like(available) if selection is None else prefill.text_counts / available
-        prefill.record.pruned_text(view.layer_idx, layer, watch, drafts, fraction)
+        prefill.record.note_text_decision(view.layer_idx, layer, watch, drafts, fraction)
 
     def after_layer(
         self,
@@ -226,7 +226,7 @@ class CrossKVManager:
             UnsupportedCacheError: If there is no cache, and the policy prunes nothing but the cache.
         """
         prefill, policy, received = self._running(), self.policy, self._running().onward
-        prefill.record.attended(self.layer_indices[rank], layer)
+        prefill.record.note_attention(self.layer_indices[rank], layer)
         view = self._calls.layer_view(
             prefill,
             rank,
@@ -236,18 +236,18 @@ class CrossKVManager:
             scaling=scaling,
             follows_text=follows_text,
         )
-        before = None if layer.slots is None else attended(layer, received, prefill.first_new)
-        asked = Asked(view, layer, layer.width - view.columns, before)
+        before = None if layer.slots is None else attended_selection(layer, received, prefill.first_new)
+        context = DecisionContext(view, layer, layer.width - view.columns, before)
         with torch.no_grad(), Stopwatch(view.device) as watch:
             if isinstance(policy, PrefillPolicy):
                 answer = self._calls.observe(policy, view)
             else:
                 answer = self._calls.select(view)
         if isinstance(policy, PrefillPolicy):
-            asked = replace(asked, view=view.without_captured())
-            prefill.observed.append(Observed(asked, answer, watch))
+            context = replace(context, view=view.without_captured())
+            prefill.observed.append(ObservedLayer(context, answer, watch))
         else:
-            self._apply(prefill, asked, answer, watch)
+            self._apply(prefill, context, answer, watch)
 
     def end(self, *, completed: bool) -> None:
         """Close a prefill. If it was completed, let a `PrefillPolicy` decide and write the receipts.
@@ -277,7 +277,7 @@ class CrossKVManager:
             )
         with torch.no_grad():
             guidance = self.guide(prefill.prompt(features))
-            rows, copies = prefill.visibility.batch, prefill.twins.copies
+            rows, copies = prefill.visibility.batch, prefill.shared_rows.copies
             scores = to_rows(guidance, rows, copies, prefill.new_columns)  # [R, S]
         self.report.add_guide(guidance.receipt)
         prefill.captured = replace(prefill.captured, guidance=scores.to(features.device))
@@ -290,7 +290,7 @@ class CrossKVManager:
             decision = self._calls.choose(policy, view)
         check_decision(decision, view, policy.name)
         assert isinstance(decision, Decision)
-        prefill.record.chosen(watch)
+        prefill.record.note_feature_decision(watch)
         if decision.note:
             self.report.warn(decision.note)
         if decision.onward is not None:
@@ -299,17 +299,19 @@ class CrossKVManager:
     def _conclude(self, policy: PrefillPolicy, prefill: Prefill) -> None:
         """Let the policy decide about all layers that it observed, and apply the decisions."""
         observed = prefill.observed
-        prefill.record.waited()
-        with torch.no_grad(), Stopwatch(observed[-1].asked.view.device) as watch:
+        prefill.record.note_deferral()
+        with torch.no_grad(), Stopwatch(observed[-1].context.view.device) as watch:
             decisions = self._calls.conclude(policy, observed)
         for number, (layer, decision) in enumerate(zip(observed, decisions, strict=True)):
             # The time of the common decision counts for the first layer.
             watches = (layer.watch, watch) if number == 0 else (layer.watch,)
-            self._apply(prefill, layer.asked, decision, *watches)
+            self._apply(prefill, layer.context, decision, *watches)
 
-    def _apply(self, prefill: Prefill, asked: Asked, decision: object, *watches: Stopwatch) -> None:
+    def _apply(
+        self, prefill: Prefill, context: DecisionContext, decision: object, *watches: Stopwatch
+    ) -> None:
         """Check a decision about one layer, apply it, and record the result."""
-        view, layer = asked.view, asked.layer
+        view, layer = context.view, context.layer
         layer_idx = view.layer_idx
         check_decision(decision, view, self.policy.name)
         assert isinstance(decision, Decision)
@@ -322,14 +324,14 @@ class CrossKVManager:
             elif decision.cache is not None or not self.policy.keeps_invisible:
                 if decision.cache is not None and decision.cache.quantizes and layer.keys.requires_grad:
                     self.report.warn("quantized entries carry no gradient: backpropagation stops at them")
-                merge = retain(prefill, decision, asked)
+                merge = retain(prefill, decision, context)
             if decision.onward is not None:
                 prefill.onward = compose(prefill.onward, decision.onward)
         kept = layer.selection()
-        merge = carrying(merge, layer, kept.indices, kept.valid, prefill.first_new)
+        merge = with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
         kept = Selection.trusted(kept.indices, kept.valid, layer.columns, merge, kept.bits)
-        self.kept.add(layer_idx, asked.attended, kept, layer.copies)
-        prefill.record.decided(layer_idx, layer, watches, visible=prefill.visibility.decode)
+        self.kept.add(layer_idx, context.attended, kept, layer.copies)
+        prefill.record.note_decision(layer_idx, layer, watches, visible=prefill.visibility.decode)
 
     def _running(self) -> Prefill:
         if self._prefill is None:

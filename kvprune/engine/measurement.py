@@ -105,12 +105,12 @@ class PrefillRecord:
         self.cached = cached
         self._layers: dict[int, _Layer] = {}
         self._copies = 1
-        self._waited = False
-        self._chosen: tuple[Stopwatch, ...] = ()
+        self._deferred = False
+        self._feature_watches: tuple[Stopwatch, ...] = ()
         self._text: list[tuple[TextReceipt, weakref.ref[TextKVLayer], Stopwatch]] = []
         self._text_kept: list[Tensor] = []
 
-    def pruned_text(
+    def note_text_decision(
         self, layer_idx: int, layer: TextKVLayer, watch: Stopwatch, drafts: int, kept: Tensor
     ) -> None:
         """Measure a self-attention layer after the decision about its text.
@@ -134,15 +134,15 @@ class PrefillRecord:
         self._text.append((receipt, weakref.ref(layer), watch))
         self._text_kept.append(kept)
 
-    def chosen(self, watch: Stopwatch) -> None:
+    def note_feature_decision(self, watch: Stopwatch) -> None:
         """Note a decision before the first layer; its run time counts for that layer."""
-        self._chosen = (watch,)
+        self._feature_watches = (watch,)
 
-    def arrives(self, layer_idx: int, layer: CrossKVLayer) -> None:
+    def note_arrival(self, layer_idx: int, layer: CrossKVLayer) -> None:
         """Measure a layer before new columns arrive."""
         self._layers[layer_idx] = _Layer(weakref.ref(layer), layer.bytes_held)
 
-    def attended(self, layer_idx: int, layer: CrossKVLayer) -> None:
+    def note_attention(self, layer_idx: int, layer: CrossKVLayer) -> None:
         """Measure a layer that has attended to the new columns and is not pruned yet."""
         # Copies of a sample are held once, but the model has projected each row of the batch.
         projected = layer.bytes_held * layer.copies if layer.copies > 1 else 0
@@ -150,11 +150,11 @@ class PrefillRecord:
         self._layers[layer_idx].bytes_projected = layer.bytes_held + layer.bytes_read + projected
         self._copies = layer.copies
 
-    def waited(self) -> None:
+    def note_deferral(self) -> None:
         """Note that all layers have attended and hold all columns, because the policy decides only now."""
-        self._waited = True
+        self._deferred = True
 
-    def decided(
+    def note_decision(
         self, layer_idx: int, layer: CrossKVLayer, watches: tuple[Stopwatch, ...], visible: Tensor
     ) -> None:
         """Measure a layer after the decision about it.
@@ -166,8 +166,8 @@ class PrefillRecord:
             visible: bool ``[R, S]``, columns that decoding can see.
         """
         record = self._layers[layer_idx]
-        record.watches, record.bytes_after = (*self._chosen, *watches), layer.bytes_held
-        self._chosen = ()
+        record.watches, record.bytes_after = (*self._feature_watches, *watches), layer.bytes_held
+        self._feature_watches = ()
         if record.bytes_after < record.bytes_attended:  # kept entries were copied while all were alive
             record.bytes_gathering = record.bytes_attended + record.bytes_after
         record.columns, record.widths, record.bytes_full = layer.columns, layer.widths, layer.bytes_full
@@ -267,13 +267,13 @@ class PrefillRecord:
             earlier, later = layers[:number], layers[number + 1 :]
             # While a layer attends, earlier layers hold what they kept, or everything if decisions come at
             # the end; later layers hold what they held before.
-            done = sum(one.bytes_attended if self._waited else one.bytes_after for one in earlier)
+            done = sum(one.bytes_attended if self._deferred else one.bytes_after for one in earlier)
             attending = (done if self.cached else 0) + sum(one.bytes_before for one in later)
             peak = max(peak, attending + max(layer.bytes_projected, layer.bytes_attended))
             # While its kept entries are copied, earlier layers are pruned; later layers hold nothing new yet,
             # or everything if decisions come at the end.
             kept = sum(one.bytes_after for one in earlier) if self.cached else 0
-            kept += sum(one.bytes_attended if self._waited else one.bytes_before for one in later)
+            kept += sum(one.bytes_attended if self._deferred else one.bytes_before for one in later)
             peak = max(peak, kept + layer.bytes_gathering)
         return peak
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
-from kvprune.engine.prefill import Observed, Prefill
+from kvprune.engine.prefill import ObservedLayer, Prefill
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
@@ -120,14 +120,14 @@ class PolicyCalls:
         """Return the statistics that a `PrefillPolicy` keeps of one layer until it decides."""
         return self._call(view, lambda: policy.observe(view))
 
-    def conclude(self, policy: PrefillPolicy, observed: Sequence[Observed]) -> list[Decision]:
+    def conclude(self, policy: PrefillPolicy, observed: Sequence[ObservedLayer]) -> list[Decision]:
         """Ask for the decisions about all layers, after the last one has attended.
 
         Raises:
             SelectionError: If there is not one decision for each layer, or if one prunes what later layers
                 receive.
         """
-        views = [layer.asked.view for layer in observed]
+        views = [layer.context.view for layer in observed]
         statistics = [layer.statistics for layer in observed]
         decisions = self._call(views[-1], lambda: list(policy.conclude(views, statistics)))
         if len(decisions) != len(views):

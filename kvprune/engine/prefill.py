@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.cache.copies import Twins
+from kvprune.cache.copies import SharedRows
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
@@ -24,7 +24,7 @@ from kvprune.tokens.layout import Layout
 from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
-__all__ = ["Asked", "Observed", "Prefill"]
+__all__ = ["DecisionContext", "ObservedLayer", "Prefill"]
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Prefill:
         visibility: Which text rows may attend which columns, those of earlier images included.
         first_new: The first column that arrives in this call.
         fingerprints: Returns int64 ``[R]``, digests of the inputs that seed random policies.
-        twins: Number of consecutive rows of the batch that are copies of one sample.
+        shared_rows: Number of consecutive rows of the batch that are copies of one sample.
         cached: Whether there is a cache.
         record: Measurements of this prefill.
         layout: Returns the positions of the new columns in their images; None if unknown.
@@ -55,7 +55,7 @@ class Prefill:
     visibility: Visibility
     first_new: int
     fingerprints: Callable[[], Tensor]
-    twins: Twins
+    shared_rows: SharedRows
     cached: bool
     record: PrefillRecord
     layout: Callable[[], Layout] | None = None
@@ -64,7 +64,7 @@ class Prefill:
     captured: Captured = Captured()
     onward: Selection | None = None
     is_prepared: bool = False
-    observed: list[Observed] = field(default_factory=list)
+    observed: list[ObservedLayer] = field(default_factory=list)
     text_counts: Tensor | None = None
 
     @functools.cached_property
@@ -105,7 +105,7 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DecisionContext:
     """What a decision about one layer is based on and applied to.
 
     Args:
@@ -122,15 +122,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedLayer:
     """A layer that a `PrefillPolicy` has observed, and decides about at the end.
 
     Args:
-        asked: The layer and its view, without captured tensors.
+        context: The layer and its view, without captured tensors.
         statistics: What `PrefillPolicy.observe` returned.
         watch: Around that call.
     """
 
-    asked: Asked
+    context: DecisionContext
     statistics: Any
     watch: Stopwatch
