@@ -1,4 +1,4 @@
-"""One file per model family; everything else in kvprune knows no model."""
+"""Adapters hook model families, one file per family; no other code in kvprune knows a model."""
 
 from __future__ import annotations
 

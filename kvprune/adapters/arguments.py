@@ -1,4 +1,4 @@
-"""Reads and replaces arguments of forward calls by name, whatever transformers calls them."""
+"""Reads and replaces arguments of forward calls by name, across releases of transformers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 __all__ = ["CACHE", "cache_of", "has_cache", "named_arguments", "with_cache"]
 
 _CACHE_NAMES = ("cache", "past_key_values")
-"""What the argument for the cache is called: since transformers 5.24, and before."""
+"""Names of the cache argument: since transformers 5.24, and before."""
 
 CACHE = "|".join(_CACHE_NAMES)
-"""The same, as `probe_signatures` takes a parameter of several names."""
+"""The same names in the form that `probe_signatures` reads: any one of them."""
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward call by name, those given by position included."""
+    """Return all arguments of a forward call by name, including positional ones."""
     if not args:
         return kwargs
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
@@ -30,7 +30,7 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def cache_of(named: Mapping[str, Any]) -> Any:
-    """Return the cache among the arguments of a forward call; None if there is none."""
+    """Return the cache argument of a forward call; None if there is none."""
     for name in _CACHE_NAMES:
         if named.get(name) is not None:
             return named[name]
@@ -38,16 +38,16 @@ def cache_of(named: Mapping[str, Any]) -> Any:
 
 
 def with_cache(named: Mapping[str, Any], cache: object) -> dict[str, Any]:
-    """Return the arguments with another cache in place of theirs."""
+    """Return the arguments with their cache replaced."""
     return {**named, **{name: cache for name in _CACHE_NAMES if named.get(name) is not None}}
 
 
 def has_cache(named: Mapping[str, Any], config: Any) -> bool:
-    """Whether a forward call has a cache, or transformers will make one for it.
+    """Whether a forward call has a cache, or transformers will create one for it.
 
     Args:
-        named: Its arguments by name.
-        config: Of the model that it calls.
+        named: Arguments of the call by name.
+        config: The config of the model.
     """
     use_cache = named.get("use_cache")
     return cache_of(named) is not None or bool(config.use_cache if use_cache is None else use_cache)

@@ -1,4 +1,4 @@
-"""What is attached to a model: hooks and attributes, which are all undone again (KV12)."""
+"""Attaches hooks and attributes to a model, and removes all of them again (KV12)."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ __all__ = ["Attachment", "compressing"]
 
 
 class _Hook:
-    """A hook that does nothing while its attachment stands aside."""
+    """A hook that does nothing while its attachment is paused."""
 
     def __init__(self, attachment: Attachment, hook: Callable[..., Any]) -> None:
         self.attachment = attachment
         self.hook = hook
 
     def __call__(self, *call: Any) -> Any:
-        return None if self.attachment.is_aside else self.hook(*call)
+        return None if self.attachment.is_paused else self.hook(*call)
 
 
 class Attachment:
     """Hooks and attributes on the modules of one model, until `detach`.
 
+    Hooks that only one forward call needs (``for_one_call``) are removed by `end_of_call`.
+
     Args:
-        model: Is hooked. Its hooks may also last for one forward call only (``for_one_call``).
-        label: What is attached, for messages.
+        model: The model.
+        label: Name of what is attached, for messages.
     """
 
     def __init__(self, model: nn.Module, label: str) -> None:
         self.model = model
         self.label = label
-        self.is_aside = False
+        self.is_paused = False
         self._handles: list[RemovableHandle] = []
         self._call_handles: list[RemovableHandle] = []
         self._restore: list[Callable[[], None]] = []
 
     def detach(self) -> None:
-        """Undo everything; harmless if nothing is attached."""
+        """Remove all hooks and restore all attributes; does nothing if nothing is attached."""
         self.end_of_call()
         while self._handles:
             self._handles.pop().remove()
@@ -48,16 +50,16 @@ class Attachment:
             self._restore.pop()()
 
     @contextmanager
-    def standing_aside(self) -> Iterator[None]:
-        """Let the model run as if nothing were attached; for as long, something else may be."""
-        self.is_aside = True
+    def paused(self) -> Iterator[None]:
+        """Pause all hooks in a block: the model runs as if nothing were attached, and others may attach."""
+        self.is_paused = True
         try:
             yield
         finally:
-            self.is_aside = False
+            self.is_paused = False
 
     def end_of_call(self) -> None:
-        """Remove the hooks that were made for one forward call."""
+        """Remove the hooks that were added for one forward call."""
         while self._call_handles:
             self._call_handles.pop().remove()
 
@@ -74,12 +76,12 @@ class Attachment:
         for_one_call: bool = False,
         always: bool = False,
     ) -> None:
-        """Run ``hook(module, args, kwargs, output)`` after a module, with ``always`` also if it raised."""
+        """Run ``hook(module, args, kwargs, output)`` after a module; with ``always`` even if it raised."""
         handles = self._call_handles if for_one_call else self._handles
         handles.append(module.register_forward_hook(_Hook(self, hook), with_kwargs=True, always_call=always))
 
     def override(self, module: nn.Module, attribute: str, value: object) -> None:
-        """Set an attribute on one module instance until `detach`, which restores what was there."""
+        """Set an attribute on one module instance; `detach` restores the former value."""
         missing = object()
         before = module.__dict__.get(attribute, missing)
 
@@ -94,9 +96,9 @@ class Attachment:
 
 
 def compressing(model: nn.Module) -> str | None:
-    """Return what compresses a model or a part of it now, found by its hooks; None if nothing does."""
+    """Return the label of the attachment that hooks a model or a part of it now; None if there is none."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _Hook) and not hook.attachment.is_aside:
+            if isinstance(hook, _Hook) and not hook.attachment.is_paused:
                 return hook.attachment.label
     return None

@@ -1,4 +1,4 @@
-"""BART: text to text."""
+"""The adapter for BART, which maps text to text. Encoder columns are text tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["BartAdapter"]
 
 
 class BartAdapter(EncoderDecoderAdapter):
-    """BART."""
+    """BART, whose encoder columns are text tokens."""
 
     family = "BART"
     model_classes = ("BartForConditionalGeneration", "BartModel")
@@ -25,5 +25,5 @@ class BartAdapter(EncoderDecoderAdapter):
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
-        """Return a tiny BART, and texts of several lengths."""
+        """Return a tiny BART, and a batch of texts of several lengths."""
         return tiny.example_bart(dtype)

@@ -1,4 +1,22 @@
-"""What an adapter is: the only code that knows a model family, and how it meets the cache manager."""
+"""The interface of an adapter, the only code that knows a model family.
+
+An adapter hooks the model's modules and turns its forward calls into calls of the cache manager. One prefill,
+from the model's forward call to the pruned cache:
+
+1. The model is called. The adapter's first hook makes a `kvprune.adapters.call.Call`. If the arguments bring
+   encoder states, it calls `CrossKVManager.begin` with the visibility of the columns, and adds the hooks that
+   capture what the policy needs.
+2. Before each cross-attention layer, a hook puts a `CrossKVLayer` in the cache and calls `Call.before_layer`.
+   The layer's arguments are replaced: only the features that arrive, and a mask of the same width.
+3. The stock layer projects the features, updates the cache and attends.
+4. After the layer, a hook calls `Call.after_layer`. The manager asks the policy
+   (`kvprune.engine.policy_calls`) and prunes the cache layer (`kvprune.engine.application`).
+5. After the model, also if it raised, a hook discards the `Call` and calls `CrossKVManager.end`.
+
+Decode steps read the pruned cache layers; hooks only cut the mask to what each layer holds. A policy that
+decides at each decode step, or about logits, takes one more hook that calls the manager (see
+`kvprune.engine.manager`).
+"""
 
 from __future__ import annotations
 
@@ -28,13 +46,13 @@ __all__ = ["ModelAdapter", "Site"]
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a model attends to encoder states.
+    """One cross-attention module of a model.
 
     Attributes:
-        layer_idx: Of the decoder layer.
+        layer_idx: Index of the decoder layer.
         module: The cross-attention module.
-        states: Its argument for encoder states.
-        mask: Its argument for the attention mask.
+        states: Name of its argument for encoder states.
+        mask: Name of its argument for the attention mask.
     """
 
     layer_idx: int
@@ -46,13 +64,13 @@ class Site:
 class ModelAdapter(Attachment, ABC):
     """Translates the forward calls of one model family into calls of the manager.
 
-    An adapter hooks modules of one model and restores it to the last attribute (KV12). It neither decides
-    nor stores: decisions are the policy's, state is the cache layer's.
+    An adapter hooks modules of one model, and `detach` restores every attribute (KV12). It makes no decisions
+    and keeps no keys or values: policies decide, cache layers hold the state.
 
     Class attributes:
-        family: What the family is called, for messages and tables.
-        model_classes: Names of the transformers classes that it supports.
-        provides: What it can capture, by the names that policies use in `CrossKVPolicy.needs`.
+        family: Name of the family, for messages and tables.
+        model_classes: Names of the supported transformers classes.
+        provides: What the adapter can capture, by the names that policies use in `CrossKVPolicy.needs`.
     """
 
     family: ClassVar[str]
@@ -65,29 +83,29 @@ class ModelAdapter(Attachment, ABC):
 
     @property
     def manager(self) -> CrossKVManager:
-        """The manager that the adapter is attached to.
+        """The manager that the hooks call.
 
         Raises:
-            CompressionStateError: If it is attached to none.
+            CompressionStateError: If the adapter is not attached.
         """
         if self._manager is None:
-            raise CompressionStateError(f"the {self.family} adapter is attached to no model now")
+            raise CompressionStateError(f"the {self.family} adapter is not attached to a model")
         return self._manager
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
-        """Decide by inheritance alone: a class with a broken metaclass must not fail `isinstance`."""
+        """Decide by inheritance alone, so that `isinstance` works on a broken metaclass."""
         return cls in type.__getattribute__(other, "__mro__")
 
     @classmethod
     def matches(cls, model: object) -> bool:
-        """Whether this adapter supports a model: one of its classes, or a class derived from one."""
+        """Whether the adapter supports a model: an instance of `model_classes` or of a derived class."""
         return any(base.__name__ in cls.model_classes for base in type(model).__mro__)
 
     @classmethod
     @abstractmethod
     def probe(cls) -> list[Probe]:
-        """Check what the adapter relies on in the installed transformers, without a model."""
+        """Check that the installed transformers has what the adapter relies on; needs no model."""
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
@@ -96,10 +114,10 @@ class ModelAdapter(Attachment, ABC):
         Optional. Without it, call `kvprune.testing.check_adapter` with functions that make both.
 
         Args:
-            dtype: Of the weights, and of inputs that are floating point.
+            dtype: Dtype of the weights and of floating-point inputs.
 
         Raises:
-            PluginError: If the adapter has none.
+            PluginError: If the adapter does not define it.
         """
         raise PluginError(
             f"adapter {cls.__name__} does not say how to make a tiny example; give it a classmethod "
@@ -112,7 +130,7 @@ class ModelAdapter(Attachment, ABC):
         """The cross-attention modules of the model, in the order of their layers.
 
         Raises:
-            UnsupportedModelError: If the adapter does not say where they are; then no oracle can look there.
+            UnsupportedModelError: If the adapter does not define it. Checks against the stock model need it.
         """
         raise UnsupportedModelError(
             f"adapter {type(self).__name__} does not say where {self.family} attends to encoder states; "
@@ -126,15 +144,15 @@ class ModelAdapter(Attachment, ABC):
 
     @abstractmethod
     def attach(self, manager: CrossKVManager) -> None:
-        """Hook the model, so that the manager learns of each prefill and decoding reads what it kept.
+        """Hook the model, so that prefill calls the manager and decoding reads the pruned cache.
 
-        Set ``self._manager`` first: hooks find it as ``self.manager``.
+        Set ``self._manager`` first: hooks read it as ``self.manager``.
         """
 
     def geometry(self) -> Mapping[str, object] | None:
-        """Return what two models must have in common so that a token means the same to both; None if unknown.
+        """Return the properties that a guide must share with its target; None if unknown.
 
-        A guide of the same geometry has the same encoder tokens in the same order, and the same token ids.
+        Models of the same geometry have the same encoder tokens in the same order, and the same token ids.
         """
         return None
 
@@ -146,12 +164,12 @@ class ModelAdapter(Attachment, ABC):
         Optional; without it, the family supports no policy that needs guidance.
 
         Args:
-            prompt: What another forward call was given.
-            answer: int64 ``[R, n]``; its last tokens are not read, as in generation.
-            written: bool ``[R, n]``, which of them belong to the answer.
+            prompt: Inputs of the target's forward call.
+            answer: int64 ``[R, n]``, tokens after the prompt; the last one is only predicted, not read.
+            written: bool ``[R, n]``, which of them belong to the answer; the rest is padding.
 
         Returns:
-            Logits ``[R, n, V]`` of the rows that predict the answer; None without one.
+            Logits ``[R, n, V]`` of the rows that predict the answer; None without an answer.
 
         Raises:
             GuideError: If the model cannot read the prompt.
@@ -159,29 +177,29 @@ class ModelAdapter(Attachment, ABC):
         raise GuideError(f"the adapter for {self.family} cannot run a guide: it does not define replay()")
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Generate greedily.
+        """Generate an answer to a prompt greedily.
 
         Args:
-            prompt: What another forward call was given.
-            max_new_tokens: Limit.
+            prompt: Inputs of the target's forward call.
+            max_new_tokens: Most tokens to generate.
 
         Returns:
-            New tokens, int64 ``[R, n]``; and which of them belong to the answer, bool, the same shape.
+            New tokens, int64 ``[R, n]``, and which of them belong to the answer, bool ``[R, n]``.
 
         Raises:
             GuideError: If the model cannot read the prompt, or cannot generate.
         """
         raise GuideError(
-            f"a guide of the family {self.family} is asked about the prompt only; "
+            f"a guide of the family {self.family} cannot generate, it only reads the prompt; "
             f"use max_new_tokens=0, got {max_new_tokens}"
         )
 
     @classmethod
     def require_needs(cls, policy: CrossKVPolicy) -> None:
-        """Raise if a policy needs what this adapter does not provide.
+        """Raise if a policy needs something that this adapter does not provide.
 
         Raises:
-            UnsupportedModelError: Naming the policy, the family, and what is missing.
+            UnsupportedModelError: Names the policy, the family, and what is missing.
         """
         if missing := policy.needs - cls.provides:
             raise UnsupportedModelError(
@@ -195,17 +213,17 @@ class ModelAdapter(Attachment, ABC):
         """Raise if the installed transformers lacks something that the adapter relies on.
 
         Raises:
-            IncompatibleTransformersError: Naming each probe that failed.
+            IncompatibleTransformersError: Names each probe that failed.
         """
         try:
             failed = [probe for probe in cls.probe() if not probe.ok]
-        except Exception as error:  # an adapter of a third party: what it could not look at is not there
+        except Exception as error:  # a third-party adapter whose probe itself breaks
             failed = [Probe("probe", False, f"raised {type(error).__name__}: {str(error)[:200]}")]
         if failed:
             details = "; ".join(f"{probe.name}: {probe.detail}" for probe in failed)
             raise IncompatibleTransformersError(
                 f"the installed transformers lacks what the {cls.family} adapter relies on: {details}. "
-                "A wrong number would be worse than none; run `kvprune doctor`"
+                "Results could be wrong, so the model is refused; run `kvprune doctor` for details"
             )
 
 

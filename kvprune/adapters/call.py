@@ -1,6 +1,9 @@
-"""One forward call of a model under compression: what lives no longer than the call.
+"""State and steps that all families share in one forward call of a model under compression.
 
-An adapter makes a `Call` when its model is called and lets go of it when the call ends, also by exception.
+An adapter makes a `Call` when its model is called and discards it when the call ends, also by an exception.
+In prefill, each cross-attention layer uses it twice: `Call.before_layer` runs before the layer, and gets
+the columns that arrive from the manager. `Call.after_layer` runs after it, and hands the manager the tensors
+that hooks have captured in between (`Call.keep_output`, `Call.keep_input`).
 """
 
 from __future__ import annotations
@@ -26,19 +29,19 @@ _CAPTURED = frozenset(field.name for field in fields(Captured))
 
 
 class Call:
-    """What the layers of one forward call share.
+    """One forward call, shared by its layers.
 
     Args:
-        manager: Is told of each prefill.
+        manager: The cache manager.
 
     Attributes:
-        needs: What the policy needs beyond keys, values and visibility.
-        tensors: Captured in the layer that runs now, by name, for each row of the batch.
-        transient: Holds the keys and values of the layer that runs now if there is no cache.
+        needs: What the policy needs in addition to keys, values and visibility.
+        tensors: Captured in the current layer, by name, for each row of the batch.
+        transient: Holds the keys and values of the current layer if there is no cache.
     """
 
     keys_are_raw = False
-    """Whether keys are cached as they were projected: the family has no key norm."""
+    """Whether keys are cached as projected, because the family has no key norm."""
 
     def __init__(self, manager: CrossKVManager) -> None:
         self.manager = manager
@@ -47,19 +50,22 @@ class Call:
         self.transient: CrossKVLayer | None = None
 
     def layer_for(self, cache: Cache | None, layer_idx: int) -> CrossKVLayer:
-        """Return what holds a layer's keys and values: in the cache, or for this call only."""
+        """Return the `CrossKVLayer` of a layer: in the cache, or a transient one if there is no cache."""
         if cache is None:
             self.transient = CrossKVLayer()
             return self.transient
         return open_for_prefill(cache, layer_idx, self.manager.report.warn)
 
-    def arrive(self, rank: int, layer: CrossKVLayer, features: Tensor) -> tuple[Arrival, Tensor]:
-        """Tell the manager that features reach a layer; return what arrives, and its features.
+    def before_layer(self, rank: int, layer: CrossKVLayer, features: Tensor) -> tuple[Arrival, Tensor]:
+        """Tell the manager that a layer is about to run; return the columns that arrive, and their features.
 
         Args:
-            rank: Of the layer among the cross-attention layers.
+            rank: Index among the cross-attention layers.
             layer: Its cache layer.
             features: ``[B, S, C]``, all new columns.
+
+        Returns:
+            What arrives, for R rows, and its features, ``[B, K, C]``.
         """
         arrival = self.manager.before_layer(rank, layer, features)
         if arrival.received is not None:
@@ -68,20 +74,20 @@ class Call:
             self.tensors["features"] = features
         return arrival, features
 
-    def leave(
+    def after_layer(
         self, rank: int, layer_idx: int, cache: Cache | None, *, scaling: float, follows_text: bool = True
     ) -> None:
-        """Tell the manager that a layer has attended.
+        """Tell the manager that a layer has attended, and hand over what was captured in it.
 
         Args:
-            rank: Of the layer among the cross-attention layers.
-            layer_idx: Of the layer in the decoder.
-            cache: Holds its keys and values, if there is a cache.
+            rank: Index among the cross-attention layers.
+            layer_idx: Index of the decoder layer.
+            cache: The cache that holds its keys and values; None if there is none.
             scaling: Factor on attention logits.
-            follows_text: Whether a self-attention of the text comes before the layer.
+            follows_text: Whether a self-attention layer comes before this layer.
         """
         layer = self.transient
-        if layer is not None:
+        if layer is not None:  # no cache: hooks kept what the layer projected
             layer.update(self.tensors.pop("keys"), self.tensors.pop("values"))
         else:
             assert cache is not None
@@ -97,13 +103,13 @@ class Call:
         self.transient = None
 
     def keep_output(self, attachment: Attachment, module: Any, name: str, heads: int | None = None) -> None:
-        """Keep what a module returns until its layer has attended.
+        """Capture the output of a module until its layer has attended.
 
         Args:
             attachment: Removes the hook when the call ends.
-            module: Its output is ``[B, H, N, D]``, or ``[B, N, H * D]``.
-            name: Under which it is kept.
-            heads: Number of heads H, if the output has to be split into heads.
+            module: Returns ``[B, H, N, D]``, or ``[B, N, H * D]`` if ``heads`` is given.
+            name: Key in `tensors`.
+            heads: Number of heads H into which the output is split.
         """
 
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -113,7 +119,7 @@ class Call:
         attachment.after(module, keep, for_one_call=True)
 
     def keep_input(self, attachment: Attachment, module: Any, name: str) -> None:
-        """Keep what a module is called with until its layer has attended; see `keep_output`."""
+        """Capture the first argument of a module until its layer has attended; see `keep_output`."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
             self.tensors[name] = args[0]

@@ -1,7 +1,7 @@
-"""Captures what class tokens attend to in one layer of a vision tower, for policies that need it.
+"""Captures the attention from class tokens to patches in one layer of a vision tower.
 
-Fused attention returns no weights, so queries and keys are taken where they are projected. Only the rows of
-class tokens are computed, one for each tile: never the attention of all tokens to all.
+Fused attention returns no weights, so hooks capture the projected queries and keys. Only the rows of class
+tokens are computed, one for each tile, never the full attention matrix.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _ELEMENTS_PER_CHUNK = 2**20  # 4 MiB of float32
 
 @dataclass
 class ClassAttention:
-    """What the class token of each tile pays to the patches of its own tile, in one forward call.
+    """Attention from each tile's class token to the patches of its own tile, in one forward call.
 
-    The layer attends over all tiles of an image at once. Its weights are added up over heads, cut to the
-    patches of the class token's own tile, and scaled so that they add up to 1 there.
+    The layer attends over all tiles of an image at once. Its weights are summed over heads, restricted to the
+    patches of the class token's own tile, and normalized to sum to 1 there.
 
     Args:
         policy_name: For messages.
         module: The self-attention module; it has ``q_proj``, ``k_proj``, ``num_heads`` and ``scaling``.
-        patches: Tokens of a tile, its class token first. The module may see more, which only pad.
-        exists: bool ``[B, images, tiles]``, tiles that are no padding.
+        patches: Tokens per tile, class token first. The module may see more tokens per tile, as padding.
+        exists: bool ``[B, images, tiles]``, false for padding tiles.
         copies: Consecutive rows of the batch that are equal.
     """
 
@@ -54,7 +54,7 @@ class ClassAttention:
         attachment.after(self.module, self._after_module, for_one_call=True)
 
     def by_column(self) -> Tensor:
-        """Return the attention by column, float32 or float64 ``[R, S]``, 0 for class tokens and padding.
+        """Return the attention of each column, float32 or float64 ``[R, S]``; 0 for class tokens and padding.
 
         Raises:
             UnsupportedModelError: If the vision tower has not run.
@@ -67,8 +67,8 @@ class ClassAttention:
         return self._found
 
     def _after_q_proj(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        by_tile = output.detach().unflatten(1, (self.exists.shape[-1], -1))
-        self._queries = by_tile[:, :, 0].clone()  # one row of each tile; a view would keep all of them alive
+        by_tile = output.detach().unflatten(1, (self.exists.shape[-1], -1))  # [images, tiles, tokens, H * D]
+        self._queries = by_tile[:, :, 0].clone()  # class tokens; a view would keep all tokens in memory
 
     def _after_k_proj(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         self._keys = output.detach()
@@ -77,17 +77,17 @@ class ClassAttention:
         assert self._queries is not None
         assert self._keys is not None
         mask = named_arguments(module, args, kwargs).get("attention_mask")
-        images = torch.arange(len(self._keys), device=self._keys.device)
-        by_sample = images.unflatten(0, self.exists.shape[:2])[:: self.copies]
+        images = torch.arange(len(self._keys), device=self._keys.device)  # [B * images]
+        by_sample = images.unflatten(0, self.exists.shape[:2])[:: self.copies]  # [R, images]
         with torch.no_grad():
             rows = [self._image(image, mask) for image in by_sample.flatten().tolist()]
-        there = self.exists[:: self.copies, ..., None].to(images.device)
+        there = self.exists[:: self.copies, ..., None].to(images.device)  # [R, images, tiles, 1]
         found = torch.stack(rows).unflatten(0, by_sample.shape)  # [R, images, tiles, patches]
         self._found = torch.where(there, found, 0).flatten(1)
         self._queries = self._keys = None
 
     def _image(self, image: int, mask: Tensor | None) -> Tensor:
-        """Return what is wanted of one image, ``[tiles, patches]``, padding tiles included."""
+        """Return the attention of one image, ``[tiles, patches]``, padding tiles included."""
         assert self._queries is not None
         assert self._keys is not None
         heads = self.module.num_heads
@@ -100,11 +100,11 @@ class ClassAttention:
         ).mul_(self.module.scaling)  # [heads, tiles, all tokens]
         tiles = logits.shape[1]
         if mask is not None:
-            rows = mask[image, 0].unflatten(0, (tiles, -1))[:, 0]
+            rows = mask[image, 0].unflatten(0, (tiles, -1))[:, 0]  # [tiles, all tokens], of class tokens
             logits += rows.to(dtype)
-        # Logarithms until the largest is known: a class token may all but ignore its own tile.
-        shares = logits.log_softmax(-1).unflatten(-1, (tiles, -1))
+        # Log weights until the largest is subtracted: a class token may give its own tile almost nothing.
+        shares = logits.log_softmax(-1).unflatten(-1, (tiles, -1))  # [heads, tiles, tiles, tokens]
         own = shares.diagonal(dim1=1, dim2=2)[:, 1 : self.patches]  # [heads, patches - 1, tiles]
-        weights = (own - own.amax((0, 1))).exp().sum(0)
-        weights = (weights / weights.sum(0)).mT
+        weights = (own - own.amax((0, 1))).exp().sum(0)  # [patches - 1, tiles]
+        weights = (weights / weights.sum(0)).mT  # [tiles, patches - 1]
         return torch.cat([torch.zeros_like(weights[:, :1]), weights], dim=-1)

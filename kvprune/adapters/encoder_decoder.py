@@ -1,9 +1,18 @@
-"""Encoder-decoder models that keep encoder states in an ``EncoderDecoderCache`` (BART, Whisper, ...).
+"""The common adapter of encoder-decoder models with an ``EncoderDecoderCache`` (BART, Whisper, ...).
 
-All of them share one pattern: the first decoder call projects the encoder states and fills
-``cross_attention_cache``; a flag per layer says so; later calls get the full encoder states and the full
-mask again, and read the cache. So a family is a declaration: which module attends, and what it calls its
+These families share one pattern. The first decoder call projects the encoder states, fills
+``cross_attention_cache`` and sets a flag for each layer. Later calls get the full encoder states and the full
+mask again, but read the cache. So a family is a declaration: the cross-attention module and the names of its
 arguments.
+
+The hooks, in the order in which they run:
+
+1. when assisted decoding starts: note the length of the prompt, to tell it from draft tokens;
+2. before the encoder: keep its input, which seeds random policies;
+3. before the decoder: make a `Call`, and begin a prefill if encoder states arrive;
+4. before each cross-attention: in prefill, pass only the features that arrive; always, cut the mask;
+5. after each cross-attention in prefill: the manager asks the policy;
+6. after the decoder: end the prefill.
 """
 
 from __future__ import annotations
@@ -24,8 +33,8 @@ from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.prompts import decoder_prompt
 from kvprune.adapters.text_capture import TextCapture
-from kvprune.cache.copies import Twins, find_twins
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
+from kvprune.cache.shared_rows import SharedRows, find_shared_rows
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
@@ -40,8 +49,8 @@ class _Call(Call):
     """One call of the decoder.
 
     Args:
-        manager: Is told of each prefill.
-        mask: Cuts the stock masks of the call.
+        manager: The cache manager.
+        mask: The masks of the call.
     """
 
     keys_are_raw = True
@@ -52,20 +61,20 @@ class _Call(Call):
 
 
 class EncoderDecoderAdapter(ModelAdapter):
-    """What the families have in common; a subclass declares the rest.
+    """Base class of encoder-decoder families; a subclass declares the names below.
 
     Class attributes:
         modeling_module: Dotted name of the modeling file, for `probe`.
-        attention_class: Class of the cross-attention module, for `probe`.
-        attention: Attribute of a decoder layer that holds it.
-        states: Its argument for encoder states.
-        mask: Its argument for the attention mask.
-        query: Its attribute that projects queries, ``[B, T, Hq * D]``.
-        key: Its attribute that projects keys, ``[B, S, Hkv * D]``.
-        value: Its attribute that projects values, likewise.
+        attention_class: Class name of the cross-attention module, for `probe`.
+        attention: Attribute of a decoder layer that holds the cross-attention module.
+        states: Argument of that module for encoder states.
+        mask: Argument of that module for the attention mask.
+        query: Attribute of that module that projects queries, ``[B, T, Hq * D]``.
+        key: Attribute of that module that projects keys, ``[B, S, Hkv * D]``.
+        value: Attribute of that module that projects values, ``[B, S, Hkv * D]``.
         self_attention: Attribute of a decoder layer that holds its self-attention, if that is a module of
-            the same kind, without rotation or relative positions; else "". Policies may look at it if
-            `provides` says "text".
+            the same kind, without rotation or relative positions; else "". Policies see it if `provides`
+            has "text".
     """
 
     provides = ModelAdapter.provides | {"guidance"}
@@ -83,9 +92,9 @@ class EncoderDecoderAdapter(ModelAdapter):
         super().__init__(model)
         self._encoder: Any = model.get_encoder()  # type: ignore[operator]
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]
-        self._encoded: Tensor | None = None  # what the encoder read last
-        self._prompt: int | None = None  # decoder tokens before the drafts of assisted decoding
-        self._call: _Call | None = None  # the decoder call that runs now
+        self._encoded: Tensor | None = None  # the latest input of the encoder
+        self._prompt: int | None = None  # tokens before the drafts, in assisted decoding
+        self._call: _Call | None = None  # the current decoder call
 
     @property
     def sites(self) -> Sequence[Site]:
@@ -110,23 +119,24 @@ class EncoderDecoderAdapter(ModelAdapter):
             self.before(site.module, self._before_attention)
         ask = getattr(self.model, "_get_candidate_generator", None)
         if ask is not None:
-            # Draft tokens must not vote. These models are not told how many there are, but here it shows.
-            # A partial, not a closure: a deep copy of the model gets one of its own.
+            # Queries of draft tokens must not count in scores. No argument of the model gives their number,
+            # but this method knows the prompt. A partial, not a closure, so that a deep copy of the model
+            # gets its own.
             noted = functools.partial(self._note_prompt, ask)
             self.override(self.model, "_get_candidate_generator", noted)
 
+    def detach(self) -> None:
+        """Undo `attach`, and free the encoder's input."""
+        super().detach()
+        self._encoded = None
+
     def _note_prompt(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the method that starts assisted decoding, which gets the tokens before the drafts."""
-        if self.is_aside:
+        """Note the prompt's length when assisted decoding starts; replaces ``_get_candidate_generator``."""
+        if self.is_paused:
             return ask(*args, **kwargs)
         ids = inspect.signature(ask).bind(*args, **kwargs).arguments.get("input_ids")
         self._prompt = None if ids is None else int(ids.shape[1])
         return ask(*args, **kwargs)
-
-    def detach(self) -> None:
-        """Undo `attach`, and let go of what the encoder read."""
-        super().detach()
-        self._encoded = None
 
     def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = named_arguments(module, args, kwargs)
@@ -147,28 +157,28 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._begin(self._call, named, states)
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
-        """Tell the manager that encoder states arrive, and what each text row may attend."""
+        """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
         batch, columns = states.shape[:2]
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         decoder_mask = named.get("attention_mask")
         if decoder_mask is not None and decoder_mask.ndim == 2:
-            decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # earlier text has voted
+            decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # rows of this call only
         masks = named.get("encoder_attention_mask"), decoder_mask
         cached = self._is_cached(named)
-        twins = Twins()
+        shared_rows = SharedRows()
         if cached and not torch.is_grad_enabled():
-            # Only rows that were repeated after the encoder: Whisper repeats audio for several return
-            # sequences before it, and takes the cache apart by these rows afterwards.
+            # Share only rows that were repeated after the encoder. Whisper repeats audio for several return
+            # sequences before the encoder, and later splits the cache by these rows.
             read = None if self._encoded is None else max(1, batch // self._encoded.shape[0])
-            twins = find_twins([tokens, *masks], [states], most=read)
-        copies, needs = twins.copies, call.needs
+            shared_rows = find_shared_rows([tokens, *masks], [states], most=read)
+        copies, needs = shared_rows.copies, call.needs
         drafts = 0 if self._prompt is None else tokens.shape[1] - self._prompt
         self._prompt = None
         call.manager.begin(
             self._visibility(tokens[:, : tokens.shape[1] - drafts], states, *masks, copies),
             columns,
             lambda: self._sample_fingerprints(states, batch)[::copies],
-            twins=twins,
+            shared_rows=shared_rows,
             cached=cached,
             layout=lambda: Layout.line(columns, states.device),
             prompt=decoder_prompt(named, tokens.shape[1], drafts, copies) if "guidance" in needs else None,
@@ -177,50 +187,21 @@ class EncoderDecoderAdapter(ModelAdapter):
         if "text" in needs:
             self._hook_text(call, named.get("attention_mask"), drafts, copies, cached=cached)
 
-    def _hook_layers(self, call: _Call, *, cached: bool) -> None:
-        """Add the hooks that only prefill needs."""
-        for site in self.sites:
-            attention, heads = site.module, site.module.num_heads
-            self.after(attention, self._after_attention, for_one_call=True)
-            if "queries" in call.needs:
-                call.keep_output(self, getattr(attention, self.query), "queries", heads)
-            if not cached:  # a cache would have told what they are
-                call.keep_output(self, getattr(attention, self.key), "keys", heads)
-                call.keep_output(self, getattr(attention, self.value), "values", heads)
-
-    def _hook_text(self, call: _Call, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
-        """Capture the self-attention of each decoder layer."""
-        modules = {
-            layer_idx: getattr(layer, self.self_attention)
-            for layer_idx, layer in enumerate(self._decoder.layers)
-        }
-        projections = self.query, self.key, self.value
-        name, manager = call.manager.policy.name, call.manager
-        capture = TextCapture(
-            name, lambda view, _: manager.after_text(view), modules, mask, drafts, copies, None, projections
-        )
-        capture.hook(self, set(modules), cached=cached)
-
-    def replay(
-        self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
-    ) -> Tensor | None:
-        """Run the decoder over its prompt again; only a model that guides itself has the encoder's states."""
-        if prompt.states is None or answer is not None:
-            raise GuideError(
-                f"{self.family} guides only itself, and only by the decoder's prompt; leave guide out, or "
-                "use kvprune.Guide(max_new_tokens=0)"
-            )
-        self._decoder(**prompt.arguments, encoder_hidden_states=prompt.states, use_cache=False)
-        return None
-
     def _is_cached(self, named: dict[str, Any]) -> bool:
-        """Whether what this call projects will be read again."""
+        """Whether the call has a cache that later calls read."""
         if self._decoder.training and any(layer.gradient_checkpointing for layer in self._decoder.layers):
             raise UnsupportedModelError(
                 f"gradient checkpointing of {self.family} runs the hooks on its attention again in backward, "
-                "when the selection is gone; train without it (gradient_checkpointing_disable)"
+                "after the selection was discarded; train without it (gradient_checkpointing_disable)"
             )
         return has_cache(named, self._decoder.config)
+
+    def _sample_fingerprints(self, states: Tensor, batch: int) -> Tensor:
+        """Return fingerprints of the encoder's input for each row of the decoder's batch, int64 ``[B]``."""
+        source = self._encoded
+        if source is None or batch % source.shape[0]:  # encoder_outputs were passed
+            return fingerprint(states)
+        return fingerprint(source).repeat_interleave(batch // source.shape[0])  # beams repeat samples
 
     def _visibility(
         self,
@@ -230,15 +211,16 @@ class EncoderDecoderAdapter(ModelAdapter):
         decoder_mask: Tensor | None,
         copies: int,
     ) -> Visibility:
-        """All rows see the same columns: unit 0 is what the encoder read, unit 1 is padding."""
+        """Return which columns the text rows may attend: all but padding, the same for all rows."""
         batch, columns = states.shape[:2]
+        # Unit 0 has the real columns, unit 1 the padding.
         if encoder_mask is None:
             units = torch.zeros(1, columns, dtype=torch.int64, device=states.device)
         elif encoder_mask.shape == (batch, columns):
             units = (encoder_mask == 0).to(torch.int64)
         else:
             raise UnsupportedCacheError(
-                f"the encoder's attention mask is [B, S] = [{batch}, {columns}] here, "
+                f"the encoder's attention mask must be [B, S] = [{batch}, {columns}], "
                 f"got {list(encoder_mask.shape)}"
             )
         live = torch.ones(batch, tokens.shape[1], dtype=torch.bool, device=states.device)
@@ -252,18 +234,29 @@ class EncoderDecoderAdapter(ModelAdapter):
             live=live[::copies],
         )
 
-    def _sample_fingerprints(self, states: Tensor, batch: int) -> Tensor:
-        """Fingerprints for the decoder's batch, whose samples may be repeated for beams."""
-        source = self._encoded
-        if source is None or batch % source.shape[0]:  # encoder_outputs that were made elsewhere
-            return fingerprint(states)
-        return fingerprint(source).repeat_interleave(batch // source.shape[0])
+    def _hook_layers(self, call: _Call, *, cached: bool) -> None:
+        """Add the hooks that only prefill needs; decoding runs without them."""
+        for site in self.sites:
+            attention, heads = site.module, site.module.num_heads
+            self.after(attention, self._after_attention, for_one_call=True)
+            if "queries" in call.needs:
+                call.keep_output(self, getattr(attention, self.query), "queries", heads)
+            if not cached:  # else the cache layer has them
+                call.keep_output(self, getattr(attention, self.key), "keys", heads)
+                call.keep_output(self, getattr(attention, self.value), "values", heads)
 
-    def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._call = None
-        if self.manager.in_prefill:
-            self.end_of_call()
-            self.manager.end(completed=output is not None)
+    def _hook_text(self, call: _Call, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
+        """Add the hooks that capture the self-attention of each decoder layer."""
+        modules = {
+            layer_idx: getattr(layer, self.self_attention)
+            for layer_idx, layer in enumerate(self._decoder.layers)
+        }
+        projections = self.query, self.key, self.value
+        name, manager = call.manager.policy.name, call.manager
+        capture = TextCapture(
+            name, lambda view, _: manager.after_text(view), modules, mask, drafts, copies, None, projections
+        )
+        capture.hook(self, set(modules), cached=cached)
 
     def _before_attention(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -274,7 +267,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             return None
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise UnsupportedCacheError(
-                f"cross-attention of {self.family} is cached in an EncoderDecoderCache, "
+                f"{self.family} must cache cross-attention in an EncoderDecoderCache, "
                 f"got {type(cache).__name__}"
             )
         call = self._call or _Call(self.manager, ColumnMask(self._decoder.embed_tokens.weight.dtype))
@@ -282,23 +275,13 @@ class EncoderDecoderAdapter(ModelAdapter):
             return (), self._decode(call, module, cache, named)
         return (), self._receive(call, module, cache, named)
 
-    def _decode(
-        self, call: _Call, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return a layer's arguments when it reads what is held."""
-        layer = open_layer(require_cache(cache.cross_attention_cache), module.layer_idx)
-        mask = call.mask.over(named.get(self.mask), layer.contents, module)
-        if not layer.is_readable:
-            named = with_cache(named, OneCrossLayer(module.layer_idx, *layer.spread()))
-        return {**named, self.mask: mask}
-
     def _receive(
         self, call: _Call, module: Any, cache: EncoderDecoderCache | None, named: dict[str, Any]
     ) -> dict[str, Any]:
-        """Return a layer's arguments when encoder states come: those that survived, and a mask as wide."""
+        """Return a layer's arguments in prefill: the features that arrive, and a mask of the same width."""
         flat = None if cache is None else cache.cross_attention_cache
         layer = call.layer_for(flat, module.layer_idx)
-        arrival, states = call.arrive(module.layer_idx, layer, named[self.states])
+        arrival, states = call.before_layer(module.layer_idx, layer, named[self.states])
         mask = call.mask.over(named.get(self.mask), arrival.contents, module)
         return {**named, self.states: states, self.mask: mask}
 
@@ -306,15 +289,43 @@ class EncoderDecoderAdapter(ModelAdapter):
         assert self._call is not None
         cache = cache_of(kwargs)
         flat = None if cache is None else cache.cross_attention_cache
-        self._call.leave(module.layer_idx, module.layer_idx, flat, scaling=module.scaling)
+        self._call.after_layer(module.layer_idx, module.layer_idx, flat, scaling=module.scaling)
+
+    def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._call = None
+        if self.manager.in_prefill:
+            self.end_of_call()
+            self.manager.end(completed=output is not None)
+
+    def _decode(
+        self, call: _Call, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return a layer's arguments in a decode step: the cut mask, and keys and values that it can read."""
+        layer = open_layer(require_cache(cache.cross_attention_cache), module.layer_idx)
+        mask = call.mask.over(named.get(self.mask), layer.contents, module)
+        if not layer.is_readable:
+            named = with_cache(named, OneCrossLayer(module.layer_idx, *layer.spread()))
+        return {**named, self.mask: mask}
+
+    def replay(
+        self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
+    ) -> Tensor | None:
+        """Run the decoder on the prompt again, without a cache; only a model that guides itself can."""
+        if prompt.states is None or answer is not None:
+            raise GuideError(
+                f"a {self.family} model can guide only itself, and only with the decoder's prompt; leave "
+                "guide out, or use kvprune.Guide(max_new_tokens=0)"
+            )
+        self._decoder(**prompt.arguments, encoder_hidden_states=prompt.states, use_cache=False)
+        return None
 
     @classmethod
     def probe(cls) -> list[Probe]:
-        """Check the names that the declaration and the hooks rely on."""
+        """Check that transformers has the names that the declaration and the hooks use."""
         cache = EncoderDecoderCache.__init__.__code__.co_names
         missing = [name for name in ("is_updated", "cross_attention_cache") if name not in cache]
         detail = f"lacks {', '.join(missing)}" if missing else "has is_updated and cross_attention_cache"
-        from transformers import GenerationMixin  # here: it takes long to import
+        from transformers import GenerationMixin  # slow to import
 
         starts = hasattr(GenerationMixin, "_get_candidate_generator")
         return [
@@ -323,7 +334,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             Probe(
                 "GenerationMixin",
                 starts,
-                f"{'has' if starts else 'lacks'} _get_candidate_generator, which tells drafts from prompts",
+                f"{'has' if starts else 'lacks'} _get_candidate_generator, which gives the prompt's length",
             ),
             *probe_signatures(cls.modeling_module, {cls.attention_class: (cls.states, cls.mask, CACHE)}),
         ]

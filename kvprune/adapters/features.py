@@ -1,4 +1,4 @@
-"""Gathers the features that a layer receives, and fits masks to its heads."""
+"""Gathers the encoder features that a layer receives, and expands masks from KV heads to query heads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.errors import (
-    UnsupportedCacheError,
-)
+from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.merging import merge_features
 from kvprune.tokens.selection import Selection
 
@@ -17,14 +15,14 @@ __all__ = ["gather_features", "to_query_heads"]
 
 
 def to_query_heads(mask: Tensor, module: Any) -> Tensor:
-    """Repeat a mask by KV head ``[B, Hkv, T, K]`` for each query head; one that heads share stays.
+    """Expand a mask from KV heads to query heads, ``[B, 1 or Hq, T, K]``.
 
     Args:
         mask: ``[B, 1 or Hkv, T, K]``.
         module: The attention module that will use it.
 
     Raises:
-        UnsupportedCacheError: If its attention cannot tell heads apart.
+        UnsupportedCacheError: If its attention implementation supports no mask by head.
     """
     heads: int = module.num_heads
     if mask.shape[1] == 1:
@@ -40,20 +38,20 @@ def to_query_heads(mask: Tensor, module: Any) -> Tensor:
 
 
 def gather_features(features: Tensor, received: Selection) -> Tensor:
-    """Return the features that a layer receives: those of kept columns, or what was merged into them.
+    """Return the features of the columns that a layer receives, ``[B, K, C]``, merged if it merges.
 
     Args:
-        features: ``[B, S, C]``, all that arrive.
-        received: What the manager's ``before_layer`` returned, for each row of the batch, ``[B, 1, K]``.
+        features: ``[B, S, C]``, all new columns.
+        received: The columns that arrive, for each row of the batch, ``[B, 1, K]``.
     """
     indices, valid, merge = received.indices[:, 0], received.valid[:, 0], received.merge
     if merge is not None:
         entries = indices.shape[-1]
-        features = merge_features(features, merge.into[:, 0], merge.weights[:, 0], entries)
+        features = merge_features(features, merge.into[:, 0], merge.weights[:, 0], entries)  # [B, K, C]
         if not received.is_ragged:
             return features
-        # Padding repeats the last entry, as it does where nothing is merged.
+        # Padding repeats the last entry, as it does without a merge.
         order = torch.arange(entries, device=valid.device)
         indices = torch.minimum(order, valid.sum(-1, keepdim=True) - 1)
-    index = indices.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
+    index = indices.to(features.device)[..., None].expand(-1, -1, features.shape[-1])  # [B, K, C]
     return torch.gather(features, 1, index)

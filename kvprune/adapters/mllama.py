@@ -1,16 +1,17 @@
-"""Llama-3.2-Vision (class Mllama in transformers).
+"""The adapter for Llama-3.2-Vision (class Mllama in transformers).
 
-Image features are projected to keys and values in a few decoder layers and cached in the ordinary flat
-cache. Columns are image-major, then tile, then patch, so the unit of visibility is the tile of an image.
+A few decoder layers attend to image features, and cache their keys and values in the ordinary flat cache.
+Columns are ordered by image, tile and patch, so the unit of visibility is a tile of an image.
 
-The hooks, in the order in which they run in a forward call (`docs/hooks.md` has the picture):
+The hooks, in the order in which they run in a forward call (see the picture in `docs/hooks.md`):
 
-1. before the whole model: how many rows at the end are draft tokens;
-2. before ``MllamaModel``: keep the raw mask from being expanded to one column per patch, and begin a prefill
-   if an image comes along;
-3. before each cross-attention layer: put our cache layer in place, pass on only features that survived,
-   and give it a mask as wide as what it holds;
-4. after each cross-attention layer in prefill: the manager decides.
+1. before the whole model: note how many rows at the end are draft tokens;
+2. before ``MllamaModel``: remove the raw mask, so that stock does not expand it to one column per patch;
+   begin a prefill if an image arrives;
+3. before each cross-attention layer: in prefill, put a `CrossKVLayer` into the cache and pass only the
+   features that arrive; always, pass a mask of the width that the layer holds;
+4. after each cross-attention layer in prefill: the manager asks the policy;
+5. after ``MllamaModel``: end the prefill.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from kvprune.adapters.mllama_visibility import arriving_tiles, tiles_of_rows, vi
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tile_mask import TileMask
-from kvprune.cache.copies import Twins, find_twins
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.placement import OneLayer, open_layer, require_cache
+from kvprune.cache.shared_rows import SharedRows, find_shared_rows
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
@@ -48,9 +49,9 @@ class _Call(Call):
     """One forward call of an Mllama.
 
     Args:
-        manager: Is told of each prefill.
-        mask: What the call says about masks.
-        drafts: Draft rows of assisted decoding at the end of the call.
+        manager: The cache manager.
+        mask: The masks of the call.
+        drafts: Number of draft rows at the end of the call, in assisted decoding.
     """
 
     def __init__(self, manager: CrossKVManager, mask: TileMask, drafts: int) -> None:
@@ -60,14 +61,14 @@ class _Call(Call):
 
 
 class MllamaAdapter(ModelAdapter):
-    """``MllamaForConditionalGeneration`` and ``MllamaModel``.
+    """Adapter for ``MllamaForConditionalGeneration`` and ``MllamaModel``.
 
     Class attributes:
-        class_attention_layer: The encoder in the vision tower ("transformer", or "global_transformer", which
-            follows it), and the layer in it, whose class tokens `View.class_attention` shows. By default the
-            last: its output is what the text model receives. That is what the second last layer of CLIP is to
-            LLaVA. The text model also receives five intermediate layers of the first encoder, none of which
-            stands for all. Derive a class to look at another layer.
+        class_attention_layer: Source of `View.class_attention`: an encoder of the vision tower ("transformer"
+            or "global_transformer", which follows it) and the index of a layer in it. The default is the last
+            layer, because the text model receives its output, as LLaVA receives that of CLIP's second last
+            layer. The text model also receives five intermediate layers of the first encoder, but none of
+            them is representative. Derive a class to use another layer.
     """
 
     family = "Llama-3.2-Vision (Mllama)"
@@ -81,8 +82,8 @@ class MllamaAdapter(ModelAdapter):
         self._inner = cast(Any, model if hasattr(model, "language_model") else model.get_submodule("model"))
         self._text = cast(Any, self._inner.language_model)
         self._layer_indices: list[int] = sorted(self._text.config.cross_attention_layers)
-        self._drafts = 0  # of the forward call of the outer model that runs now
-        self._call: _Call | None = None  # the forward call of the inner model that runs now
+        self._drafts = 0  # draft rows of the current call of the outer model
+        self._call: _Call | None = None  # the current call of the inner model
 
     @property
     def sites(self) -> Sequence[Site]:
@@ -98,7 +99,7 @@ class MllamaAdapter(ModelAdapter):
         return self._layer_indices
 
     def attach(self, manager: CrossKVManager) -> None:
-        """Hook the model's forward calls (see the head of this file)."""
+        """Add the hooks that the module docstring lists."""
         self._manager = manager
         if self._inner is not self.model:
             self.before(self.model, self._before_outer)
@@ -107,12 +108,12 @@ class MllamaAdapter(ModelAdapter):
         for layer_idx in self._layer_indices:
             layer = self._text.layers[layer_idx]
             self.before(layer, self._before_layer)
-            # Without it, SDPA takes a missing mask to mean causal attention over image columns.
+            # Otherwise, SDPA without a mask applies causal attention to image columns.
             self.override(layer.cross_attn, "is_causal", False)
 
     def _before_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep = named_arguments(module, args, kwargs).get("logits_to_keep", 0)
-        # Assisted decoding verifies draft tokens: it asks for their logits and for one more.
+        # Assisted decoding verifies draft tokens: it asks for their logits and one more.
         self._drafts = keep - 1 if isinstance(keep, int) and keep > 1 else 0
 
     def _before_inner(
@@ -123,7 +124,7 @@ class MllamaAdapter(ModelAdapter):
         mask, cache = named.get("cross_attention_mask"), cache_of(named)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
         if tokens is None:
-            return args, kwargs  # the model itself says what is missing
+            return args, kwargs  # the model itself raises an error
         batch, length = tokens.shape[:2]
         text_mask = fit_text_mask(cache, named.get("attention_mask"), batch, length)
         named = {**named, "attention_mask": text_mask}
@@ -135,20 +136,20 @@ class MllamaAdapter(ModelAdapter):
             if cache is not None:
                 require_cache(cache)  # refuse before any layer has run
             self._begin(self._call, named, batch, length)
-        # Named now, so that positional arguments and the mask's removal go together.
+        # All arguments by name, because the mask may have been positional.
         return (), {**named, "cross_attention_mask": None}
 
     def _begin(self, call: _Call, named: dict[str, Any], batch: int, length: int) -> None:
-        """Tell the manager that an image arrives, and what each text row may attend."""
+        """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
         source, new_units = arriving_tiles(named, batch, call.mask.patches)
         rows = call.mask.rows
         if rows is None:
             rows = torch.ones(batch, 1, new_units, dtype=torch.bool, device=source.device)
         cached = self._is_cached(named)
-        # Later images join what is held already; gradients need each row on its own.
+        # Rows are shared only for the first images in a cache, and not if gradients must flow to each row.
         sharable = cached and rows.shape[-1] == new_units and not torch.is_grad_enabled()
-        twins = self._twins(named, source) if sharable else Twins()
-        copies, policy, vision = twins.copies, call.manager.policy, self._inner.vision_model
+        shared_rows = self._shared_rows(named, source) if sharable else SharedRows()
+        copies, policy, vision = shared_rows.copies, call.manager.policy, self._inner.vision_model
         capture = prompt = None
         if "class_attention" in policy.needs:
             layer = self.class_attention_layer
@@ -159,7 +160,7 @@ class MllamaAdapter(ModelAdapter):
             self._visibility(call, rows, named.get("attention_mask"), length, copies),
             new_units * call.mask.patches,
             lambda: fingerprint(source[::copies]),
-            twins=twins,
+            shared_rows=shared_rows,
             cached=cached,
             layout=tile_layout(vision, named, copies),
             prompt=prompt,
@@ -178,10 +179,34 @@ class MllamaAdapter(ModelAdapter):
                 cached=cached,
             )
 
+    def _is_cached(self, named: dict[str, Any]) -> bool:
+        """Whether the call has a cache that later calls read."""
+        if self._text.training and any(layer.gradient_checkpointing for layer in self._text.layers):
+            if "__call__" in GradientCheckpointingLayer.__dict__:
+                raise UnsupportedModelError(
+                    f"gradient checkpointing in transformers {transformers.__version__} runs the hooks of a "
+                    "layer again in backward, after the selection was discarded; use 5.23.0, or train "
+                    "without it (gradient_checkpointing_disable)"
+                )
+            return False  # transformers passes no cache to checkpointed layers
+        return has_cache(named, self._text.config)
+
+    @staticmethod
+    def _shared_rows(named: dict[str, Any], source: Tensor) -> SharedRows:
+        """Return how many consecutive rows of the batch are copies of one sample."""
+        names = (
+            "input_ids",
+            "attention_mask",
+            "aspect_ratio_ids",
+            "aspect_ratio_mask",
+            "cross_attention_mask",
+        )
+        return find_shared_rows([named.get(name) for name in names], [source, named.get("inputs_embeds")])
+
     def _visibility(
         self, call: _Call, rows: Tensor, attention_mask: Tensor | None, length: int, copies: int
     ) -> Visibility:
-        """Return what the text rows may attend; see `visibility_of`."""
+        """Return which columns the text rows may attend; see `visibility_of`."""
         return visibility_of(
             rows,
             attention_mask,
@@ -193,7 +218,7 @@ class MllamaAdapter(ModelAdapter):
         )
 
     def _hook_layers(self, call: _Call, *, cached: bool) -> None:
-        """Add the hooks that only prefill needs: decoding, which runs for each token, does without them."""
+        """Add the hooks that only prefill needs; decoding, which runs for each token, runs without them."""
         for layer_idx in self._layer_indices:
             layer = self._text.layers[layer_idx]
             attention = layer.cross_attn
@@ -202,15 +227,9 @@ class MllamaAdapter(ModelAdapter):
                 call.keep_output(self, attention.q_norm, "queries")
             if "raw_keys" in call.needs:
                 call.keep_input(self, attention.k_norm, "raw_keys")
-            if not cached:  # a cache would have told what they are
+            if not cached:  # else the cache layer has them
                 call.keep_output(self, attention.k_norm, "keys")
                 call.keep_output(self, attention.v_proj, "values", self._text.config.num_key_value_heads)
-
-    def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._call = None
-        if self.manager.in_prefill:
-            self.end_of_call()
-            self.manager.end(completed=output is not None)
 
     def _before_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -226,8 +245,43 @@ class MllamaAdapter(ModelAdapter):
         change = self._receive if brings_states else self._decode
         return args, change(self._call, module, args[0].shape[0], kwargs)
 
+    def _receive(self, call: _Call, module: Any, batch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return a layer's arguments in prefill: the features that arrive, and a mask of the same width."""
+        # Transformers passes no cache to checkpointed layers.
+        cache = None if module.training and module.gradient_checkpointing else cache_of(kwargs)
+        layer = call.layer_for(cache, module.layer_idx)
+        # Images and tiles become columns: [B * images, tiles * patches, C] to [B, S, C].
+        states = kwargs["cross_attention_states"]
+        states = states.reshape(batch, -1, states.shape[-1])
+        rank = self._layer_indices.index(module.layer_idx)
+        arrival, states = call.before_layer(rank, layer, states)
+        mask = call.mask.over(arrival.contents, module.cross_attn)
+        return self._masked(call, {**kwargs, "cross_attention_states": states}, mask)
+
+    @staticmethod
+    def _masked(call: _Call, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
+        row_mask = call.mask.row_mask
+        return {**kwargs, "cross_attention_mask": mask, "full_text_row_masked_out_mask": row_mask}
+
+    def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        assert self._call is not None
+        rank = self._layer_indices.index(module.layer_idx)
+        self._call.after_layer(
+            rank,
+            module.layer_idx,
+            cache_of(kwargs),
+            scaling=module.cross_attn.scaling,
+            follows_text=rank < module.layer_idx,  # a self-attention layer comes before it
+        )
+
+    def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._call = None
+        if self.manager.in_prefill:
+            self.end_of_call()
+            self.manager.end(completed=output is not None)
+
     def _decode(self, call: _Call, module: Any, batch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return a layer's arguments when it reads what is held."""
+        """Return a layer's arguments in a decode step: the cut mask, and keys and values that it can read."""
         cache = cache_of(kwargs)
         layer = cache.layers[module.layer_idx]
         if not isinstance(layer, CrossKVLayer):  # filled before the compression began
@@ -246,80 +300,28 @@ class MllamaAdapter(ModelAdapter):
             kwargs = with_cache(kwargs, OneLayer.spread(module.layer_idx, layer))
         return self._masked(call, kwargs, call.mask.over(layer.contents, module.cross_attn))
 
-    def _receive(self, call: _Call, module: Any, batch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return a layer's arguments when encoder features come: those that survived, and a mask as wide."""
-        # Transformers takes the cache away from layers that are checkpointed.
-        cache = None if module.training and module.gradient_checkpointing else cache_of(kwargs)
-        layer = call.layer_for(cache, module.layer_idx)
-        # Images and tiles become columns: [B * images, tiles * patches, C] to [B, S, C].
-        states = kwargs["cross_attention_states"]
-        states = states.reshape(batch, -1, states.shape[-1])
-        rank = self._layer_indices.index(module.layer_idx)
-        arrival, states = call.arrive(rank, layer, states)
-        mask = call.mask.over(arrival.contents, module.cross_attn)
-        return self._masked(call, {**kwargs, "cross_attention_states": states}, mask)
-
-    @staticmethod
-    def _masked(call: _Call, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
-        row_mask = call.mask.row_mask
-        return {**kwargs, "cross_attention_mask": mask, "full_text_row_masked_out_mask": row_mask}
-
-    def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        assert self._call is not None
-        rank = self._layer_indices.index(module.layer_idx)
-        self._call.leave(
-            rank,
-            module.layer_idx,
-            cache_of(kwargs),
-            scaling=module.cross_attn.scaling,
-            follows_text=rank < module.layer_idx,  # some layer before it is no cross-attention layer
-        )
-
     def geometry(self) -> Mapping[str, object]:
-        """Tiles, patches and vocabulary: with the same ones, columns and token ids mean the same."""
+        """Return tiles, patches and vocabulary size, which a guide must share with its target."""
         return mllama_guide.geometry(self._inner)
 
     def replay(
         self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
     ) -> Tensor | None:
-        """Run the model over a prompt and an answer, in one forward call that leaves no cache."""
+        """Run the model on a prompt and an answer, in one forward call that leaves no cache."""
         return mllama_guide.replay(self.model, self._inner, prompt, answer, written)
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Generate greedily; the vision tower runs again, because generation cannot take its output."""
+        """Generate an answer greedily, from pixels: ``generate`` takes no encoder states."""
         return mllama_guide.answer(self.model, prompt, max_new_tokens)
-
-    def _is_cached(self, named: dict[str, Any]) -> bool:
-        """Whether what this call projects will be read again."""
-        if self._text.training and any(layer.gradient_checkpointing for layer in self._text.layers):
-            if "__call__" in GradientCheckpointingLayer.__dict__:
-                raise UnsupportedModelError(
-                    f"gradient checkpointing in transformers {transformers.__version__} runs the hooks of a "
-                    "layer again in backward, when the selection is gone; 5.23.0 does not, or train without "
-                    "it (gradient_checkpointing_disable)"
-                )
-            return False  # transformers takes the cache away from checkpointed layers
-        return has_cache(named, self._text.config)
-
-    @staticmethod
-    def _twins(named: dict[str, Any], source: Tensor) -> Twins:
-        names = (
-            "input_ids",
-            "attention_mask",
-            "aspect_ratio_ids",
-            "aspect_ratio_mask",
-            "cross_attention_mask",
-        )
-        return find_twins([named.get(name) for name in names], [source, named.get("inputs_embeds")])
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
-        """Return a tiny Mllama, and chats with several images, padding tiles and left padding."""
+        """Return a tiny Mllama, and a batch of chats with several images, padding tiles and left padding."""
         return tiny.example_mllama(dtype)
 
     @classmethod
     def probe(cls) -> list[Probe]:
-        """Check the names and signatures that the hooks rely on."""
+        """Check that transformers has the names and signatures that the hooks use."""
         signatures = probe_signatures(
             "transformers.models.mllama.modeling_mllama",
             {
@@ -336,7 +338,7 @@ class MllamaAdapter(ModelAdapter):
                 "MllamaVisionAttention": ("attention_mask",),
             },
         )
-        from transformers.models.mllama import modeling_mllama  # here: it takes long to import
+        from transformers.models.mllama import modeling_mllama  # slow to import
 
         rotates = hasattr(modeling_mllama, "apply_rotary_pos_emb")
         rotary = f"{'has' if rotates else 'lacks'} apply_rotary_pos_emb"

@@ -1,4 +1,4 @@
-"""What policies may ask for of an Mllama beyond one layer's tensors: text, class attention, tile geometry."""
+"""Captures that only Mllama provides: self-attention of the text, class attention, positions of tiles."""
 
 from __future__ import annotations
 
@@ -33,32 +33,34 @@ def capture_text(
     copies: int,
     cached: bool,
 ) -> None:
-    """Capture the self-attention before each cross-attention layer, or all if text is pruned.
+    """Hook the self-attention before each cross-attention layer, or every one if text is pruned.
 
     Args:
         attachment: Removes the hooks when the call ends.
-        manager: Is told of each captured self-attention.
+        manager: Receives each captured self-attention.
         text: The language model.
         cross_layers: Indices of its cross-attention layers.
         mask: The attention mask of the call.
-        drafts: Draft rows at the end.
+        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
         cached: Whether there is a cache.
 
     Raises:
-        UnsupportedModelError: If text is to be pruned where transformers cannot measure it.
+        UnsupportedModelError: If the policy prunes text, but the first layer is a cross-attention layer.
     """
     prunes = cached and "text_cache" in manager.policy.needs
     if prunes and 0 in cross_layers:
         raise UnsupportedModelError(
             f"policy {manager.policy.name!r} prunes text, but the first layer of this decoder is a "
-            "cross-attention layer, by which transformers measures text; use a policy that does not"
+            "cross-attention layer, from which transformers takes the length of the text; use a policy that "
+            "prunes no text"
         )
     modules = {
         layer_idx: layer.self_attn
         for layer_idx, layer in enumerate(text.layers)
         if layer_idx not in cross_layers
     }
+    # The last self-attention layer before each cross-attention layer; -1 for none.
     before = {max((i for i in modules if i < cross), default=-1) for cross in cross_layers}
 
     def done(view: TextView, cache: Cache | None) -> None:
@@ -77,7 +79,7 @@ def capture_class_attention(
     named: Mapping[str, Any],
     copies: int,
 ) -> Callable[[], Captured] | None:
-    """Capture what class tokens attend to; return what tells it once the vision tower has run.
+    """Hook the class attention of the vision tower; return a function that reads it after the tower has run.
 
     Args:
         attachment: Removes the hooks when the call ends.
@@ -93,12 +95,12 @@ def capture_class_attention(
     ratios, tiles = named.get("aspect_ratio_ids"), named.get("aspect_ratio_mask")
     if named.get("pixel_values") is None:
         raise UnsupportedModelError(
-            f"policy {policy_name!r} needs view.class_attention, which only the vision tower knows, and "
-            "that does not run where cross_attention_states are passed; pass pixel_values, "
+            f"policy {policy_name!r} needs view.class_attention, which the vision tower computes, but the "
+            "tower does not run if cross_attention_states are passed; pass pixel_values, "
             "aspect_ratio_ids and aspect_ratio_mask instead"
         )
     if ratios is None or tiles is None:
-        return None  # the model itself says what is missing
+        return None  # the model itself raises an error
     encoder, number = layer
     attention = ClassAttention(
         policy_name,
@@ -112,7 +114,7 @@ def capture_class_attention(
 
 
 def tile_layout(vision: Any, named: Mapping[str, Any], copies: int) -> Callable[[], Layout] | None:
-    """Return what tells where the new columns lie in their images; None if the call does not say.
+    """Return a function that computes the positions of the new columns in their images; None if unknown.
 
     Args:
         vision: The vision tower.
@@ -125,7 +127,7 @@ def tile_layout(vision: Any, named: Mapping[str, Any], copies: int) -> Callable[
     grid = vision.image_size // vision.patch_size
 
     def layout() -> Layout:
-        # Pairs of height and width, in tiles; the ids count from one, and zero is no image.
+        # Pairs of height and width, in tiles. Ids count from 1; 0 means no image.
         supported = vision.config.supported_aspect_ratios
         widths = torch.tensor([0, *(width for _, width in supported)], device=ratios.device)
         return Layout.tiles(
@@ -140,7 +142,7 @@ def tile_layout(vision: Any, named: Mapping[str, Any], copies: int) -> Callable[
 
 
 def _rotate(queries: Tensor, keys: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Rotate as ``MllamaTextSelfAttention`` does."""
+    """Apply rotary position embeddings, as ``MllamaTextSelfAttention`` does."""
     from transformers.models.mllama.modeling_mllama import apply_rotary_pos_emb
 
     cos, sin = named["position_embeddings"]

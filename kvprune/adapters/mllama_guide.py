@@ -1,4 +1,4 @@
-"""Prompts for guides of Mllama, and running an Mllama as a guide over them."""
+"""Makes prompts for a guide from calls of an Mllama, and runs an Mllama as a guide."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvprune.adapters.arguments import cache_of
-from kvprune.adapters.prompts import copied_cache, plain_mask, rows_of
+from kvprune.adapters.prompts import copied_cache, distinct_rows, padding_mask
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
 
@@ -22,34 +22,34 @@ _IMAGE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 def make_prompt(
     named: Mapping[str, Any], batch: int, length: int, drafts: int, copies: int
 ) -> Callable[[Tensor], Prompt]:
-    """Return what makes the prompt of a forward call for a guide, given the features of its new columns.
+    """Return a function that makes a guide's prompt from a forward call, given the features of new columns.
 
     Args:
         named: Arguments of the forward call by name.
         batch: Rows B of the call.
         length: Text rows T of the call.
-        drafts: How many of them, at the end, are drafts.
+        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
 
     Raises:
         GuideError: If there is a cache of earlier turns that cannot be copied.
     """
-    # Copied now: by the time the guide is asked, the first layers have read this turn's text.
+    # Copied now: when the guide runs, the first layers have already added this turn's text to the cache.
     past = copied_cache(cache_of(named), batch, copies)
     attended = named.get("attention_mask")
-    given = {**named, "attention_mask": attended if past is not None else plain_mask(attended, length)}
+    given = {**named, "attention_mask": attended if past is not None else padding_mask(attended, length)}
     arguments = {}
     for name in (*_TEXT, *_IMAGE):
         value = given.get(name)
         if isinstance(value, Tensor):
-            # Drafts come last, in whatever has a place for each of them.
+            # Cut draft tokens off, in arguments whose second axis counts tokens.
             ends = drafts if name in _TEXT and value.shape[1] >= length else 0
-            arguments[name] = rows_of(value, copies, value.shape[1] - ends if ends else None)
+            arguments[name] = distinct_rows(value, copies, value.shape[1] - ends if ends else None)
     return lambda features: Prompt(arguments, features, past)
 
 
 def geometry(inner: Any) -> Mapping[str, object]:
-    """Tiles, patches and vocabulary: with the same ones, columns and token ids mean the same."""
+    """Return tiles, patches and vocabulary size, which a guide must share with its target."""
     vision = inner.vision_model
     return {
         "image size": vision.image_size,
@@ -64,14 +64,14 @@ def geometry(inner: Any) -> Mapping[str, object]:
 def replay(
     model: Any, inner: Any, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
 ) -> Tensor | None:
-    """Run a model over a prompt and an answer; see `ModelAdapter.replay`.
+    """Run a model on a prompt and an answer; see `ModelAdapter.replay`.
 
     Args:
-        model: With its language head, if it has one.
+        model: The model, with its language head if it has one.
         inner: The ``MllamaModel`` in it.
-        prompt: See there.
-        answer: See there.
-        written: See there.
+        prompt: Inputs of the target's forward call.
+        answer: int64 ``[R, n]``, tokens after the prompt.
+        written: bool ``[R, n]``, which of them belong to the answer.
     """
     arguments: dict[str, Any] = dict(prompt.arguments)
     if prompt.states is not None:  # the vision tower has run
@@ -84,7 +84,7 @@ def replay(
         inner(**arguments)
         return None
     length, more = prompt.text.shape[1], answer.shape[1] - 1
-    arguments["input_ids"] = torch.cat([arguments["input_ids"], answer[:, :-1]], dim=1)
+    arguments["input_ids"] = torch.cat([arguments["input_ids"], answer[:, :-1]], dim=1)  # [R, T + n - 1]
     attended = arguments.get("attention_mask")
     if attended is None:
         attended = torch.ones_like(prompt.text)
@@ -93,32 +93,32 @@ def replay(
     if places is not None:
         further = places[:, -1:] + torch.arange(1, more + 1, device=places.device)
         arguments["position_ids"] = torch.cat([places, further], dim=1)
-    # As a tensor: a number would mean that the other rows are drafts.
+    # A tensor, because hooks take a number to mean that the other rows are drafts.
     rows = torch.arange(length - 1, length + more, device=answer.device)
     logits: Tensor = model(**arguments, logits_to_keep=rows).logits
     return logits
 
 
 def answer(model: Any, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-    """Generate greedily; see `ModelAdapter.answer`.
+    """Generate an answer greedily; see `ModelAdapter.answer`.
 
-    The vision tower runs again, because generation cannot take its output.
+    The vision tower runs again, because ``generate`` takes no encoder states.
     """
     _require_pixels(prompt)
     if prompt.past is not None or "input_ids" not in prompt.arguments:
         raise GuideError(
-            "a guide generates from token ids of a whole conversation, got "
+            "a guide can generate only from the token ids of a whole conversation, got "
             f"{'a later turn' if prompt.past is not None else 'inputs_embeds'}; use max_new_tokens=0"
         )
     generator = model
     if not getattr(generator, "can_generate", lambda: False)():
         raise GuideError(
-            f"{type(generator).__name__} does not generate, but the guide's max_new_tokens is "
-            f"{max_new_tokens}; use 0, or give the model with its language head"
+            f"{type(generator).__name__} cannot generate, but the guide's max_new_tokens is "
+            f"{max_new_tokens}; use 0, or pass the model with its language head"
         )
     arguments = {name: tensor for name, tensor in prompt.arguments.items() if name != "position_ids"}
     arguments.setdefault("attention_mask", torch.ones_like(prompt.text))
-    plain = dict.fromkeys(("temperature", "top_p", "top_k"))  # would only warn
+    plain = dict.fromkeys(("temperature", "top_p", "top_k"))  # unset, or generate warns
     out = generator.generate(
         **arguments,
         **plain,
@@ -131,13 +131,13 @@ def answer(model: Any, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Ten
     new = out[:, prompt.text.shape[1] :]
     ends = generator.generation_config.eos_token_id
     ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=new.device)
-    over = torch.isin(new, ends).cumsum(-1)
+    over = torch.isin(new, ends).cumsum(-1)  # [R, n], ends up to and including each token
     return new, (over - torch.isin(new, ends).to(over.dtype)) == 0
 
 
 def _require_pixels(prompt: Prompt) -> None:
     if "pixel_values" not in prompt.arguments:
         raise GuideError(
-            "a guide reads pixel_values, but the model was called with cross_attention_states, which "
-            "belong to its own vision tower; pass pixel_values and aspect_ratio_ids"
+            "a guide reads pixel_values, but the model was called with cross_attention_states, which only "
+            "its own vision tower can produce; pass pixel_values and aspect_ratio_ids"
         )

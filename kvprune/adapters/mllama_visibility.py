@@ -1,4 +1,4 @@
-"""What the text rows of an Mllama's forward call may attend: from its masks to a `Visibility` by tile."""
+"""Converts the masks of an Mllama's forward call to a `Visibility`, whose units are tiles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["arriving_tiles", "tiles_of_rows", "visibility_of"]
 
 
 def arriving_tiles(named: Mapping[str, Any], batch: int, patches: int) -> tuple[Tensor, int]:
-    """Return what the encoder reads or has read, ``[B, ...]``, and how many tiles that is for each sample.
+    """Return the pixels or encoder states of a call, ``[B, ...]``, and the number of tiles per sample.
 
     Args:
         named: Arguments of the forward call by name.
@@ -34,24 +34,25 @@ def arriving_tiles(named: Mapping[str, Any], batch: int, patches: int) -> tuple[
 
 
 def tiles_of_rows(mask: Tensor, length: int, cache: Any) -> Tensor:
-    """Return which tile of which image each text row of a call may attend, bool ``[B, T, U]``.
+    """Return which tiles each text row of a call may attend, bool ``[B, T, U]``, U being images x tiles.
 
     Args:
-        mask: ``[B, T, images, tiles]``; T may count the rows of the whole conversation.
-        length: Text rows of the call.
-        cache: What the call reads, if anything.
+        mask: ``[B, T, images, tiles]``; its rows may cover the whole conversation.
+        length: Text rows T of the call.
+        cache: The cache of the call; None if there is none.
 
     Raises:
         UnsupportedCacheError: If the mask has another shape.
     """
     if mask.ndim != 4:
         raise UnsupportedCacheError(
-            f"cross_attention_mask is [B, T, images, tiles] as the processor makes it, got {list(mask.shape)}"
+            f"cross_attention_mask must be [B, T, images, tiles], as the processor makes it, "
+            f"got {list(mask.shape)}"
         )
-    if mask.shape[1] != length:  # a plain forward call may pass the rows of the whole conversation
+    if mask.shape[1] != length:  # rows of the whole conversation
         seen = int(cache.get_seq_length()) if cache is not None else 0
         missing = seen + length - mask.shape[1]
-        if missing > 0:  # draft tokens in older releases; new rows repeat the last one, as in generate
+        if missing > 0:  # draft tokens in older releases; repeat the last row, as generate does
             mask = torch.cat([mask, mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
         mask = mask[:, seen : seen + length]
     return (mask == 1).flatten(2)
@@ -67,13 +68,13 @@ def visibility_of(
     patches: int,
     tiles: int,
 ) -> Visibility:
-    """Return what the text rows of a call may attend, for one of each ``copies`` rows of the batch.
+    """Return which columns the text rows of a call may attend, for R = B / ``copies`` rows of the batch.
 
     Args:
         rows: bool ``[B, T or 1, U]``, which tiles each text row may attend.
         attention_mask: ``[B, tokens so far]``, zero at padding.
         length: Text rows T of the call.
-        drafts: How many of them, at the end, are drafts.
+        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
         patches: Columns of a tile.
         tiles: Tiles stored for each image.
@@ -87,7 +88,7 @@ def visibility_of(
     units = torch.arange(rows.shape[-1], device=rows.device)
     return Visibility(
         rows=rows[::copies],
-        units=units.repeat_interleave(patches)[None],
+        units=units.repeat_interleave(patches)[None],  # [1, S]
         images=units // tiles,
         live=live[::copies],
     )

@@ -1,4 +1,4 @@
-"""Probes: what adapters rely on in the installed transformers, and whether it holds."""
+"""Probes check that the installed transformers has what adapters rely on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ __all__ = ["Probe", "probe_cache", "probe_signatures"]
 
 @dataclass(frozen=True)
 class Probe:
-    """One thing that an adapter relies on in the installed transformers, and whether it holds."""
+    """Result of one check of the installed transformers.
+
+    Args:
+        name: What was checked: a class, a module or a function.
+        ok: Whether it has what an adapter relies on.
+        detail: What it has or lacks, for messages.
+    """
 
     name: str
     ok: bool
@@ -22,11 +28,11 @@ class Probe:
 
 
 def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> list[Probe]:
-    """Check that a module has classes whose ``forward`` takes the parameters that hooks read or replace.
+    """Check that the ``forward`` methods of some classes take the parameters that hooks read or replace.
 
     Args:
         module_name: Dotted name of a modeling file of transformers.
-        wanted: Parameters of ``forward`` by class name; "new|old" is one of several names.
+        wanted: Parameters of ``forward`` by class name; "new|old" means any one of these names.
     """
     try:
         module = importlib.import_module(module_name)
@@ -36,7 +42,7 @@ def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> l
     for name, parameters in wanted.items():
         found = getattr(module, name, None)
         if found is None:
-            probes.append(Probe(name, False, f"is gone from {module_name}"))
+            probes.append(Probe(name, False, f"is missing from {module_name}"))
             continue
         known = inspect.signature(inspect.unwrap(found.forward)).parameters.keys()
         missing = [parameter for parameter in parameters if not known & set(parameter.split("|"))]
@@ -48,7 +54,7 @@ def probe_signatures(module_name: str, wanted: Mapping[str, Sequence[str]]) -> l
 
 
 def probe_cache() -> Probe:
-    """Check that the default cache is made of layers whose place ours can take."""
+    """Check that the default cache consists of layers that kvprune can replace."""
     cache = DynamicCache()
     wanted = {
         "layers that are DynamicLayer": cache.layer_class_to_replicate is DynamicLayer,

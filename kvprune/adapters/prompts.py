@@ -1,4 +1,4 @@
-"""What adapters share in making prompts for a guide from the arguments of a forward call."""
+"""Helpers for adapters: make prompts for a guide from the arguments of a forward call."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from kvprune.adapters.arguments import cache_of
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
 
-__all__ = ["copied_cache", "decoder_prompt", "plain_mask", "rows_of"]
+__all__ = ["copied_cache", "decoder_prompt", "distinct_rows", "padding_mask"]
 
 
-def rows_of(tensor: Tensor, copies: int, rows: int | None = None) -> Tensor:
-    """Return one of each ``copies`` rows of the batch, and the first ``rows`` places of the second axis."""
+def distinct_rows(tensor: Tensor, copies: int, rows: int | None = None) -> Tensor:
+    """Return one of each ``copies`` rows of a batch ``[B, ...]``, cut to the first ``rows`` of axis 1."""
     tensor = tensor[::copies]
     return tensor if rows is None else tensor[:, :rows]
 
 
-def plain_mask(mask: Tensor | None, length: int) -> Tensor | None:
-    """Return the attention mask of a first turn by token, ``[B, T]``.
+def padding_mask(mask: Tensor | None, length: int) -> Tensor | None:
+    """Return the attention mask of a first turn as a padding mask, ``[B, T]``, zero at padding.
 
     Args:
-        mask: ``[B, T]``, or ``[B, 1, T, width]`` (bool, or added to logits) as generation with a static cache
-            makes it, or None.
+        mask: ``[B, T]``, or ``[B, 1, T, width]`` (bool or additive), as generation with a static cache makes
+            it, or None.
         length: Number of tokens T.
     """
     if mask is None or mask.ndim != 4:
         return mask
-    last = mask[:, 0, length - 1, :length]  # the last token sees all that are no padding
+    last = mask[:, 0, length - 1, :length]  # [B, T]: the last token attends to all but padding
     return (last if last.dtype == torch.bool else last == 0).to(torch.int64)
 
 
 def copied_cache(cache: Any, batch: int, copies: int) -> Any:
-    """Return a copy of a cache of earlier turns, for one of each ``copies`` rows; None if it is empty.
+    """Return a copy of the cache of earlier turns, with one of each ``copies`` rows; None if it is empty.
 
     Raises:
         GuideError: If it cannot be copied.
@@ -51,7 +51,7 @@ def copied_cache(cache: Any, batch: int, copies: int) -> Any:
     except (RuntimeError, AttributeError, ValueError) as error:
         raise GuideError(
             f"the guide would read a copy of the cache of earlier turns, but this {type(cache).__name__} "
-            f"cannot be copied ({type(error).__name__}: {str(error)[:200]}); start the conversation anew"
+            f"cannot be copied ({type(error).__name__}: {str(error)[:200]}); start a new conversation"
         ) from error
     return past
 
@@ -59,29 +59,29 @@ def copied_cache(cache: Any, batch: int, copies: int) -> Any:
 def decoder_prompt(
     named: Mapping[str, Any], length: int, drafts: int, copies: int
 ) -> Callable[[Tensor], Prompt]:
-    """Return what makes the prompt of a decoder call for a guide, given the features of its columns.
+    """Return a function that makes a guide's prompt from a decoder call, given the features of its columns.
 
     Args:
         named: Arguments of the call by name.
         length: Text rows of the call.
-        drafts: How many of them, at the end, are drafts.
+        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
 
     Raises:
-        GuideError: If the decoder has read tokens before its encoder states came.
+        GuideError: If the decoder has read tokens before it received encoder states.
     """
     cache = cache_of(named)
     if cache is not None and int(cache.get_seq_length()):
         raise GuideError(
-            f"the decoder has read {int(cache.get_seq_length())} tokens before its encoder states came, "
-            "which its guide would not see; start with an empty cache"
+            f"the decoder has read {int(cache.get_seq_length())} tokens before it received encoder states, "
+            "and a guide would not see them; start with an empty cache"
         )
-    mask = plain_mask(named.get("attention_mask"), length)
+    mask = padding_mask(named.get("attention_mask"), length)
     arguments = {}
     for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
         value = mask if name == "attention_mask" else named.get(name)
         if isinstance(value, Tensor):
-            arguments[name] = rows_of(value, copies, length - drafts)
+            arguments[name] = distinct_rows(value, copies, length - drafts)
     if isinstance(named.get("encoder_attention_mask"), Tensor):
-        arguments["encoder_attention_mask"] = rows_of(named["encoder_attention_mask"], copies)
+        arguments["encoder_attention_mask"] = distinct_rows(named["encoder_attention_mask"], copies)
     return lambda features: Prompt(arguments, features)

@@ -1,8 +1,8 @@
-"""Captures what the text's self-attention sees in one prefill, for policies that need "text".
+"""Captures the text's self-attention in one prefill, for policies that need "text" or prune the text cache.
 
-Self-attention modules of transformers project with three linear layers, rotate (or do not), update the cache
-and attend. Queries are taken where they are projected, and rotated with the model's own function; keys and
-values come from the cache, where those of earlier turns are, too.
+Self-attention modules of transformers project with three linear layers, apply rotary embeddings (or not),
+update the cache and attend. Hooks capture the projected queries, and rotate them with the model's own
+function. Keys and values are read from the cache, which also has those of earlier turns.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Rotate = Callable[[Tensor, Tensor, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 @dataclass
 class TextCapture:
-    """What self-attention modules see in one forward call.
+    """Captures self-attention modules in one forward call.
 
     Args:
         policy_name: For messages.
-        done: Called after each captured self-attention with its view and the cache that it wrote to.
-        modules: The self-attention modules by layer index, in order: all that the decoder has.
+        done: Called after each captured self-attention, with its view and the cache that it updated.
+        modules: All self-attention modules of the decoder by layer index, in order.
         mask: int or bool ``[B, tokens so far]``, zero at padding, drafts included; or ``[B, 1, T, tokens]``
             as it enters attention, boolean or additive; None where there is none.
-        drafts: Draft tokens at the end, which are left out.
+        drafts: Number of draft tokens at the end, which views leave out.
         copies: Consecutive rows of the batch that are equal.
-        rotate: Rotates queries and keys; None in models that do not.
-        projections: What a module calls those to queries, keys and values.
+        rotate: Rotates queries and keys; None in models without rotary embeddings.
+        projections: Attributes of a module that project queries, keys and values.
     """
 
     policy_name: str
@@ -61,7 +61,7 @@ class TextCapture:
 
         Args:
             attachment: Removes the hooks when the call ends.
-            layers: Indices of the layers that are captured.
+            layers: Indices of the layers to capture.
             cached: Whether keys and values can be read from a cache.
         """
         for layer_idx in sorted(layers):
@@ -74,6 +74,7 @@ class TextCapture:
             attachment.after(module, self._look(layer_idx), for_one_call=True)
 
     def _catch(self, module: Any, name: str) -> Callable[..., None]:
+        """Return a hook that captures the output of a projection."""
         heads = module.num_heads
         if name != "queries":
             heads = getattr(module, "num_key_value_heads", heads)
@@ -84,6 +85,8 @@ class TextCapture:
         return catch
 
     def _look(self, layer_idx: int) -> Callable[..., None]:
+        """Return a hook that builds the view of a module that has attended."""
+
         def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             named = named_arguments(module, args, kwargs)
             self.done(self._view(layer_idx, module, named), cache_of(named))
@@ -91,8 +94,8 @@ class TextCapture:
         return look
 
     def _view(self, layer_idx: int, module: Any, named: Mapping[str, Any]) -> TextView:
-        queries = self._projected.pop("queries")
-        fresh = self._projected.pop("keys", None)
+        queries = self._projected.pop("queries")  # [B, Hq, T, D]
+        fresh = self._projected.pop("keys", None)  # [B, Hkv, T, D]; None if the cache has them
         if self.rotate is not None:
             queries, rotated = self.rotate(queries, queries[:, :0] if fresh is None else fresh, named)
             fresh = None if fresh is None else rotated
@@ -100,7 +103,7 @@ class TextCapture:
             keys, values = self._cached(cache_of(named), layer_idx)
         else:
             keys, values = fresh, self._projected.pop("values")
-        entries, one = keys.shape[2], slice(None, None, self.copies)
+        entries, one = keys.shape[2], slice(None, None, self.copies)  # one of each copies rows
         real = self._real(entries, keys)
         last, end = queries.shape[2] - self.drafts, entries - self.drafts
         return TextView(
@@ -116,22 +119,22 @@ class TextCapture:
         )
 
     def _cached(self, cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values that a layer has attended to."""
+        """Return the keys and values that a layer has attended to, ``[B, Hkv, entries, D]``."""
         flat = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         layer: Any = flat.layers[layer_idx]
-        if type(layer) is StaticLayer:  # as long as it may become
+        if type(layer) is StaticLayer:  # preallocated to its maximum length
             seen = int(layer.get_seq_length())
             static: Any = layer
             return static.keys[:, :, :seen], static.values[:, :, :seen]
         if type(layer) not in (DynamicLayer, TextKVLayer):
             raise UnsupportedCacheError(
-                f"policy {self.policy_name!r} looks at text, but {type(flat).__name__} holds it in a "
+                f"policy {self.policy_name!r} needs text, but {type(flat).__name__} holds it in a "
                 f"{type(layer).__name__}, whose keys cannot be read; generate with the default cache"
             )
         return layer.keys, layer.values
 
     def _real(self, entries: int, keys: Tensor) -> Tensor:
-        """Return which entries are no padding, bool ``[B, entries]``."""
+        """Return which entries are not padding, bool ``[B, entries]``."""
         mask = self.mask
         if mask is None:
             return torch.ones(keys.shape[0], entries, dtype=torch.bool, device=keys.device)
@@ -139,21 +142,21 @@ class TextCapture:
             return self._from_rows(mask, entries).to(keys.device)
         if mask.ndim != 2 or mask.shape[1] < entries:
             raise UnsupportedCacheError(
-                f"policy {self.policy_name!r} looks at text, so attention_mask must be [B, tokens] over "
+                f"policy {self.policy_name!r} needs text, so attention_mask must be [B, tokens] over "
                 f"the whole conversation of {entries} tokens, with zeros at padding, got {list(mask.shape)}"
             )
         return mask[:, -entries:].to(keys.device).bool()
 
     def _from_rows(self, mask: Tensor, entries: int) -> Tensor:
-        """Return the same from a mask by row, ``[B, 1, T, at least entries]``, as static caches need it."""
+        """Return the same from a mask ``[B, 1, T, width]``, width >= entries, as static caches get it."""
         allowed = mask if mask.dtype == torch.bool else mask >= 0
         allowed = allowed[:, :, :, :entries]
-        real = allowed.any(2)[:, 0]
-        causal = torch.ones(mask.shape[2], entries, dtype=torch.bool, device=mask.device)
+        real = allowed.any(2)[:, 0]  # [B, entries]
+        causal = torch.ones(mask.shape[2], entries, dtype=torch.bool, device=mask.device)  # [T, entries]
         causal = causal.tril(entries - mask.shape[2])
         if not torch.equal(allowed, (causal & real[:, None])[:, None]):
             raise UnsupportedCacheError(
-                f"policy {self.policy_name!r} looks at text, so attention_mask must be causal, without "
-                "padding; this one hides more, or less; pass a mask [B, tokens] with zeros at padding"
+                f"policy {self.policy_name!r} needs text, so attention_mask must be causal and hide nothing "
+                "else but padding, which this one is not; pass a mask [B, tokens] with zeros at padding"
             )
         return real

@@ -1,4 +1,4 @@
-"""The mask over text whose cache was pruned: which of the entries that are held may be attended to."""
+"""Fits the text's attention mask to a pruned text cache."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["fit_text_mask"]
 
 
 def fit_text_mask(cache: Any, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Return the mask over text with what it says about pruned text put right, and tell the cache so.
+    """Return the text mask with its part over pruned text replaced, and tell the cache layers about it.
 
-    Transformers takes entries that are held for the last tokens before the next one, and slices their part
-    out of the mask. That part says here which entries only pad.
+    Transformers treats held entries as the last tokens before the next one, and slices their part out of the
+    mask. Here this part is overwritten: zero at entries that are padding of a ragged selection.
 
     Args:
-        cache: What the forward call reads, if anything.
-        mask: ``[B, tokens so far]``, zero at padding; None where there is none.
+        cache: The cache of the call; None if there is none.
+        mask: ``[B, tokens so far]``, zero at padding; None without padding.
         batch: Rows B of the call.
-        length: Text rows of the call.
+        length: Text rows T of the call.
 
     Raises:
-        UnsupportedCacheError: If text was pruned and the mask is none over the whole conversation.
+        UnsupportedCacheError: If text was pruned, and the mask does not cover the whole conversation.
     """
     layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, TextKVLayer)]
     for layer in layers:
@@ -41,10 +41,10 @@ def fit_text_mask(cache: Any, mask: Tensor | None, batch: int, length: int) -> T
         mask = torch.ones(batch, tokens, dtype=torch.int64, device=pruned.valid.device)
     if mask.ndim != 2 or mask.shape[1] != tokens:
         raise UnsupportedCacheError(
-            f"text was pruned, so attention_mask must be [B, tokens] over the whole conversation, "
+            "text was pruned, so attention_mask must cover the whole conversation, [B, tokens] = "
             f"[{batch}, {tokens}] here, got {list(mask.shape)}"
         )
-    first = pruned.seen - pruned.held
+    first = pruned.seen - pruned.held  # token that transformers takes for the first held entry
     mask = mask.clone()
-    mask[:, first : first + pruned.chosen] = pruned.valid.to(mask.device)
+    mask[:, first : first + pruned.kept_width] = pruned.valid.to(mask.device)
     return mask

@@ -1,4 +1,4 @@
-"""The cross-attention mask of Mllama, kept by tile, and cut to what each layer holds."""
+"""Stores the cross-attention mask of Mllama by tile, and cuts it to the columns that each layer holds."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ __all__ = ["TileMask"]
 
 
 class TileMask:
-    """What one forward call says about masks; shared by its layers.
+    """The cross-attention masks of one forward call; layers that hold the same columns share one.
 
     Args:
-        rows: bool ``[B, T, U]``, which tiles each text row may attend; None where the call has no mask.
+        rows: bool ``[B, T, U]``, which tiles each text row may attend; None if the call has no mask.
         patches: Columns per tile.
-        dtype: Of the additive masks.
+        dtype: Dtype of the additive masks.
 
     Attributes:
-        row_mask: ``[B, 1, T, 1]``, 0 for rows that see no tile, gates their MLP branch; None without a mask.
+        row_mask: ``[B, 1, T, 1]``, 0 for rows that see no tile, gates their MLP branch. None without a mask.
     """
 
     def __init__(self, rows: Tensor | None, patches: int, dtype: torch.dtype) -> None:
         self.rows, self.patches, self.dtype = rows, patches, dtype
         self.row_mask: Tensor | None = None
-        self._bias: Tensor | None = None  # by tile, [B, T, U]
-        # Layers that hold the same columns share a mask; found by identity, which costs the device nothing.
+        self._bias: Tensor | None = None  # additive mask by tile, [B, T, U]
+        # (slots, bias, mask) of earlier layers. Looked up by identity, which needs no device transfer.
         self._made: list[tuple[Tensor | None, Tensor | None, Tensor]] = []
         if rows is not None:
-            sees = rows.any(-1, keepdim=True)
+            sees = rows.any(-1, keepdim=True)  # [B, T, 1]
             self.row_mask = sees[:, None].to(dtype)
-            # In stock transformers a row that sees nothing attends to everything; here, to all that is held.
+            # In stock transformers a row that sees no tile attends to all columns; here, to all held ones.
             bias = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
             self._bias = bias.masked_fill(sees & ~rows, torch.finfo(dtype).min)
 
     def over(self, contents: Contents, module: Any) -> Tensor | None:
-        """Additive mask over held columns, ``[B, 1 or heads, T, K]``; None where all may attend to all.
+        """Return the additive mask over held columns, ``[B, 1 or Hq, T, K]``; None if it would be all zero.
 
         Args:
-            contents: What the layer holds while it attends.
+            contents: Entries that the layer holds while it attends.
             module: The attention module.
         """
         slots, valid, bias = contents.slots, contents.valid, contents.bias
@@ -59,10 +59,13 @@ class TileMask:
         return made
 
     def _all(self) -> Tensor:
+        """Return the mask over all columns."""
         assert self._bias is not None
+        # Each tile's value for each of its patches: [B, 1, T, S].
         return self._bias[:, None, :, :, None].expand(-1, -1, -1, -1, self.patches).flatten(3)
 
     def _cut(self, slots: Tensor, valid: Tensor, contents: Contents) -> Tensor:
+        """Return the mask over the columns in ``slots``."""
         copies = contents.copies
         if copies > 1:
             slots, valid = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
@@ -70,8 +73,8 @@ class TileMask:
             mask = torch.zeros(valid.shape, dtype=self.dtype, device=valid.device)[:, :, None]  # [B, H, 1, K]
         else:
             tiles = (slots // self.patches).to(self._bias.device)[:, :, None]  # [B, H, 1, K]
-            by_head = self._bias[:, None].expand(-1, tiles.shape[1], -1, -1)
-            mask = by_head.gather(-1, tiles.expand(-1, -1, by_head.shape[2], -1))
+            by_head = self._bias[:, None].expand(-1, tiles.shape[1], -1, -1)  # [B, H, T, U]
+            mask = by_head.gather(-1, tiles.expand(-1, -1, by_head.shape[2], -1))  # [B, H, T, K]
         if contents.ragged:
             mask = mask.masked_fill(~valid[:, :, None].to(mask.device), torch.finfo(self.dtype).min)
         return mask

@@ -1,7 +1,7 @@
 """Tiny random models of real transformers classes, and inputs for them, built offline in milliseconds.
 
-Their cross-attention gates are filled: transformers initialises both gates of an Mllama cross layer to
-zero, so a freshly initialised model ignores its image and every test on it would pass.
+Their weights are drawn by `enliven`. Transformers initializes both gates of an Mllama cross-attention layer
+to zero, so a freshly initialized model ignores its image, and a test on it would not notice most mistakes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["enliven", "mllama_inputs", "tiny_bart", "tiny_mllama", "tiny_whisper
 IMAGE_TOKEN = 60
 PAD_TOKEN = 0
 _IMAGE_SIZE, _PATCH_SIZE, _TILES = 28, 14, 4
-# Aspect ratio ids of one image that fills 1, 2, 3 or 4 tiles (see supported_aspect_ratios in the config).
+# Aspect ratio ids of images of 1, 2, 3 and 4 tiles (see supported_aspect_ratios in the config).
 _ASPECT_RATIO_ID = {1: 1, 2: 2, 3: 3, 4: 6}
 
 
@@ -30,7 +30,7 @@ def tiny_mllama(
     num_heads: int = 4,
     num_kv_heads: int = 2,
 ) -> Any:
-    """Return a random ``MllamaForConditionalGeneration`` with 20 columns an image and filled gates."""
+    """Return a random ``MllamaForConditionalGeneration`` with 20 columns per image, in eval mode."""
     from transformers import MllamaConfig, MllamaForConditionalGeneration
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
@@ -67,14 +67,14 @@ def tiny_mllama(
 def mllama_inputs(
     layouts: Sequence[str], seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Return the inputs that a processor would make for conversations sketched by letters.
+    """Return the inputs that a processor would make for conversations described by strings.
 
     Args:
-        layouts: One string a sample: ``t`` is a text token, a digit an image of that many tiles. For example
-            ``"tt4ttt"`` is a header, a four-tile image and a question; ``"tttt"`` has no image. Shorter
-            samples are padded on the left.
-        seed: For token ids and pixels.
-        dtype: Of the pixels.
+        layouts: One string per sample: ``t`` is a text token, a digit is an image of that many tiles. For
+            example, ``"tt4ttt"`` is a header, a four-tile image and a question; ``"tttt"`` has no image.
+            Shorter samples are padded on the left.
+        seed: Seed for token ids and pixels.
+        dtype: Dtype of the pixels.
     """
     from transformers.models.mllama.processing_mllama import (
         convert_sparse_cross_attention_mask_to_dense,
@@ -146,7 +146,7 @@ def tiny_bart(seed: int = 0, *, dtype: torch.dtype = torch.float32, attn_impleme
 def tiny_whisper(
     seed: int = 0, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> Any:
-    """Return a random ``WhisperForConditionalGeneration`` of 50 encoder columns, in eval mode."""
+    """Return a random ``WhisperForConditionalGeneration`` with 50 encoder columns, in eval mode."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
@@ -172,7 +172,7 @@ def tiny_whisper(
 
 
 def _random(cls: Any, config: Any, seed: int, dtype: torch.dtype, attn_implementation: str) -> Any:
-    """Build a model from a seed, lively, in eval mode, and generating up to its length limit."""
+    """Build a model in eval mode, with weights of `enliven`, that generates up to its length limit."""
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -185,13 +185,13 @@ def _random(cls: Any, config: Any, seed: int, dtype: torch.dtype, attn_implement
 
 
 def enliven(model: Any, seed: int = 0) -> Any:
-    """Give the weights of a random model a size at which its logits depend on what it attends to.
+    """Draw weights so large that a random model's logits depend on what it attends to.
 
-    Freshly initialised weights are so small, and gates zero, that most mistakes leave the logits as they are.
+    Freshly initialized weights are tiny, and gates are zero, so most mistakes would not change the logits.
 
     Args:
         model: Changed in place.
-        seed: Of the weights; the global generator stays as it was.
+        seed: Seed for the weights; the global generator is restored.
 
     Returns:
         The same model.
@@ -203,7 +203,7 @@ def enliven(model: Any, seed: int = 0) -> Any:
 
 
 def _enliven(model: torch.nn.Module) -> None:
-    """Give all weights a size at which every part of the model influences the logits."""
+    """Draw weights so large that every part of the model influences the logits."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gate" in name and parameter.numel() == 1:
@@ -218,12 +218,12 @@ Example = tuple[Any, dict[str, Tensor]]
 
 
 def example_mllama(dtype: torch.dtype) -> Example:
-    """Text before images, an interleaved chat, adjacent images, padding tiles and left padding."""
+    """Return a model and a batch with text before images, interleaved and adjacent images, and padding."""
     return tiny_mllama(1, dtype=dtype), mllama_inputs(["tt1ttt4tt", "t2tt", "14ttt"], 1, dtype)
 
 
 def example_bart(dtype: torch.dtype) -> Example:
-    """Texts of 12, 7 and 3 tokens."""
+    """Return a model and a batch of texts of 12, 7 and 3 tokens."""
     lengths = torch.tensor([[12], [7], [3]])
     mask = (torch.arange(12) < lengths).long()
     ids = torch.randint(4, 60, mask.shape, generator=torch.Generator().manual_seed(0))
@@ -231,6 +231,6 @@ def example_bart(dtype: torch.dtype) -> Example:
 
 
 def example_whisper(dtype: torch.dtype) -> Example:
-    """Two sounds of 50 columns each."""
+    """Return a model and a batch of two sounds of 50 columns each."""
     sounds = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0))
     return tiny_whisper(1, dtype=dtype), {"input_features": sounds.to(dtype)}

@@ -1,4 +1,4 @@
-"""Whisper: speech to text. Encoder columns are audio frames."""
+"""The adapter for Whisper, which maps speech to text. Encoder columns are audio frames."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ class WhisperAdapter(EncoderDecoderAdapter):
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
-        """Return a tiny Whisper, and two sounds."""
+        """Return a tiny Whisper, and a batch of two sounds."""
         return tiny.example_whisper(dtype)

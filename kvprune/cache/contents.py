@@ -1,6 +1,6 @@
-"""What a cross-attention cache layer holds: its entries, where they came from, and how many bytes they take.
+"""The data of a cross-attention cache layer: its entries, their columns, and their size in bytes.
 
-`CrossKVLayer` adds what may be done with them.
+`CrossKVLayer` adds the operations on them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kvprune.cache.copies import Twins
 from kvprune.cache.quantization import Pool
+from kvprune.cache.shared_rows import SharedRows
 from kvprune.tokens.selection import OWN_BITS, Selection
 
 __all__ = ["Arrival", "Contents", "HeldEntries"]
@@ -20,16 +20,16 @@ __all__ = ["Arrival", "Contents", "HeldEntries"]
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """All that a mask over the entries of a layer depends on.
+    """The entries of a layer, as far as an attention mask depends on them.
 
-    Axes: R rows that are held, K entries; H is the number of KV heads, or 1 where heads share entries.
+    Axes: R rows that are held, K entries; H is the number of KV heads, or 1 if heads share entries.
 
     Args:
-        slots: int64 ``[R, H or 1, K]``, the column each entry came from; None while all columns are held.
-        valid: bool, same shape; false where an entry only pads a ragged batch. None while ``slots`` is None.
-        bias: ``[R, H or 1, K]``, added to the logits of each entry; None for nothing.
-        ragged: Whether some entry may be invalid, known without asking the device.
-        copies: Consecutive rows of the batch for which each of the R rows stands.
+        slots: int64 ``[R, H or 1, K]``, the column of each entry; None while all columns are held.
+        valid: bool, same shape; false at padding of a ragged batch. None while ``slots`` is None.
+        bias: ``[R, H or 1, K]``, added to the attention logits of each entry; None for no bias.
+        ragged: Whether some entries may be invalid; known on the host, without a device transfer.
+        copies: Consecutive rows of the batch that each of the R rows represents.
     """
 
     slots: Tensor | None = None
@@ -41,12 +41,12 @@ class Contents:
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """What arrives at a layer in one prefill, and what the layer will hold when it has arrived.
+    """The columns that arrive at a layer in one prefill, and what the layer holds after its next update.
 
     Args:
-        received: Which of the new columns arrive, for R rows; None for all of them.
-        columns: How many new columns there are, dropped ones included.
-        contents: What the layer holds afterwards, and attends to.
+        received: The new columns that arrive, for R rows; None for all of them.
+        columns: Number of new columns, including dropped ones.
+        contents: What the layer holds after the update, and attends to.
     """
 
     received: Selection | None
@@ -58,32 +58,32 @@ class HeldEntries(DynamicLayer):
     """Keys and values of the entries of one cross-attention layer.
 
     Attributes:
-        keys, values: ``[R, Hkv, K', D]``, R being the batch B divided by `copies`: entries in the own dtype.
-            Where all entries are quantized, a view of one number with K' = 1 stands for them, because
-            Mllama skips a layer whose keys are empty.
-        pools: Quantized entries; the K entries are those of the pools in order, and then these K'.
+        keys, values: ``[R, Hkv, K', D]``, entries in the layer's own dtype; R is the batch B divided by
+            `copies`. If all entries are quantized, a placeholder with K' = 1 (a view of one number) stands
+            here, because Mllama skips a layer whose keys are empty.
+        pools: Quantized entries. The K entries of the layer are those of the pools in order, then these K'.
         columns: Columns seen so far, S: what stock transformers would hold.
-        slots: int64 ``[R, H or 1, K]``, the column each entry came from; None while all S are held.
-        valid: bool, same shape; false where an entry only pads a ragged batch. None while ``slots`` is None.
-        bias: ``[R, H or 1, K]``, what decoding adds to the logits of each entry; None while that is nothing.
-        ragged: Whether some entry may be invalid, known without asking the device.
-        twins: Which rows of the batch are held as one.
+        slots: int64 ``[R, H or 1, K]``, the column of each entry; None while all S columns are held.
+        valid: bool, same shape; false at padding of a ragged batch. None while ``slots`` is None.
+        bias: ``[R, H or 1, K]``, added to the attention logits of each entry; None for no bias.
+        ragged: Whether some entries may be invalid; known on the host, without a device transfer.
+        shared_rows: Which rows of the batch are held once.
     """
 
-    # Optional in the base class; here they are read only once they are filled.
+    # Optional in the base class; here they are read only after they are filled.
     keys: Tensor
     values: Tensor
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.pools: tuple[Pool, ...] = ()
-        self._stands_in = True  # keys and values are no entries
+        self._stands_in = True  # keys and values are placeholders
         self.columns = 0
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
         self.bias: Tensor | None = None
         self.ragged = False
-        self.twins = Twins()
+        self.shared_rows = SharedRows()
 
     @property
     def is_filled(self) -> bool:
@@ -92,12 +92,12 @@ class HeldEntries(DynamicLayer):
 
     @property
     def copies(self) -> int:
-        """Consecutive rows of the batch for which each row that is held stands."""
-        return self.twins.copies
+        """Consecutive rows of the batch that each held row represents."""
+        return self.shared_rows.copies
 
     @property
     def contents(self) -> Contents:
-        """All that a mask over the entries depends on."""
+        """The entries, as far as an attention mask depends on them."""
         return Contents(self.slots, self.valid, self.bias, self.ragged, self.copies)
 
     @property
@@ -107,7 +107,7 @@ class HeldEntries(DynamicLayer):
 
     @property
     def widths(self) -> dict[int, int]:
-        """Entries held per row and KV head by their bits, 16 standing for the own dtype."""
+        """Entries held per row and KV head, by bits; 16 means the layer's own dtype."""
         if not self.is_filled:
             return {}
         widths = {OWN_BITS: self.own} if self.own else {}
@@ -115,16 +115,16 @@ class HeldEntries(DynamicLayer):
 
     @property
     def own(self) -> int:
-        """Entries held in the own dtype per row and KV head, K'."""
+        """Entries held in the layer's own dtype per row and KV head, K'."""
         return 0 if self._stands_in else self.keys.shape[-2]
 
     @property
     def is_readable(self) -> bool:
-        """Whether attention can read keys and values as they are: not quantized, no shared rows."""
+        """Whether attention can read `keys` and `values` directly: nothing quantized, no shared rows."""
         return self.copies == 1 and not self.pools
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """Return the column and the validity of each entry, ``[R, H or 1, K]``, also if all are held."""
+        """Return `slots` and `valid`, ``[R, H or 1, K]`` each, even while all columns are held."""
         if self.slots is not None and self.valid is not None:
             return self.slots, self.valid
         everything = Selection.all(self.keys.shape[0], self.columns, self.keys.device)
@@ -134,17 +134,17 @@ class HeldEntries(DynamicLayer):
         """Return which columns are held, bool ``[R, H or 1, S]``."""
         slots, valid = self.entries()
         held = torch.zeros(*slots.shape[:2], self.columns + 1, dtype=torch.bool, device=slots.device)
-        # Padding may name any column; it goes to one beyond the last.
+        # Padding may name any column, so it is written to one beyond the last, which is cut off.
         return held.scatter_(-1, torch.where(valid, slots, self.columns), True)[..., :-1]
 
     def selection(self) -> Selection:
-        """Return which columns are held for R rows, in order of columns, and in which precision."""
+        """Return the columns that are held for R rows, in ascending order, with their precision."""
         slots, valid = self.entries()
         if not self.pools:
-            if self.ragged:  # where an image came later, padding lies before its columns
+            if self.ragged:  # not in order: columns of a later image may follow padding
                 return Selection.from_mask(self.held_columns())
             return Selection.trusted(slots, valid, self.columns)
-        bits = self._bits().expand(*slots.shape[:2], -1)
+        bits = self._bits().expand(*slots.shape[:2], -1)  # [R, H or 1, K]
         by_column = torch.full(
             (*slots.shape[:2], self.columns + 1), OWN_BITS, dtype=torch.uint8, device=slots.device
         )
@@ -160,7 +160,7 @@ class HeldEntries(DynamicLayer):
 
     @property
     def _tensors(self) -> list[Tensor]:
-        """All keys and values that are held, in whichever form."""
+        """All tensors that hold keys and values, quantized or not."""
         own = [self.keys, self.values] if self.own else []
         return own + [tensor for pool in self.pools for tensor in pool.tensors]
 
@@ -168,7 +168,7 @@ class HeldEntries(DynamicLayer):
     def bytes_held(self) -> int:
         """Bytes of the keys and values that are held, padding of ragged batches included.
 
-        Of quantized entries, these are their codes and the ends of their groups.
+        Quantized entries count as their codes and group bounds.
         """
         return sum(tensor.nbytes for tensor in self._tensors) if self.is_filled else 0
 
@@ -179,17 +179,17 @@ class HeldEntries(DynamicLayer):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the copy in the own dtype that one call reads if something is quantized, for R rows."""
+        """Bytes of the dequantized copy that one call reads, for R rows; 0 if nothing is quantized."""
         return self._bytes_of(self.width) if self.pools else 0
 
     def _bytes_of(self, entries: int) -> int:
-        """Return the bytes of so many entries per row and KV head in the own dtype."""
+        """Return the bytes of a number of entries per row and KV head, in the layer's own dtype."""
         shapes = ((tensor.shape, tensor.element_size()) for tensor in (self.keys, self.values))
         return entries * sum(shape[0] * shape[1] * shape[-1] * size for shape, size in shapes)
 
     @property
     def bytes_behind(self) -> int:
-        """Bytes of memory behind the keys and values: more than `bytes_held` if they are views of more."""
+        """Bytes of the buffers of keys and values: more than `bytes_held` if the tensors are only views."""
         if not self.is_filled:
             return 0
         buffers = {
@@ -200,9 +200,9 @@ class HeldEntries(DynamicLayer):
 
     @property
     def bytes_of_bookkeeping(self) -> int:
-        """Bytes of the column numbers, validity flags and bias beside the keys and values."""
+        """Bytes of column numbers, validity flags and bias, in addition to keys and values."""
         beside = (self.slots, self.valid, self.bias)
         held = sum(tensor.nbytes for tensor in beside if tensor is not None)
         if not self.is_filled or self.own:
             return held
-        return held + self.keys.element_size() + self.values.element_size()  # what stands for no entry
+        return held + self.keys.element_size() + self.values.element_size()  # the placeholders

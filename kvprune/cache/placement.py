@@ -1,8 +1,8 @@
-"""Which caches of transformers may hold our layers, and how ours takes the place of theirs.
+"""Replaces cross-attention layers of a transformers cache by `CrossKVLayer`, and refuses unsupported caches.
 
-Ours holds cross-attention only; the layers of text stay what they are. So a static or quantized cache works:
-text is held as the user asked, and what is kept of the image in a `CrossKVLayer`, whose size is fixed once
-prefill is over. What cannot be right is refused by name.
+Text layers are not replaced, unless a policy prunes text. So static and quantized caches work: text is held
+as the user asked, and the image in a `CrossKVLayer`, whose size is fixed after prefill. A cache that would
+give wrong results is refused by name.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = [
 
 
 class OneLayer(Cache):
-    """What one cross-attention layer reads instead of the whole cache, for one call.
+    """A cache with the keys and values of one cross-attention layer, passed to it instead of the whole cache.
 
     Args:
-        layer_idx: Index of the layer.
+        layer_idx: Index of the decoder layer.
         keys: ``[B, Hkv, K, D]``.
-        values: Likewise.
+        values: ``[B, Hkv, K, D]``.
     """
 
     def __init__(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
@@ -48,25 +48,25 @@ class OneLayer(Cache):
         self._entries = keys.shape[-2]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of entries: older releases ask whether there are any."""
+        """Number of entries; older releases check that it is not 0."""
         return self._entries
 
     @classmethod
     def spread(cls, layer_idx: int, layer: CrossKVLayer) -> Self:
-        """Return what a layer holds, in its own dtype, with a row for each row of the batch.
+        """Return a cache with a layer's keys and values in its own dtype, for each row of the batch.
 
-        The layer itself stays as it is; what is returned is dropped after the call.
+        The layer itself does not change.
         """
         return cls(layer_idx, *layer.spread())
 
 
 class OneCrossLayer(EncoderDecoderCache):
-    """The same for encoder-decoder models.
+    """The same as `OneLayer`, for encoder-decoder models.
 
     Args:
-        layer_idx: Index of the layer.
+        layer_idx: Index of the decoder layer.
         keys: ``[B, Hkv, K, D]``.
-        values: Likewise.
+        values: ``[B, Hkv, K, D]``.
     """
 
     def __init__(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
@@ -75,14 +75,14 @@ class OneCrossLayer(EncoderDecoderCache):
 
 
 def require_cache(cache: object) -> Cache:
-    """Return the cache, or raise because it is none that could hold our layers.
+    """Return the cache, or raise if it cannot hold a `CrossKVLayer`.
 
     Raises:
-        UnsupportedCacheError: If it is no cache of transformers, or offloads its layers.
+        UnsupportedCacheError: If it is not a cache of transformers, or offloads its layers.
     """
     if not isinstance(cache, Cache):
         raise UnsupportedCacheError(
-            f"kvprune knows the caches of transformers (DynamicCache), got {type(cache).__name__}"
+            f"kvprune supports caches of transformers, such as DynamicCache, got {type(cache).__name__}"
         )
     if cache.offloading:
         raise UnsupportedCacheError(
@@ -94,11 +94,11 @@ def require_cache(cache: object) -> Cache:
 
 
 def open_layer(cache: Cache, layer_idx: int) -> CrossKVLayer:
-    """Return our layer at an index of a cache, taking the place of one of transformers.
+    """Return the `CrossKVLayer` at an index of a cache; replace a layer of transformers if there is none.
 
     Raises:
-        UnsupportedCacheError: If the layer there is of a kind that we cannot replace (sliding, unknown), or
-            holds what we cannot read (a static or quantized layer that was filled without kvprune).
+        UnsupportedCacheError: If the layer there cannot be replaced (sliding, unknown), or cannot be read (a
+            static or quantized layer that was filled without kvprune).
     """
     while len(cache.layers) <= layer_idx:  # DynamicCache() without a config grows as it is used
         if cache.layer_class_to_replicate is None:
@@ -113,7 +113,7 @@ def open_layer(cache: Cache, layer_idx: int) -> CrossKVLayer:
     if type(layer) is DynamicLayer:
         ours = CrossKVLayer.adopt(layer)
     elif type(layer) is StaticLayer or _is_quantized(layer):
-        if int(layer.get_seq_length()):  # prefill only: waiting for the device is fine
+        if int(layer.get_seq_length()):  # a device transfer, in prefill only
             raise UnsupportedCacheError(
                 f"{type(cache).__name__} holds a {type(layer).__name__} at cross-attention layer {layer_idx} "
                 "that was filled before the compression began; start with an empty cache"
@@ -122,19 +122,19 @@ def open_layer(cache: Cache, layer_idx: int) -> CrossKVLayer:
     else:
         raise UnsupportedCacheError(
             f"{type(cache).__name__} holds a {type(layer).__name__} at cross-attention layer {layer_idx}; "
-            "kvprune takes the place of dynamic, static and quantized layers: generate with the default cache"
+            "kvprune can replace only dynamic, static and quantized layers; generate with the default cache"
         )
     cache.layers[layer_idx] = ours
     return ours
 
 
 def open_for_prefill(cache: object, layer_idx: int, warn: Callable[[str], None]) -> CrossKVLayer:
-    """Return our layer at an index of a cache into which an image is about to be written.
+    """Return the `CrossKVLayer` at an index of a cache, before new columns are written to it.
 
     Args:
         cache: The cache that holds cross-attention.
-        layer_idx: Of the layer.
-        warn: Told what a user should know about the layer whose place ours takes.
+        layer_idx: Index of the decoder layer.
+        warn: Called with a warning for the user if a quantized layer is replaced.
 
     Raises:
         UnsupportedCacheError: See `require_cache` and `open_layer`.
@@ -149,10 +149,10 @@ def open_for_prefill(cache: object, layer_idx: int, warn: Callable[[str], None])
 
 
 def open_text_layer(cache: Cache, layer_idx: int) -> TextKVLayer:
-    """Return our layer for pruned text at an index of a cache, taking the place of one of transformers.
+    """Return the `TextKVLayer` at an index of a cache; replace a layer of transformers if there is none.
 
     Raises:
-        UnsupportedCacheError: If the layer there is no dynamic one: what others hold cannot be dropped.
+        UnsupportedCacheError: If the layer there is not dynamic; entries of other kinds cannot be dropped.
     """
     layer = cache.layers[layer_idx]
     if isinstance(layer, TextKVLayer):
@@ -160,8 +160,8 @@ def open_text_layer(cache: Cache, layer_idx: int) -> TextKVLayer:
     if type(layer) is not DynamicLayer:
         raise UnsupportedCacheError(
             f"{type(cache).__name__} holds text in a {type(layer).__name__} at layer {layer_idx}, "
-            "of which nothing can be dropped; generate with the default DynamicCache, or use a policy that "
-            "prunes no text"
+            "from which no token can be dropped; generate with the default DynamicCache, or use a policy "
+            "that prunes no text"
         )
     ours = TextKVLayer.adopt(layer)
     cache.layers[layer_idx] = ours
@@ -169,5 +169,5 @@ def open_text_layer(cache: Cache, layer_idx: int) -> TextKVLayer:
 
 
 def _is_quantized(layer: object) -> TypeGuard[CacheLayerMixin]:
-    """Whether a layer quantizes: all of these have one pair of methods, whatever their base is called."""
+    """Whether a layer quantizes: such layers have this method, whatever the name of their base class."""
     return isinstance(layer, CacheLayerMixin) and hasattr(layer, "_dequantize")

@@ -1,6 +1,6 @@
-"""What a cross-attention cache layer holds after some of its entries are dropped, merged or quantized.
+"""Computes what a cross-attention cache layer holds after entries are dropped, merged or quantized.
 
-Pure functions of what the layer holds now; `CrossKVLayer.retain` puts the answer in place.
+These are pure functions; `CrossKVLayer.retain` stores their result in the layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Retained", "retained"]
 
 @dataclass(frozen=True, eq=False)
 class Retained:
-    """What stays: fields as in `HeldEntries`."""
+    """New contents of a layer; fields as in `HeldEntries`."""
 
     keys: Tensor
     values: Tensor
@@ -34,22 +34,22 @@ class Retained:
 
 
 def retained(layer: HeldEntries, kept: Selection) -> Retained | None:
-    """Return what a layer holds once only some of its entries are kept; None if nothing changes.
+    """Return the contents of a layer after only some of its entries are kept; None if nothing changes.
 
     Args:
-        layer: Filled.
-        kept: Which of its K entries stay, ``columns`` being K; only valid ones. ``bits`` say in which
-            precision each is held from now on; quantized entries stay as they are, whatever it says of them.
+        layer: A layer that is filled.
+        kept: Which of its K entries are kept, with ``columns`` = K; only valid entries. ``bits`` is the new
+            precision of each entry; entries that are already quantized keep theirs.
 
     Raises:
-        QuantizationError: If something that is to be quantized is not finite.
+        QuantizationError: If an entry to be quantized is not finite.
         UnsupportedCacheError: If entries would be both merged and quantized.
     """
     if kept.merge is not None:
         if layer.pools:
             raise UnsupportedCacheError(
-                "entries of this cache are quantized, and a later decision merges entries; a cache does "
-                "one of the two: start with an empty one"
+                "entries of this cache are quantized, and a later decision merges entries; a cache supports "
+                "only one of these: start with an empty cache"
             )
         return _merged(layer, kept, kept.merge)
     if layer.pools or kept.bits is not None:
@@ -60,7 +60,7 @@ def retained(layer: HeldEntries, kept: Selection) -> Retained | None:
 
 
 def _gathered(layer: HeldEntries, kept: Selection) -> Retained:
-    """Drop entries of a layer whose entries all have the own dtype."""
+    """Drop entries of a layer without quantized entries."""
     heads = max(layer.entries()[0].shape[1], kept.indices.shape[1])
     places = kept.indices.expand(-1, heads, -1)  # [R, H, K]
     return Retained(
@@ -71,13 +71,13 @@ def _gathered(layer: HeldEntries, kept: Selection) -> Retained:
 
 
 def _repacked(layer: HeldEntries, kept: Selection) -> Retained | None:
-    """Drop and quantize entries of a layer that holds several precisions, or will."""
+    """Drop and quantize entries of a layer that holds several precisions, now or afterwards."""
     slots, _ = layer.entries()
     heads = max(slots.shape[1], kept.indices.shape[1])
     mask = kept.mask.expand(-1, heads, -1)  # [R, H, K]
     quantized = layer.width - layer.own  # entries of the pools come first
-    bits = None if kept.bits is None else kept.bits_by_column().expand_as(mask)[..., quantized:]
-    quantize = lower(mask[..., quantized:], bits)
+    bits = None if kept.bits is None else kept.bits_by_column().expand_as(mask)[..., quantized:]  # [R, H, K']
+    quantize = lower(mask[..., quantized:], bits)  # masks [R, H, K'] by bits
     if bool(mask.all()) and not quantize:
         return None
     parts, own = _kept_parts(layer, mask), mask[..., quantized:]
@@ -85,9 +85,9 @@ def _repacked(layer: HeldEntries, kept: Selection) -> Retained | None:
         place, valid = pack_left(chosen)
         parts.append(Part(Pool.of(layer.keys, layer.values, place, width), place + quantized, valid))
         own = own & ~chosen
-    place, valid = pack_left(own)
+    place, valid = pack_left(own)  # [R, H, entries left in the own dtype]
     joined = [join(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])]
-    places = torch.cat([*(part.places for part in joined), place + quantized], -1)
+    places = torch.cat([*(part.places for part in joined), place + quantized], -1)  # [R, H, new K]
     return Retained(
         gather_entries(layer.keys, place),
         gather_entries(layer.values, place),
@@ -97,7 +97,7 @@ def _repacked(layer: HeldEntries, kept: Selection) -> Retained | None:
 
 
 def _kept_parts(layer: HeldEntries, mask: Tensor) -> list[Part]:
-    """Return what is kept of the pools."""
+    """Return the kept entries of each pool; ``mask`` is bool ``[R, H, K]``."""
     parts, first = [], 0
     for pool in layer.pools:
         place, valid = pack_left(mask[..., first : first + pool.width])
@@ -108,13 +108,13 @@ def _kept_parts(layer: HeldEntries, mask: Tensor) -> list[Part]:
 
 
 def _merged(layer: HeldEntries, kept: Selection, merge: Merge) -> Retained:
-    """Let what is dropped live on in what is kept."""
+    """Merge dropped entries into kept ones."""
     entries = kept.indices.shape[-1]
     heads = max(layer.entries()[0].shape[1], kept.indices.shape[1])
     slots, valid, bias = _bookkeeping(layer, kept.indices.expand(-1, heads, -1), kept.valid)
     if merge.size_bias:
-        # Entries that have a bias already came earlier and take no members, so their logarithm is 0.
-        sizes = merge.members(entries).clamp(min=1).to(accumulation_dtype(layer.keys)).log()
+        # Entries with a bias are older and take no members, so their logarithm is 0 and the sum is exact.
+        sizes = merge.members(entries).clamp(min=1).to(accumulation_dtype(layer.keys)).log()  # [R, H, K]
         bias = sizes if bias is None else bias + sizes
     return Retained(
         merge_heads(layer.keys, merge, entries, renormalize=merge.renormalize_keys),
@@ -128,6 +128,6 @@ def _merged(layer: HeldEntries, kept: Selection, merge: Merge) -> Retained:
 def _bookkeeping(layer: HeldEntries, places: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return columns, validity and bias of the entries at ``places``, int64 ``[R, H, K]``."""
     heads = places.shape[1]
-    slots = layer.entries()[0].expand(-1, heads, -1).gather(-1, places)
+    slots = layer.entries()[0].expand(-1, heads, -1).gather(-1, places)  # [R, H, new K]
     bias = None if layer.bias is None else layer.bias.expand(-1, heads, -1).gather(-1, places)
     return slots, valid.expand_as(places).clone(), bias

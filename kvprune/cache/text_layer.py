@@ -1,12 +1,12 @@
-"""The cache layer that holds kept keys and values of the text, and the positions that they were written for.
+"""The cache layer that holds the kept keys and values of the text, and which tokens they belong to.
 
-Kept keys were rotated for the positions of their tokens, so the next token must be told how many tokens there
-were, not how many are held. Transformers asks a layer for both: `TextKVLayer.get_seq_length` returns what was
-seen, `TextKVLayer.get_mask_sizes` what is held, and that it ends where the next token begins. To the mask,
-held entries are the last tokens before the next one; what they really stand for, `slots` says.
+Cached keys were rotated for the positions of their tokens, so the position of the next token is the number of
+tokens seen, not of entries held. Transformers asks a layer for both numbers: `TextKVLayer.get_seq_length`
+returns the tokens seen, `TextKVLayer.get_mask_sizes` the entries held. In the mask, held entries count as the
+last tokens before the next one; `slots` has their true tokens.
 
-All samples hold equally many entries; those that only pad come first, as padding does in text. Heads may hold
-different tokens, but equally many: one mask serves all heads and all layers.
+All samples hold the same number of entries, with padding first, as in padded text. Heads may hold different
+tokens, but the same number: one mask serves all heads and all layers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ __all__ = ["TextKVLayer"]
 
 
 class TextKVLayer(DynamicLayer):
-    """Kept keys and values of one self-attention layer; what is decoded afterwards is appended.
+    """Kept keys and values of one self-attention layer; later tokens are appended.
 
     Attributes:
         keys, values: ``[B, Hkv, K, D]``.
-        seen: Tokens seen so far, kept or not, padding included.
-        slots: int64 ``[B, H or 1, chosen]``, the token that each of the first entries stands for; None as
-            long as all are held.
-        valid: bool ``[B, chosen]``, false for entries that only pad; None while ``slots`` is None.
-        ragged: Whether some entry only pads, known without asking the device.
+        seen: Tokens seen so far, kept or dropped, padding included.
+        slots: int64 ``[B, H or 1, kept_width]``, the token of each entry that the latest pruning kept; these
+            entries come first. None while nothing was pruned.
+        valid: bool ``[B, kept_width]``, false at padding of a ragged selection; None while ``slots`` is None.
+        ragged: Whether some entries are padding; known on the host, without a device transfer.
     """
 
-    # Optional in the base class; here they are read only once they are filled.
+    # Optional in the base class; here they are read only after they are filled.
     keys: Tensor
     values: Tensor
 
@@ -49,7 +49,7 @@ class TextKVLayer(DynamicLayer):
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> Self:
-        """Return a cache layer that holds what an ordinary one holds."""
+        """Return a layer with the keys and values of a layer of transformers."""
         adopted = cls()
         keys, values = layer.keys, layer.values
         if keys is not None and values is not None and keys.numel():
@@ -63,8 +63,8 @@ class TextKVLayer(DynamicLayer):
         return self.keys.shape[-2] if self.seen else 0
 
     @property
-    def chosen(self) -> int:
-        """How many of them, from the first, were there when text was last pruned."""
+    def kept_width(self) -> int:
+        """Number of entries that the latest pruning kept; entries after them were appended later."""
         return 0 if self.slots is None else self.slots.shape[-1]
 
     @property
@@ -73,57 +73,57 @@ class TextKVLayer(DynamicLayer):
         return self.keys.nbytes + self.values.nbytes if self.seen else 0
 
     def tokens(self) -> Tensor:
-        """Return the token that each entry stands for, int64 ``[B, H or 1, K]``."""
-        appended = torch.arange(self.seen - self.held + self.chosen, self.seen, device=self.keys.device)
+        """Return the token of each entry, int64 ``[B, H or 1, K]``."""
+        appended = torch.arange(self.seen - self.held + self.kept_width, self.seen, device=self.keys.device)
         if self.slots is None:
             return appended.expand(self.keys.shape[0], 1, -1)
         return torch.cat([self.slots, appended.expand(*self.slots.shape[:2], -1)], dim=-1)
 
     def is_real(self) -> Tensor:
-        """Return which entries do more than pad a ragged selection, bool ``[B, K]``."""
+        """Return which entries are not padding of a ragged selection, bool ``[B, K]``."""
         real = torch.ones(self.keys.shape[0], self.held, dtype=torch.bool, device=self.keys.device)
         if self.valid is not None:
-            real[:, : self.chosen] = self.valid
+            real[:, : self.kept_width] = self.valid
         return real
 
     def retain(self, kept: Selection) -> None:
         """Drop the entries that are not kept, and free their memory.
 
         Args:
-            kept: For each row of the batch, out of the first ``kept.columns`` entries; equally many for all
-                heads. Entries beyond (draft tokens) stay.
+            kept: For each row of the batch, which of the first ``kept.columns`` entries are kept; the same
+                number for all heads. Entries after these (draft tokens) are kept.
         """
         counts = kept.valid.sum(-1)[:, :1]  # [B, 1]
         width = kept.indices.shape[-1]
-        place = torch.arange(width, device=kept.indices.device) - (width - counts)  # below zero: padding
-        chosen = kept.indices.gather(-1, place.clamp(min=0)[:, None].expand_as(kept.indices))
+        place = torch.arange(width, device=kept.indices.device) - (width - counts)  # < 0: padding
+        chosen = kept.indices.gather(-1, place.clamp(min=0)[:, None].expand_as(kept.indices))  # [B, H, width]
         chosen = chosen.to(self.keys.device)
         tokens = self.tokens()
         heads = max(chosen.shape[1], tokens.shape[1])
         slots = tokens.expand(-1, heads, -1).gather(-1, chosen.expand(-1, heads, -1))
         drafts = torch.arange(kept.columns, self.held, device=chosen.device)
         index = torch.cat([chosen, drafts.expand(*chosen.shape[:2], -1)], dim=-1)
-        index = index.expand(-1, self.keys.shape[1], -1)[..., None]
+        index = index.expand(-1, self.keys.shape[1], -1)[..., None]  # [B, Hkv, K, 1]
         self.keys = self.keys.gather(-2, index.expand(-1, -1, -1, self.keys.shape[-1]))
         self.values = self.values.gather(-2, index.expand(-1, -1, -1, self.values.shape[-1]))
         self.slots, self.valid = slots, (place >= 0).to(self.keys.device)
         self.ragged = not bool(self.valid.all())
 
     def announce(self) -> None:
-        """Say that the mask of the coming forward call knows which entries are held."""
+        """Note that the mask of the next forward call was fitted to the held entries (`fit_text_mask`)."""
         self._announced = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens and return all that are held, as the base class does.
+        """Append keys and values of new tokens, and return all that are held, as the base class does.
 
         Raises:
-            UnsupportedCacheError: If text was pruned and nobody saw to the mask.
+            UnsupportedCacheError: If text was pruned, but the mask was not fitted to it (see `announce`).
         """
         if self.slots is not None and not self._announced:
             raise UnsupportedCacheError(
-                "this cache holds pruned text, but the model runs without kvprune, which sees to its "
+                "this cache holds pruned text, but the model runs without kvprune, which must fit the "
                 "mask; stay inside the `with kvprune.compress(...)` block, or start with a new cache"
             )
         self._announced = False
@@ -132,29 +132,29 @@ class TextKVLayer(DynamicLayer):
         return both
 
     def get_seq_length(self) -> int:
-        """Number of tokens seen: positions of new tokens and all bookkeeping of `generate` follow from it."""
+        """Number of tokens seen, from which transformers derives the positions of new tokens."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many entries there will be, and the token at which the mask takes them to begin."""
+        """Return the number of entries after the next update, and the token that the mask starts at."""
         return self.held + query_length, self.seen - self.held
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, as assisted decoding does with drafts.
+        """Remove the last tokens, as assisted decoding does with rejected drafts.
 
         Args:
-            tokens_to_remove: Minus their number; a positive one is the number of tokens that stay.
+            tokens_to_remove: Minus the number of tokens to remove; a positive value is the number to keep.
 
         Raises:
-            UnsupportedCacheError: If that reaches into text that was pruned.
+            UnsupportedCacheError: If tokens from before the latest pruning would be removed.
         """
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if removed == 0 or not self.seen:
             return
-        after = self.held - self.chosen
+        after = self.held - self.kept_width
         if removed > after:
             raise UnsupportedCacheError(
-                f"the last {removed} tokens cannot be taken back: only {after} of them came after text was "
+                f"the last {removed} tokens cannot be removed: only {after} of them came after text was "
                 "pruned; crop no further, or use a policy that prunes no text"
             )
         self.keys, self.values = self.keys[..., :-removed, :], self.values[..., :-removed, :]
@@ -163,7 +163,7 @@ class TextKVLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything that is held."""
         super().reset()
-        self.is_initialized = False  # older releases keep the tensors, and fill them with zeros
+        self.is_initialized = False  # older releases keep the tensors and zero them
         self.seen, self.slots, self.valid, self.ragged = 0, None, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

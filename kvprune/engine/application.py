@@ -1,6 +1,6 @@
-"""Applies a decision to a cache layer, and says in terms of columns what was done.
+"""Applies a decision to a cache layer, and describes the result by columns for reports.
 
-Entries of earlier images stay as long as decoding can see them; new ones as the decision says.
+The decision is about new entries. Entries of earlier images are kept as long as decoding can see them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
-from kvprune.engine.prefill import Asked, Prefill
+from kvprune.engine.prefill import DecisionContext, Prefill
 from kvprune.errors import UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.tokens.decision import Decision
@@ -19,59 +19,63 @@ from kvprune.tokens.merging import Merge
 from kvprune.tokens.reindexing import among_entries, anchors, of_columns, positions
 from kvprune.tokens.selection import OWN_BITS, Selection
 
-__all__ = ["attended", "carrying", "require_onward", "retain"]
+__all__ = ["attended_selection", "require_onward", "retain", "with_carried_bias"]
 
 
-def retain(prefill: Prefill, decision: Decision, asked: Asked) -> Merge | None:
-    """Let a layer keep what was decided; return what was merged, in terms of its columns."""
-    layer, selection = asked.layer, decision.cache
+def retain(prefill: Prefill, decision: Decision, context: DecisionContext) -> Merge | None:
+    """Drop the entries of a layer that a decision does not keep; return the merge by columns, if any."""
+    layer, selection = context.layer, decision.cache
     if selection is not None and selection.merge is not None:
-        return _retain_merged(prefill, decision, selection, asked)
-    if selection is not None and _is_final(prefill, selection, asked):
+        return _retain_merged(prefill, decision, selection, context)
+    if selection is not None and _is_final(prefill, selection, context):
         layer.retain(selection)
         return None
-    kept = _kept(prefill, decision, asked)
-    layer.retain(Selection.from_mask(kept, _bits(decision, layer, asked.first)))
+    kept = _kept(prefill, decision, context)
+    layer.retain(Selection.from_mask(kept, _bits(decision, layer, context.first)))
     return None
 
 
-def _is_final(prefill: Prefill, selection: Selection, asked: Asked) -> bool:
-    """Whether a selection of the view's columns says all there is to say about the entries of the layer.
+def _is_final(prefill: Prefill, selection: Selection, context: DecisionContext) -> bool:
+    """Whether a selection of the view's columns can be applied to the entries of the layer as it is.
 
-    It does unless earlier images are held, or it keeps columns that decoding cannot see: a sample to which no
-    image came selects a placeholder.
+    Not if the layer holds earlier images, and not if the selection keeps columns that decoding cannot see: a
+    sample without an image selects a placeholder column, which is dropped here.
     """
-    if asked.first or selection.indices.device != asked.layer.keys.device:
+    if context.first or selection.indices.device != context.layer.keys.device:
         return False
-    visible = asked.view.visibility.by_column(prefill.visibility.decode_units)  # [R, S]
-    by_head = visible.to(selection.indices.device)[:, None].expand(-1, selection.indices.shape[1], -1)
+    visible = context.view.visibility.by_column(prefill.visibility.decode_units)  # [R, S]
+    by_head = visible.to(selection.indices.device)[:, None].expand(
+        -1, selection.indices.shape[1], -1
+    )  # [R, H or 1, S]
     return bool((by_head.gather(-1, selection.indices) | ~selection.valid).all())
 
 
-def _retain_merged(prefill: Prefill, decision: Decision, selection: Selection, asked: Asked) -> Merge | None:
-    """Let a layer keep what was decided, and merge what is dropped into it."""
-    layer = asked.layer
+def _retain_merged(
+    prefill: Prefill, decision: Decision, selection: Selection, context: DecisionContext
+) -> Merge | None:
+    """Drop entries of a layer as decided, and merge the dropped ones into the kept ones."""
+    layer = context.layer
     slots, valid = layer.entries()
-    kept = _kept(prefill, decision, asked) & valid
-    merge = among_entries(selection, kept, asked.first)
+    kept = _kept(prefill, decision, context) & valid  # [R, H or 1, K]
+    merge = among_entries(selection, kept, context.first)
     places = Selection.from_mask(kept)
     layer.retain(places.with_merge(merge))
     return None if merge is None else of_columns(merge, slots, valid, layer.columns)
 
 
-def _kept(prefill: Prefill, decision: Decision, asked: Asked) -> Tensor:
-    """Return which entries of a layer stay, bool ``[R, H or 1, K]``."""
-    layer, first = asked.layer, asked.first
+def _kept(prefill: Prefill, decision: Decision, context: DecisionContext) -> Tensor:
+    """Return which of the K entries of a layer are kept, bool ``[R, H or 1, K]``."""
+    layer, first = context.layer, context.first
     device = layer.keys.device
     decodable = prefill.visibility.decode_units  # [R, U]
-    new = asked.view.visibility.by_column(decodable)[:, None].to(device)  # [R, 1, S]
+    new = context.view.visibility.by_column(decodable)[:, None].to(device)  # [R, 1, S]
     if decision.cache is not None:
         new = new & decision.cache.mask.to(device)
     if first:
-        # Entries of earlier images stay as long as decoding can see them.
-        slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)
+        # Entries of earlier images are kept as long as decoding can see them.
+        slots = layer.entries()[0][..., :first].to(prefill.visibility.units.device)  # [R, H or 1, first]
         batch, heads, _ = slots.shape
-        units = prefill.visibility.units[:, None].expand(batch, heads, -1).gather(-1, slots)
+        units = prefill.visibility.units[:, None].expand(batch, heads, -1).gather(-1, slots)  # of each entry
         old = decodable[:, None].expand(-1, heads, -1).gather(-1, units).to(device)  # [R, H, first]
         width = max(heads, new.shape[1])
         new = torch.cat([old.expand(-1, width, -1), new.expand(-1, width, -1)], dim=-1)
@@ -79,48 +83,55 @@ def _kept(prefill: Prefill, decision: Decision, asked: Asked) -> Tensor:
 
 
 def _bits(decision: Decision, layer: CrossKVLayer, first: int) -> Tensor | None:
-    """Return in which precision a layer holds its entries, uint8 ``[R, H or 1, K]``; None for its own."""
+    """Return the bits of each entry after a decision, uint8 ``[R, H or 1, K]``; None without quantization."""
     if decision.cache is None or decision.cache.bits is None:
         return None
-    new = decision.cache.bits_by_column().to(layer.keys.device)
+    new = decision.cache.bits_by_column().to(layer.keys.device)  # [R, H or 1, S]
     old = torch.full((*new.shape[:2], first), OWN_BITS, dtype=torch.uint8, device=new.device)
     return torch.cat([old, new], dim=-1)
 
 
-def attended(layer: CrossKVLayer, received: Selection | None, first_new: int) -> Selection:
-    """Return what a layer attends to in prefill: which features were merged, and which entries are biased."""
+def attended_selection(layer: CrossKVLayer, received: Selection | None, first_new: int) -> Selection:
+    """Return the columns that a layer attended to in prefill, with merges and the bias of old entries.
+
+    Args:
+        layer: Updated with the new columns.
+        received: Columns that arrived at the layer, with the merge of their features; None for all.
+        first_new: The first column that is new.
+    """
     now = layer.selection()
     merge = None
     if received is not None and received.merge is not None:
-        into = positions(now)
-        takers = anchors(received).expand(-1, into.shape[1], -1)
+        into = positions(now)  # [R, H or 1, S]
+        takers = anchors(received).expand(-1, into.shape[1], -1)  # column that takes each new one; -1: none
         new = torch.where(takers < 0, -1, into.gather(-1, takers.clamp(min=0) + first_new))
         weights = torch.ones_like(into, dtype=received.merge.weights.dtype)
         weights[..., first_new:] = received.merge.weights
         merge = Merge(torch.cat([into[..., :first_new], new], -1), weights)
-    merge = carrying(merge, layer, now.indices, now.valid, first_new)
+    merge = with_carried_bias(merge, layer, now.indices, now.valid, first_new)
     return Selection.trusted(now.indices, now.valid, now.columns, merge, now.bits)
 
 
-def carrying(
+def with_carried_bias(
     merge: Merge | None, layer: CrossKVLayer, slots: Tensor, valid: Tensor, first_new: int
 ) -> Merge | None:
-    """Return a merge for a report, with the bias that entries of earlier images have.
+    """Return a merge for a report, with the logit bias that entries of earlier images carry.
 
     Args:
-        merge: Of columns, if this prefill merges any.
+        merge: Of this prefill, by column; None if it merges nothing.
         layer: The cache layer.
-        slots: The columns of the entries that are reported.
-        valid: Which of these are valid.
+        slots: int64 ``[R, H or 1, K]``, the columns of the reported entries.
+        valid: bool, same shape; false at padding.
         first_new: The first column that is new.
     """
     if layer.bias is None or first_new == 0:
         return merge
     held_slots, held_valid = layer.entries()
+    # [R, H or 1, S + 1]: padding may name any column, so its bias goes to one beyond the last.
     by_column = torch.zeros(*slots.shape[:2], layer.columns + 1, dtype=layer.bias.dtype, device=slots.device)
     by_column.scatter_(-1, torch.where(held_valid, held_slots, layer.columns), layer.bias)
     carried = by_column.gather(-1, slots).masked_fill(~valid | (slots >= first_new), 0)
-    if merge is None:
+    if merge is None:  # a merge in which each entry stands for itself alone
         own = torch.arange(slots.shape[-1], device=slots.device).expand_as(slots)
         ones = torch.ones_like(own, dtype=torch.float64)
         merge = of_columns(Merge(own, ones), slots, valid, layer.columns)
@@ -128,7 +139,7 @@ def carrying(
 
 
 def require_onward(decision: Decision, policy: CrossKVPolicy, layer_idx: int) -> None:
-    """Raise if a decision would change nothing, because there is no cache.
+    """Raise if a decision has no effect because the model was called without a cache.
 
     Raises:
         UnsupportedCacheError: Naming the policy and the layer.

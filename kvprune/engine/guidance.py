@@ -1,6 +1,6 @@
-"""What passes between a model under a policy and its guide: the prompt goes there, the guidance comes back.
+"""Data exchanged with a guide, the model that ranks encoder tokens for another one: prompt and guidance.
 
-Plain data. `kvprune.session.guide` runs the guide; adapters make prompts and run models over them.
+`kvprune.session.guide` runs the guide. Adapters make prompts and run models on them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ __all__ = ["Guidance", "GuideReceipt", "Prompt", "to_rows"]
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A forward call that brings encoder states, in a form in which another model can repeat it.
+    """The inputs of a forward call that brings encoder states, so that another model can repeat the call.
 
-    Axes: R rows of the batch that differ (beams of one sample are one row), S encoder tokens that arrive.
+    Axes: R distinct rows of the batch (beams of one sample are one row), S new encoder tokens, T text tokens,
+    C width of features or embeddings.
 
     Args:
-        arguments: Tensors of the call by name, for R rows, without drafts of assisted decoding.
-        states: ``[R, S, C]``, what the target's projections would receive; None if it has not run yet.
-        past: A copy of the target's cache of earlier turns; None in a first turn.
+        arguments: Tensor arguments of the call by name, for R rows, without draft tokens.
+        states: ``[R, S, C]``, the target's encoder features; None if its encoder has not run yet.
+        past: A copy of the target's cache of earlier turns; None in the first turn.
     """
 
     arguments: dict[str, Tensor]
@@ -39,7 +40,7 @@ class Prompt:
         return self.arguments["inputs_embeds"] if ids is None else ids
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Prompt:
-        """Return the prompt on the device, and with the floating-point dtype, of the model that reads it."""
+        """Return the prompt on a device, with floating-point tensors in a dtype."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -50,16 +51,16 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class GuideReceipt:
-    """What a guide cost, over all of its runs.
+    """Cost of a guide over all of its runs.
 
     Args:
-        model: Class of the guide.
+        model: Class name of the guide.
         is_target: Whether the target guides itself.
-        runs: Prompts that it was asked about.
-        forward_calls: Its forward calls, generated tokens included.
-        tokens: Text tokens that it read in them, without padding.
-        seconds: What it took, on the device where it runs.
-        bytes_peak: Most bytes of cross-attention keys and values that it held at once, beside the target's.
+        runs: Number of prompts.
+        forward_calls: Forward calls of the guide, including those that generate.
+        tokens: Text tokens that the guide read, without padding.
+        seconds: Run time on the guide's device.
+        bytes_peak: Peak bytes of the guide's cross-attention keys and values, in addition to the target's.
     """
 
     model: str
@@ -71,7 +72,7 @@ class GuideReceipt:
     bytes_peak: int = 0
 
     def plus(self, other: GuideReceipt | None) -> GuideReceipt:
-        """Return the receipt of both: sums, and the larger peak."""
+        """Return the sum of two receipts, with the larger of both peaks."""
         if other is None:
             return self
         return replace(
@@ -97,18 +98,20 @@ class GuideReceipt:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Guidance:
-    """What a guide says about one prompt.
+    """Result of a guide for one prompt.
+
+    Axes: R distinct rows of the batch, S encoder tokens, n generated tokens.
 
     Args:
         scores: ``[R, S]``, the importance of each encoder token.
-        rows: int64 ``[R]``, the text rows whose attention was added up. Unless ``row_mean`` was set, scores
-            of a sample sum to rows x heads x cross-attention layers.
-        receipt: What it cost.
-        answer: int64 ``[R, n]``, what the guide generated; None if it was not asked to.
-        written: bool ``[R, n]``, which of these tokens belong to the answer: up to the first end of sequence.
+        rows: int64 ``[R]``, number of text rows whose attention was summed. Unless ``row_mean`` was set, the
+            scores of a sample sum to rows x heads x cross-attention layers.
+        receipt: Cost of the guide.
+        answer: int64 ``[R, n]``, tokens that the guide generated; None if it generated nothing.
+        written: bool ``[R, n]``, true up to the first end of sequence; later tokens are padding.
         confidence: float64 ``[R]``, geometric mean of the guide's highest probability at each token.
-        consistency: float64 ``[R]``, how probable the answer is to the guide when it sees few of the encoder
-            tokens (`kvprune.guided_generate`); None if that was not asked.
+        consistency: float64 ``[R]``, probability of the answer when the guide sees only few encoder tokens
+            (`kvprune.guided_generate`); None if it was not computed.
     """
 
     scores: Tensor
@@ -120,7 +123,7 @@ class Guidance:
     consistency: Tensor | None = None
 
     def of(self, samples: Tensor) -> Guidance:
-        """Return what it says about some of the rows, int64 ``[R']``."""
+        """Return the guidance for some of the rows, int64 ``[R']``."""
         taken: dict[str, Any] = {
             name: value[samples.to(value.device)]
             for name, value in vars(self).items()
@@ -130,16 +133,16 @@ class Guidance:
 
 
 def to_rows(guidance: Guidance, rows: int, copies: int, columns: int) -> Tensor:
-    """Return scores for each row of a target, ``[rows, columns]``.
+    """Return the guide's scores for each distinct row of a target, ``[rows, columns]``.
 
     Args:
-        guidance: For these rows, or for a batch in which each of them stands several times.
-        rows: Of the target that differ.
-        copies: Rows of the batch for which each of them stands.
-        columns: Encoder tokens that arrive at the target.
+        guidance: For these rows, or for a batch that repeats each of them several times.
+        rows: Distinct rows R of the target's batch.
+        copies: Consecutive rows of the batch that each of the R rows represents.
+        columns: New encoder tokens of the target.
 
     Raises:
-        GuideError: If it is about another number of columns or samples.
+        GuideError: If the guide ranked another number of columns or samples.
     """
     scores = guidance.scores
     have = len(scores)

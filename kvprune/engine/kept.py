@@ -1,4 +1,4 @@
-"""Which columns and text tokens the latest prefill left, for `Compression.selections` and its siblings."""
+"""Columns and text tokens that the latest prefill kept, which `Compression.selections` returns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["KeptSelections"]
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a layer attended to in prefill, and what it kept; for R rows that stand for ``copies`` each."""
+    """Columns that a layer attended to in prefill and kept, for R rows of ``copies`` copies each."""
 
     attended: Selection | None
     kept: Selection
@@ -24,29 +24,29 @@ class _Layer:
 
 @dataclass(frozen=True)
 class KeptSelections:
-    """What each layer kept, with a row for each row of the batch."""
+    """Columns and text tokens that each layer kept, for each row of the batch."""
 
     _layers: dict[int, _Layer] = field(default_factory=dict)
     _text: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     def add(self, layer_idx: int, attended: Selection | None, kept: Selection, copies: int) -> None:
-        """Note what a cross-attention layer attended to and kept.
+        """Store the columns that a cross-attention layer attended to and kept.
 
         Args:
-            layer_idx: Of the layer.
-            attended: Columns that its prefill attended to, for R rows; None for all there were.
+            layer_idx: Index of the decoder layer.
+            attended: Columns that its prefill attended to, for R rows; None for all columns.
             kept: Columns that decoding uses, for R rows.
-            copies: Rows of the batch for which each of these rows stands.
+            copies: Consecutive rows of the batch that each of the R rows represents.
         """
         self._layers[layer_idx] = _Layer(attended, kept, copies)
 
     def add_text(self, layer_idx: int, tokens: Tensor | None, seen: int) -> None:
-        """Note what a self-attention layer kept.
+        """Store the tokens that a self-attention layer kept.
 
         Args:
-            layer_idx: Of the layer.
+            layer_idx: Index of the decoder layer.
             tokens: int64 ``[B, H or 1, K]``, the token of each entry; None if all are held.
-            seen: Tokens that there were.
+            seen: Number of tokens before pruning.
         """
         self._text.pop(layer_idx, None)
         if tokens is not None:
@@ -59,7 +59,7 @@ class KeptSelections:
 
     @property
     def prefill_selections(self) -> Mapping[int, Selection | None]:
-        """Columns that the latest prefill attended to, by layer index; None for all there were."""
+        """Columns that the latest prefill attended to, by layer index; None for all columns."""
         return {
             layer_idx: None if layer.attended is None else layer.attended.repeat(layer.copies)
             for layer_idx, layer in self._layers.items()
@@ -67,9 +67,9 @@ class KeptSelections:
 
     @property
     def text_selections(self) -> Mapping[int, Selection]:
-        """Tokens of the text that the latest prefill kept, by layer index; without layers that keep all."""
+        """Text tokens that the latest prefill kept, by layer index; layers that keep all are left out."""
         found = {}
         for layer_idx, (tokens, seen) in self._text.items():
             mask = torch.zeros(*tokens.shape[:2], seen, dtype=torch.bool, device=tokens.device)
-            found[layer_idx] = Selection.from_mask(mask.scatter_(-1, tokens, True))
+            found[layer_idx] = Selection.from_mask(mask.scatter_(-1, tokens, True))  # [B, H or 1, seen]
         return found

@@ -19,19 +19,20 @@ def check_layers(
     """Raise unless each cross-attention layer holds what its receipt says.
 
     Args:
-        who: For messages.
-        receipts: Of the layers.
-        live: The layers, as long as they live.
+        who: The policy, for messages.
+        receipts: One for each layer.
+        live: Weak references to the cache layers, in the same order.
 
     Raises:
-        ReceiptError: If a layer is gone, holds something else, or holds memory that should be free.
+        ReceiptError: If a layer was deleted, differs from its receipt, or still holds the memory of dropped
+            entries.
     """
     for receipt, reference in zip(receipts, live, strict=True):
         layer = reference()
         if layer is None:
             raise ReceiptError(
-                f"{who}: the cache is gone; keep past_key_values "
-                "(generate(..., return_dict_in_generate=True)) and verify while it lives"
+                f"{who}: the cache was deleted; keep past_key_values "
+                "(generate(..., return_dict_in_generate=True)) until verify() has run"
             )
         held = {
             "bytes_held": layer.bytes_held,
@@ -47,7 +48,7 @@ def check_layers(
                     f"{who}: layer {receipt.layer_idx} has {name} {found} now, "
                     f"but the receipt says {getattr(receipt, name)}"
                 )
-        # A small view into a large buffer frees nothing.
+        # A small view of a large buffer keeps the whole buffer in memory.
         behind = layer.bytes_behind
         if behind > layer.bytes_held:
             raise ReceiptError(
@@ -59,18 +60,19 @@ def check_layers(
 def check_text_layers(
     who: str, receipts: Sequence[TextReceipt], live: Sequence[weakref.ref[TextKVLayer]]
 ) -> None:
-    """Raise unless each text layer holds what the latest prefill left; decoding may only add to it.
+    """Raise unless each text layer holds what the latest prefill kept; decoding may only append to it.
 
     Raises:
-        ReceiptError: If a layer is gone, or holds something else.
+        ReceiptError: If a layer was deleted, or differs from its receipt.
     """
     for receipt, reference in zip(receipts, live, strict=False):
         layer = reference()
         if layer is None or not layer.held:
             raise ReceiptError(
-                f"{who}: the text cache of layer {receipt.layer_idx} is gone; verify while it lives"
+                f"{who}: the text cache of layer {receipt.layer_idx} was deleted; keep past_key_values until "
+                "verify() has run"
             )
-        entries = layer.held if layer.slots is None else layer.chosen
+        entries = layer.held if layer.slots is None else layer.kept_width
         bytes_held = layer.bytes_held // layer.held * receipt.width
         if entries < receipt.width or bytes_held != receipt.bytes_held:
             raise ReceiptError(

@@ -1,18 +1,27 @@
-"""The cross-attention cache manager: asks the policy, checks the answer, applies it to the cache layers.
+"""The cross-attention cache manager: asks the policy, checks its decision, and prunes the cache layers.
 
-It knows tensors, selections and visibility, and no model. An adapter tells it that a prefill begins, that
-a layer is about to run, that it has run, and that the prefill is over:
+The manager works on tensors, selections and visibility, and knows no model family. An adapter
+(`kvprune.adapters.base`) calls it during each prefill, a forward call that brings encoder states:
 
-    begin(visibility, ...)                  once per forward call that brings encoder states
-    before_layer(rank, cache layer, ...)    -> what arrives at the layer; a policy that looks at
-                                               features decides before the first layer
-    after_layer(rank, cache layer, ...)     the policy decides and the cache keeps, or the policy observes
-    end()                                   a policy that observed decides now; the receipt is written
+    begin(visibility, ...)          the forward call starts: open a `Prefill`
+    before_layer(rank, layer, ...)  a cross-attention layer is about to run: return the columns that arrive.
+                                    Before the first one, ask the guide and let a `FeaturePolicy` decide.
+    after_text(view, ...)           a self-attention layer has attended: show it to policies that need text,
+                                    and prune its cache if the policy does
+    after_layer(rank, layer, ...)   the cross-attention layer has attended: the policy decides and the cache
+                                    is pruned (`kvprune.engine.application`); a `PrefillPolicy` only observes
+    end()                           the forward call ends: a `PrefillPolicy` decides about all layers, and
+                                    the report is written
 
-Decoding never comes here: it reads what the cache layers hold.
+Decode steps do not call the manager: they read the pruned cache layers.
 
-Rows of the batch that are copies of one sample (its beams, its return sequences) are decided about once and
-held once. Here and in views, R counts the rows that differ; what users read counts the batch B again.
+A policy that decides at a new moment, such as each decode step or the logits, takes one view
+(`kvprune.policy.view`), one base class (`kvprune.policy.moments`), one method of `PolicyCalls` that builds
+the view and calls the policy, and one method here that the adapters' hooks call. A policy that returns new
+tokens takes a field of `Decision`, its check, and a branch of `retain` that writes them to the cache layer.
+
+Copies of one sample in the batch (beams, return sequences) get one decision and are held once. Here and in
+views, R counts distinct rows; what users read counts the whole batch B.
 """
 
 from __future__ import annotations
@@ -24,20 +33,17 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.contents import Arrival
-from kvprune.cache.copies import Twins
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.shared_rows import SharedRows
 from kvprune.cache.text_layer import TextKVLayer
-from kvprune.engine.application import attended, carrying, require_onward, retain
+from kvprune.engine.application import attended_selection, require_onward, retain, with_carried_bias
 from kvprune.engine.guidance import Guidance, Prompt, to_rows
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
-from kvprune.engine.prefill import Asked, Observed, Prefill
+from kvprune.engine.prefill import DecisionContext, ObservedLayer, Prefill
 from kvprune.engine.report import CompressionReport
-from kvprune.errors import (
-    GuideError,
-    UnsupportedCacheError,
-)
+from kvprune.errors import GuideError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
 from kvprune.policy.checks import check_decision, check_text
@@ -53,13 +59,14 @@ __all__ = ["CrossKVManager"]
 
 
 class CrossKVManager:
-    """Joins one policy with the cache layers of one model.
+    """Applies one policy to the cache layers of one model.
 
     Args:
-        policy: Decides.
-        seed: For policies that draw random numbers.
+        policy: The policy that decides.
+        seed: Seed for policies that draw random numbers.
         layer_indices: The model's cross-attention layers in order; their positions are the ranks.
-        guide: Answers policies that need "guidance"; asked once for each prefill, before its first layer.
+        guide: Ranks encoder tokens for policies that need "guidance"; called once in each prefill, before its
+            first layer.
     """
 
     def __init__(
@@ -88,7 +95,7 @@ class CrossKVManager:
         new_columns: int,
         fingerprints: Callable[[], Tensor],
         *,
-        twins: Twins | None = None,
+        shared_rows: SharedRows | None = None,
         cached: bool = True,
         layout: Callable[[], Layout] | None = None,
         prompt: Callable[[Tensor], Prompt] | None = None,
@@ -97,16 +104,18 @@ class CrossKVManager:
         """Open a prefill.
 
         Args:
-            visibility: Of all columns, those of earlier images included, for R rows.
-            new_columns: How many of the last columns arrive in this call.
-            fingerprints: Returns int64 ``[R]``, the seeds of random policies (`kvprune.tokens.randomness`).
-            twins: How many consecutive rows of the batch are copies of one; none by default.
-            cached: Whether there is a cache; without one, decisions reach later layers only.
-            layout: Returns where the new columns lie in their images, for R rows; None if that is not known.
-            prompt: Returns what a guide needs to repeat this call for R rows, given the features of the new
-                columns, ``[R, S, C]``; None if the adapter cannot say.
-            capture: Returns what was captured of all new columns, for R rows, once the encoder has run;
-                None if nothing was.
+            visibility: Which text rows may attend which columns, for R rows and all columns, those of earlier
+                images included.
+            new_columns: Number of columns that arrive in this call; they are the last ones.
+            fingerprints: Returns int64 ``[R]``, digests of the inputs that seed random policies
+                (`kvprune.tokens.randomness`).
+            shared_rows: Number of consecutive rows of the batch that are copies of one sample; 1 by default.
+            cached: Whether there is a cache. Without one, only what later layers receive can be pruned.
+            layout: Returns the positions of the new columns in their images, for R rows; None if unknown.
+            prompt: Returns the input of a guide for R rows, given the features of the new columns,
+                ``[R, S, C]``; None if the adapter supports no guide.
+            capture: Returns what the adapter captured of all new columns, for R rows, once the encoder has
+                run; None if it captured nothing.
         """
         self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
@@ -114,7 +123,7 @@ class CrossKVManager:
             visibility,
             first_new,
             fingerprints,
-            twins or Twins(),
+            shared_rows or SharedRows(),
             cached,
             PrefillRecord(cached=cached),
             layout,
@@ -123,16 +132,20 @@ class CrossKVManager:
         )
 
     def before_layer(self, rank: int, layer: CrossKVLayer, features: Tensor) -> Arrival:
-        """Tell a cache layer what arrives, and return it, for R rows.
+        """Prepare a cache layer for the columns that arrive, and return them for R rows.
+
+        Before the first layer, a `FeaturePolicy` decides.
 
         Args:
-            rank: Of the layer among the cross-attention layers.
+            rank: Index among the cross-attention layers.
             layer: Its cache layer.
             features: ``[B, S, C]``, all new columns as they would enter the layer's projections.
 
         Raises:
             UnsupportedCacheError: If the mask covers other columns than the cache has seen.
-            SelectionError: If the policy decides about features and breaks an invariant.
+            SelectionError: If the decision of a `FeaturePolicy` breaks an invariant.
+            PolicyFailedError: If the policy raises an error of its own.
+            GuideError: If the policy needs guidance and there is none.
         """
         prefill = self._running()
         if layer.columns != prefill.first_new:
@@ -142,13 +155,13 @@ class CrossKVManager:
                 "cross-attention mask over all images of the conversation, and features of the new ones only"
             )
         if not prefill.is_prepared:
-            self._prepare(prefill, features[:: prefill.twins.copies])
+            self._prepare(prefill, features[:: prefill.shared_rows.copies])
         layer.separate()
-        prefill.record.arrives(self.layer_indices[rank], layer)
-        return layer.expect(prefill.onward, prefill.new_columns, prefill.twins)
+        prefill.record.note_arrival(self.layer_indices[rank], layer)
+        return layer.expect(prefill.onward, prefill.new_columns, prefill.shared_rows)
 
     def _prepare(self, prefill: Prefill, features: Tensor) -> None:
-        """Do what comes before the first layer: collect what was captured, ask the guide, choose features."""
+        """Run once before the first layer: collect captures, ask the guide, let a `FeaturePolicy` decide."""
         prefill.is_prepared = True
         if prefill.capture is not None:
             prefill.captured = prefill.captured.joined(prefill.capture())
@@ -158,11 +171,11 @@ class CrossKVManager:
             self._choose(self.policy, prefill, features)
 
     def after_text(self, view: TextView, layer: TextKVLayer | None = None) -> None:
-        """Note what a self-attention layer has attended to, and let the policy prune its cache.
+        """Show a self-attention layer to the policy after its attention, and let the policy prune its cache.
 
         Args:
-            view: Of R rows, without drafts.
-            layer: Its cache layer, updated, for each row of the batch; None if text is not to be pruned.
+            view: The layer's attention, for R rows, without draft tokens.
+            layer: Its cache layer, updated, for each row of the batch; None if text is not pruned.
 
         Raises:
             SelectionError: If the policy's selection breaks an invariant.
@@ -178,14 +191,14 @@ class CrossKVManager:
         with torch.no_grad(), Stopwatch(view.device) as watch:
             selection = self._calls.select_text(view)
         prefill.text_counts = check_text(selection, view, self.policy.name, prefill.text_counts)
-        drafts = layer.held - view.entries
+        drafts = layer.held - view.entries  # the view leaves draft tokens out
         if selection is not None:
-            layer.retain(selection.repeat(prefill.twins.copies))
+            layer.retain(selection.repeat(prefill.shared_rows.copies))
         tokens = None if layer.slots is None else layer.tokens()[..., : layer.held - drafts]
         self.kept.add_text(view.layer_idx, tokens, layer.seen - drafts)
-        available = view.real.sum(-1).clamp(min=1)
+        available = view.real.sum(-1).clamp(min=1)  # [R], text entries that are no padding
         fraction = torch.ones_like(available) if selection is None else prefill.text_counts / available
-        prefill.record.pruned_text(view.layer_idx, layer, watch, drafts, fraction)
+        prefill.record.note_text_decision(view.layer_idx, layer, watch, drafts, fraction)
 
     def after_layer(
         self,
@@ -198,20 +211,22 @@ class CrossKVManager:
     ) -> None:
         """Let the policy decide about a layer that has just attended, and apply the decision.
 
+        A `PrefillPolicy` only observes the layer here, and decides in `end`.
+
         Args:
-            rank: Of the layer among the cross-attention layers.
+            rank: Index among the cross-attention layers.
             layer: The cache layer, updated.
             scaling: Factor on attention logits.
-            captured: What was captured in the layer, for each row of the batch, draft rows included.
-            follows_text: Whether a self-attention of the text comes before the layer.
+            captured: What the adapter captured in the layer, for each row of the batch, draft rows included.
+            follows_text: Whether a self-attention layer comes before this layer.
 
         Raises:
             SelectionError: If the decision breaks an invariant.
             PolicyFailedError: If the policy raises an error of its own.
-            UnsupportedCacheError: If there is no cache, but the policy prunes nothing else.
+            UnsupportedCacheError: If there is no cache, and the policy prunes nothing but the cache.
         """
         prefill, policy, received = self._running(), self.policy, self._running().onward
-        prefill.record.attended(self.layer_indices[rank], layer)
+        prefill.record.note_attention(self.layer_indices[rank], layer)
         view = self._calls.layer_view(
             prefill,
             rank,
@@ -221,25 +236,27 @@ class CrossKVManager:
             scaling=scaling,
             follows_text=follows_text,
         )
-        before = None if layer.slots is None else attended(layer, received, prefill.first_new)
-        asked = Asked(view, layer, layer.width - view.columns, before)
+        before = None if layer.slots is None else attended_selection(layer, received, prefill.first_new)
+        context = DecisionContext(view, layer, layer.width - view.columns, before)
         with torch.no_grad(), Stopwatch(view.device) as watch:
             if isinstance(policy, PrefillPolicy):
                 answer = self._calls.observe(policy, view)
             else:
                 answer = self._calls.select(view)
         if isinstance(policy, PrefillPolicy):
-            asked = replace(asked, view=view.without_captured())
-            prefill.observed.append(Observed(asked, answer, watch))
+            context = replace(context, view=view.without_captured())
+            prefill.observed.append(ObservedLayer(context, answer, watch))
         else:
-            self._apply(prefill, asked, answer, watch)
+            self._apply(prefill, context, answer, watch)
 
     def end(self, *, completed: bool) -> None:
-        """Close a prefill; write its receipt if it came to its end.
+        """Close a prefill. If it was completed, let a `PrefillPolicy` decide and write the receipts.
+
+        Args:
+            completed: Whether the forward call returned; false if it raised an error.
 
         Raises:
-            SelectionError, PolicyFailedError, UnsupportedCacheError: As `after_layer`, from a policy that
-                decides when all layers have attended.
+            SelectionError, PolicyFailedError, UnsupportedCacheError: As in `after_layer`.
         """
         prefill, self._prefill = self._prefill, None
         if prefill is None or not completed:
@@ -252,46 +269,49 @@ class CrossKVManager:
             )
 
     def _ask_guide(self, prefill: Prefill, features: Tensor) -> None:
-        """Let the guide rank the new columns."""
+        """Let the guide rank the new columns, whose features are ``[R, S, C]``."""
         if self.guide is None or prefill.prompt is None:
             raise GuideError(
-                f"policy {self.policy.spec} needs guidance, but nothing here can give it: "
-                f"{'no guide was given' if self.guide is None else 'the adapter passes no prompt on'}"
+                f"policy {self.policy.spec} needs guidance, but there is none: "
+                f"{'no guide was given' if self.guide is None else 'the adapter provides no prompt'}"
             )
         with torch.no_grad():
             guidance = self.guide(prefill.prompt(features))
-            rows, copies = prefill.visibility.batch, prefill.twins.copies
+            rows, copies = prefill.visibility.batch, prefill.shared_rows.copies
             scores = to_rows(guidance, rows, copies, prefill.new_columns)  # [R, S]
         self.report.add_guide(guidance.receipt)
         prefill.captured = replace(prefill.captured, guidance=scores.to(features.device))
-        prefill.prompt = None  # it holds the whole input
+        prefill.prompt = None  # free the inputs that it holds
 
     def _choose(self, policy: FeaturePolicy, prefill: Prefill, features: Tensor) -> None:
-        """Let the policy decide what all layers receive."""
+        """Let the policy decide which columns all layers receive, from features ``[R, S, C]``."""
         view = self._calls.feature_view(prefill, features)
         with torch.no_grad(), Stopwatch(features.device) as watch:
             decision = self._calls.choose(policy, view)
         check_decision(decision, view, policy.name)
         assert isinstance(decision, Decision)
-        prefill.record.chosen(watch)
+        prefill.record.note_feature_decision(watch)
         if decision.note:
             self.report.warn(decision.note)
         if decision.onward is not None:
             prefill.onward = compose(None, decision.onward)
 
     def _conclude(self, policy: PrefillPolicy, prefill: Prefill) -> None:
-        """Let the policy decide about all layers that it has observed."""
+        """Let the policy decide about all layers that it observed, and apply the decisions."""
         observed = prefill.observed
-        prefill.record.waited()
-        with torch.no_grad(), Stopwatch(observed[-1].asked.view.device) as watch:
+        prefill.record.note_deferral()
+        with torch.no_grad(), Stopwatch(observed[-1].context.view.device) as watch:
             decisions = self._calls.conclude(policy, observed)
         for number, (layer, decision) in enumerate(zip(observed, decisions, strict=True)):
+            # The time of the common decision counts for the first layer.
             watches = (layer.watch, watch) if number == 0 else (layer.watch,)
-            self._apply(prefill, layer.asked, decision, *watches)
+            self._apply(prefill, layer.context, decision, *watches)
 
-    def _apply(self, prefill: Prefill, asked: Asked, decision: object, *watches: Stopwatch) -> None:
-        """Check a decision about one layer and carry it out."""
-        view, layer = asked.view, asked.layer
+    def _apply(
+        self, prefill: Prefill, context: DecisionContext, decision: object, *watches: Stopwatch
+    ) -> None:
+        """Check a decision about one layer, apply it, and record the result."""
+        view, layer = context.view, context.layer
         layer_idx = view.layer_idx
         check_decision(decision, view, self.policy.name)
         assert isinstance(decision, Decision)
@@ -303,17 +323,15 @@ class CrossKVManager:
                 require_onward(decision, self.policy, layer_idx)
             elif decision.cache is not None or not self.policy.keeps_invisible:
                 if decision.cache is not None and decision.cache.quantizes and layer.keys.requires_grad:
-                    self.report.warn(
-                        "quantized entries carry no gradient: nothing is learned from what reads them"
-                    )
-                merge = retain(prefill, decision, asked)
+                    self.report.warn("quantized entries carry no gradient: backpropagation stops at them")
+                merge = retain(prefill, decision, context)
             if decision.onward is not None:
                 prefill.onward = compose(prefill.onward, decision.onward)
         kept = layer.selection()
-        merge = carrying(merge, layer, kept.indices, kept.valid, prefill.first_new)
+        merge = with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
         kept = Selection.trusted(kept.indices, kept.valid, layer.columns, merge, kept.bits)
-        self.kept.add(layer_idx, asked.attended, kept, layer.copies)
-        prefill.record.decided(layer_idx, layer, watches, visible=prefill.visibility.decode)
+        self.kept.add(layer_idx, context.attended, kept, layer.copies)
+        prefill.record.note_decision(layer_idx, layer, watches, visible=prefill.visibility.decode)
 
     def _running(self) -> Prefill:
         if self._prefill is None:

@@ -1,6 +1,6 @@
-"""Measures one prefill: bytes before and after each decision, the time decisions take, what is kept.
+"""Measures one prefill: bytes before and after each decision, run time of decisions, tokens kept.
 
-Everything is read off the tensors at the moment of which the receipt speaks; nothing is estimated.
+Everything is read from the tensors at the moment that the receipt describes; nothing is estimated.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from kvprune.tokens.budget import Budget
 __all__ = ["PrefillRecord", "Stopwatch"]
 
 _ROUNDING = 1e-6
-"""Of a mean of whole numbers over heads and layers; one token too many in one layer is more than that."""
+"""Tolerance for means of token counts over heads and layers; one extra token in one layer exceeds it."""
 
 
 class Stopwatch:
-    """Seconds that a block takes, on the device where its work is done."""
+    """Context manager that measures the seconds of its block on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -36,7 +36,7 @@ class Stopwatch:
         self._seconds = 0.0
 
     def __enter__(self) -> Self:
-        if self._on_cuda:  # kernels run later than they are called: the device takes the time
+        if self._on_cuda:  # kernels run asynchronously, so the device itself must measure
             self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._events[0].record()
         self._started = time.perf_counter()
@@ -51,7 +51,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """What the block took; on CUDA this waits for it to end."""
+        """Seconds that the block took; on CUDA this waits for the device."""
         if self._events is None:
             return self._seconds
         self._events[1].synchronize()
@@ -61,7 +61,22 @@ class Stopwatch:
 
 @dataclass
 class _Layer:
-    """Bytes of one layer before the image came, while it attended and decided, and of what stays."""
+    """Measurements of one cross-attention layer, in the order in which they are taken.
+
+    Args:
+        reference: The cache layer.
+        bytes_before: Keys and values held before the new columns arrive.
+        bytes_attended: Held while the layer attends.
+        bytes_projected: Alive while the layer attends: held, and projections and copies beside them.
+        bytes_gathering: Alive while kept entries are copied out of all; 0 if nothing is dropped.
+        bytes_after: Held after the decision.
+        columns: Columns seen.
+        widths: Entries held per KV head, by bits.
+        bytes_full: What stock transformers would hold.
+        bytes_of_bookkeeping: Column numbers, validity and bias.
+        kept: float64 ``[R]``, visible tokens kept, mean over heads; None before the decision.
+        watches: Around the decisions about this layer.
+    """
 
     reference: weakref.ref[CrossKVLayer]
     bytes_before: int
@@ -78,39 +93,37 @@ class _Layer:
 
 
 class PrefillRecord:
-    """What one prefill did, layer by layer.
+    """Measurements of one prefill, layer by layer.
+
+    The methods stand in the order in which a forward call needs them.
 
     Args:
-        cached: Whether there is a cache; without one, nothing is held afterwards.
+        cached: Whether there is a cache; without one, nothing is held after the call.
     """
 
     def __init__(self, *, cached: bool) -> None:
         self.cached = cached
         self._layers: dict[int, _Layer] = {}
         self._copies = 1
-        self._waited = False
-        self._chosen: tuple[Stopwatch, ...] = ()
+        self._deferred = False
+        self._feature_watches: tuple[Stopwatch, ...] = ()
         self._text: list[tuple[TextReceipt, weakref.ref[TextKVLayer], Stopwatch]] = []
         self._text_kept: list[Tensor] = []
 
-    def chosen(self, watch: Stopwatch) -> None:
-        """Note a decision before the first layer; its time counts for that layer."""
-        self._chosen = (watch,)
-
-    def pruned_text(
+    def note_text_decision(
         self, layer_idx: int, layer: TextKVLayer, watch: Stopwatch, drafts: int, kept: Tensor
     ) -> None:
-        """Note what a self-attention layer holds after a decision about it.
+        """Measure a self-attention layer after the decision about its text.
 
         Args:
-            layer_idx: Of the layer.
-            layer: The layer, pruned.
+            layer_idx: Index of the decoder layer.
+            layer: The cache layer, pruned.
             watch: Around the decision.
             drafts: Draft tokens at the end, which are not counted.
-            kept: Share of the entries that there were, for each of R rows.
+            kept: float ``[R]``, entries kept / entries before pruning.
         """
         width, tokens = layer.held - drafts, layer.seen - drafts
-        each = layer.bytes_held // layer.held
+        each = layer.bytes_held // layer.held  # bytes of one entry, over all rows and heads
         receipt = TextReceipt(
             layer_idx=layer_idx,
             tokens=tokens,
@@ -121,47 +134,51 @@ class PrefillRecord:
         self._text.append((receipt, weakref.ref(layer), watch))
         self._text_kept.append(kept)
 
-    def waited(self) -> None:
-        """Note that all layers kept everything until now, when the policy decides about them."""
-        self._waited = True
+    def note_feature_decision(self, watch: Stopwatch) -> None:
+        """Note a decision before the first layer; its run time counts for that layer."""
+        self._feature_watches = (watch,)
 
-    def arrives(self, layer_idx: int, layer: CrossKVLayer) -> None:
-        """Note what a layer holds before new columns come."""
+    def note_arrival(self, layer_idx: int, layer: CrossKVLayer) -> None:
+        """Measure a layer before new columns arrive."""
         self._layers[layer_idx] = _Layer(weakref.ref(layer), layer.bytes_held)
 
-    def attended(self, layer_idx: int, layer: CrossKVLayer) -> None:
-        """Note what was alive while a layer attended to all that came."""
-        # Where rows are held as one, each row of the batch was projected all the same.
+    def note_attention(self, layer_idx: int, layer: CrossKVLayer) -> None:
+        """Measure a layer that has attended to the new columns and is not pruned yet."""
+        # Copies of a sample are held once, but the model has projected each row of the batch.
         projected = layer.bytes_held * layer.copies if layer.copies > 1 else 0
         self._layers[layer_idx].bytes_attended = layer.bytes_held
         self._layers[layer_idx].bytes_projected = layer.bytes_held + layer.bytes_read + projected
         self._copies = layer.copies
 
-    def decided(
+    def note_deferral(self) -> None:
+        """Note that all layers have attended and hold all columns, because the policy decides only now."""
+        self._deferred = True
+
+    def note_decision(
         self, layer_idx: int, layer: CrossKVLayer, watches: tuple[Stopwatch, ...], visible: Tensor
     ) -> None:
-        """Note what a layer holds after the decision.
+        """Measure a layer after the decision about it.
 
         Args:
-            layer_idx: Of the layer.
-            layer: The layer, pruned.
+            layer_idx: Index of the decoder layer.
+            layer: The cache layer, pruned.
             watches: Around the decision.
-            visible: bool ``[R, S]``, what decoding can see.
+            visible: bool ``[R, S]``, columns that decoding can see.
         """
         record = self._layers[layer_idx]
-        record.watches, record.bytes_after = (*self._chosen, *watches), layer.bytes_held
-        self._chosen = ()
-        if record.bytes_after < record.bytes_attended:  # what stays was gathered while all was alive
+        record.watches, record.bytes_after = (*self._feature_watches, *watches), layer.bytes_held
+        self._feature_watches = ()
+        if record.bytes_after < record.bytes_attended:  # kept entries were copied while all were alive
             record.bytes_gathering = record.bytes_attended + record.bytes_after
         record.columns, record.widths, record.bytes_full = layer.columns, layer.widths, layer.bytes_full
         record.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
-        slots, valid = layer.entries()
-        seen = visible.to(slots.device)[:, None].expand(-1, slots.shape[1], -1)
-        record.kept = (seen.gather(-1, slots) & valid).sum(-1).double().mean(-1)
+        slots, valid = layer.entries()  # [R, H or 1, K]
+        seen = visible.to(slots.device)[:, None].expand(-1, slots.shape[1], -1)  # [R, H or 1, S]
+        record.kept = (seen.gather(-1, slots) & valid).sum(-1).double().mean(-1)  # [R]
 
     @property
     def is_empty(self) -> bool:
-        """Whether no layer has decided."""
+        """Whether no layer has been decided about."""
         return all(layer.kept is None for layer in self._layers.values())
 
     def write(
@@ -174,11 +191,11 @@ class PrefillRecord:
         """Add this prefill to a report.
 
         Args:
-            report: To add to.
-            visible: bool ``[R, S]``, what decoding can see.
-            budget: What each sample was to keep exactly, if the policy has such a budget.
-            scope: Over what the budget is exact: each "head" and the mean over heads of a "layer" are counted
-                by layer, "model" is the mean over layers.
+            report: The report.
+            visible: bool ``[R, S]``, columns that decoding can see.
+            budget: The exact budget of each sample; None if the policy has none.
+            scope: Unit in which the budget is exact. "head" and "layer" are compared layer by layer (mean
+                over heads), "model" by the mean over layers.
         """
         decided = {index: layer for index, layer in self._layers.items() if layer.kept is not None}
         before = {layer.layer_idx: layer.decisions for layer in report.layers}
@@ -208,12 +225,12 @@ class PrefillRecord:
         budget: Budget | None,
         scope: Literal["head", "layer", "model"],
     ) -> None:
-        """Warn about what a user may not expect.
+        """Add warnings about results that a user may not expect.
 
         Args:
-            report: To add to.
-            kept: Tokens kept by layer and sample, mean over heads.
-            seen: Tokens that decoding can see, by sample.
+            report: The report.
+            kept: Visible tokens kept, ``[L][R]``, mean over heads.
+            seen: Tokens that decoding can see, ``[R]``.
             budget: See `write`.
             scope: See `write`.
         """
@@ -224,11 +241,12 @@ class PrefillRecord:
             )
         if 0 in seen:
             report.warn("some samples see no image: stock attends to everything there, and so does decoding")
-        # Without a cache, the layer that decides has attended to everything.
+        # Without a cache, the deciding layer itself has attended to all columns, whatever the budget.
         if self.cached and budget is not None and _exceeds(budget, kept, seen, scope):
             report.warn("the budget was exceeded where one token of each visibility group had to stay (KV03)")
 
     def _receipt(self, layer_idx: int, record: _Layer, decisions: int) -> LayerReceipt:
+        """Return the receipt of one layer; without a cache, it holds nothing."""
         return LayerReceipt(
             layer_idx=layer_idx,
             columns=record.columns,
@@ -242,24 +260,26 @@ class PrefillRecord:
         )
 
     def _peak(self) -> int:
-        """Most bytes of keys and values that were alive at once."""
+        """Return the peak bytes of keys and values, while each layer attends and while it is pruned."""
         layers: Sequence[_Layer] = list(self._layers.values())
         peak = 0
         for number, layer in enumerate(layers):
             earlier, later = layers[:number], layers[number + 1 :]
-            # While a layer attends, earlier ones hold what they kept, or all if decisions wait for the end.
-            done = sum(one.bytes_attended if self._waited else one.bytes_after for one in earlier)
+            # While a layer attends, earlier layers hold what they kept, or everything if decisions come at
+            # the end; later layers hold what they held before.
+            done = sum(one.bytes_attended if self._deferred else one.bytes_after for one in earlier)
             attending = (done if self.cached else 0) + sum(one.bytes_before for one in later)
             peak = max(peak, attending + max(layer.bytes_projected, layer.bytes_attended))
-            # While what it keeps is gathered, later ones hold nothing new yet, or all.
+            # While its kept entries are copied, earlier layers are pruned; later layers hold nothing new yet,
+            # or everything if decisions come at the end.
             kept = sum(one.bytes_after for one in earlier) if self.cached else 0
-            kept += sum(one.bytes_attended if self._waited else one.bytes_before for one in later)
+            kept += sum(one.bytes_attended if self._deferred else one.bytes_before for one in later)
             peak = max(peak, kept + layer.bytes_gathering)
         return peak
 
 
 def _exceeds(budget: Budget, kept: Sequence[Sequence[float]], seen: Sequence[int], scope: str) -> bool:
-    """Return whether some sample keeps more than its budget."""
+    """Return whether some sample keeps more tokens than its budget; samples without an image do not count."""
     if scope == "model":
         kept = [[sum(layers) / len(kept) for layers in zip(*kept, strict=True)]]
     return any(

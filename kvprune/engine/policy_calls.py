@@ -1,4 +1,10 @@
-"""Calls the policy: builds the view that it sees, and names it in whatever it raises."""
+"""Calls the policy: builds the views it reads, calls its methods, and names it in the errors it raises.
+
+`CrossKVManager` calls this once at each moment at which a policy decides: `choose` before the first layer,
+`select_text` after a self-attention layer, `select` or `observe` after a cross-attention layer, and
+`conclude` after the last one. A new moment adds one method that builds its view and one that calls the
+policy.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
-from kvprune.engine.prefill import Observed, Prefill
+from kvprune.engine.prefill import ObservedLayer, Prefill
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
@@ -27,11 +33,11 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True)
 class PolicyCalls:
-    """One policy on one model.
+    """Calls one policy on one model.
 
     Args:
-        policy: Is called.
-        seed: For policies that draw random numbers.
+        policy: The policy.
+        seed: Seed for policies that draw random numbers.
         layer_indices: The model's cross-attention layers in order.
     """
 
@@ -40,10 +46,10 @@ class PolicyCalls:
     layer_indices: tuple[int, ...]
 
     def feature_view(self, prefill: Prefill, features: Tensor) -> FeatureView:
-        """Return what a policy sees before the first layer.
+        """Return the view of a policy that decides before the first layer.
 
         Args:
-            prefill: Is running.
+            prefill: The current prefill.
             features: ``[R, S, C]``, all new columns.
         """
         return FeatureView(
@@ -67,24 +73,24 @@ class PolicyCalls:
         scaling: float,
         follows_text: bool,
     ) -> LayerView:
-        """Return what a policy sees of a layer that has just attended.
+        """Return the view of a layer that has just attended.
 
         Args:
-            prefill: Is running.
-            rank: Of the layer among the cross-attention layers.
+            prefill: The current prefill.
+            rank: Index among the cross-attention layers.
             layer: Its cache layer, updated.
-            received: The columns that arrived at it.
-            captured: In this layer, for each row of the batch, draft rows included.
+            received: The columns that arrived at the layer; None for all new ones.
+            captured: Captured in this layer, for each row of the batch, draft rows included.
             scaling: Factor on attention logits.
-            follows_text: Whether a self-attention of the text comes before the layer.
+            follows_text: Whether a self-attention layer comes before this layer.
         """
         arriving = prefill.arriving(received)
-        new = layer.own - arriving.columns  # what is quantized is of earlier images
-        # Draft rows come last; visibility does not have them.
+        new = layer.own - arriving.columns  # new entries come last; quantized ones belong to earlier images
+        # Queries have draft rows at the end; visibility does not.
         own = captured.rows(slice(None, None, layer.copies)).first_rows(arriving.live.shape[1])
         return LayerView(
-            keys=layer.keys[..., new:, :],
-            values=layer.values[..., new:, :],
+            keys=layer.keys[..., new:, :],  # [R, Hkv, S, D]
+            values=layer.values[..., new:, :],  # [R, Hkv, S, D]
             visibility=arriving,
             layer_idx=self.layer_indices[rank],
             rank=rank,
@@ -99,28 +105,29 @@ class PolicyCalls:
         )
 
     def choose(self, policy: FeaturePolicy, view: FeatureView) -> object:
-        """Return the decision before the first layer."""
+        """Ask for the decision before the first layer."""
         return self._call(view, lambda: policy.choose(view))
 
     def select(self, view: LayerView) -> object:
-        """Return the decision after one layer."""
+        """Ask for the decision about a cross-attention layer that has attended."""
         return self._call(view, lambda: self.policy.select(view))
 
     def select_text(self, view: TextView) -> Selection | None:
-        """Return the decision about one layer's text."""
+        """Ask for the decision about the text cache of a self-attention layer that has attended."""
         return self._call(view, lambda: self.policy.select_text(view))
 
     def observe(self, policy: PrefillPolicy, view: LayerView) -> object:
-        """Return what the policy remembers of one layer."""
+        """Return the statistics that a `PrefillPolicy` keeps of one layer until it decides."""
         return self._call(view, lambda: policy.observe(view))
 
-    def conclude(self, policy: PrefillPolicy, observed: Sequence[Observed]) -> list[Decision]:
-        """Return one decision for each layer, when all have attended.
+    def conclude(self, policy: PrefillPolicy, observed: Sequence[ObservedLayer]) -> list[Decision]:
+        """Ask for the decisions about all layers, after the last one has attended.
 
         Raises:
-            SelectionError: If they are not as many as layers, or one says what later layers receive.
+            SelectionError: If there is not one decision for each layer, or if one prunes what later layers
+                receive.
         """
-        views = [layer.asked.view for layer in observed]
+        views = [layer.context.view for layer in observed]
         statistics = [layer.statistics for layer in observed]
         decisions = self._call(views[-1], lambda: list(policy.conclude(views, statistics)))
         if len(decisions) != len(views):
@@ -137,7 +144,7 @@ class PolicyCalls:
         return decisions
 
     def _call(self, view: FeatureView | LayerView | TextView, question: Callable[[], _Answer]) -> _Answer:
-        """Call the policy; what it raises is named after it."""
+        """Call the policy, and turn an unexpected exception into an error that names the policy."""
         try:
             return question()
         except (KVPruneError, MemoryError, torch.OutOfMemoryError):

@@ -1,6 +1,7 @@
-"""State of one prefill: who sees which columns, what was captured, what was decided, what is still to decide.
+"""State of one prefill: visibility, captured tensors, decisions so far, and layers that await a decision.
 
-Discarded when the forward call ends.
+`CrossKVManager.begin` makes a `Prefill`; each hook of the forward call reads and extends it, and
+`CrossKVManager.end` discards it. Whatever must survive the call lives in the cache layers.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.cache.copies import Twins
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.shared_rows import SharedRows
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.policy.captured import Captured
@@ -23,38 +24,38 @@ from kvprune.tokens.layout import Layout
 from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
-__all__ = ["Asked", "Observed", "Prefill"]
+__all__ = ["DecisionContext", "ObservedLayer", "Prefill"]
 
 
 @dataclass
 class Prefill:
-    """What the manager knows while one forward call brings encoder states.
+    """State of the manager during one forward call that brings encoder states.
 
-    Axes: R rows of the batch that differ, S columns.
+    Axes: R distinct rows of the batch, S columns.
 
     Args:
-        visibility: Of all columns, those of earlier images included.
+        visibility: Which text rows may attend which columns, those of earlier images included.
         first_new: The first column that arrives in this call.
-        fingerprints: Returns the seeds of random policies, int64 ``[R]``.
-        twins: How many consecutive rows of the batch are copies of one.
+        fingerprints: Returns int64 ``[R]``, digests of the inputs that seed random policies.
+        shared_rows: Number of consecutive rows of the batch that are copies of one sample.
         cached: Whether there is a cache.
-        record: Measures this prefill.
-        layout: Returns where the new columns lie in their images; None if that is not known.
-        prompt: Returns what a guide needs to repeat this call, given the features of the new columns.
-        capture: Returns what was captured of all new columns by the time the first layer runs.
+        record: Measurements of this prefill.
+        layout: Returns the positions of the new columns in their images; None if unknown.
+        prompt: Returns the input of a guide, given the features of the new columns.
+        capture: Returns what the adapter captured of all new columns; called before the first layer.
 
     Attributes:
-        captured: What `capture` and the guide returned, and the text before the layer that runs.
+        captured: What `capture` and the guide returned, and the self-attention before the current layer.
         onward: The columns that later layers receive; None for all new ones.
-        is_prepared: Whether everything that comes before the first layer is done.
-        observed: Layers about which a policy decides when all have attended.
-        text_counts: How many text entries of each sample are kept, int64 ``[R]``.
+        is_prepared: Whether the steps before the first layer are done.
+        observed: Layers that a `PrefillPolicy` has observed and decides about at the end.
+        text_counts: Number of text entries kept for each sample, int64 ``[R]``.
     """
 
     visibility: Visibility
     first_new: int
     fingerprints: Callable[[], Tensor]
-    twins: Twins
+    shared_rows: SharedRows
     cached: bool
     record: PrefillRecord
     layout: Callable[[], Layout] | None = None
@@ -63,12 +64,12 @@ class Prefill:
     captured: Captured = Captured()
     onward: Selection | None = None
     is_prepared: bool = False
-    observed: list[Observed] = field(default_factory=list)
+    observed: list[ObservedLayer] = field(default_factory=list)
     text_counts: Tensor | None = None
 
     @functools.cached_property
     def image_tokens(self) -> Tensor:
-        """Tokens of the images that arrive which decoding can see, int64 ``[R]``."""
+        """Number of new image tokens that decoding can see, int64 ``[R]``."""
         return self.arriving(None).decode.sum(-1)
 
     @property
@@ -77,12 +78,12 @@ class Prefill:
         return self.visibility.columns - self.first_new
 
     def arriving(self, received: Selection | None) -> Visibility:
-        """Visibility of the columns that arrive at a layer: all new ones, or the survivors among them."""
+        """Return the visibility of the columns that arrive at a layer: all new ones, or those kept so far."""
         new = self.visibility.from_column(self.first_new)
         return new if received is None else new.at(received.indices[:, 0], received.valid[:, 0])
 
     def layout_of(self, received: Selection | None) -> Callable[[], Layout] | None:
-        """Where these columns lie, computed if a policy asks."""
+        """Return what computes the positions of these columns, which few policies read; None if unknown."""
         layout = self.layout
         if layout is None or received is None:
             return layout
@@ -91,27 +92,27 @@ class Prefill:
     def captured_of(
         self, received: Selection | None, own: Captured, device: torch.device, *, follows_text: bool
     ) -> Captured:
-        """Join what one layer captured with what was captured of the whole prefill.
+        """Return what was captured in one layer together with what was captured once for the prefill.
 
         Args:
             received: The columns that arrived at the layer.
-            own: What was captured in the layer itself, for these columns and R rows.
-            device: Where the layer's keys are.
-            follows_text: Whether a self-attention of the text comes before the layer.
+            own: Captured in the layer itself, for these columns and R rows.
+            device: Device of the layer's keys.
+            follows_text: Whether a self-attention layer comes before this layer.
         """
         shared = self.captured.at(received)
         return own.joined(shared if follows_text else shared.without("text"), device)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A layer about which a decision is due.
+class DecisionContext:
+    """What a decision about one layer is based on and applied to.
 
     Args:
-        view: What the policy saw.
-        layer: The cache layer to which its answer applies.
-        first: The first entry of the layer that is new; earlier ones belong to earlier images.
-        attended: What the layer attended to; None for all columns.
+        view: What the policy sees.
+        layer: The cache layer that the decision prunes.
+        first: The first new entry of the layer; entries before it belong to earlier images.
+        attended: Columns that the layer attended to; None for all columns.
     """
 
     view: LayerView
@@ -121,9 +122,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Observed:
-    """A layer that a policy has observed and about which it decides later."""
+class ObservedLayer:
+    """A layer that a `PrefillPolicy` has observed, and decides about at the end.
 
-    asked: Asked
+    Args:
+        context: The layer and its view, without captured tensors.
+        statistics: What `PrefillPolicy.observe` returned.
+        watch: Around that call.
+    """
+
+    context: DecisionContext
     statistics: Any
     watch: Stopwatch

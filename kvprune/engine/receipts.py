@@ -1,4 +1,4 @@
-"""Receipts: what one layer held after a prefill, read off its tensors."""
+"""Receipts: what one layer holds after a prefill, measured from its tensors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class LayerReceipt:
         layer_idx: Index of the decoder layer.
         columns: Tokens per sample that stock transformers would hold.
         width: Tokens per sample and KV head that are held, padding of ragged batches included.
-        bytes_held: Bytes of keys and values that are held; of quantized ones, codes and ends of groups.
+        bytes_held: Bytes of keys and values that are held; quantized ones count as codes and group bounds.
         bytes_full: Bytes of keys and values that stock transformers would hold.
         bytes_of_bookkeeping: Bytes of column numbers and validity flags.
-        decisions: How often the policy has decided about this layer so far.
-        seconds: What its latest decision took.
-        widths: The width by the bits in which entries are held; "16" stands for the cache's own dtype.
+        decisions: Number of decisions of the policy about this layer so far.
+        seconds: Run time of the latest decision.
+        widths: Entries by the number of bits in which they are held; "16" means the cache's own dtype.
     """
 
     layer_idx: int
@@ -38,13 +38,13 @@ class LayerReceipt:
 
     @property
     def quantized(self) -> bool:
-        """Whether some entry is held in fewer bits than the cache's own dtype has."""
+        """Whether some entries are held in fewer bits than the cache's own dtype has."""
         return any(bits != str(OWN_BITS) for bits in self.widths)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextReceipt:
-    """One self-attention layer whose text a policy decided about, after the latest prefill.
+    """One self-attention layer after the latest prefill, for policies that prune text.
 
     Args:
         layer_idx: Index of the decoder layer.

@@ -1,7 +1,7 @@
-"""The receipt of a compression: what was asked, what was really kept and held, what it cost.
+"""The report of a compression: the budget that was requested, what was kept and held, and what it cost.
 
 Everything is measured from the tensors in the cache and never estimated. `CompressionReport.to_dict` has a
-documented schema (docs/receipts.md), and `CompressionReport.verify` looks at the live cache again.
+documented schema (docs/receipts.md), and `CompressionReport.verify` measures the live cache again.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from kvprune.policy.spec import PolicySpec
 __all__ = ["SCHEMA", "CompressionReport"]
 
 SCHEMA = 2
-"""Version of what `CompressionReport.to_dict` returns; raised when a field changes its meaning or goes."""
+"""Schema version of `CompressionReport.to_dict`; raised when a field is removed or changes its meaning."""
 
 _MIB = 1024 * 1024
 
 
 @dataclass
 class CompressionReport:
-    """What one compression did so far.
+    """What one compression has done so far.
 
     Byte counts and layers are those of the latest prefill; kept fractions are averaged over all of them,
     and seconds are added up.
 
     Attributes:
-        policy: The spec that ran.
-        seed: The seed it ran with.
-        requested: What the policy's options ask to keep, by name, such as ``{"keep_ratio": 0.25}``.
-        encoder_inputs: Forward calls that brought encoder states (an image).
-        prefills: Those of them after which the policy's decisions were applied.
+        policy: Spec of the policy.
+        seed: Seed for its random numbers.
+        requested: Budget options of the policy by name, such as ``{"keep_ratio": 0.25}``.
+        encoder_inputs: Number of forward calls that brought encoder states (an image).
+        prefills: Number of these in which the policy's decisions were applied.
         layers: One receipt per cross-attention layer.
         kept_per_sample: Tokens that decoding keeps / tokens it could see, for each sample of the latest
             prefill, averaged over layers and heads. NaN for samples that see no image.
         kept_of_stored: Tokens that decoding keeps / tokens that stock transformers holds, padding tiles
             included; mean over samples, layers and heads of the latest prefill.
-        bytes_peak: Most bytes of cross-attention keys and values alive at once in the latest prefill.
+        bytes_peak: Peak bytes of cross-attention keys and values in the latest prefill.
         seconds: Time that the policy took to decide, over all prefills, without its guide.
-        guide: What a guide cost, over all prefills; None if the policy has none.
-        warnings: What a user should know, each once, in the order in which it came up.
-        text_layers: One receipt per self-attention layer, if the policy prunes text; all byte counts beside
-            these are of cross-attention alone.
-        text_kept_fraction: Text entries kept / text entries there were, mean over samples and layers of the
-            latest prefill; None if the policy prunes no text.
+        guide: Cost of the guide, over all prefills; None if the policy has none.
+        warnings: Warnings for the user, each once, in order of appearance.
+        text_layers: One receipt per self-attention layer, if the policy prunes text. All other byte counts
+            are of cross-attention only.
+        text_kept_fraction: Text entries kept / text entries before pruning, mean over samples and layers of
+            the latest prefill; None if the policy prunes no text.
     """
 
     policy: PolicySpec
@@ -75,18 +75,18 @@ class CompressionReport:
     _live_text: tuple[weakref.ref[TextKVLayer], ...] = field(default=(), repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": (), "_live_text": ()}  # a copy or a pickle has no cache
+        return {**self.__dict__, "_live": (), "_live_text": ()}  # copies and pickles have no cache
 
     def count_encoder_input(self) -> None:
-        """Note that encoder states arrived."""
+        """Count a forward call that brings encoder states."""
         self.encoder_inputs += 1
 
     def add_guide(self, receipt: GuideReceipt) -> None:
-        """Add what a guide cost."""
+        """Add the cost of a guide."""
         self.guide = receipt.plus(self.guide)
 
     def warn(self, text: str) -> None:
-        """Add a warning, once."""
+        """Add a warning unless it was added before."""
         if text not in self.warnings:
             self.warnings = (*self.warnings, text)
 
@@ -103,10 +103,10 @@ class CompressionReport:
 
         Args:
             layers: One receipt per layer.
-            kept: Tokens kept among those that decoding could see, by layer and sample, averaged over heads.
-            visible: Tokens that decoding could see, by sample.
-            bytes_peak: Most bytes of keys and values alive at once.
-            live: The cache layers themselves, for `verify`; empty if there is no cache.
+            kept: Visible tokens that were kept, ``[L][B]``, mean over heads.
+            visible: Tokens that decoding could see, ``[B]``.
+            bytes_peak: Peak bytes of keys and values.
+            live: Weak references to the cache layers, for `verify`; empty if there is no cache.
         """
         self.prefills += 1
         self.layers, self.bytes_peak, self._live = tuple(layers), bytes_peak, tuple(live)
@@ -136,13 +136,13 @@ class CompressionReport:
         seconds: float = 0.0,
         live: Sequence[weakref.ref[TextKVLayer]] = (),
     ) -> None:
-        """Add what the same prefill did to text; nothing, if the policy prunes none.
+        """Add what the same prefill did to text; empty if the policy prunes no text.
 
         Args:
             layers: One receipt per self-attention layer.
-            kept: Text entries kept / text entries there were.
-            seconds: What deciding took.
-            live: The cache layers themselves, for `verify`.
+            kept: Text entries kept / text entries before pruning; None if the policy prunes no text.
+            seconds: Run time of the decisions.
+            live: Weak references to the cache layers, for `verify`.
         """
         self.text_layers, self.text_kept_fraction = tuple(layers), kept
         self.seconds += seconds
@@ -155,14 +155,14 @@ class CompressionReport:
 
     @property
     def text_bytes_full(self) -> int:
-        """Bytes that stock transformers would hold for them."""
+        """Bytes of the text's keys and values that stock transformers would hold."""
         return sum(layer.bytes_full for layer in self.text_layers)
 
     @property
     def kept_fraction(self) -> float:
         """Tokens that decoding keeps / tokens it could see, mean over samples, layers and heads.
 
-        NaN before the first prefill and if no sample saw an image.
+        NaN before the first prefill, and if no sample saw an image.
         """
         return self._kept_sum / self._kept_samples if self._kept_samples else float("nan")
 
@@ -178,20 +178,21 @@ class CompressionReport:
 
     @property
     def bytes_of_bookkeeping(self) -> int:
-        """Bytes of column numbers and validity flags beside the keys and values."""
+        """Bytes of column numbers and validity flags, in addition to keys and values."""
         return sum(layer.bytes_of_bookkeeping for layer in self.layers)
 
     def verify(self) -> int:
-        """Count the bytes in the live cache again, and compare them with the receipt of the latest prefill.
+        """Measure the live cache again, and compare it with the receipts of the latest prefill.
 
-        The memory behind the tensors is counted, too: a small view into a large buffer frees nothing.
+        The memory behind the tensors is counted, too: a small view of a large buffer keeps all of it in
+        memory.
 
         Returns:
-            Bytes of keys and values in the live cache: `bytes_held`.
+            Bytes of keys and values in the live cache, equal to `bytes_held`.
 
         Raises:
-            ReceiptError: If the cache is gone (keep ``past_key_values``, for instance with
-                ``return_dict_in_generate=True``), or holds something else than the receipt says.
+            ReceiptError: If the cache was deleted (keep ``past_key_values``, for instance with
+                ``return_dict_in_generate=True``), or differs from a receipt.
         """
         if not self.prefills:
             raise ReceiptError(f"{self.policy}: nothing was compressed yet, so there is nothing to verify")

@@ -1,6 +1,6 @@
-"""What an adapter captured for one view, beyond keys, values and visibility: one field for each `Need`.
+"""Tensors that an adapter captured for one view: one field for each value of `CrossKVPolicy.needs`.
 
-A new need is a field here, a property of the view that shows it, and the capture in an adapter.
+A new need takes a field here, a property of the view, and the capture in an adapter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _with_columns(axis: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Captured:
-    """Tensors that a policy sees because it declared that it needs them; None for all others.
+    """Tensors that a policy declared in ``needs``, besides keys, values and visibility; others are None.
 
     Axes: B samples, T text rows, S encoder tokens, Hq and Hkv query and KV heads, D head width, C width of
     encoder features.
@@ -36,7 +36,7 @@ class Captured:
         features: ``[B, S, C]`` as they enter the projections to keys and values.
         guidance: ``[B, S]``, the importance of each token according to a guide.
         class_attention: ``[B, S]``, attention from each tile's class token to its patches.
-        text: The self-attention of the text before this layer.
+        text: The self-attention layer before this layer.
     """
 
     queries: Tensor | None = None
@@ -47,7 +47,7 @@ class Captured:
     text: TextView | None = None
 
     def at(self, selection: Selection | None) -> Captured:
-        """Return what belongs to the selected columns; 0 where an entry only pads a ragged batch.
+        """Return the captured tensors at the selected columns; 0 at padding of a ragged batch.
 
         Args:
             selection: Shared by heads, ``[B, 1, K]``; None for all columns.
@@ -61,12 +61,12 @@ class Captured:
                 shape = [1] * tensor.ndim
                 shape[0], shape[axis] = selection.indices.shape[0], -1
                 index = selection.indices.to(tensor.device).reshape(shape)  # [B, ..., K, ...]
-                padding = ~selection.valid.to(tensor.device).reshape(shape)
+                padding = ~selection.valid.to(tensor.device).reshape(shape)  # [B, ..., K, ...]
                 taken[one.name] = torch.take_along_dim(tensor, index, axis).masked_fill(padding, 0)
         return replace(self, **taken)
 
     def rows(self, which: slice) -> Captured:
-        """Return some rows of the batch; ``text`` stays as it is, and has a row for each sample already."""
+        """Return some rows of the batch; ``text`` is unchanged, it already has one row per sample."""
         if which == slice(None, None, 1):
             return self
         tensors = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -76,24 +76,24 @@ class Captured:
         return replace(self, **taken)
 
     def only(self, needs: Collection[str]) -> Captured:
-        """Return it without what is not needed."""
+        """Return only the named fields; all others are None."""
         return self.without(*(one.name for one in fields(self) if one.name not in needs))
 
     def first_rows(self, count: int) -> Captured:
-        """Return it without the text rows after the first ``count``: drafts of assisted decoding."""
+        """Return it with only the first ``count`` text rows; those after them are draft tokens."""
         return self if self.queries is None else replace(self, queries=self.queries[:, :, :count])
 
     def without(self, *names: str) -> Captured:
-        """Return it without some of its fields."""
+        """Return it with the named fields set to None."""
         gone: dict[str, Any] = dict.fromkeys(names)
         return replace(self, **gone)
 
     def joined(self, other: Captured, device: torch.device | None = None) -> Captured:
-        """Return what either of the two has; this one counts where both have it.
+        """Return the fields of both; if both have one, this object's value is used.
 
         Args:
-            other: Of the same columns and rows.
-            device: Where the tensors of the other one are moved.
+            other: Captured tensors of the same columns and rows.
+            device: Device to which the other's tensors are moved.
         """
         added: dict[str, Any] = {}
         for one in fields(self):

@@ -1,6 +1,6 @@
-"""What a policy may look at of the text: the self-attention that came just before a cross-attention layer.
+"""The view of one self-attention layer of the text, for policies that need "text" or prune the text cache.
 
-Read-only by contract, as all views. Nothing here holds a [B, H, T, Tk] tensor.
+Read-only by contract, as all views. No method builds a full ``[B, H, T, Tk]`` tensor.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ __all__ = ["TextView"]
 class TextView:
     """One self-attention layer of the text, as it attended in prefill.
 
-    Axes: B batch, T text rows of this call, Tk text entries that they may attend (those of earlier turns come
-    first, so Tk >= T), Hq and Hkv query and KV heads, D head width. Row t may attend the real entries up to
-    entry Tk - T + t. Rows of draft tokens and their entries are left out.
+    Axes: B batch, T text rows of this call, Tk text entries (those of earlier turns come first, so Tk >=
+    T), Hq and Hkv query and KV heads, D head width. Row t may attend the real entries up to entry Tk - T +
+    t. Draft tokens are left out.
 
     Args:
-        queries: ``[B, Hq, T, D]`` as they enter the attention product (rotated, in models that rotate).
+        queries: ``[B, Hq, T, D]`` as they enter attention (rotated, in models with rotary embeddings).
         keys: ``[B, Hkv, Tk, D]`` as they are cached (rotated, likewise).
         values: ``[B, Hkv, Tk, D]``.
-        real: bool ``[B, Tk]``, entries that are no padding.
+        real: bool ``[B, Tk]``, false for padding.
         scaling: Factor on attention logits.
         layer_idx: Index of the decoder layer in the model.
-        rank: Index among the layers that have such a self-attention, 0 to num_layers - 1.
-        num_layers: How many of these there are.
+        rank: Index among the self-attention layers, 0 to num_layers - 1.
+        num_layers: Number of self-attention layers.
         policy_name: For messages.
-        image_tokens: int64 ``[B]``, tokens of the newly arrived images that decoding can see.
+        image_tokens: int64 ``[B]``, number of new image tokens that decoding can see.
         cross_layers: Number of cross-attention layers.
     """
 
@@ -76,34 +76,34 @@ class TextView:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.keys.device
 
     @property
     def where(self) -> str:
-        """Where the view is taken, for messages."""
+        """The layer of the view, for messages."""
         return f"at the self-attention of layer {self.layer_idx}"
 
     @property
     def real_rows(self) -> Tensor:
-        """Text rows that are no padding, bool ``[B, T]``."""
+        """Text rows that are not padding, bool ``[B, T]``."""
         return self.real[:, self.entries - self.rows :]
 
     @property
     def last_row(self) -> Tensor:
-        """The last row that is no padding, int64 ``[B]``: the row from which decoding goes on."""
+        """The last row that is not padding, int64 ``[B]``: the row that predicts the first new token."""
         return self.rows - 1 - self.real_rows.flip(1).to(torch.uint8).argmax(1)
 
     def attention_of(self, rows: Tensor) -> Tensor:
         """Return the attention weights of a few rows over all text entries.
 
         Args:
-            rows: int64 ``[B, n]``, row numbers, different ones for each sample if need be. Keep n small: all
-                of the result is alive at once.
+            rows: int64 ``[B, n]``, row numbers of each sample. Keep n small: the whole result is in memory at
+                once.
 
         Returns:
-            ``[B, Hq, n, Tk]``, float32 (float64 for float64 inputs). Zero at padding and at what comes after
-            a row; zero everywhere for rows that are padding themselves.
+            ``[B, Hq, n, Tk]``, float32 (float64 for float64 inputs). Zero at padding, at entries after the
+            row, and everywhere for rows that are padding.
 
         Raises:
             ScoreError: If attention is not finite: the model's activations are NaN or overflow.
@@ -119,7 +119,7 @@ class TextView:
         )
         rows = rows.to(self.device)
         for sample in range(batch):
-            counted = self.real_rows[sample, rows[sample]].nonzero().squeeze(1)
+            counted = self.real_rows[sample, rows[sample]].nonzero().squeeze(1)  # rows without padding
             if len(counted):
                 entries = self.real[sample].nonzero().squeeze(1)
                 keys = self.keys[sample, :, entries]
@@ -135,12 +135,12 @@ class TextView:
         """Return the attention that each text entry receives, summed over rows, by query head.
 
         Args:
-            rows: bool ``[B, T]``, rows to add up; all by default. Rows that are padding never count.
-            null_keys: Weigh as if each row had so many more keys of logit zero ("n-softmax").
+            rows: bool ``[B, T]``, rows to sum over; all by default. Rows that are padding never count.
+            null_keys: Number of additional keys with logit zero in each row's softmax ("n-softmax").
 
         Returns:
             ``[B, Hq, Tk]``, float32 (float64 for float64 inputs). Without null keys, the sum over Tk is the
-            number of rows that were added up.
+            number of rows that were summed.
 
         Raises:
             ScoreError: If attention is not finite: the model's activations are NaN or overflow.

@@ -1,4 +1,4 @@
-"""What a policy may look at: encoder features before the first cross-attention layer, or one layer of them.
+"""Views, the inputs of a policy: encoder features before the first layer, or one cross-attention layer.
 
 Views are read-only by contract: a policy neither writes to their tensors nor keeps references to them.
 """
@@ -29,19 +29,19 @@ _Captured = TypeVar("_Captured", bound="Tensor | TextView")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class View:
-    """What every view has.
+    """Properties that all views of encoder tokens share.
 
     Axes: B batch as the model saw it, T text rows, S encoder tokens that reached this point, C width of
     encoder features. When a second image arrives, S counts its columns only.
 
     Args:
-        visibility: What text rows may attend; see the properties below for the questions usually asked.
+        visibility: Which text rows may attend which columns; the properties below answer the usual questions.
         num_layers: Number of cross-attention layers L.
         seed: The seed that was given to ``compress``.
-        fingerprints: Returns an int64 ``[B]`` digest of what the encoder read for each sample.
+        fingerprints: Returns int64 ``[B]``, a digest of the encoder's input for each sample.
         policy_name: For messages.
-        layout_of: Returns where the columns lie in their images; None where that is not known.
-        captured: What the policy declared that it needs; a `FeatureView` has the features in any case.
+        layout_of: Returns the positions of the columns in their images; None if unknown.
+        captured: Tensors that the policy declared in ``needs``; a `FeatureView` always has the features.
     """
 
     visibility: Visibility
@@ -64,22 +64,22 @@ class View:
 
     @property
     def heads(self) -> int:
-        """Number of heads that may keep columns of their own."""
+        """Number of heads that may keep different columns: 1, all heads share them."""
         return 1
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.visibility.rows.device
 
     @property
     def where(self) -> str:
-        """Where the view is taken, for messages."""
+        """The moment and layer of the view, for messages."""
         return "before the first cross-attention layer"
 
     @property
     def visible(self) -> Tensor:
-        """Columns that decoding can see, bool ``[B, S]``: budgets count these."""
+        """Columns that decoding can see, bool ``[B, S]``; budgets count these."""
         return self.visibility.decode
 
     @property
@@ -89,22 +89,22 @@ class View:
 
     @property
     def live(self) -> Tensor:
-        """Text rows that are no padding, no draft, and see an image, bool ``[B, T]``."""
+        """Text rows that are neither padding nor drafts and see an image, bool ``[B, T]``."""
         return self.visibility.live
 
     @property
     def groups(self) -> Tensor:
-        """Visibility group of each column, int64 ``[B, S]``, -1 where unseen: each keeps one column."""
+        """Visibility group of each column, int64 ``[B, S]``, -1 if unseen; each group keeps one column."""
         return self.visibility.groups
 
     @property
     def strata(self) -> Tensor:
-        """Sets over which a budget is counted, int64 ``[B, S]``: 0 what decoding sees, -1 unseen."""
+        """Stratum of each column, int64 ``[B, S]``, for budgets: 0 if decoding sees it, -1 if unseen."""
         return self.visibility.strata
 
     @property
     def decode_strata(self) -> Tensor:
-        """The set over which the budget of a cache is counted, int64 ``[B, S]``: 0; -1 for the rest."""
+        """Stratum of each column for cache budgets, int64 ``[B, S]``: 0 if decoding sees it, else -1."""
         return self.visibility.decode_strata
 
     @property
@@ -117,17 +117,17 @@ class View:
         """Importance of each encoder token according to the guide, ``[B, S]`` in float32 (or float64).
 
         The attention that a token receives, summed over the guide's cross-attention layers, heads and live
-        text rows (see `kvprune.Guide`); 0 for what no row sees.
+        text rows (see `kvprune.Guide`); 0 for tokens that no row sees.
         """
         return self._needed(self.captured.guidance, "guidance")
 
     @property
     def class_attention(self) -> Tensor:
-        """Attention that the vision encoder's class token pays to each patch of its own tile, ``[B, S]``.
+        """Attention from each tile's class token to its patches in the vision encoder, ``[B, S]``.
 
-        Added up over the heads of one layer and scaled to add up to 1 in each tile, in float32 (float64 in
-        a float64 model); 0 for class tokens and padding tiles. Where columns were merged, it is that of the
-        column in whose place the merged one stands.
+        Summed over the heads of one layer and normalized to sum to 1 in each tile, in float32 (float64 in a
+        float64 model); 0 for class tokens and padding tiles. A merged column has the value of the column
+        that took the others.
         """
         return self._needed(self.captured.class_attention, "class_attention")
 
@@ -138,14 +138,14 @@ class View:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where each column lies in its image.
+        """Position of each column in its image.
 
         Raises:
-            UnsupportedModelError: If that is not known.
+            UnsupportedModelError: If it is unknown.
         """
         if self.layout_of is None:
             raise UnsupportedModelError(
-                f"policy {self.policy_name!r} asks where tokens lie in their image, which is not known here: "
+                f"policy {self.policy_name!r} asks where tokens lie in their image, which is unknown here; "
                 "pass pixel_values and aspect_ratio_ids instead of cross_attention_states"
             )
         return self.layout_of()
@@ -154,17 +154,17 @@ class View:
     def places(self) -> Tensor:
         """Row and column of each encoder token in its image, in patches, int64 ``[B or 1, S, 2]``.
 
-        Counted over the whole image, with the offset of the tile; -1, -1 for class tokens and padding.
+        Counted over the whole image, across tiles; -1, -1 for class tokens and padding.
         """
         return self.layout.places
 
     @property
     def _place(self) -> int:
-        """What separates the random numbers of one layer from those of another."""
+        """Number that gives each layer its own random numbers; -1 before the first layer."""
         return -1
 
     def random(self, heads: int = 1) -> Tensor:
-        """Uniform numbers in [0, 1), float32 ``[B, heads, S]``.
+        """Return uniform random numbers in [0, 1), float32 ``[B, heads, S]``.
 
         They differ by seed, layer and sample, and are the same on any device and in any batch (KV10).
         """
@@ -175,17 +175,17 @@ class View:
     def generator(self) -> torch.Generator:
         """CPU generator for this seed and layer.
 
-        What is drawn from it must not have a batch axis, or a sample's draw depends on its place in the
-        batch; `random` draws for each sample on its own.
+        Do not draw tensors with a batch axis from it, or the numbers of a sample depend on its place in the
+        batch; use `random` for these.
         """
         return randomness.generator(self.seed, self._place)
 
     def capturing(self, **captured: Any) -> Self:
-        """Return the view with other captured tensors, by name; None takes one away."""
+        """Return the view with some captured tensors replaced, by name; None removes one."""
         return replace(self, captured=replace(self.captured, **captured))
 
     def without_captured(self) -> Self:
-        """Return the view without anything captured, which may be large."""
+        """Return the view without its captured tensors, which may be large."""
         return replace(self, captured=Captured())
 
     def _needed(self, tensor: _Captured | None, what: str) -> _Captured:
@@ -206,7 +206,7 @@ class FeatureView(View):
 class LayerView(View):
     """One cross-attention layer after its attention in prefill.
 
-    Axes beside those of `View`: Hq and Hkv query and KV heads, D head width.
+    Axes in addition to those of `View`: Hq and Hkv query and KV heads, D head width.
 
     Args:
         keys: ``[B, Hkv, S, D]`` as they are cached (in Mllama: after ``k_norm``).
@@ -214,7 +214,7 @@ class LayerView(View):
         layer_idx: Index of the decoder layer in the model (3, 8, 13, ... in Llama-3.2-11B-Vision).
         rank: Index among the cross-attention layers, 0 to L - 1.
         scaling: Factor on attention logits.
-        follows_text: Whether a self-attention of the text comes before this layer: not if it is the decoder's
+        follows_text: Whether a self-attention layer comes before this layer; false if it is the decoder's
             first layer.
     """
 
@@ -227,17 +227,17 @@ class LayerView(View):
 
     @property
     def heads(self) -> int:
-        """Number of KV heads, which may keep columns of their own."""
+        """Number of KV heads Hkv, which may keep different columns."""
         return self.keys.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.keys.device
 
     @property
     def where(self) -> str:
-        """Where the view is taken, for messages."""
+        """The moment and layer of the view, for messages."""
         return f"at layer {self.layer_idx}"
 
     @property
@@ -256,24 +256,26 @@ class LayerView(View):
 
     @property
     def text(self) -> TextView:
-        """The self-attention of the text that came just before this layer.
+        """The self-attention layer just before this layer.
 
         Raises:
-            UnsupportedModelError: If none did, because this cross-attention layer is the decoder's first.
+            UnsupportedModelError: If there is none, because this layer is the decoder's first.
         """
         if not self.follows_text:
             raise UnsupportedModelError(
                 f"policy {self.policy_name!r} reads view.text {self.where}, but this cross-attention layer "
-                "is the first of the decoder: no self-attention comes before it (view.follows_text tells)"
+                "is the first of the decoder: no self-attention comes before it (check view.follows_text)"
             )
         return self._needed(self.captured.text, "text")
 
     def attention_mass(self, rows: Tensor | None = None, *, null_keys: float = 0.0) -> Tensor:
-        """Attention that each column receives, summed over live rows, ``[B, Hq, S]`` in float32.
+        """Return the attention that each column receives, summed over live rows, ``[B, Hq, S]``.
+
+        In float32 (float64 for float64 inputs).
 
         Args:
-            rows: bool ``[B, T]``, to add up only these of the live rows.
-            null_keys: Weigh as if each row had so many more keys of logit zero ("n-softmax").
+            rows: bool ``[B, T]``, live rows to sum over; all by default.
+            null_keys: Number of additional keys with logit zero in each row's softmax ("n-softmax").
 
         Raises:
             ScoreError: If attention is not finite: the model's activations are NaN or overflow.
@@ -284,11 +286,11 @@ class LayerView(View):
         return self._finite(mass, "pairs of head and token, so nothing can be ranked")
 
     def attention_density(self, threshold: float, columns: Tensor | None = None) -> Tensor:
-        """Fraction of attention weights that are not small, float64 ``[B, Hq]``: 1 - sparsity.
+        """Return the fraction of attention weights that are not small, float64 ``[B, Hq]``: 1 - sparsity.
 
         Args:
             threshold: A weight counts if it is at least this times the largest one of its row, in (0, 1].
-            columns: bool ``[B, S]``, to look at these only.
+            columns: bool ``[B, S]``, columns to count; all by default.
 
         Raises:
             ScoreError: If attention is not finite: the model's activations are NaN or overflow.
@@ -299,17 +301,17 @@ class LayerView(View):
         return self._finite(density, "heads, so their sparsity is unknown")
 
     def window_mass(self, rows: int) -> Tensor:
-        """Attention that each column receives from the last text rows, summed over them, ``[B, Hq, S]``.
+        """Return the attention that each column receives, summed over the last text rows, ``[B, Hq, S]``.
 
-        Each stratum has a window of its own: the last live rows that see it. So an earlier image of an
-        interleaved chat is ranked by the rows that ended its turn, and not by rows that cannot see it.
+        Each stratum has its own window: the last live rows that see it. So an earlier image of an interleaved
+        chat is ranked by the last rows of its own turn, not by rows that cannot see it.
 
         Args:
-            rows: Length of the window; all rows where there are fewer.
+            rows: Length of the window; all rows if there are fewer.
 
         Returns:
-            float32 (float64 for float64 inputs); 0 for unseen columns. Over the columns that a window's rows
-            see, a head's sum is the number of these rows, if they see one stratum only.
+            float32 (float64 for float64 inputs); 0 for unseen columns. If the rows of a window see only one
+            stratum, each head sums to the number of these rows.
 
         Raises:
             ScoreError: If attention is not finite: the model's activations are NaN or overflow.

@@ -196,7 +196,7 @@ class BoundGuide:
         manager = CrossKVManager(policy, 0, adapter.layer_indices, guide)
         with ExitStack() as stack:
             if self.is_target:
-                stack.enter_context(self._target.standing_aside())
+                stack.enter_context(self._target.paused())
             running = compressing(adapter.model)
             if running is not None:
                 raise NestedCompressionError(

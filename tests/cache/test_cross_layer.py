@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvprune.cache.copies import Twins
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.retention import retained
+from kvprune.cache.shared_rows import SharedRows
 from kvprune.tokens.selection import Selection
 
 
@@ -58,7 +58,7 @@ def test_later_columns_join_earlier_ones_and_have_no_bias():
 def test_rows_that_are_copies_are_held_once():
     layer = CrossKVLayer()
     keys, values = numbers(1, 3)
-    layer.expect(None, 3, Twins(2))
+    layer.expect(None, 3, SharedRows(2))
     layer.update(keys.repeat(2, 1, 1, 1), values.repeat(2, 1, 1, 1))
     assert layer.keys.shape[0] == 1
     assert layer.spread()[0].shape[0] == 2

@@ -60,7 +60,7 @@ def require_aligned(layer, samples=(0, 1)):
 
 def test_it_adopts_what_a_dynamic_layer_holds():
     layer = filled()
-    assert (layer.seen, layer.held, layer.chosen, layer.get_seq_length()) == (7, 7, 0, 7)
+    assert (layer.seen, layer.held, layer.kept_width, layer.get_seq_length()) == (7, 7, 0, 7)
     assert layer.get_mask_sizes(2) == (9, 0)
     require_aligned(layer)
     empty = TextKVLayer.adopt(DynamicLayer())
@@ -88,7 +88,7 @@ def test_positions_go_on_from_what_was_seen():
     keys, values = layer.update(new, new + 0.5)
     assert keys is layer.keys
     assert values is layer.values
-    assert (layer.seen, layer.held, layer.chosen) == (9, 5, 3)
+    assert (layer.seen, layer.held, layer.kept_width) == (9, 5, 3)
     assert layer.get_mask_sizes(1) == (6, 4)
     assert layer.tokens()[0, 0].tolist() == [0, 2, 6, 7, 8]
     assert layer.is_real()[1].tolist() == [False, True, True, True, True]
@@ -99,7 +99,7 @@ def test_draft_tokens_stay_and_can_be_taken_back():
     assert layer.tokens()[0].tolist() == [[0, 4, 5, 6], [1, 4, 5, 6]]
     require_aligned(layer)
     layer.crop(-1)
-    assert (layer.seen, layer.held, layer.chosen) == (6, 3, 2)
+    assert (layer.seen, layer.held, layer.kept_width) == (6, 3, 2)
     require_aligned(layer)
     layer.crop(5)  # older releases say how many stay
     assert (layer.seen, layer.held) == (5, 2)

@@ -248,7 +248,7 @@ def test_wrong_selections_are_refused(wrong, error, message):
 def test_what_cannot_be_pruned_is_refused_by_name():
     inputs = mllama_inputs(("tt4ttt",))
     with (
-        pytest.raises(UnsupportedCacheError, match=r"in a StaticLayer at layer 0, of which nothing"),
+        pytest.raises(UnsupportedCacheError, match=r"in a StaticLayer at layer 0, from which no token"),
         kvprune.compress(mllama(), SomeText()),
     ):
         generate(mllama(), inputs, cache_implementation="static")

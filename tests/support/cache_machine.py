@@ -23,8 +23,8 @@ from hypothesis.stateful import (
 from transformers import DynamicCache
 
 from kvprune.adapters.tile_mask import TileMask
-from kvprune.cache.copies import Twins
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.shared_rows import SharedRows
 from kvprune.tokens.merging import Merge
 from kvprune.tokens.selection import Selection
 
@@ -65,31 +65,31 @@ class CacheMachine(RuleBasedStateMachine):
     def append(self, tiles: int, data: st.DataObject) -> None:
         """Fill the cache, or add a new image; some of its columns may not arrive."""
         columns = tiles * PATCHES
-        twins = Twins(self.first_copies if self.columns == 0 else 1)
+        shared_rows = SharedRows(self.first_copies if self.columns == 0 else 1)
         for layer, plain in zip(self.layers, self.plain, strict=True):
             layer.separate()
-            rows = self.batch // twins.copies
+            rows = self.batch // shared_rows.copies
             arriving = None
             if data.draw(st.booleans(), "some columns stay away"):
                 kept = torch.tensor(data.draw(st.lists(_bits(columns), min_size=rows, max_size=rows)))
                 kept[:, 0] |= ~kept.any(-1)
                 arriving = Selection.from_mask(kept[:, None])
-            layer.expect(arriving, columns, twins)
+            layer.expect(arriving, columns, shared_rows)
             width = columns if arriving is None else arriving.indices.shape[-1]
             keys = torch.empty(self.batch, HEADS, width, 1)
             for row in range(self.batch):
                 for head in range(HEADS):
                     for entry in range(width):
-                        if row % twins.copies:  # copies of a sample hold the same
+                        if row % shared_rows.copies:  # copies of a sample hold the same
                             keys[row, head, entry] = keys[row - 1, head, entry]
                         else:
                             self.serial += 1
                             keys[row, head, entry] = self.serial
                         column = entry
                         if arriving is not None:
-                            if not arriving.valid[row // twins.copies, 0, entry]:
+                            if not arriving.valid[row // shared_rows.copies, 0, entry]:
                                 continue
-                            column = int(arriving.indices[row // twins.copies, 0, entry])
+                            column = int(arriving.indices[row // shared_rows.copies, 0, entry])
                         plain[row][head].append((self.columns + column, float(keys[row, head, entry]), 16, 1))
             attended_keys, attended_values = layer.update(
                 *(side.to(layer_dtype(layer)) for side in (keys, -keys))

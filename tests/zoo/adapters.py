@@ -14,8 +14,8 @@ from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.tile_mask import TileMask
-from kvprune.cache.copies import Twins
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.shared_rows import SharedRows
 from kvprune.tokens.selection import Selection
 
 
@@ -251,8 +251,8 @@ class SharesRowsThatDiffer(MllamaAdapter):
     caught_by = ("KV11", "KV13")
 
     @staticmethod
-    def _twins(named, source):
-        return Twins(len(source))
+    def _shared_rows(named, source):
+        return SharedRows(len(source))
 
 
 class LeavesSlotsBehind(BartAdapter):

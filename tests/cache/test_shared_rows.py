@@ -7,7 +7,7 @@ import torch
 from generation import bart, difference_to_oracle, generate, mllama
 
 import kvprune
-from kvprune.cache.copies import Twins, find_twins
+from kvprune.cache.shared_rows import SharedRows, find_shared_rows
 from kvprune.testing import mllama_inputs
 
 
@@ -26,19 +26,19 @@ from kvprune.testing import mllama_inputs
 )
 def test_the_largest_number_that_fits_the_whole_batch(rows, copies):
     ids = torch.tensor(rows)[:, None].expand(-1, 3)
-    assert find_twins([ids, None], []).copies == copies
-    assert find_twins([torch.zeros(len(rows), 2)], [None, ids]).copies == copies
+    assert find_shared_rows([ids, None], []).copies == copies
+    assert find_shared_rows([torch.zeros(len(rows), 2)], [None, ids]).copies == copies
 
 
 def test_no_more_than_asked_for():
     ids = torch.zeros(8, 3)
-    assert find_twins([ids], [], most=4).copies == 4
-    assert find_twins([ids], [], most=3).copies == 2  # 3 does not divide 8
-    assert find_twins([ids], [], most=1).copies == 1
+    assert find_shared_rows([ids], [], most=4).copies == 4
+    assert find_shared_rows([ids], [], most=3).copies == 2  # 3 does not divide 8
+    assert find_shared_rows([ids], [], most=1).copies == 1
 
 
 def test_what_is_not_a_number_equals_nothing():
-    assert find_twins([torch.zeros(2, 1)], [torch.full((2, 1), torch.nan)]).copies == 1
+    assert find_shared_rows([torch.zeros(2, 1)], [torch.full((2, 1), torch.nan)]).copies == 1
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "pixel_values", "aspect_ratio_ids"])
@@ -85,11 +85,11 @@ def test_encoder_decoder_rows_are_held_as_one_if_they_were_repeated_after_the_en
 
 
 def test_reordering_asks_the_device_once_for_all_layers(monkeypatch):
-    twins, asked = Twins(2), []
+    shared_rows, asked = SharedRows(2), []
     equal = torch.equal
     monkeypatch.setattr(torch, "equal", lambda *tensors: asked.append(1) or equal(*tensors))
     order = torch.tensor([1, 0, 3, 2])
-    assert all(twins.stay(order) for _ in range(8))
+    assert all(shared_rows.unchanged_by(order) for _ in range(8))
     assert len(asked) == 1
     order.copy_(torch.tensor([2, 0, 3, 1]))  # changed in place: asked again
-    assert not twins.stay(order)
+    assert not shared_rows.unchanged_by(order)
