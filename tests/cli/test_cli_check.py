@@ -39,7 +39,7 @@ def installed_stride(monkeypatch: pytest.MonkeyPatch) -> None:
     real = registry.load()
     entry = registry.PolicyEntry("stride", Stride, "zoo", "kvprune-zoo", 1)
     broken = registry.Registry({**real.policies, "stride": entry}, real.adapters, real.broken)
-    for module in ("suite", "reproduce"):
+    for module in ("policies.suite", "common.reproducers"):
         monkeypatch.setattr(f"kvprune.testing.conformance.{module}.load", lambda: broken)
 
 

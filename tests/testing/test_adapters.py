@@ -23,7 +23,7 @@ from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.errors import ConformanceError, PluginError, UnknownInvariantError, UnsupportedModelError
 from kvprune.testing import check_adapter, enliven, masked_oracle, mllama_inputs, tiny_bart, tiny_mllama
 from kvprune.testing.conformance import ADAPTER_INVARIANTS
-from kvprune.testing.conformance.adapters.suite import _Bench
+from kvprune.testing.conformance.adapters.runner import AdapterRunner
 
 
 def failure_of(*adapter, **options):
@@ -92,7 +92,7 @@ def test_every_check_has_an_animal():
 @pytest.mark.parametrize("name", [name for name, adapter in ALONE.items() if adapter is not None])
 def test_every_check_catches_something_without_the_others(name):
     row, cases = CHECKS[name]
-    result = _Bench(ALONE[name], None, None, 0, None).check(dataclasses.replace(row, cases=(cases,)))
+    result = AdapterRunner(ALONE[name], None, None, 0, None).check(dataclasses.replace(row, cases=(cases,)))
     assert result.outcome == "failed"
     assert "Error: " not in result.detail.splitlines()[1] or name == "check_mask_width"
 

@@ -28,10 +28,10 @@ from kvprune.errors import ConformanceError
 from kvprune.testing import ModelProblem, check_policy
 from kvprune.testing.conformance import INVARIANTS
 from kvprune.testing.conformance.common.budgets import variants
-from kvprune.testing.conformance.common.findings import Violation
-from kvprune.testing.conformance.models import held
-from kvprune.testing.conformance.models.setting import Setting
-from kvprune.testing.conformance.policies.lab import Lab
+from kvprune.testing.conformance.common.results import Violation
+from kvprune.testing.conformance.models import selections
+from kvprune.testing.conformance.models.scenario import Scenario
+from kvprune.testing.conformance.policies.runner import Runner
 
 CASES = [(cls, invariant) for cls in ALL for invariant in cls.caught_by]
 
@@ -107,7 +107,7 @@ def caught_by_one_check(name, cls):
         on_layers=tuple(one for one in row.on_layers if one is check),
         on_models=tuple(one for one in row.on_models if one is check),
     )
-    return Lab(0, 16).check(only, variants(cls)).outcome == "failed"
+    return Runner(0, 16).check(only, variants(cls)).outcome == "failed"
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -124,11 +124,11 @@ def test_a_policy_that_looks_at_the_device_is_caught():
 @pytest.mark.parametrize(
     ("check", "policy", "layouts"),
     [
-        (held.check_images, groups.StarvesAnImage(), ("14ttt",)),
-        (held.check_prefill_rows, groups.StarvesARow(), ("tt1ttt4tt",)),
+        (selections.check_images, groups.StarvesAnImage(), ("14ttt",)),
+        (selections.check_prefill_rows, groups.StarvesARow(), ("tt1ttt4tt",)),
     ],
 )
 def test_runs_are_checked_even_if_the_core_would_let_it_pass(check, policy, layouts, monkeypatch):
     monkeypatch.setattr("kvprune.engine.manager.check_decision", lambda *arguments: None)
     with pytest.raises(Violation, match="one of"):
-        check(policy, Setting.of(ModelProblem(layouts=layouts)))
+        check(policy, Scenario.of(ModelProblem(layouts=layouts)))

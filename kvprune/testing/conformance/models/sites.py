@@ -11,7 +11,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.testing.conformance.common.findings import NotApplicable
+from kvprune.testing.conformance.common.results import NotApplicable
 
 __all__ = ["Site", "attention_sites", "cross_layers"]
 

@@ -11,7 +11,7 @@ from kvprune.policy.base import CrossKVPolicy, Need
 from kvprune.policy.nesting import make_nested, parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.testing.conformance.common.budgets import variants
-from kvprune.testing.conformance.common.findings import Violation
+from kvprune.testing.conformance.common.results import Violation
 
 __all__ = ["check_class", "class_warnings"]
 
