@@ -19,7 +19,7 @@ from kvprune.policy.base import CrossKVPolicy
 from kvprune.testing.conformance.common.isolation import model_state, require_unchanged
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.models.forward_calls import forward
-from kvprune.testing.conformance.models.scenario import Scenario, difference, run_under
+from kvprune.testing.conformance.models.scenario import Scenario, difference
 
 __all__ = ["check_batch", "check_declaration", "check_layer_indices"]
 
@@ -73,7 +73,7 @@ def check_batch(policy: CrossKVPolicy, scenario: Scenario) -> None:
         raise Violation("make_model to return a model in eval mode", "one in training mode")
     if not scenario.stock.logits.isfinite().all():
         raise Violation("finite logits of the untouched model on this batch", "NaN or infinity")
-    _, generated = run_under(policy, scenario)
+    _, generated = scenario.run(policy)
     if not difference(generated, scenario.stock) > scenario.tolerance:
         raise Violation(
             "a model whose logits depend on what it attends to (see kvprune.testing.enliven)",

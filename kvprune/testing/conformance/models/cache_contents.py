@@ -16,7 +16,7 @@ from kvprune.policy.base import CrossKVPolicy
 from kvprune.session.compression import Compression
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.models.forward_calls import forward, next_turn
-from kvprune.testing.conformance.models.scenario import Scenario, run_under
+from kvprune.testing.conformance.models.scenario import Scenario
 from kvprune.testing.oracle_arithmetic import as_held
 from kvprune.tokens.selection import Selection
 
@@ -25,7 +25,7 @@ __all__ = ["check_alignment", "check_cache_operations", "check_turns", "require_
 
 def check_alignment(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV11: after generation, the cache holds the keys and values of the selected columns."""
-    run, generated = run_under(policy, scenario)
+    run, generated = scenario.run(policy)
     require_aligned(run, scenario.layers_of(generated.cache), scenario)
 
 

@@ -20,7 +20,7 @@ from kvprune.testing.conformance.common.budgets import keeping_all
 from kvprune.testing.conformance.common.isolation import require_unchanged, whole_state
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.models.cache_contents import require_aligned
-from kvprune.testing.conformance.models.scenario import Generated, Scenario, difference, run_under
+from kvprune.testing.conformance.models.scenario import Generated, Scenario, difference
 from kvprune.testing.conformance.models.sites import Site
 from kvprune.testing.hooks import temporary
 
@@ -74,7 +74,7 @@ def check_identity(policy: CrossKVPolicy, scenario: Scenario) -> None:
     unlimited = keeping_all(policy) or policy
     if not scenario.all_visible and not (unlimited is policy and policy.keeps_invisible):
         return
-    run, generated = run_under(unlimited, scenario)
+    run, generated = scenario.run(unlimited)
     if _quantizes(run):
         _require_full_precision_in_prefill(unlimited, generated, scenario)
         return
@@ -95,7 +95,7 @@ def check_identity(policy: CrossKVPolicy, scenario: Scenario) -> None:
 def check_lossless(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV08: dropping only what decoding cannot see changes nothing."""
     unlimited = keeping_all(policy) or policy
-    run, generated = run_under(unlimited, scenario)
+    run, generated = scenario.run(unlimited)
     early = any(selection is not None for selection in run.prefill_selections.values())
     if early and not scenario.all_live:
         return  # stock text before an image attends to padding, so dropping that early is a change
@@ -132,7 +132,7 @@ def check_storage_order(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV09: kept tokens decode the same in any order, and each holds the numbers of its column."""
     run, cache = scenario.prefill(policy)
     require_aligned(run, scenario.layers_of(cache), scenario)
-    _, expected = run_under(policy, scenario)
+    _, expected = scenario.run(policy)
     model = scenario.model
     draw = random.Random(scenario.seed)
 
@@ -189,7 +189,7 @@ def check_clean_exit(policy: CrossKVPolicy, scenario: Scenario) -> None:
 
 def check_oracle(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV13: the model generates under the policy what the untouched one does with dropped columns masked."""
-    run, generated = run_under(policy, scenario)
+    run, generated = scenario.run(policy)
     with scenario.masked(run):
         expected = scenario.generate(scenario.pristine)
     require_close("generation equal to the masked oracle", generated, expected, scenario)

@@ -29,7 +29,7 @@ from kvprune.testing.reference import slow_decode, visibility_of
 from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
-__all__ = ["Generated", "Oracle", "Scenario", "difference", "run_under"]
+__all__ = ["Generated", "Oracle", "Scenario", "difference"]
 
 # `generate` returns logits in float32 for any dtype of the model; a rounding step of these is about 1e-6.
 _TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-5}
@@ -125,6 +125,17 @@ class Scenario:
         with self.compress(policy) as run, torch.no_grad():
             cache = forward(self.model, inputs or self.batch())
         return run, cache
+
+    def run(self, policy: CrossKVPolicy) -> tuple[Compression, Generated]:
+        """Generate under a policy; equal policies run once, because several checks look at the same run."""
+        if policy not in self._runs:
+            with self.compress(policy) as run:
+                self._runs[policy] = run, self.generate(self.model)
+        return self._runs[policy]
+
+    @cached_property
+    def _runs(self) -> dict[CrossKVPolicy, tuple[Compression, Generated]]:
+        return {}
 
     @cached_property
     def stock(self) -> Generated:
@@ -227,12 +238,6 @@ class Scenario:
         if "cross_attention_mask" not in self.inputs:
             return True
         return bool((self.visibility.live | ~self.inputs["attention_mask"].bool()).all())
-
-
-def run_under(policy: CrossKVPolicy, scenario: Scenario) -> tuple[Compression, Generated]:
-    """Generate under a policy."""
-    with scenario.compress(policy) as run:
-        return run, scenario.generate(scenario.model)
 
 
 def difference(one: Generated, other: Generated) -> float:

@@ -17,7 +17,7 @@ from kvprune.session.compression import Compression
 from kvprune.testing.conformance.common.isolation import random_state
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.layers.budget import require_layer_sum, require_model_sum, wanted_of
-from kvprune.testing.conformance.models.scenario import Scenario, run_under
+from kvprune.testing.conformance.models.scenario import Scenario
 from kvprune.testing.reference import (
     kept_bits,
     kept_sets,
@@ -43,7 +43,7 @@ __all__ = [
 
 def check_columns(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV01: decoding uses strictly increasing columns of the unpruned cache."""
-    run, _ = run_under(policy, scenario)
+    run, _ = scenario.run(policy)
     for layer_idx, selection in run.selections.items():
         for row, valid in zip(selection.indices.flatten(0, 1), selection.valid.flatten(0, 1), strict=True):
             kept = row[valid].tolist()
@@ -56,7 +56,7 @@ def check_columns(policy: CrossKVPolicy, scenario: Scenario) -> None:
 
 def check_counts(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV02: decoding sees exactly the budget, in each head or as the policy's `budget_scope` says."""
-    run, _ = run_under(policy, scenario)
+    run, _ = scenario.run(policy)
     see = scenario.visibility
     whole = set() if isinstance(policy, ScoringPolicy) else _left_whole(policy, run)
     layers = {layer: kept_sets(selection) for layer, selection in run.selections.items()}
@@ -88,7 +88,7 @@ def _left_whole(policy: CrossKVPolicy, run: Compression) -> set[int]:
 
 def check_images(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV03: each sample keeps a token of each image that decoding sees."""
-    run, _ = run_under(policy, scenario)
+    run, _ = scenario.run(policy)
     see = scenario.visibility
     for where, sample, kept in _kept(run, scenario):
         visible = slow_decode(see, sample)
@@ -101,7 +101,7 @@ def check_images(policy: CrossKVPolicy, scenario: Scenario) -> None:
 
 def check_padding(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV04: decoding reads no unseen column while a visible one was dropped."""
-    run, _ = run_under(policy, scenario)
+    run, _ = scenario.run(policy)
     for where, sample, kept in _kept(run, scenario):
         visible = slow_decode(scenario.visibility, sample)
         if visible and kept - visible and visible - kept:
