@@ -61,8 +61,17 @@ def failure_of(policy, **options):
 
 
 @pytest.mark.parametrize("name", NOT_APPLICABLE)
-def test_built_in_policies_pass(name):
-    report = check_policy(name, examples=8)
+def test_built_in_policies_pass_with_default_options(name):
+    require_passed(name, check_policy(kvprune.get_policy(name), examples=8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_APPLICABLE)
+def test_built_in_policies_pass_with_all_options(name):
+    require_passed(name, check_policy(name, examples=8))
+
+
+def require_passed(name, report):
     assert report.passed
     outcomes = {result.id: result.outcome for result in report.results}
     assert list(outcomes) == ["class", *(f"KV{number:02d}" for number in range(1, 16))]
@@ -276,20 +285,6 @@ def test_the_table_covers_the_documented_invariants():
     assert [row.id for row in INVARIANTS] == [f"KV{number:02d}" for number in range(1, 16)]
     for row in INVARIANTS:
         assert row.on_layers or row.on_models
-
-
-def test_testing_can_be_imported_without_hypothesis():
-    code = (
-        "import sys; sys.modules['hypothesis'] = None\n"
-        "import kvprune.testing as testing\n"
-        "testing.tiny_bart(), testing.LayerProblem().view()\n"
-        "try: testing.check_policy('full')\n"
-        "except ModuleNotFoundError as error: print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == (
-        'the conformance suite needs hypothesis, which is not installed: pip install "kvprune[test]"\n'
-    ), done.stderr
 
 
 def test_a_model_problem_is_checked_again():

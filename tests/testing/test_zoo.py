@@ -46,7 +46,7 @@ def test_it_is_caught_and_the_reproducer_shows_it(cls, invariant):
         exec(compile(result.reproducer, "reproducer", "exec"), {})
 
 
-def test_every_invariant_that_a_policy_can_break_has_its_animal():
+def test_every_invariant_has_a_broken_policy():
     assert {invariant for _, invariant in CASES} == {f"KV{number:02d}" for number in range(1, 16)} | {"class"}
     assert len(ALL) >= 22
     assert len({cls.name for cls in ALL}) == len(ALL)
@@ -93,10 +93,10 @@ CHECKS = {check.__name__: (row, check) for row in INVARIANTS for check in (*row.
 
 
 BY_ADAPTERS = {"check_columns", "check_mask_width"}
-"""What no policy can break any more, since the core copies answers; test_adapters.py has adapters that do."""
+"""What no policy can break, since the engine copies answers; test_adapters.py has adapters that do."""
 
 
-def test_every_check_has_an_animal():
+def test_every_check_has_a_broken_policy():
     assert set(ALONE) | BY_ADAPTERS | {"check_devices"} == set(CHECKS)
 
 

@@ -1,4 +1,4 @@
-"""The conformance suites for authors of policies and adapters, their reports, and single checks again."""
+"""The conformance suites: `check_policy`, `check_adapter`, their reports, and `recheck` for one problem."""
 
 from __future__ import annotations
 
