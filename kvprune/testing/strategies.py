@@ -111,7 +111,7 @@ def layer_views(
     dtypes: Sequence[str] = DTYPES,
     max_batch: int = 3,
 ) -> st.SearchStrategy[LayerView]:
-    """Draw views of one layer, as a policy's ``select`` takes them. For the arguments see `layer_problems`."""
+    """Draw views of one layer, as a policy reads them; see `layer_problems` for the arguments."""
     problems = layer_problems(contents=contents, dtypes=dtypes, max_batch=max_batch)
     return problems.map(lambda problem: problem.view())
 

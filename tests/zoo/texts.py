@@ -1,4 +1,4 @@
-"""KV01, KV10: text pruning that differs by head or layer, drops the wrong entries, or depends on the batch."""
+"""KV01, KV10: text pruning that differs by head or layer, drops wrong entries, or depends on the batch."""
 
 from __future__ import annotations
 
