@@ -246,7 +246,7 @@ def deaf(dtype):
 @pytest.mark.parametrize(
     ("make_model", "make_inputs", "message"),
     [
-        (tiny_mbart, one_text, "two samples at least that differ"),
+        (tiny_mbart, one_text, "at least two samples that differ"),
         (in_training, texts, "eval mode"),
         (fresh, texts, "kvprune.testing.enliven"),
         (deaf, texts, "kvprune.testing.enliven"),
