@@ -1,6 +1,6 @@
-"""Tools for testing policies and adapters: tiny random models, the master oracle, the conformance suite.
+"""Tools for testing policies and adapters: conformance suites, the master oracle, problems, tiny models.
 
-`strategies` needs hypothesis and is loaded when it is first used; so is what `check_policy` needs.
+`check_policy` and `strategies` need hypothesis, which is imported at their first use.
 """
 
 from __future__ import annotations

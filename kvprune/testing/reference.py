@@ -1,6 +1,6 @@
-"""Slow references, written with plain loops and sets: what rows see, which columns belong together.
+"""Slow reference implementations with plain loops and sets: what text rows see, which columns form a group.
 
-They share no code with `kvprune.tokens.visibility` or `kvprune.scoring`: both are checked against them.
+They share no code with `kvprune.tokens.visibility` or `kvprune.scoring`, which are checked against them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def kept_sets(selection: Selection) -> list[list[set[int]]]:
-    """Kept columns as a list of samples, each a list of heads, each a set."""
+    """Return kept columns as sets, by sample and head."""
     return [
         [
             {column for column, is_valid in zip(row, flags, strict=True) if is_valid}
@@ -41,7 +41,7 @@ def kept_sets(selection: Selection) -> list[list[set[int]]]:
 
 
 def takers(selection: Selection) -> list[list[dict[int, int]]]:
-    """For each sample and head: each column that is merged into another one, and that one."""
+    """Return by sample and head: for each column that is merged into another one, that column."""
     if selection.merge is None:
         return [[{} for _ in heads] for heads in selection.indices]
     return [
@@ -58,7 +58,7 @@ def takers(selection: Selection) -> list[list[dict[int, int]]]:
 
 
 def kept_bits(selection: Selection) -> list[list[set[tuple[int, int]]]]:
-    """Kept columns with their precision, as a list of samples, each a list of heads, each a set of pairs."""
+    """Return kept columns with their bits as sets of pairs, by sample and head."""
     bits = selection.bits_by_column().tolist()
     return [
         [{(column, bits[sample][head][column]) for column in kept} for head, kept in enumerate(heads)]
@@ -67,13 +67,13 @@ def kept_bits(selection: Selection) -> list[list[set[tuple[int, int]]]]:
 
 
 def same_by_head(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether two samples keep the same, where one row for all heads equals the same row for each head."""
+    """Return whether two samples keep the same in each head. One row for all heads counts for each head."""
     heads = max(len(one), len(other))
     return all(one[min(h, len(one) - 1)] == other[min(h, len(other) - 1)] for h in range(heads))
 
 
 def existing(visibility: Visibility, sample: int) -> set[int]:
-    """Columns that do not merely pad a ragged batch."""
+    """Return the columns that exist, which means that they are no padding of a ragged batch."""
     columns = range(visibility.columns)
     if visibility.exists is None:
         return set(columns)
@@ -81,7 +81,7 @@ def existing(visibility: Visibility, sample: int) -> set[int]:
 
 
 def seen_by_row(visibility: Visibility, sample: int, row: int) -> set[int]:
-    """Columns that one row may attend, live or not."""
+    """Return the columns that one text row may attend, live or not."""
     rows = visibility.rows[sample].tolist()
     units = visibility.units[0 if len(visibility.units) == 1 else sample].tolist()
     wanted = rows[0 if len(rows) == 1 else row]
@@ -89,23 +89,23 @@ def seen_by_row(visibility: Visibility, sample: int, row: int) -> set[int]:
 
 
 def live_rows(visibility: Visibility, sample: int) -> list[int]:
-    """Rows that count: no padding, no draft, and an image in sight."""
+    """Return the text rows that count: no padding, no draft, and at least one image is seen."""
     return [row for row, flag in enumerate(visibility.live[sample].tolist()) if flag]
 
 
 def slow_prefill(visibility: Visibility, sample: int) -> set[int]:
-    """Columns that some live row may attend."""
+    """Return the columns that some live row may attend."""
     return set().union(*(seen_by_row(visibility, sample, row) for row in live_rows(visibility, sample)))
 
 
 def slow_decode(visibility: Visibility, sample: int) -> set[int]:
-    """Columns that the last live row may attend."""
+    """Return the columns that the last live row may attend."""
     rows = live_rows(visibility, sample)
     return seen_by_row(visibility, sample, rows[-1]) if rows else set()
 
 
 def slow_groups(visibility: Visibility, sample: int) -> list[set[int]]:
-    """Sets of columns of one image that exactly the same live rows see."""
+    """Return the visibility groups: sets of columns of one image that the same live rows see."""
     units = visibility.units[0 if len(visibility.units) == 1 else sample].tolist()
     watchers: dict[int, list[int]] = {}
     for row in live_rows(visibility, sample):
@@ -119,7 +119,7 @@ def slow_groups(visibility: Visibility, sample: int) -> list[set[int]]:
 
 
 def slow_strata(visibility: Visibility, sample: int) -> list[set[int]]:
-    """Sets of columns over which one budget is counted; the one that decoding sees comes first."""
+    """Return the sets of columns that a budget counts separately; the one that decoding sees comes first."""
     if not slow_prefill(visibility, sample):
         return [existing(visibility, sample)]
     decode = slow_decode(visibility, sample)
@@ -127,11 +127,11 @@ def slow_strata(visibility: Visibility, sample: int) -> list[set[int]]:
 
 
 def visibility_of(inputs: dict[str, Any], columns: int) -> Visibility:
-    """Return what the text rows of a model's inputs may attend, straight from the processor's masks.
+    """Return what the text rows of a model's inputs may attend, computed from the processor's masks.
 
     Args:
-        inputs: Of an Mllama (``cross_attention_mask``), or of an encoder-decoder model (``attention_mask``,
-            if it has one that is as wide as what the encoder returns).
+        inputs: Inputs of an Mllama, with ``cross_attention_mask``; or of an encoder-decoder model, whose
+            ``attention_mask`` counts if it is as wide as the encoder's output.
         columns: Number of encoder tokens S in the model's cross-attention cache.
     """
     if "cross_attention_mask" not in inputs:

@@ -1,7 +1,7 @@
 """Hypothesis strategies for tests of policies and adapters: problems, views, budgets, selections.
 
-Needs hypothesis: ``pip install "kvprune[test]"``. What a strategy draws shrinks towards one sample, one
-column, and plain numbers.
+Needs hypothesis: ``pip install "kvprune[test]"``. Examples shrink towards one sample, one column, and plain
+numbers.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ __all__ = [
 def layouts(
     *, max_batch: int = 3, max_turns: int = 2, blind: bool = True
 ) -> st.SearchStrategy[tuple[str, ...]]:
-    """Batches of conversations as `kvprune.testing.mllama_inputs` takes them, such as ``("tt4ttt", "1t")``.
+    """Draw batches of conversations for `kvprune.testing.mllama_inputs`, such as ``("tt4ttt", "1t")``.
 
-    Some image is always there. Samples differ in length, number of images and tiles.
+    Each batch has at least one image. Samples differ in length, number of images and tiles.
 
     Args:
-        max_batch: Samples.
-        max_turns: Times that one or two images arrive in a conversation.
-        blind: Whether samples without an image may occur beside those with one.
+        max_batch: Largest number of samples.
+        max_turns: Largest number of times that one or two images arrive in a conversation.
+        blind: Whether some samples of a batch may have no image.
     """
     seeing = st.from_regex(rf"t{{0,3}}([1-4]{{1,2}}t{{1,3}}){{1,{max_turns}}}", fullmatch=True)
     sample = seeing | st.from_regex(r"t{1,4}", fullmatch=True) if blind else seeing
@@ -73,13 +73,13 @@ def layer_problems(
     dtypes: Sequence[str] = DTYPES,
     max_batch: int = 3,
 ) -> LayerProblem:
-    """One cross-attention layer of either family, in a description that can be pasted.
+    """Draw one cross-attention layer of either family, in a description that can be pasted.
 
     Args:
         draw: Given by hypothesis; callers leave it out.
         contents: Kinds of numbers, see `LayerProblem`.
-        dtypes: Of keys, values and queries.
-        max_batch: Samples.
+        dtypes: Dtypes of keys, values and queries.
+        max_batch: Largest number of samples.
     """
     families: list[Family] = ["mllama", "mllama", "encoder-decoder"]
     family = draw(st.sampled_from(families))
@@ -111,18 +111,18 @@ def layer_views(
     dtypes: Sequence[str] = DTYPES,
     max_batch: int = 3,
 ) -> st.SearchStrategy[LayerView]:
-    """Views of one layer: what a policy's ``select`` is given. For the arguments see `layer_problems`."""
+    """Draw views of one layer, as a policy reads them; see `layer_problems` for the arguments."""
     problems = layer_problems(contents=contents, dtypes=dtypes, max_batch=max_batch)
     return problems.map(lambda problem: problem.view())
 
 
 @st.composite
 def model_problems(draw: st.DrawFn, *, models: Sequence[Model] = ("mllama", "bart")) -> ModelProblem:
-    """A tiny model and a batch for it, in a description that can be pasted.
+    """Draw a tiny model and a batch for it, in a description that can be pasted.
 
     Args:
         draw: Given by hypothesis; callers leave it out.
-        models: Which models: "mllama", "bart".
+        models: Models to choose from: "mllama", "bart".
     """
     model = draw(st.sampled_from(models))
     dtypes: list[Precision] = ["float64", "float32"]
@@ -145,15 +145,15 @@ def visibilities(
     max_columns: int = 3,
     broadcast: bool = False,
 ) -> Visibility:
-    """Any rows, live flags, images and missing columns; every visible unit has a column that exists.
+    """Draw any rows, live flags, images and missing columns; every visible unit has a column that exists.
 
     Args:
         draw: Given by hypothesis; callers leave it out.
-        max_batch: Samples.
-        max_rows: Text rows.
-        max_units: Units (tiles).
-        max_columns: Columns of a unit.
-        broadcast: Whether all text rows see the same.
+        max_batch: Largest number of samples.
+        max_rows: Largest number of text rows.
+        max_units: Largest number of units (tiles).
+        max_columns: Largest number of columns in a unit.
+        broadcast: Whether all text rows see the same columns.
     """
     batch = draw(st.integers(1, max_batch))
     text_rows = draw(st.integers(1, max_rows))
@@ -189,17 +189,17 @@ def conversations(
     tiles: int = 2,
     patches: int = 3,
 ) -> Visibility:
-    """Chats in which each row sees the tiles of the latest image: one visibility group to a stratum.
+    """Draw chats in which each row sees the tiles of the latest image: a stratum is one visibility group.
 
     Rows before the first image see nothing; a sample may have no image at all.
 
     Args:
         draw: Given by hypothesis; callers leave it out.
-        max_images: Images of the longest chat.
-        max_batch: Samples.
-        max_rows: Text rows.
-        tiles: Tiles stored for an image.
-        patches: Columns of a tile.
+        max_images: Largest number of images in a chat.
+        max_batch: Largest number of samples.
+        max_rows: Largest number of text rows.
+        tiles: Number of tiles stored for an image.
+        patches: Number of columns in a tile.
     """
     batch = draw(st.integers(1, max_batch))
     images = draw(st.integers(1, max_images))
@@ -219,7 +219,7 @@ def conversations(
 
 
 def budgets(*, max_tokens: int = 40) -> st.SearchStrategy[Budget]:
-    """Budgets of both kinds, with ratios that floats get wrong (0.1 of ten tokens) and corners.
+    """Draw budgets of both kinds, with corner cases and ratios that floats get wrong (0.1 of ten tokens).
 
     Args:
         max_tokens: The largest ``keep_tokens``.
@@ -234,11 +234,11 @@ def budgets(*, max_tokens: int = 40) -> st.SearchStrategy[Budget]:
 def selections(
     draw: st.DrawFn, *, batch: int | None = None, heads: int | None = None, columns: int | None = None
 ) -> Selection:
-    """Valid selections, ragged ones included; each row keeps a column at least.
+    """Draw valid selections, ragged ones included; each row keeps at least one column.
 
     Args:
         draw: Given by hypothesis; callers leave it out.
-        batch: Samples; 1 to 3 if None.
+        batch: Number of samples; 1 to 3 if None.
         heads: 1, or the number of KV heads; 1 or 2 if None.
         columns: Width S of the unpruned cache; 1 to 8 if None.
     """
@@ -251,7 +251,7 @@ def selections(
 
 
 def specs(*classes: type[CrossKVPolicy]) -> st.SearchStrategy[PolicySpec]:
-    """Specs of policies of these classes: default options, several budgets, each choice of an option.
+    """Draw specs of policies of these classes: default options, several budgets, each choice of an option.
 
     Args:
         classes: Policy classes.

@@ -15,7 +15,7 @@ from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.session.compression import Compression
 from kvprune.testing import mllama_inputs, tiny_mllama
-from kvprune.testing.conformance.models.calls import forward
+from kvprune.testing.conformance.models.forward_calls import forward
 
 SEEN: list = []
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -143,16 +141,3 @@ def test_a_model_of_several_adapters_is_asked_about_by_an_adapters_name(
     _, err = run("BartModel", code=2)
     assert "BartModel is claimed by several adapters" in err
     assert "zoo.adapters.LeavesAHook; give an adapter's name" in err
-
-
-def test_missing_hypothesis_is_one_line() -> None:
-    code = (
-        "import sys; sys.modules['hypothesis'] = None; sys.argv = ['kvprune', 'check', 'full'];"
-        "import runpy; runpy.run_module('kvprune', run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr == (
-        "kvprune: error: the conformance suite needs hypothesis, which is not installed: "
-        'pip install "kvprune[test]"\n'
-    )

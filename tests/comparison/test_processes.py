@@ -157,6 +157,11 @@ def kill_and_resume(folder: Path, undisturbed: Path, kills: int, seed: int) -> N
     assert contents(folder / "data") == contents(undisturbed / "data")
 
 
+def test_killed_once(undisturbed: Path, tmp_path: Path) -> None:
+    kill_and_resume(tmp_path / "results", undisturbed, kills=1, seed=1)
+
+
+@pytest.mark.slow
 def test_killed_three_times(undisturbed: Path, tmp_path: Path) -> None:
     kill_and_resume(tmp_path / "results", undisturbed, kills=3, seed=1)
 

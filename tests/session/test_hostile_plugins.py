@@ -363,17 +363,32 @@ def test_the_command_ends_by_itself_whatever_plugins_raise(install):
 
 def test_a_docstring_that_the_terminal_cannot_encode_is_printed_escaped(install):
     folder = install("acc-prune", acc=policy(doc="Garde les jetons \u00e9loign\u00e9s \u2192 10 %."))
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom kvprune.cli import main; main()"
-    for arguments in (["list"], ["show", "odd"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            env=os.environ | {"PYTHONIOENCODING": "ascii"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert r"\xe9loign\xe9s \u2192 10 %." in done.stdout
+    code = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(folder)!r})
+        from kvprune.cli import main
+
+        for arguments in (["list"], ["show", "odd"]):
+            sys.argv = ["kvprune", *arguments]
+            print("-" * 80)
+            try:
+                main()
+            except SystemExit as end:
+                assert end.code in (None, 0), end.code
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    _, listed, shown = done.stdout.split("-" * 80 + "\n")
+    for output in (listed, shown):
+        assert r"\xe9loign\xe9s \u2192 10 %." in output
 
 
 # building a policy

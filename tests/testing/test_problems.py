@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from kvprune.testing import LayerProblem, ModelProblem, mllama_inputs
-from kvprune.testing.conformance.policies.corners import LAYER_CORNERS, MODEL_CORNERS
+from kvprune.testing.conformance.policies.corner_cases import LAYER_CORNERS, MODEL_CORNERS
 from kvprune.testing.cutting import cut_to_sample
 from kvprune.testing.reference import slow_decode, slow_prefill, slow_strata
 from kvprune.testing.strategies import layer_problems, layouts, model_problems

@@ -28,10 +28,10 @@ from kvprune.errors import ConformanceError
 from kvprune.testing import ModelProblem, check_policy
 from kvprune.testing.conformance import INVARIANTS
 from kvprune.testing.conformance.common.budgets import variants
-from kvprune.testing.conformance.common.findings import Violation
-from kvprune.testing.conformance.models import held
-from kvprune.testing.conformance.models.setting import Setting
-from kvprune.testing.conformance.policies.lab import Lab
+from kvprune.testing.conformance.common.results import Violation
+from kvprune.testing.conformance.models import selections
+from kvprune.testing.conformance.models.scenario import Scenario
+from kvprune.testing.conformance.policies.runner import Runner
 
 CASES = [(cls, invariant) for cls in ALL for invariant in cls.caught_by]
 
@@ -46,7 +46,7 @@ def test_it_is_caught_and_the_reproducer_shows_it(cls, invariant):
         exec(compile(result.reproducer, "reproducer", "exec"), {})
 
 
-def test_every_invariant_that_a_policy_can_break_has_its_animal():
+def test_every_invariant_has_a_broken_policy():
     assert {invariant for _, invariant in CASES} == {f"KV{number:02d}" for number in range(1, 16)} | {"class"}
     assert len(ALL) >= 22
     assert len({cls.name for cls in ALL}) == len(ALL)
@@ -93,10 +93,10 @@ CHECKS = {check.__name__: (row, check) for row in INVARIANTS for check in (*row.
 
 
 BY_ADAPTERS = {"check_columns", "check_mask_width"}
-"""What no policy can break any more, since the core copies answers; test_adapters.py has adapters that do."""
+"""What no policy can break, since the engine copies answers; test_adapters.py has adapters that do."""
 
 
-def test_every_check_has_an_animal():
+def test_every_check_has_a_broken_policy():
     assert set(ALONE) | BY_ADAPTERS | {"check_devices"} == set(CHECKS)
 
 
@@ -107,7 +107,7 @@ def caught_by_one_check(name, cls):
         on_layers=tuple(one for one in row.on_layers if one is check),
         on_models=tuple(one for one in row.on_models if one is check),
     )
-    return Lab(0, 16).check(only, variants(cls)).outcome == "failed"
+    return Runner(0, 16).check(only, variants(cls)).outcome == "failed"
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -124,11 +124,11 @@ def test_a_policy_that_looks_at_the_device_is_caught():
 @pytest.mark.parametrize(
     ("check", "policy", "layouts"),
     [
-        (held.check_images, groups.StarvesAnImage(), ("14ttt",)),
-        (held.check_prefill_rows, groups.StarvesARow(), ("tt1ttt4tt",)),
+        (selections.check_images, groups.StarvesAnImage(), ("14ttt",)),
+        (selections.check_prefill_rows, groups.StarvesARow(), ("tt1ttt4tt",)),
     ],
 )
 def test_runs_are_checked_even_if_the_core_would_let_it_pass(check, policy, layouts, monkeypatch):
     monkeypatch.setattr("kvprune.engine.manager.check_decision", lambda *arguments: None)
     with pytest.raises(Violation, match="one of"):
-        check(policy, Setting.of(ModelProblem(layouts=layouts)))
+        check(policy, Scenario.of(ModelProblem(layouts=layouts)))

@@ -20,7 +20,7 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import SelectionError
 from kvprune.policy.checks import check_decision
 from kvprune.testing import masked_oracle, mllama_inputs
-from kvprune.testing.oracle import with_merges
+from kvprune.testing.oracle_arithmetic import with_merges
 from kvprune.tokens.buckets import merge_mean, merge_weighted, nearest
 from kvprune.tokens.merging import Merge, merge_features, merge_heads
 from kvprune.tokens.reindexing import compose

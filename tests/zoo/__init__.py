@@ -1,4 +1,4 @@
-"""Broken policies, each of which the conformance suite must catch by the ids that it names.
+"""Broken policies. The conformance suite must catch each by the ids in its ``caught_by``.
 
 ``ALL`` lists them. A new check starts with a policy here that no other check catches.
 """

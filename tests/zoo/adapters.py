@@ -1,6 +1,6 @@
-"""Broken adapters, each of which `check_adapter` must catch by the ids that it names.
+"""Broken adapters. `check_adapter` must catch each by the ids in its ``caught_by``.
 
-``ADAPTERS`` lists them. Each has one defect, and is a subclass of an adapter that has none.
+``ADAPTERS`` lists them. Each has one defect, and derives from an adapter without defects.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StockDecodeMask(BartAdapter):
 
 
 class OneTooWide(BartAdapter):
-    """Cuts the mask of decoding, but leaves a column too many."""
+    """Cuts the mask of decoding one column too wide."""
 
     caught_by = ("KV06",)
 
@@ -43,7 +43,7 @@ class OneTooWide(BartAdapter):
 
 
 class MasksByPosition(MllamaAdapter):
-    """Looks up the tile of an entry by its place in the cache, and not by the column it came from."""
+    """Looks up the tile of an entry by its place in the cache instead of its column."""
 
     caught_by = ("KV13",)
 
@@ -60,7 +60,7 @@ class MasksByPosition(MllamaAdapter):
 
 
 class RemembersTheMask(BartAdapter):
-    """Makes masks once for each width, so that a cache whose entries moved reads the mask of another."""
+    """Makes one mask for each width, so that a reordered cache gets the mask of the old order."""
 
     caught_by = ("KV09",)
 
@@ -101,7 +101,7 @@ class LeavesIsCausal(MllamaAdapter):
 
 
 class StaysAfterAnException(MllamaAdapter):
-    """Takes a forward call that broke off for one that still runs, and stays attached."""
+    """Treats a forward call that raised as one that still runs, and stays attached."""
 
     caught_by = ("KV12",)
     _broken = False
@@ -116,7 +116,7 @@ class StaysAfterAnException(MllamaAdapter):
 
 
 class ForgetsHooksWhenAttachFails(BartAdapter):
-    """Notes its hooks only when all of them are in place."""
+    """Records its hooks only after all of them are registered."""
 
     caught_by = ("KV12",)
 
@@ -133,7 +133,7 @@ class ForgetsHooksWhenAttachFails(BartAdapter):
 
 
 class SkipsTheLastLayer(MllamaAdapter):
-    """Does not know of the last cross-attention layer, which then gets stock masks and is never pruned."""
+    """Omits the last cross-attention layer, which then gets stock masks and is never pruned."""
 
     caught_by = ("class",)
 
@@ -172,7 +172,7 @@ class OffByOneOnward(BartAdapter):
 
 
 class SeesPadding(BartAdapter):
-    """Takes the encoder's padding for something to see."""
+    """Reports the encoder's padding as visible."""
 
     caught_by = ("view", "KV02", "KV04", "KV10")
 
@@ -182,7 +182,7 @@ class SeesPadding(BartAdapter):
 
 
 class CountsEveryRow(MllamaAdapter):
-    """Lets padding, and text before the image, vote."""
+    """Reports padding rows, and text before the image, as live."""
 
     caught_by = ("view",)
 
@@ -212,7 +212,7 @@ class SwapsQueries(MllamaAdapter):
 
 
 class NoScaling(BartAdapter):
-    """Tells policies that logits are not scaled."""
+    """Reports a scaling of 1 to policies."""
 
     caught_by = ("view",)
 
@@ -232,7 +232,7 @@ class _Unscaled:
 
 
 class NormedRawKeys(MllamaAdapter):
-    """Hands out keys for raw keys."""
+    """Captures keys after their norm as raw keys."""
 
     caught_by = ("view",)
 
@@ -246,7 +246,7 @@ class NormedRawKeys(MllamaAdapter):
 
 
 class SharesRowsThatDiffer(MllamaAdapter):
-    """Takes all rows of a batch for copies of one sample."""
+    """Treats all rows of a batch as copies of one sample."""
 
     caught_by = ("KV11", "KV13")
 
@@ -256,7 +256,7 @@ class SharesRowsThatDiffer(MllamaAdapter):
 
 
 class LeavesSlotsBehind(BartAdapter):
-    """Its cache layers reorder keys and values, but not the columns that they came from."""
+    """Its cache layers reorder keys and values, but not the columns that they belong to."""
 
     caught_by = ("KV11",)
 
@@ -286,7 +286,7 @@ class ForgetsWhileDecoding(BartAdapter):
 
 
 class UnsortedSlots(BartAdapter):
-    """Its cache layers tell users in reverse order what they keep."""
+    """Its cache layers report what they keep in reverse order."""
 
     caught_by = ("KV01",)
 
@@ -302,7 +302,7 @@ class UnsortedSlots(BartAdapter):
 
 
 class RandomEachTime(BartAdapter):
-    """Seeds random policies with something that is new at each call."""
+    """Seeds random policies with another number in each call."""
 
     caught_by = ("KV10",)
     _calls = 0
@@ -313,7 +313,7 @@ class RandomEachTime(BartAdapter):
 
 
 class RoundsTheCache(MllamaAdapter):
-    """Rounds what it keeps, so that not even a full cache is as it was."""
+    """Rounds the keys that it keeps, so that a full cache differs from the stock cache."""
 
     caught_by = ("KV07",)
 
@@ -339,7 +339,7 @@ class HidesTheFirstTile(MllamaAdapter):
 
 
 class StarvesARow(MllamaAdapter):
-    """Takes only the last row of text for live, so that earlier ones may go blind."""
+    """Reports only the last text row as live, so that earlier ones may see nothing."""
 
     caught_by = ("KV05",)
 

@@ -1,4 +1,4 @@
-"""KV06: answers that change after they were given; the core keeps copies, so that nothing else breaks."""
+"""KV06: policies that change an earlier answer. The engine keeps copies, so nothing else fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIVEN = {}
 
 
 def everything_else(view):
-    """Every other visible column, and one of each group, for later layers."""
+    """Pass on half of the visible columns, and one of each group, to later layers."""
     scores = scoring.pool_heads(view.values.double().norm(dim=-1))
     half = (scoring.stratum_sizes(view.strata) + 1) // 2
     return Decision(onward=Selection.from_mask(scoring.keep_top(scores, view.strata, half, view.visibility)))
@@ -35,7 +35,7 @@ class MutatesItsAnswer(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroesItsAnswer(CrossKVPolicy):
-    """Leaves nothing but column 0, again and again, in what later layers hold."""
+    """Replaces all columns that later layers use with column 0."""
 
     name = "zeroes-its-answer"
     caught_by = ("KV06",)
@@ -51,7 +51,7 @@ class ZeroesItsAnswer(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class ShrinksItsAnswer(CrossKVPolicy):
-    """Cuts the selection that later layers receive, while their mask has been made already."""
+    """Shortens the selection that later layers use, after their mask was made."""
 
     name = "shrinks-its-answer"
     caught_by = ("KV06",)

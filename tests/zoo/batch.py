@@ -1,4 +1,4 @@
-"""KV10: samples that do not mind their own business."""
+"""KV10: policies in which samples of a batch influence each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NormalisesOverTheBatch(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuresFromTheEnd(ScoringPolicy):
-    """Prefers the middle of all columns, those of the other samples' images included."""
+    """Prefers the middle of all columns, including columns that only other samples' images need."""
 
     name = "measures-from-the-end"
     caught_by = ("KV10",)
@@ -34,7 +34,7 @@ class MeasuresFromTheEnd(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class CountsPaddedRows(ScoringPolicy):
-    """Lets the number of text rows decide, left padding included."""
+    """Scores by the number of text rows, left padding included."""
 
     name = "counts-padded-rows"
     caught_by = ("KV10",)
@@ -45,7 +45,7 @@ class CountsPaddedRows(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstComesFirst(ScoringPolicy):
-    """Reads a sample's place in the batch."""
+    """Scores by a sample's place in the batch."""
 
     name = "first-comes-first"
     caught_by = ("KV10",)
@@ -57,7 +57,7 @@ class FirstComesFirst(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class LooksAtTheDevice(ScoringPolicy):
-    """Can be caught only where there are two devices."""
+    """Scores by the device; only a machine with two devices can show it."""
 
     name = "looks-at-the-device"
 

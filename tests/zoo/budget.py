@@ -41,7 +41,7 @@ class Truncates(Ranking):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsUpInFloats(Ranking):
-    """7 % of 100 tokens are 7.000000000000001 in floats, and 8 when rounded up."""
+    """Rounds up in floats, where 7 % of 100 tokens are 7.000000000000001, hence 8."""
 
     name = "rounds-up-in-floats"
     caught_by = ("KV02",)
@@ -87,7 +87,7 @@ class FirstLayerOnly(Ranking):
 
 @dataclass(frozen=True, kw_only=True)
 class OneMoreInTheLastHead(Ranking):
-    """Heads share the budget of the layer, but together keep one more, if they are several."""
+    """Heads share the budget of the layer, but two or more heads together keep one token too many."""
 
     name = "one-more-in-the-last-head"
     budget_scope = "layer"

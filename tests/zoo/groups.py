@@ -1,4 +1,4 @@
-"""KV03 and KV05: samples, images and text rows that are left with nothing."""
+"""KV03 and KV05: samples, images or text rows without any kept token."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RefusedEmptyMask(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class StarvesAnImage(Ranking):
-    """The best tokens of all images together: one image may get none."""
+    """Keeps the best token of all images together, so that some images have none."""
 
     name = "starves-an-image"
     caught_by = ("KV03",)
@@ -46,7 +46,7 @@ class StarvesAnImage(Ranking):
 
 @dataclass(frozen=True, kw_only=True)
 class StarvesARow(CrossKVPolicy):
-    """Later layers get only what decoding sees: rows about an earlier image go blind in prefill."""
+    """Passes on only what decoding sees, so that rows about an earlier image see nothing in prefill."""
 
     name = "starves-a-row"
     caught_by = ("KV05", "KV03")

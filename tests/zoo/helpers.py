@@ -1,4 +1,4 @@
-"""What the broken policies share: making selections, rightly and wrongly."""
+"""What the broken policies share: correct scores, and selections with and without checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvprune import CrossKVPolicy, Decision, Selection, scoring
 
 
 def unchecked(indices, valid, columns):
-    """A selection made behind the back of all checks."""
+    """Return a selection that no check has seen."""
     selection = object.__new__(Selection)
     for name, value in (("indices", indices), ("valid", valid), ("columns", columns)):
         object.__setattr__(selection, name, value)
@@ -18,12 +18,12 @@ def unchecked(indices, valid, columns):
 
 
 def by_norm(view):
-    """Sound scores, [B, Hkv, S]."""
+    """Return correct scores, [B, Hkv, S]."""
     return view.values.double().norm(dim=-1)
 
 
 def keep(view, scores, limit):
-    """Keep as many of the best visible tokens as a number, or a tensor [B, S], says."""
+    """Keep the best visible tokens, as many as a number or a tensor [B, S] says."""
     strata = view.decode_strata
     if isinstance(limit, int):
         limit = torch.full_like(strata, limit)
@@ -31,13 +31,13 @@ def keep(view, scores, limit):
 
 
 def sizes(view):
-    """Number of tokens that decoding sees, by column, [B, S]."""
+    """Return the number of tokens that decoding sees, by column, [B, S]."""
     return scoring.stratum_sizes(view.decode_strata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking(CrossKVPolicy):
-    """A policy with a budget that does its own selecting."""
+    """A policy with a budget that makes its own selections."""
 
     keep_ratio: float = 0.5
 

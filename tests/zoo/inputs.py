@@ -1,4 +1,4 @@
-"""KV09, KV10, KV13: writing to what one was only given to look at."""
+"""KV09, KV10, KV11, KV13: policies that write to the tensors of their view."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NormalisesKeysInPlace(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class SortsTheCache(CrossKVPolicy):
-    """Puts the cached keys and values in the order of their norms, which decoding would not mind."""
+    """Sorts the cached keys and values by norm, which does not change what decoding computes."""
 
     name = "sorts-the-cache"
     caught_by = ("KV09", "KV10", "KV11")
@@ -46,7 +46,7 @@ class RollsTheValues(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class WritesVisibility(ScoringPolicy):
-    """Marks text before the image as live, for its own convenience."""
+    """Marks text before the image as live."""
 
     name = "writes-visibility"
     caught_by = ("KV10",)
@@ -58,7 +58,7 @@ class WritesVisibility(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class WritesGroups(ScoringPolicy):
-    """Writes to something that is derived from visibility and kept with it."""
+    """Writes to a tensor that is computed from visibility and cached with it."""
 
     name = "writes-groups"
     caught_by = ("KV10",)
@@ -70,7 +70,7 @@ class WritesGroups(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class WritesAndRestores(ScoringPolicy):
-    """What runs beside it sees the values halved."""
+    """Halves the values while it scores, which other threads would see."""
 
     name = "writes-and-restores"
     caught_by = ("KV10",)
@@ -95,7 +95,7 @@ class DoublesTheValues(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class WritesTheText(ScoringPolicy):
-    """Rotates the text's keys back in place, and leaves them so for decoding."""
+    """Changes the text's keys in place, and so what decoding reads."""
 
     name = "writes-the-text"
     caught_by = ("KV10", "KV13")

@@ -1,4 +1,4 @@
-"""KV07 and KV08: a budget of 1 that loses tokens."""
+"""KV07 and KV08: policies that drop tokens at the budget 1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AllButOne(Ranking):
 
 @dataclass(frozen=True, kw_only=True)
 class LosesTheLastTile(Ranking):
-    """Takes the last visible column for padding wherever there is padding."""
+    """Drops the last visible column if there is padding."""
 
     name = "loses-the-last-tile"
     caught_by = ("KV08",)

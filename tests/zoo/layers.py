@@ -1,4 +1,4 @@
-"""Policies that decide after prefill: sound about one layer, wrong about several at once."""
+"""KV02, KV10, KV14: policies that decide after prefill, correct for one layer but wrong for several."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoo.helpers import by_norm
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing(PrefillPolicy):
-    """Each layer keeps its budget and ``shift`` of it, as far as it has them."""
+    """Each layer keeps its budget and ``shift`` more tokens, as far as it has them."""
 
     keep_ratio: float = 0.5
 
@@ -48,7 +48,7 @@ class OneMoreInLaterLayers(Sharing):
 
 @dataclass(frozen=True, kw_only=True)
 class TakesBack(Sharing):
-    """The first layer gets one more and the second one less, and the other way round at odd budgets."""
+    """The first layer keeps one more and the second one less; the other way round at odd budgets."""
 
     name = "takes-back"
     caught_by = ("KV14",)
@@ -60,7 +60,7 @@ class TakesBack(Sharing):
 
 @dataclass(frozen=True, kw_only=True)
 class SharesWithTheBatch(Sharing):
-    """In company, the first layer gets one more and the second one less."""
+    """If the batch has several samples, the first layer keeps one more and the second one less."""
 
     name = "shares-with-the-batch"
     caught_by = ("KV10",)

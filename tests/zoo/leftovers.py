@@ -1,4 +1,4 @@
-"""KV12: what a policy may leave behind."""
+"""KV12: policies that leave hooks, attributes or settings behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zoo.helpers import by_norm
 
 
 def calling_modules():
-    """Modules that are running now, found by looking where one must not look."""
+    """Yield the modules that are running now, found in the frames of the callers."""
     frame = sys._getframe()
     while frame is not None:
         module = frame.f_locals.get("self")

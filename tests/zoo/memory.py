@@ -1,4 +1,4 @@
-"""KV10: policies that remember."""
+"""KV10: policies that keep state between calls, or read the clock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KeepsTheView(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class KeepsADetachedTensor(ScoringPolicy):
-    """No reference to the view or its tensors, and yet to their memory."""
+    """Keeps no reference to the view or its tensors, but one to their memory."""
 
     name = "keeps-a-detached-tensor"
     caught_by = ("KV10",)
@@ -92,7 +92,7 @@ class LooksAtTheLayerBefore(Ranking):
 
 @dataclass(frozen=True, kw_only=True)
 class WallClock(ScoringPolicy):
-    """Scores by the hour: the same within a test, another one after lunch."""
+    """Scores by the hour: the same within a test, but not an hour later."""
 
     name = "wall-clock"
     caught_by = ("KV10",)

@@ -1,4 +1,4 @@
-"""KV15: policies that merge what does not belong together, or lose some of it."""
+"""KV15: policies that merge unrelated tokens, or lose mass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zoo.helpers import by_norm, unchecked
 
 
 def merging(view, cells):
-    """Half of the visible tokens, and the others in the nearest of them within cells [B, S]."""
+    """Keep half of the visible tokens, and merge each other one into the nearest in its cell, [B, S]."""
     strata = view.decode_strata
     scores = by_norm(view).mean(1, keepdim=True)
     limit = scoring.limits(Budget(keep_ratio=0.5), strata)
@@ -22,12 +22,12 @@ def merging(view, cells):
 
 
 def soundly(view):
-    """What is seen, by image."""
+    """Merge correctly: seen tokens only, within their image."""
     return merging(view, view.images.expand_as(view.strata).masked_fill(view.strata != 0, -1))
 
 
 def altered(selection, **parts):
-    """The selection with another merge, behind the back of all checks."""
+    """Return the selection with another merge that no check has seen."""
     made = unchecked(selection.indices, selection.valid, selection.columns)
     object.__setattr__(made, "merge", dataclasses.replace(selection.merge, **parts))
     return made
@@ -44,7 +44,7 @@ class MergesAcrossImages(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class MergesPadding(CrossKVPolicy):
-    """Padding tiles lie in the same image."""
+    """Merges padding tiles as well, because they belong to the same image."""
 
     name = "merges-padding"
     caught_by = ("KV15",)
@@ -55,7 +55,7 @@ class MergesPadding(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class MergesIntoTheNext(CrossKVPolicy):
-    """Counts entries from one: kept columns go into their neighbour, and the last one into none."""
+    """Counts entries from one: kept columns go into the next entry, and the last one into none."""
 
     name = "merges-into-the-next"
     caught_by = ("KV15",)
@@ -81,7 +81,7 @@ class DividesByZero(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class BiasesFeatures(CrossKVPolicy):
-    """Wants a bias where there are no logits yet."""
+    """Asks for a bias of logits in a merge of features."""
 
     name = "biases-features"
     caught_by = ("KV15",)

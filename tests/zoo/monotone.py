@@ -1,4 +1,4 @@
-"""KV14: policies that say that they rank tokens."""
+"""KV14: policies that declare `ranks_tokens` although a larger budget drops tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoo.helpers import by_norm
 
 @dataclass(frozen=True, kw_only=True)
 class Stride(ScoringPolicy):
-    """Every n-th token: right in itself, but another budget has another stride."""
+    """Keeps every n-th token, where n depends on the budget."""
 
     name = "stride"
     caught_by = ("KV14",)

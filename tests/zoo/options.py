@@ -1,4 +1,4 @@
-"""The class: options that a spec does not bring back."""
+"""class: options that a spec does not restore, and classes that cannot be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zoo.helpers import by_norm
 
 @dataclass(frozen=True, kw_only=True)
 class HalvesItsOption(ScoringPolicy):
-    """Changes an option when it is made, so that its own spec makes another policy."""
+    """Changes an option in `__post_init__`, so that its own spec makes another policy."""
 
     name = "halves-its-option"
     caught_by = ("class",)
@@ -40,7 +40,7 @@ class NeedsAList(ScoringPolicy):
 
 @dataclass(frozen=True)
 class NotConstructible(ScoringPolicy):
-    """Raises whatever it is made with."""
+    """Cannot be constructed: raises for any options."""
 
     name = "not-constructible"
     caught_by = ("class",)

@@ -1,4 +1,4 @@
-"""KV04: policies that do not look at what is visible."""
+"""KV04: policies that ignore visibility."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoo.helpers import by_norm
 
 @dataclass(frozen=True, kw_only=True)
 class KeepsPadding(CrossKVPolicy):
-    """The higher half of all norms, and the best of each visible group."""
+    """Keeps the higher half of all norms, and the best token of each visibility group."""
 
     name = "keeps-padding"
     caught_by = ("KV04",)
@@ -26,7 +26,7 @@ class KeepsPadding(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class KeepsMissing(CrossKVPolicy):
-    """The last columns, whether they exist or not."""
+    """Keeps the last columns, whether they exist or not."""
 
     name = "keeps-missing"
     caught_by = ("KV04",)
@@ -39,7 +39,7 @@ class KeepsMissing(CrossKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class PassesPaddingOn(CrossKVPolicy):
-    """Later layers receive every other column, padding or not."""
+    """Passes every other column on to later layers, padding included."""
 
     name = "passes-padding-on"
     caught_by = ("KV04",)

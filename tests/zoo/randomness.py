@@ -1,4 +1,4 @@
-"""KV10: randomness that view.random() would have done right."""
+"""KV10: random policies that do not draw from `view.random()`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GlobalRandom(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class ReseedsTheWorld(ScoringPolicy):
-    """Repeats itself, by taking everybody else's randomness away."""
+    """Seeds the global generator, which changes what all other code draws."""
 
     name = "reseeds-the-world"
     caught_by = ("KV10",)
@@ -33,7 +33,7 @@ class ReseedsTheWorld(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class ForksTheWorld(ScoringPolicy):
-    """Leaves the global generator as it was, and yet draws what it happens to hold."""
+    """Leaves the global generator unchanged, but its answer depends on the state of it."""
 
     name = "forks-the-world"
     caught_by = ("KV10",)
@@ -55,7 +55,7 @@ class PythonRandom(ScoringPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawsForTheBatch(ScoringPolicy):
-    """From the right generator, but with a batch axis."""
+    """Draws from the right generator, but for the whole batch at once."""
 
     name = "draws-for-the-batch"
     caught_by = ("KV10",)

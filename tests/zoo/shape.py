@@ -1,4 +1,4 @@
-"""KV01: answers that are malformed, or no answers."""
+"""KV01: malformed answers, and errors instead of answers."""
 
 from __future__ import annotations
 

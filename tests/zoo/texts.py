@@ -1,4 +1,4 @@
-"""KV01, KV10: pruning text in ways that one mask for all heads and layers cannot serve, or by the batch."""
+"""KV01, KV10: text pruning that differs by head or layer, drops wrong entries, or depends on the batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvprune import CrossKVPolicy, Decision, Selection
 
 @dataclass(frozen=True, kw_only=True)
 class PrunesText(CrossKVPolicy):
-    """Leaves images alone, and drops the first real text entry of each sample where there are several."""
+    """Keeps all image tokens, and drops the first real text entry of samples that have several."""
 
     name = "prunes-text"
 

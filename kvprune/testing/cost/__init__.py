@@ -1,4 +1,4 @@
-"""Measuring policies by themselves: what one decision costs at the dimensions of a large model."""
+"""Measures what one decision of a policy costs at the dimensions of a large model: memory and time."""
 
 from kvprune.testing.cost.dimensions import LLAMA_11B, Dimensions, ask, make_problem
 from kvprune.testing.cost.measurements import MemoryReport, measure_all

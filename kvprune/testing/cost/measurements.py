@@ -1,4 +1,4 @@
-"""All measurements of one run, with what is needed to read them: machine, versions, date."""
+"""Measures several policies and reports the results with machine, versions and date."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class MemoryReport:
     """Measurements of several policies.
 
     Attributes:
-        measurements: one for each policy and dtype.
-        dimensions: shapes of the decisions.
-        repetitions: of the timing.
-        device: where they ran.
-        machine: processor or GPU, and threads.
-        versions: of Python, torch and kvprune.
-        date: of the run.
+        measurements: One for each policy and dtype.
+        dimensions: Shapes of the decisions.
+        repetitions: Number of repetitions that were timed.
+        device: Device on which they ran.
+        machine: Processor or GPU, and threads.
+        versions: Versions of Python, torch and kvprune.
+        date: Date of the run.
     """
 
     measurements: tuple[Measurement, ...]
@@ -64,9 +64,9 @@ def measure_all(
     Args:
         policies: What to measure.
         device: ``cpu`` or ``cuda``.
-        repetitions: Of the timing; 0 times nothing.
-        dimensions: Shapes.
-        on_progress: Called with what is done and what there is, before the first and after each measurement.
+        repetitions: Number of repetitions to time; 0 times nothing.
+        dimensions: Shapes of the decisions.
+        on_progress: Called with the number of measurements done and in total, at the start and after each.
 
     Raises:
         KVPruneError: If there is no such device, or `repetitions` is negative.
@@ -98,13 +98,13 @@ def measure_all(
 
 
 def machine(device: str) -> str:
-    """Return the GPU, or the kind of processor with its cores and the threads in use."""
+    """Return the name of the GPU; or the kind of processor, its cores, and the threads in use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}"
 
 
 def versions() -> dict[str, str]:
-    """Return versions of what was measured, and of what it ran on."""
+    """Return the versions of Python, kvprune and torch."""
     packages = {name: importlib.metadata.version(name) for name in ("kvprune", "torch")}
     return {"python": platform.python_version(), **packages}

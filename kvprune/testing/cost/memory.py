@@ -1,4 +1,4 @@
-"""How much memory one decision needs beside its inputs, and how long it takes."""
+"""Measures how much memory one decision needs besides its inputs, and how long it takes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Measurement:
     """One decision of one policy.
 
     Attributes:
-        spec: canonical spec of the policy.
-        dtype: of the model's tensors, such as ``bfloat16``.
-        peak_bytes: most bytes that the decision held at the same time beside its inputs, its result included.
-        seconds: median over the repetitions; None if nothing was timed.
+        spec: Canonical spec of the policy.
+        dtype: Dtype of the model's tensors, such as ``bfloat16``.
+        peak_bytes: Most bytes that the decision held at once besides its inputs, its result included.
+        seconds: Median over the repetitions; None if nothing was timed.
     """
 
     spec: str
@@ -38,14 +38,14 @@ class Measurement:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of storages that are created and alive at the same time, on any device.
+    """Context manager that counts bytes of storages that are created in it and alive at once, on any device.
 
-    Scratch memory inside a kernel is not seen. A context manager.
+    It does not see scratch memory inside a kernel.
 
     Attributes:
-        alive: bytes that are alive now.
-        peak: the most there were.
-        largest: bytes of the largest single storage.
+        alive: Bytes that are alive now.
+        peak: Most bytes that were alive at once.
+        largest: Bytes of the largest single storage.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class PeakMemory(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run an operation and count what it returns, unless that is a view of what was there."""
+        """Run an operation and count what it returns, unless that is a view of a known storage."""
         known = {one.untyped_storage().data_ptr() for one in tree_iter(args) if isinstance(one, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
@@ -85,14 +85,14 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Return the most bytes that a call holds beside what there is already.
+    """Return the most bytes that a call allocates at once.
 
-    On CUDA this is what PyTorch's allocator handed out, blocks rounded up and kernels' scratch memory
-    included; elsewhere the storages of all tensors that are created, counted by `PeakMemory`.
+    On CUDA, this is what PyTorch's allocator handed out, with blocks rounded up and kernels' scratch memory
+    included. On other devices, it is the storages of all tensors that the call creates (`PeakMemory`).
 
     Args:
         call: What to measure.
-        device: Where it works.
+        device: Device on which the call works.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -119,10 +119,10 @@ def measure(
 
     Args:
         policy: Any policy.
-        dimensions: Shapes; by default those of Llama-3.2-11B-Vision.
-        dtype: Of the model's tensors.
-        device: Where they are.
-        repetitions: Of the timing; 0 times nothing.
+        dimensions: Shapes of the decision; by default those of Llama-3.2-11B-Vision.
+        dtype: Dtype of the model's tensors.
+        device: Device of these tensors.
+        repetitions: Number of repetitions to time; 0 times nothing.
 
     Raises:
         KVPruneError: If `repetitions` is negative.

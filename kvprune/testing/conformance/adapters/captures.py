@@ -1,4 +1,4 @@
-"""Whether an adapter shows policies what the model computes: queries, keys, scaling and visibility."""
+"""Whether an adapter captures what the model computes: queries, keys, scaling and visibility."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.view import LayerView
-from kvprune.testing.conformance.adapters.declaration import recorder
-from kvprune.testing.conformance.common.findings import NotApplicable, Violation
-from kvprune.testing.conformance.models.calls import forward
-from kvprune.testing.conformance.models.setting import Setting
+from kvprune.testing.conformance.adapters.attachment import asking
+from kvprune.testing.conformance.common.results import NotApplicable, Violation
+from kvprune.testing.conformance.models.forward_calls import forward
+from kvprune.testing.conformance.models.scenario import Scenario
+from kvprune.testing.conformance.models.sites import Site
+from kvprune.testing.hooks import temporary
 
 __all__ = ["check_view"]
 
 _TOLERANCE = 1e-4
 
 
-def check_view(policy: CrossKVPolicy, setting: Setting) -> None:
-    """Attention recomputed from a view is the attention of the untouched model, row by row.
+def check_view(policy: CrossKVPolicy, scenario: Scenario) -> None:
+    """Attention recomputed from a view equals the untouched model's attention, row by row.
 
-    So queries belong to their samples, logits have the right factor, and live rows see exactly the columns
-    that the model lets them see: no padding.
+    This shows that queries belong to their samples, that the scaling of logits is right, and that live rows
+    see exactly the columns that the model lets them see.
     """
-    weights = _attention_of(setting)
+    weights = _attention_of(scenario)
     views: list[LayerView] = []
-    setting.prefill(recorder(views))
-    sites = {site.layer_idx: site.module for site in setting.sites(setting.model)}
+    scenario.prefill(asking(views.append, keeps_everything=True))
+    sites = {site.layer_idx: site.module for site in scenario.sites(scenario.model)}
     for view in views:
         where = f"layer {view.layer_idx}"
         if view.captured.queries is None or view.captured.raw_keys is None:
@@ -41,28 +44,27 @@ def check_view(policy: CrossKVPolicy, setting: Setting) -> None:
         with torch.no_grad():
             keys = raw if norm is None else norm(raw)
         if keys.shape != view.keys.shape or not (keys - view.keys).abs().max() <= _TOLERANCE:
-            raise Violation(f"raw keys of {where} to be the cached keys, before they were normed", "others")
+            raise Violation(f"raw keys of {where} to be the cached keys before their norm", "other keys")
 
 
-def _attention_of(setting: Setting) -> dict[int, Tensor]:
+def _attention_of(scenario: Scenario) -> dict[int, Tensor]:
     """Return the untouched model's attention in prefill, ``[B, Hq, T, S]`` by layer index."""
-    model, weights = copy.deepcopy(setting.pristine), {}
-    sites = setting.sites(model)
-    handles = []
-    for site in sites:
+    model = copy.deepcopy(scenario.pristine)
+    weights: dict[int, Tensor | None] = {}
 
-        def note(module: Any, args: Any, output: Any, layer_idx: int = site.layer_idx) -> None:
-            weights[layer_idx] = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    def watch(site: Site) -> RemovableHandle:
+        def note(module: Any, args: Any, output: Any) -> None:
+            weights[site.layer_idx] = output[1] if isinstance(output, tuple) and len(output) > 1 else None
 
-        handles.append(site.module.register_forward_hook(note))
-    try:
-        with torch.no_grad():
-            forward(model, setting.batch())
-    finally:
-        for handle in handles:
-            handle.remove()
+        handle: RemovableHandle = site.module.register_forward_hook(note)
+        return handle
+
+    with temporary(map(watch, scenario.sites(model))), torch.no_grad():
+        forward(model, scenario.batch())
     if any(weight is None for weight in weights.values()):
-        raise NotApplicable("the model's attention modules do not return attention weights, eager or not")
+        raise NotApplicable(
+            "the model's attention modules return no attention weights, not even in eager mode"
+        )
     return {layer_idx: weight for layer_idx, weight in weights.items() if weight is not None}
 
 
@@ -81,22 +83,23 @@ def _recomputed(view: LayerView) -> tuple[Tensor, Tensor]:
 
 
 def _require_attention(where: str, view: LayerView, got: Tensor, seen: Tensor, weights: Tensor) -> None:
-    samples = len(weights) // len(got)  # copies of a sample are shown once
+    """Raise unless recomputed attention ``[R, Hq, T, S]`` equals that of the model in live rows."""
+    copies = len(weights) // len(got)  # a view shows copies of a sample once
     for row, live in enumerate(view.live.tolist()):
-        truth = weights[row * samples]
+        truth = weights[row * copies]
         for text in (number for number, flag in enumerate(live) if flag):
             visible = set((truth[:, text] > 0).any(0).nonzero().flatten().tolist())
             claimed = set(seen[row, text].nonzero().flatten().tolist())
             if not visible <= claimed or (truth[:, text][:, sorted(claimed)] == 0).all(0).any():
                 raise Violation(
-                    f"text row {text} of sample {row} to see, in {where}, the columns that the model "
-                    f"attends to, {sorted(visible)}",
+                    f"text row {text} of sample {row} in {where} to see the columns that the model attends "
+                    f"to, {sorted(visible)}",
                     f"{sorted(claimed)}",
                 )
             apart = float((got[row, :, text] - truth[:, text]).abs().max())
             if not apart <= _TOLERANCE:
                 raise Violation(
-                    f"queries, keys and scaling of {where} that give the model's own attention "
+                    f"queries, keys and scaling of {where} that give the model's attention "
                     f"(sample {row}, text row {text})",
                     f"attention that differs by {apart:.2e}",
                 )

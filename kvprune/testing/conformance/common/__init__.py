@@ -1,1 +1,1 @@
-"""What both suites share."""
+"""What both suites share: results, search for failures, reproducers, isolation, budgets."""

@@ -1,4 +1,4 @@
-"""Which budgets a policy states, and the same policy with another one."""
+"""The budget that a policy states, and the same policy with other budgets and options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvprune.policy.spec import OptionValue
 __all__ = ["KEEP_RATIOS", "allowance", "keeping_all", "stated_budget", "variants", "widening"]
 
 KEEP_RATIOS = (0.01, 0.07, 0.1, 0.3, 1.0)
-"""Floats make 7.000000000000001 of 7 % of 100 tokens, and (1 - 0.9) of 10 is 0.9999999999999998."""
+"""Budgets to check. In floats, 0.07 * 100 is 7.000000000000001 and (1 - 0.9) * 10 is 0.9999999999999998."""
 
 _HUGE = 10**6
 
@@ -30,7 +30,7 @@ def stated_budget(policy: CrossKVPolicy) -> tuple[float | None, int | None] | No
 
 
 def allowance(policy: CrossKVPolicy, visible: int) -> int:
-    """How many of ``visible`` tokens the policy's budget keeps, in exact arithmetic, rounded up."""
+    """Return how many of ``visible`` tokens the policy's budget keeps, in exact arithmetic, rounded up."""
     stated = stated_budget(policy)
     assert stated is not None
     ratio, tokens = stated
@@ -40,7 +40,7 @@ def allowance(policy: CrossKVPolicy, visible: int) -> int:
 
 
 def keeping_all(policy: CrossKVPolicy) -> CrossKVPolicy | None:
-    """Return the policy with the budget 1; None if it has none."""
+    """Return the policy with ``keep_ratio=1.0``; None if it has no such option."""
     if not any(field.name == "keep_ratio" for field in dataclasses.fields(policy)):
         return None
     text = {"text_keep": 1.0} if "text_keep" in type(policy).option_types() else {}
@@ -48,9 +48,9 @@ def keeping_all(policy: CrossKVPolicy) -> CrossKVPolicy | None:
 
 
 def widening(policy: CrossKVPolicy) -> list[CrossKVPolicy]:
-    """Return the policy with budgets from small to large, in the option by which it states its own.
+    """Return the policy with budgets from small to large, in the option that states its own budget.
 
-    That is keep_ratio or keep_tokens, or else an option named ``*_ratio`` that is set (``k_ratio``).
+    This is keep_ratio or keep_tokens, or else an option named ``*_ratio`` that is set (``k_ratio``).
     """
     names = [field.name for field in dataclasses.fields(policy)]
     names.sort(key=lambda name: name not in ("keep_ratio", "keep_tokens"))
@@ -70,7 +70,7 @@ def widening(policy: CrossKVPolicy) -> list[CrossKVPolicy]:
 def variants(cls: type[CrossKVPolicy]) -> list[CrossKVPolicy]:
     """Return policies of a class that together show what it can do; the first has default options.
 
-    Each choice of a bool or Literal option is taken once, and those with a budget are taken with several.
+    Each choice of a bool or Literal option is taken once, and each option for a budget with several values.
 
     Raises:
         KVPruneError: If the class cannot be made with default options.
@@ -82,7 +82,7 @@ def variants(cls: type[CrossKVPolicy]) -> list[CrossKVPolicy]:
         made += [_with(default, keep_ratio=ratio) for ratio in KEEP_RATIOS]
     if "keep_tokens" in names:
         made += [_with(default, keep_ratio=None, keep_tokens=count) for count in (1, _HUGE)]
-    if "text_keep" in names:  # the fraction of text that a policy keeps; all of it by default
+    if "text_keep" in names:  # fraction of the text that a policy keeps, 1 by default
         made += [_with(default, text_keep=keep) for keep in (0.01, 0.5)]
     if issubclass(cls, ScoringPolicy):
         made += [policy and _with(policy, reach="onward") for policy in tuple(made)]
@@ -97,7 +97,7 @@ def variants(cls: type[CrossKVPolicy]) -> list[CrossKVPolicy]:
 
 
 def _choices(cls: type[CrossKVPolicy]) -> Iterator[tuple[str, list[OptionValue]]]:
-    """Yield each option whose values can be listed."""
+    """Yield the name and values of each option with a finite choice."""
     for name, annotation in cls.option_types().items():
         parts = typing.get_args(annotation) if typing.get_origin(annotation) is not typing.Literal else ()
         listed = [
@@ -110,7 +110,7 @@ def _choices(cls: type[CrossKVPolicy]) -> Iterator[tuple[str, list[OptionValue]]
 
 
 def _with(policy: CrossKVPolicy, **options: OptionValue) -> CrossKVPolicy | None:
-    """Return the policy with other options; None where it has none of that name, or refuses the value."""
+    """Return the policy with other options; None if it has no option of a name, or refuses a value."""
     if "keep_ratio" in options and options["keep_ratio"] is not None:
         options.setdefault("keep_tokens", None)
     if options.get("keep_tokens") is not None:

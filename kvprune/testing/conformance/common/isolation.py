@@ -1,6 +1,6 @@
-"""What belongs to the whole process or to a model and must be the same after a policy ran (KV12, and KV10).
+"""State of the process and of a model, which a policy must leave unchanged (KV12, and KV10 for generators).
 
-`isolated` puts it back, so that one badly behaved policy spoils neither later checks nor the caller.
+`isolated` restores it, so that a policy that changes it affects neither later checks nor the caller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["isolated", "model_state", "process_state", "random_state", "restore_random_state"]
+from kvprune.testing.conformance.common.results import Violation
+
+__all__ = [
+    "isolated",
+    "model_state",
+    "process_state",
+    "random_state",
+    "require_unchanged",
+    "restore_random_state",
+    "whole_state",
+]
 
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -45,7 +55,7 @@ def _global_hooks() -> dict[str, dict[Any, Any]]:
 
 
 def random_state() -> dict[str, Any]:
-    """State of each global generator, by name: torch, random, and numpy if it is loaded."""
+    """Return the state of each global generator, by name: torch, random, and numpy if it is loaded."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
     if "numpy" in sys.modules:
         state["numpy"] = sys.modules["numpy"].random.get_state()
@@ -61,7 +71,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def process_state() -> dict[str, object]:
-    """Return what torch and transformers hold for the whole process, by a name that a message can show."""
+    """Return the global state of torch and transformers, by names that a message can show."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return {
@@ -82,7 +92,7 @@ def process_state() -> dict[str, object]:
 
 
 def model_state(model: Any) -> dict[str, object]:
-    """Return everything that an attachment could change: hooks, attributes, parameters, configuration."""
+    """Return what an attachment could change in a model: hooks, attributes, weights, configuration."""
     state: dict[str, object] = {"configuration": model.config.to_dict()}
     for name, module in model.named_modules():
         where = name or type(model).__name__
@@ -98,9 +108,22 @@ def model_state(model: Any) -> dict[str, object]:
     return state
 
 
+def whole_state(model: Any) -> dict[str, object]:
+    """Return `model_state` and `process_state` together."""
+    return {**model_state(model), **process_state()}
+
+
+def require_unchanged(when: str, before: dict[str, object], after: dict[str, object]) -> None:
+    """Raise `Violation`, with the names of what differs, unless two states are equal."""
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise Violation(f"model and process unchanged {when}", f"changed: {', '.join(changed[:3])}{more}")
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Undo, afterwards, what a policy did to the process as a whole."""
+    """Restore, after the block, global state that a policy changed."""
     generators = random_state()
     grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     hooks = {name: dict(found) for name, found in _global_hooks().items()}

@@ -1,4 +1,4 @@
-"""A failure as Python code that can be pasted: the policy, the problem, and the check again."""
+"""Writes a failure as Python code that can be pasted: the policy, the problem, and the check."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def adapter_snippet(
 
 
 def _named(thing: Any) -> tuple[str, str]:
-    """Return the import of a class or function, and its name; or a comment where it cannot be imported."""
+    """Return the import of a class or function, and its name; or a comment if it cannot be imported."""
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if module is None or name is None or "<" in name or module == "__main__":
         told = f"{name or type(thing).__name__} of {module}"

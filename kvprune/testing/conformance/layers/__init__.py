@@ -1,1 +1,1 @@
-"""Checks of a policy on generated layer problems, without a model."""
+"""Checks of what a policy answers about layer problems, without a model."""

@@ -1,4 +1,4 @@
-"""Purity of a policy on one layer's view (KV10), and answers that stay as they were given (KV06)."""
+"""Checks that a policy is a pure function of one layer's view (KV10), and leaves its answers alone (KV06)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView
-from kvprune.testing.conformance.common.findings import Violation
-from kvprune.testing.conformance.layers.decisions import answer, pose
+from kvprune.testing.conformance.common.results import Violation
+from kvprune.testing.conformance.layers.answers import answer, pose, selections_of
 from kvprune.testing.cutting import cut_to_sample
 from kvprune.testing.problems import LayerProblem
 from kvprune.testing.reference import kept_bits, same_by_head, takers
@@ -31,7 +31,6 @@ __all__ = [
     "check_instance",
     "check_order",
     "check_references",
-    "is_exact",
     "require_same",
 ]
 
@@ -39,7 +38,7 @@ Written = tuple[object, ...]
 
 
 def written(decision: Decision) -> Written:
-    """A decision as plain numbers, which nobody can change afterwards."""
+    """Return a decision as plain numbers, which nobody can change afterwards."""
 
     def plain(selection: Selection | None) -> object:
         return selection and (
@@ -78,7 +77,7 @@ def _short(decision: Written) -> str:
 
 
 def check_inputs(policy: CrossKVPolicy, problem: LayerProblem) -> None:
-    """KV10: the view's tensors stay as they were, those derived from visibility included."""
+    """KV10: the policy leaves the view's tensors unchanged, those derived from visibility included."""
     view, fresh = pose(policy, problem), pose(policy, problem)
     tensors = _tensors(view)
     versions = {name: tensor._version for name, tensor in tensors.items()}
@@ -86,12 +85,12 @@ def check_inputs(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     after, before = _tensors(view), _tensors(fresh)
     for name, tensor in after.items():
         if tensor is not tensors[name] or not torch.equal(tensor, before[name]):
-            raise Violation(f"view.{name} to stay as it was", "another content")
+            raise Violation(f"view.{name} unchanged", "other contents")
         if tensor._version != versions[name]:
-            raise Violation(f"no writing to view.{name}", "it was written to, and put back")
+            raise Violation(f"no writing to view.{name}", "it was written to and restored")
     for name in ("visible", "visible_in_prefill", "groups", "strata"):
         if not torch.equal(getattr(view, name), getattr(fresh, name)):
-            raise Violation(f"view.{name} to stay as it was", "another content")
+            raise Violation(f"view.{name} unchanged", "other contents")
 
 
 def _tensors(view: FeatureView | LayerView) -> dict[str, torch.Tensor]:
@@ -108,7 +107,7 @@ def _tensors(view: FeatureView | LayerView) -> dict[str, torch.Tensor]:
 
 
 def check_order(policy: CrossKVPolicy, problem: LayerProblem) -> None:
-    """KV10: the same answers again, whatever was asked in between, and in another layer order."""
+    """KV10: the answers do not depend on what was asked before, nor on the order of layers."""
     layers = [dataclasses.replace(problem, rank=rank) for rank in range(problem.num_layers)]
     forwards = [ask(policy, layer) for layer in layers]
     ask(policy, dataclasses.replace(problem, seed=problem.seed + 1))
@@ -117,11 +116,11 @@ def check_order(policy: CrossKVPolicy, problem: LayerProblem) -> None:
         require_same(f"the same answer again at rank {layer.rank}", first, second)
     anew = [ask(dataclasses.replace(policy), layer) for layer in layers]
     for layer, first, second in zip(layers, forwards, anew, strict=True):
-        require_same(f"the same answer of an equal policy at rank {layer.rank}", first, second)
+        require_same(f"the same answer from an equal policy at rank {layer.rank}", first, second)
 
 
 def check_references(policy: CrossKVPolicy, problem: LayerProblem) -> None:
-    """KV10: keeps no reference to the view or its tensors, which would keep their memory."""
+    """KV10: the policy keeps no reference to the view or its tensors, which would keep their memory."""
     view = pose(policy, problem)
     watched: dict[str, Callable[[], bool]] = {}
     for name, tensor in _tensors(view).items():
@@ -130,17 +129,17 @@ def check_references(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     reference = weakref.ref(view)
     watched["itself"] = lambda: reference() is None
     answer(policy, view)
-    del view, tensor  # and with the view, its text
+    del view, tensor  # this also releases the view's text
     if not all(gone() for gone in watched.values()):
-        gc.collect()  # perhaps only a cycle of an exception or a closure
+        gc.collect()  # a cycle, such as that of an exception or a closure, is no reference to keep
     alive = [name for name, gone in watched.items() if not gone()]
     if alive:
         raise Violation("no reference to the view after the call", f"still alive: {', '.join(alive)}")
 
 
 def check_instance(policy: CrossKVPolicy, problem: LayerProblem) -> None:
-    """KV10: the policy and its class are the same afterwards; a policy holds options and nothing else."""
-    policy = dataclasses.replace(policy)  # what is cached on an instance is cached in its first call
+    """KV10: the call leaves the policy and its class unchanged: a policy holds options and nothing else."""
+    policy = dataclasses.replace(policy)  # a new instance: caching on it shows in its first call
     before = _held_by(policy)
     answer(policy, pose(policy, problem))
     after = _held_by(policy)
@@ -159,41 +158,31 @@ def _held_by(policy: CrossKVPolicy) -> dict[str, object]:
     return held
 
 
-def is_exact(problem: LayerProblem) -> bool:
-    """Whether a sample may be compared with itself in a batch: no ties that rounding could order anew."""
-    return (
-        len(problem.layouts) > 1 and problem.content == "random" and problem.dtype in ("float32", "float64")
-    )
-
-
 def check_alone(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     """KV10: a sample selects alone what it selects in a batch, without the padding that the batch needs."""
-    view = pose(policy, problem)
-    together = answer(policy, view)
+    together = dict(selections_of(answer(policy, pose(policy, problem))))
     for sample in range(len(problem.layouts)):
         alone_view = cut_to_sample(pose(policy, problem), problem, sample)
-        alone = answer(policy, alone_view)
+        alone = dict(selections_of(answer(policy, alone_view)))
         for part in ("cache", "onward"):
-            in_batch, by_itself = getattr(together, part), getattr(alone, part)
-            if (in_batch is None) != (by_itself is None):
+            if (part in together) != (part in alone):
                 raise Violation(f"{part} of sample {sample} alone as in the batch", "one is None, one is not")
-            if in_batch is None:
-                continue
-            first, second = kept_bits(in_batch)[sample], kept_bits(by_itself)[0]
-            if not same_by_head(first, second):
-                raise Violation(
-                    f"{part} of sample {sample} alone as in the batch, {_listed(first)}", _listed(second)
-                )
-            joined, by_itself_joined = takers(in_batch)[sample], takers(by_itself)[0]
-            if not same_by_head(joined, by_itself_joined):
-                raise Violation(
-                    f"{part} of sample {sample} alone to merge as in the batch, {joined}",
-                    f"{by_itself_joined}",
-                )
+            if part in together:
+                _require_same_sample(f"{part} of sample {sample} alone", together[part], sample, alone[part])
+
+
+def _require_same_sample(where: str, together: Selection, sample: int, alone: Selection) -> None:
+    """Raise unless a sample of a batch keeps and merges what the only sample of another selection does."""
+    in_batch, by_itself = kept_bits(together)[sample], kept_bits(alone)[0]
+    if not same_by_head(in_batch, by_itself):
+        raise Violation(f"{where} as in the batch, {_listed(in_batch)}", _listed(by_itself))
+    merged_in_batch, merged_alone = takers(together)[sample], takers(alone)[0]
+    if not same_by_head(merged_in_batch, merged_alone):
+        raise Violation(f"{where} to merge as in the batch, {merged_in_batch}", f"{merged_alone}")
 
 
 def _listed(by_head: list[set[tuple[int, int]]]) -> str:
-    """Kept columns, and the bits of those that are quantized."""
+    """Write kept columns by head, with the bits of those that are quantized."""
     return "; ".join(
         f"[{', '.join(f'{c}' if bits == OWN_BITS else f'{c} at {bits} bits' for c, bits in sorted(kept))}]"
         for kept in by_head
@@ -209,5 +198,5 @@ def check_answers_stay(policy: CrossKVPolicy, problem: LayerProblem) -> None:
         for earlier, kept, as_given in given:
             if written(kept) != as_given:
                 raise Violation(
-                    f"the answer given at rank {earlier} to stay as it was", f"another one after rank {rank}"
+                    f"the answer given at rank {earlier} unchanged", f"another answer after rank {rank}"
                 )

@@ -1,1 +1,1 @@
-"""Checks on tiny models that generate."""
+"""Checks of what tiny models compute under a policy."""

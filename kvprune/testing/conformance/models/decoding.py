@@ -1,12 +1,13 @@
-"""What a model generates under a policy, compared with the untouched one: KV06 to KV09, KV12, KV13.
+"""What a tiny model generates under a policy, compared with the untouched model: KV06 to KV09, KV12, KV13.
 
-Each check is a function of a policy and a `Setting`.
+Each check is a function of a policy and a `Scenario`.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.session.compression import Compression
 from kvprune.testing.conformance.common.budgets import keeping_all
-from kvprune.testing.conformance.common.findings import Violation
-from kvprune.testing.conformance.common.isolation import model_state, process_state
-from kvprune.testing.conformance.models.alignment import require_aligned
-from kvprune.testing.conformance.models.setting import Generated, Setting, difference, run_under
+from kvprune.testing.conformance.common.isolation import require_unchanged, whole_state
+from kvprune.testing.conformance.common.results import Violation
+from kvprune.testing.conformance.models.cache_contents import require_aligned
+from kvprune.testing.conformance.models.scenario import Generated, Scenario, difference
 from kvprune.testing.conformance.models.sites import Site
+from kvprune.testing.hooks import temporary
 
 __all__ = [
     "check_clean_exit",
@@ -30,13 +32,12 @@ __all__ = [
     "check_oracle",
     "check_storage_order",
     "require_close",
-    "require_unchanged",
 ]
 
 
-def check_mask_width(policy: CrossKVPolicy, setting: Setting) -> None:
-    """KV06: at each step, each layer's mask is as wide as what the layer attends to."""
-    model = setting.model
+def check_mask_width(policy: CrossKVPolicy, scenario: Scenario) -> None:
+    """KV06: at each step, each layer's mask is as wide as the keys that the layer attends to."""
+    model = scenario.model
     wrong: list[str] = []
 
     def watch(site: Site) -> Any:
@@ -48,17 +49,13 @@ def check_mask_width(policy: CrossKVPolicy, setting: Setting) -> None:
 
         return site.module.register_forward_pre_hook(look, with_kwargs=True)
 
-    with setting.compress(policy):
-        handles = [watch(site) for site in setting.sites(model)]
+    with scenario.compress(policy), temporary(map(watch, scenario.sites(model))):
         try:
-            setting.generate(model)
+            scenario.generate(model)
         except Exception as error:
             if not wrong:
                 raise
             wrong[0] += f" ({type(error).__name__} followed)"
-        finally:
-            for handle in handles:
-                handle.remove()
     if wrong:
         raise Violation("masks as wide as what each layer holds", wrong[0])
 
@@ -66,91 +63,92 @@ def check_mask_width(policy: CrossKVPolicy, setting: Setting) -> None:
 def _width(site: Site, cache: Any, states: Any) -> int:
     """Return how many columns a layer is about to attend to."""
     flat, filled = cache, states is None
-    if isinstance(cache, EncoderDecoderCache):  # states come at each step
+    if isinstance(cache, EncoderDecoderCache):  # here, encoder states are given at each step
         flat, filled = cache.cross_attention_cache, bool(cache.is_updated.get(site.layer_idx))
     width: int = (flat.layers[site.layer_idx].keys if filled else states).shape[-2]
     return width
 
 
-def check_identity(policy: CrossKVPolicy, setting: Setting) -> None:
-    """KV07: keeping all is bit-identical to the untouched model."""
+def check_identity(policy: CrossKVPolicy, scenario: Scenario) -> None:
+    """KV07: keeping all tokens is bit-identical to the untouched model."""
     unlimited = keeping_all(policy) or policy
-    if not setting.all_visible and not (unlimited is policy and policy.keeps_invisible):
+    if not scenario.all_visible and not (unlimited is policy and policy.keeps_invisible):
         return
-    run, generated = run_under(unlimited, setting)
+    run, generated = scenario.run(unlimited)
     if _quantizes(run):
-        _require_full_precision_in_prefill(unlimited, generated, setting)
+        _require_full_precision_in_prefill(unlimited, generated, scenario)
         return
-    if not torch.equal(generated.sequences, setting.stock.sequences) or not torch.equal(
-        generated.logits, setting.stock.logits
+    if not torch.equal(generated.sequences, scenario.stock.sequences) or not torch.equal(
+        generated.logits, scenario.stock.logits
     ):
         raise Violation(
             f"logits of {unlimited.spec} bit-identical to the untouched model",
-            f"a difference of {difference(generated, setting.stock)}",
+            f"a difference of {difference(generated, scenario.stock)}",
         )
-    # Copies of a sample, such as its beams, are held once.
-    layers = setting.layers_of(generated.cache).values()
+    # Copies of a sample, such as its beams, share storage.
+    layers = scenario.layers_of(generated.cache).values()
     held = sum(layer.bytes_held * layer.copies for layer in layers)
     if held != run.report.bytes_full:
         raise Violation(f"{unlimited.spec} to hold all {run.report.bytes_full} bytes", f"{held}")
 
 
-def check_lossless(policy: CrossKVPolicy, setting: Setting) -> None:
+def check_lossless(policy: CrossKVPolicy, scenario: Scenario) -> None:
     """KV08: dropping only what decoding cannot see changes nothing."""
     unlimited = keeping_all(policy) or policy
-    run, generated = run_under(unlimited, setting)
+    run, generated = scenario.run(unlimited)
     early = any(selection is not None for selection in run.prefill_selections.values())
-    if early and not setting.all_live:
-        return  # text before the image attends to padding in stock: dropping that early is a change
+    if early and not scenario.all_live:
+        return  # stock text before an image attends to padding, so dropping that early is a change
     if _quantizes(run):
-        _require_full_precision_in_prefill(unlimited, generated, setting)
+        _require_full_precision_in_prefill(unlimited, generated, scenario)
         return
-    require_close(f"{unlimited.spec} to decode like the untouched model", generated, setting.stock, setting)
+    require_close(f"{unlimited.spec} to decode like the untouched model", generated, scenario.stock, scenario)
 
 
 def _quantizes(run: Compression) -> bool:
     return any(selection.quantizes for selection in run.selections.values())
 
 
-def _require_full_precision_in_prefill(policy: CrossKVPolicy, generated: Generated, setting: Setting) -> None:
-    """Raise unless the first step's logits are those of stock, and later ones are not.
+def _require_full_precision_in_prefill(
+    policy: CrossKVPolicy, generated: Generated, scenario: Scenario
+) -> None:
+    """Raise unless the first logits are those of the untouched model, and later ones are not.
 
-    Keeping all in few bits changes decoding, by what KV13 says and no more; and prefill not at all.
+    Holding all tokens in few bits changes decoding, as KV13 checks, and leaves prefill unchanged.
     """
-    first, stock = generated.logits[0], setting.stock.logits[0]
+    first, stock = generated.logits[0], scenario.stock.logits[0]
     apart = float((first - stock).abs().max()) if first.shape == stock.shape else float("inf")
-    if not apart <= setting.tolerance:
+    if not apart <= scenario.tolerance:
         raise Violation(
             f"prefill under {policy.spec} to attend in full precision", f"logits that differ by {apart:.2e}"
         )
-    if len(generated.logits) > 1 and torch.equal(generated.logits, setting.stock.logits):
-        raise Violation(f"decoding under {policy.spec} to read quantized entries", "the logits of stock")
+    if len(generated.logits) > 1 and torch.equal(generated.logits, scenario.stock.logits):
+        raise Violation(
+            f"decoding under {policy.spec} to read quantized entries", "the logits of the untouched model"
+        )
 
 
-def check_storage_order(policy: CrossKVPolicy, setting: Setting) -> None:
-    """KV09: kept tokens decode the same in any order, and each is the one that its column says."""
-    run, cache = setting.prefill(policy)
-    require_aligned(run, setting.layers_of(cache), setting)
-    _, expected = run_under(policy, setting)
-    model = setting.model
-    draw = random.Random(setting.seed)
+def check_storage_order(policy: CrossKVPolicy, scenario: Scenario) -> None:
+    """KV09: kept tokens decode the same in any order, and each holds the numbers of its column."""
+    run, cache = scenario.prefill(policy)
+    require_aligned(run, scenario.layers_of(cache), scenario)
+    _, expected = scenario.run(policy)
+    model = scenario.model
+    draw = random.Random(scenario.seed)
 
     def shuffle(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        for layer in setting.layers_of(output.past_key_values).values():
+        for layer in scenario.layers_of(output.past_key_values).values():
             if isinstance(layer, CrossKVLayer) and layer.slots is not None and layer.valid is not None:
                 _shuffle(layer, draw)
 
-    handle = model.register_forward_hook(shuffle, with_kwargs=True)
-    try:
-        with setting.compress(policy):
-            got = setting.generate(model)
-    finally:
-        handle.remove()
-    require_close("the same logits in any order of kept tokens", got, expected, setting)
+    hooks = [model.register_forward_hook(shuffle, with_kwargs=True)]
+    with temporary(hooks), scenario.compress(policy):
+        got = scenario.generate(model)
+    require_close("the same logits in any order of kept tokens", got, expected, scenario)
 
 
 def _shuffle(layer: CrossKVLayer, draw: random.Random) -> None:
-    """Put the entries of a layer in another order; those of one precision stay together."""
+    """Shuffle the entries of a layer; those of one precision stay together."""
     assert layer.slots is not None
     assert layer.valid is not None
     orders, first, pools = [], 0, []
@@ -168,51 +166,39 @@ def _shuffle(layer: CrossKVLayer, draw: random.Random) -> None:
     layer.bias = None if layer.bias is None else layer.bias[..., orders]
 
 
-def check_clean_exit(policy: CrossKVPolicy, setting: Setting) -> None:
-    """KV12: model and process are as before, also after an exception inside generate."""
-    model, process = copy.deepcopy(setting.pristine), process_state()
-    before = {**model_state(model), **process}
+def check_clean_exit(policy: CrossKVPolicy, scenario: Scenario) -> None:
+    """KV12: model and process are unchanged, also after an exception inside generate."""
+    model = copy.deepcopy(scenario.pristine)
+    before = whole_state(model)
 
     def run() -> None:
-        with Compression(setting.adapter_class(model), policy, setting.seed):
-            setting.generate(model)
+        with Compression(scenario.adapter_class(model), policy, scenario.seed):
+            scenario.generate(model)
 
     run()
-    require_unchanged("after exit", before, {**model_state(model), **process_state()})
+    require_unchanged("after exit", before, whole_state(model))
 
     def fail(*call: Any) -> None:
         raise MemoryError("raised by the check")
 
-    handle = (model.get_output_embeddings() or model).register_forward_hook(fail)
-    try:
+    failing = (model.get_output_embeddings() or model).register_forward_hook(fail)
+    with temporary([failing]), suppress(MemoryError):
         run()
-    except MemoryError:
-        pass
-    finally:
-        handle.remove()
-    require_unchanged("after an exception", before, {**model_state(model), **process_state()})
+    require_unchanged("after an exception", before, whole_state(model))
 
 
-def require_unchanged(when: str, before: dict[str, object], after: dict[str, object]) -> None:
-    """Raise, naming what differs between two states of model and process."""
-    changed = [name for name in before | after if before.get(name) != after.get(name)]
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise Violation(f"model and process as before, {when}", f"changed: {', '.join(changed[:3])}{more}")
+def check_oracle(policy: CrossKVPolicy, scenario: Scenario) -> None:
+    """KV13: the model generates under the policy what the untouched one does with dropped columns masked."""
+    run, generated = scenario.run(policy)
+    with scenario.masked(run):
+        expected = scenario.generate(scenario.pristine)
+    require_close("generation equal to the masked oracle", generated, expected, scenario)
 
 
-def check_oracle(policy: CrossKVPolicy, setting: Setting) -> None:
-    """KV13: generating under the policy equals the untouched model with the dropped columns masked."""
-    run, generated = run_under(policy, setting)
-    with setting.masked(run):
-        expected = setting.generate(setting.pristine)
-    require_close("generation equal to the masked oracle", generated, expected, setting)
-
-
-def require_close(what: str, got: Generated, expected: Generated, setting: Setting) -> None:
-    """Raise unless logits are equal to rounding, and tokens equal."""
+def require_close(what: str, got: Generated, expected: Generated, scenario: Scenario) -> None:
+    """Raise unless logits are equal up to rounding, and tokens are equal."""
     apart = difference(got, expected)
-    if not apart <= setting.tolerance:
-        raise Violation(f"{what}, to {setting.tolerance:g}", f"logits that differ by {apart:.2e}")
+    if not apart <= scenario.tolerance:
+        raise Violation(f"{what}, to {scenario.tolerance:g}", f"logits that differ by {apart:.2e}")
     if not torch.equal(got.sequences, expected.sequences):
         raise Violation(what, f"tokens {got.sequences.tolist()} instead of {expected.sequences.tolist()}")

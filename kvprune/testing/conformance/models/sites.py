@@ -9,7 +9,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.errors import UnsupportedModelError
-from kvprune.testing.conformance.common.findings import NotApplicable
+from kvprune.testing.conformance.common.results import NotApplicable
 
 __all__ = ["Site", "attention_sites", "cross_layers"]
 

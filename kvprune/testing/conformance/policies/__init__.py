@@ -1,1 +1,1 @@
-"""Checks of policies: the suite and its table."""
+"""The conformance suite for policies: its table of invariants, its runner, and the check of the class."""

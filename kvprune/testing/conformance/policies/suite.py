@@ -1,27 +1,27 @@
-"""`check_policy`: resolves what is to be checked, runs the table, reports."""
+"""`check_policy` and `recheck`: find the policy to check, run the invariants, and report."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 
-from kvprune.errors import ConformanceError, PolicyOptionError, UnknownInvariantError
+from kvprune.errors import PolicyOptionError, UnknownInvariantError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.options import required_options
 from kvprune.policy.spec import PolicySpec
 from kvprune.session.registry import load
 from kvprune.testing.conformance.common.budgets import variants
-from kvprune.testing.conformance.common.findings import ConformanceReport, Result
 from kvprune.testing.conformance.common.reproducers import snippet
+from kvprune.testing.conformance.common.results import ConformanceReport, Result, conclude
 from kvprune.testing.conformance.common.search import run_check
-from kvprune.testing.conformance.policies.classes import check_class, class_warnings
-from kvprune.testing.conformance.policies.lab import Lab
-from kvprune.testing.conformance.policies.table import CLASS, INVARIANTS, Invariant
+from kvprune.testing.conformance.policies.invariants import CLASS, INVARIANTS, Invariant
+from kvprune.testing.conformance.policies.policy_class import check_class, class_warnings
+from kvprune.testing.conformance.policies.runner import Runner
 from kvprune.testing.problems import LayerProblem, ModelProblem
 from kvprune.text import suggestion
 
-__all__ = ["as_expected", "check_policy", "failure_of", "recheck"]
+__all__ = ["check_policy", "recheck"]
 
 
 def check_policy(
@@ -34,23 +34,25 @@ def check_policy(
 ) -> ConformanceReport:
     """Check a policy against the invariants KV01 to KV15, as far as a policy can break them.
 
-    A class, or the bare name of an installed policy, is checked with its default options and with several
-    budgets and choices of its other options; a policy, or a spec with options, as it is.
+    A class, or the name of an installed policy without options, is checked with its default options, with
+    several budgets, and with each choice of its other options. A policy, or a spec with options, is checked
+    as it is.
 
     Args:
         policy: A class, a policy, or a spec such as ``"trim:k_ratio=0.1"``.
-        only: Ids of the invariants to check (and "class"); all by default.
-        expected_failures: Reasons by id: these invariants must fail, which is reported and is no error.
-        seed: Of the generated problems; the same seed poses the same problems.
-        examples: Generated problems for each check, besides the corners that are always posed.
+        only: Ids of the invariants to check, or "class"; all by default.
+        expected_failures: Reasons by id: these invariants must fail. That is reported, and is no error.
+        seed: Seed of the generated problems; the same seed poses the same problems.
+        examples: Number of generated problems for each invariant, besides the corner cases that are always
+            posed.
 
     Returns:
         The report, if the policy passed.
 
     Raises:
-        ConformanceError: If an invariant fails, or one passes that is expected to fail. The message holds
+        ConformanceError: If an invariant fails, or passes although it is expected to fail. The message holds
             each id, what was expected, what was got, and code that reproduces it; ``.report`` is the report.
-        UnknownInvariantError: If there is no invariant of an id.
+        UnknownInvariantError: If no invariant has an id.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If there is no such policy.
 
     Example:
@@ -63,22 +65,15 @@ def check_policy(
     for wanted in (*(only or ()), *expected):
         _row(wanted)
     subject, cls, made = _resolve(policy)
-    lab = Lab(seed, examples)
+    runner = Runner(seed, examples)
     checked = _checked_class(cls, made)
     results = [checked] if only is None or CLASS.id in only or checked.outcome == "failed" else []
     # A class of which no policy can be made has no answers to check.
     if made or checked.outcome == "passed":
         policies = made or variants(cls)
-        results += [lab.check(row, policies) for row in INVARIANTS if only is None or row.id in only]
-    report = ConformanceReport(
-        subject=subject,
-        seed=seed,
-        results=tuple(as_expected(result, expected.get(result.id)) for result in results),
-        warnings=class_warnings(cls) if checked.outcome == "passed" else (),
-    )
-    if not report.passed:
-        raise failure_of(report)
-    return report
+        results += [runner.check(row, policies) for row in INVARIANTS if only is None or row.id in only]
+    warnings = class_warnings(cls) if checked.outcome == "passed" else ()
+    return conclude(subject, seed, results, expected, warnings)
 
 
 def recheck(
@@ -86,10 +81,10 @@ def recheck(
     policy: str | PolicySpec | CrossKVPolicy | type[CrossKVPolicy],
     problem: LayerProblem | ModelProblem | None = None,
 ) -> Result:
-    """Check one invariant on one problem: what reproducers of `check_policy` call.
+    """Check one invariant on one problem. Reproducers of `check_policy` call this.
 
     Args:
-        invariant: Its id.
+        invariant: Id of the invariant.
         policy: As for `check_policy`.
         problem: The problem; None for "class".
 
@@ -98,7 +93,7 @@ def recheck(
 
     Raises:
         ConformanceError: If the check fails.
-        UnknownInvariantError: If there is none of this id, or it is not checked on such a problem.
+        UnknownInvariantError: If no invariant has this id, or it is not checked on such a problem.
     """
     row = _row(invariant)
     subject, cls, made = _resolve(policy)
@@ -108,9 +103,8 @@ def recheck(
         checks = row.on_layers if isinstance(problem, LayerProblem) else row.on_models
         if problem is None or not checks:
             raise UnknownInvariantError(f"{invariant} is not checked on a {type(problem).__name__}")
-        result = Lab(0, 0).check(row, made or variants(cls), problem)
-    if result.outcome == "failed":
-        raise failure_of(ConformanceReport(subject=subject, seed=0, results=(result,)))
+        result = Runner(0, 0).check(row, made or variants(cls), problem)
+    conclude(subject, 0, [result], {})
     return result
 
 
@@ -121,12 +115,6 @@ def _row(invariant: str) -> Invariant:
             f"no invariant {invariant!r}{suggestion(invariant, rows)} (there are {', '.join(rows)})"
         )
     return rows[invariant]
-
-
-def failure_of(report: ConformanceReport) -> ConformanceError:
-    """Return the error that tells all failures of a report."""
-    ids = ", ".join(f"{result.id} ({result.outcome})" for result in report.failures)
-    return ConformanceError("\n".join([f"{report.subject} breaks {ids}", *report.explanations]), report)
 
 
 def _require_hypothesis() -> None:
@@ -142,7 +130,7 @@ def _require_hypothesis() -> None:
 def _resolve(
     policy: str | PolicySpec | CrossKVPolicy | type[CrossKVPolicy],
 ) -> tuple[str, type[CrossKVPolicy], list[CrossKVPolicy]]:
-    """Return what to call it, its class, and the one policy to check, or none for variants of the class."""
+    """Return a name for reports, the class, and the one policy to check (none: variants of the class)."""
     if isinstance(policy, str):
         policy = PolicySpec.parse(policy)
     if isinstance(policy, PolicySpec) and not policy.options:
@@ -161,31 +149,12 @@ def _resolve(
 
 
 def _checked_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> Result:
+    """Check the class itself."""
     start = time.perf_counter()
     violation = run_check(lambda: check_class(cls, made))
     seconds = time.perf_counter() - start
+    result = partial(Result, id=CLASS.id, title=CLASS.title, problems=1, seconds=seconds)
     if violation is None:
-        return Result(id=CLASS.id, title=CLASS.title, outcome="passed", problems=1, seconds=seconds)
-    return Result(
-        id=CLASS.id,
-        title=CLASS.title,
-        outcome="failed",
-        problems=1,
-        seconds=seconds,
-        detail=violation.detail,
-        reproducer=snippet(CLASS.id, made[0] if made else cls, None),
-    )
-
-
-def as_expected(result: Result, reason: str | None) -> Result:
-    """Turn the outcome of an invariant that is declared to fail."""
-    if reason is None:
-        return result
-    if result.outcome == "not applicable":
-        detail = f"{result.detail}\n(declared to fail, which has no effect: {reason})"
-        return dataclasses.replace(result, detail=detail)
-    if result.outcome == "failed":
-        detail = f"{result.detail}\ndeclared: {reason}"
-        return dataclasses.replace(result, outcome="expected failure", detail=detail)
-    detail = f"declared to fail ({reason}), but it passed: remove the declaration"
-    return dataclasses.replace(result, outcome="unexpectedly passed", detail=detail)
+        return result(outcome="passed")
+    reproducer = snippet(CLASS.id, made[0] if made else cls, None)
+    return result(outcome="failed", detail=violation.detail, reproducer=reproducer)

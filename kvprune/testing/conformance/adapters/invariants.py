@@ -1,12 +1,12 @@
-"""What is checked about an adapter, on one page: which check, under which policies, in which settings."""
+"""All invariants of adapters on one page: which checks they have, under which policies, in which settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvprune.testing.conformance.adapters import captures, declaration
-from kvprune.testing.conformance.models import alignment, decoding, held
-from kvprune.testing.conformance.policies.table import ModelCheck
+from kvprune.testing.conformance.adapters import attachment, captures, declaration
+from kvprune.testing.conformance.models import cache_contents, decoding, selections
+from kvprune.testing.conformance.policies.invariants import ModelCheck
 
 __all__ = ["ADAPTER_INVARIANTS", "SETTINGS", "AdapterInvariant", "Cases"]
 
@@ -20,7 +20,7 @@ SETTINGS = {
 """By name: dtype, attention implementation ("" for the model's own), and number of beams."""
 
 FULL, LOSSLESS = ("full",), ("lossless",)
-# Each head keeps its own after prefill; queries decide for later layers; a draw for later layers.
+# Each head keeps its own tokens; queries decide for later layers; a random choice for later layers.
 PRUNING = ("norm:keep_ratio=0.3", "trim:keep_ratio=0.3", "random:keep_ratio=0.3,reach=onward")
 ONE = PRUNING[:1]
 RAW_KEYS = ("norm:of=raw_keys,keep=low,keep_tokens=3",)
@@ -28,10 +28,10 @@ RAW_KEYS = ("norm:of=raw_keys,keep=low,keep_tokens=3",)
 
 @dataclass(frozen=True)
 class Cases:
-    """A check, and what it is posed.
+    """A check, and where it runs.
 
     Attributes:
-        check: Called with a policy and a setting.
+        check: Called with a policy and a scenario.
         policies: Specs of built-in policies.
         settings: Names in `SETTINGS`.
     """
@@ -48,7 +48,7 @@ class AdapterInvariant:
     Attributes:
         id: As in docs/invariants.md, or "class", or "view".
         title: What is checked, in a few words.
-        cases: How.
+        cases: Its checks.
     """
 
     id: str
@@ -64,19 +64,19 @@ ADAPTER_INVARIANTS = (
             Cases(declaration.check_declaration, ONE),
             Cases(declaration.check_batch, ONE),
             Cases(declaration.check_layer_indices, ONE),
-            Cases(declaration.check_every_layer_decides, ONE),
+            Cases(attachment.check_every_layer_decides, ONE),
         ),
     ),
     AdapterInvariant(
         "view", "policies see what the model computes", (Cases(captures.check_view, ONE, ("eager",)),)
     ),
-    AdapterInvariant("KV01", "columns of the unpruned cache", (Cases(held.check_columns),)),
-    AdapterInvariant("KV02", "the budget counts what is visible", (Cases(held.check_counts),)),
+    AdapterInvariant("KV01", "columns of the unpruned cache", (Cases(selections.check_columns),)),
+    AdapterInvariant("KV02", "the budget counts what is visible", (Cases(selections.check_counts),)),
     AdapterInvariant(
-        "KV03", "never empty, for no image", (Cases(held.check_images, settings=("greedy", "beams")),)
+        "KV03", "never empty, for no image", (Cases(selections.check_images, settings=("greedy", "beams")),)
     ),
-    AdapterInvariant("KV04", "padding goes before visible tokens", (Cases(held.check_padding),)),
-    AdapterInvariant("KV05", "no row goes blind", (Cases(held.check_prefill_rows),)),
+    AdapterInvariant("KV04", "padding goes before visible tokens", (Cases(selections.check_padding),)),
+    AdapterInvariant("KV05", "no row goes blind", (Cases(selections.check_prefill_rows),)),
     AdapterInvariant(
         "KV06",
         "masks as wide as what is held",
@@ -98,15 +98,15 @@ ADAPTER_INVARIANTS = (
     AdapterInvariant(
         "KV10",
         "purity",
-        (Cases(held.check_repeatable), Cases(held.check_alone_in_model, (*PRUNING, *RAW_KEYS))),
+        (Cases(selections.check_repeatable), Cases(selections.check_alone_in_model, (*PRUNING, *RAW_KEYS))),
     ),
     AdapterInvariant(
         "KV11",
         "tensors and selection stay together",
         (
-            Cases(alignment.check_alignment, settings=("greedy", "beams")),
-            Cases(alignment.check_cache_operations),
-            Cases(alignment.check_turns),
+            Cases(cache_contents.check_alignment, settings=("greedy", "beams")),
+            Cases(cache_contents.check_cache_operations),
+            Cases(cache_contents.check_turns),
         ),
     ),
     AdapterInvariant(
@@ -114,8 +114,8 @@ ADAPTER_INVARIANTS = (
         "nothing is left behind",
         (
             Cases(decoding.check_clean_exit, (*PRUNING[1:], *RAW_KEYS)),
-            Cases(declaration.check_failed_policy, ONE),
-            Cases(declaration.check_failed_attach, ONE),
+            Cases(attachment.check_failed_policy, ONE),
+            Cases(attachment.check_failed_attach, ONE),
         ),
     ),
     AdapterInvariant(

@@ -1,4 +1,4 @@
-"""Forward calls of any family: one that brings encoder states, and one of a later turn."""
+"""Forward calls of a model of any family: a prefill with encoder states, and a later turn without."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.testing.conformance.common.findings import NotApplicable
+from kvprune.testing.conformance.common.results import NotApplicable
 
 __all__ = ["forward", "next_turn"]
 
 
 def forward(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> Any:
-    """Run one forward call that brings encoder states, with a cache or a new one, and return the cache."""
+    """Run one forward call that brings encoder states, and return the cache: the one given, or a new one."""
     if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         start = torch.full((len(next(iter(inputs.values()))), 1), _start_token(model))
         inputs = {**inputs, "decoder_input_ids": start}
@@ -23,20 +23,20 @@ def forward(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> Any:
 
 
 def next_turn(model: Any, inputs: dict[str, Tensor], cache: Any, turn: int) -> None:
-    """Run one forward call of two tokens that reads the cache, and brings no image.
+    """Run one forward call of two tokens that reads the cache and brings no image.
 
     Args:
         model: The model.
-        inputs: Of the prefill.
-        cache: What it left.
-        turn: Counted from 1, the prefill being 0.
+        inputs: The inputs of the prefill.
+        cache: The cache that the prefill filled.
+        turn: Number of this turn; the prefill is turn 0.
     """
-    if model.config.is_encoder_decoder:  # these get the encoder's input at each call
+    if model.config.is_encoder_decoder:  # such a model takes the encoder's input in each call
         tokens = torch.full((len(next(iter(inputs.values()))), 2), _start_token(model))
         forward(model, {**inputs, "decoder_input_ids": tokens}, cache)
         return
     if not {"attention_mask", "cross_attention_mask"} <= set(inputs):
-        raise NotApplicable("several turns: how they are told of earlier images is known for Mllama only")
+        raise NotApplicable("only for Mllama and encoder-decoder models is it known how to call a later turn")
     mask = inputs["attention_mask"]
     ones = torch.ones(len(mask), 2 * turn, dtype=mask.dtype)
     model(

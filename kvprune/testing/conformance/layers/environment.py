@@ -1,4 +1,4 @@
-"""What a policy must not depend on, nor change: randomness, clock, device and process (KV10, KV12)."""
+"""What a policy must neither depend on nor change: global generators, clock, device, process (KV10, KV12)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.view import FeatureView, LayerView
-from kvprune.testing.conformance.common.findings import Violation
 from kvprune.testing.conformance.common.isolation import process_state, random_state
-from kvprune.testing.conformance.layers.decisions import answer, pose
+from kvprune.testing.conformance.common.results import Violation
+from kvprune.testing.conformance.layers.answers import answer, pose, selections_of
 from kvprune.testing.conformance.layers.purity import ask, require_same
 from kvprune.testing.problems import LayerProblem
 from kvprune.testing.reference import kept_sets
@@ -27,7 +27,7 @@ __all__ = ["check_clock", "check_devices", "check_process", "check_randomness"]
 
 
 def check_randomness(policy: CrossKVPolicy, problem: LayerProblem) -> None:
-    """KV10: neither reads nor moves the global generators of torch, random and numpy."""
+    """KV10: the policy neither reads nor advances the global generators of torch, random and numpy."""
     answers = []
     for seed in (1, 2):
         _reseed(seed)
@@ -36,10 +36,10 @@ def check_randomness(policy: CrossKVPolicy, problem: LayerProblem) -> None:
         for name, state in random_state().items():
             if name in before and not _same_state(state, before[name]):
                 raise Violation(
-                    f"the global generator of {name} to stay as it was (draw from view.random())",
-                    "it was moved or seeded",
+                    f"an unchanged global generator of {name} (draw from view.random() instead)",
+                    "it was advanced or seeded",
                 )
-    require_same("the same answer whatever the global generators hold", *answers)
+    require_same("the same answer in any state of the global generators", *answers)
 
 
 def _reseed(seed: int) -> None:
@@ -69,7 +69,7 @@ def check_clock(policy: CrossKVPolicy, problem: LayerProblem) -> None:
 
 @contextmanager
 def _clock_ahead(seconds: int) -> Iterator[None]:
-    """Let the functions of `time` run ahead."""
+    """Let the functions of `time` return a later time in the block."""
     names = ("time", "monotonic", "perf_counter", "process_time")
     real: dict[str, Callable[[], Any]] = {
         name + unit: getattr(time, name + unit) for name in names for unit in ("", "_ns")
@@ -91,11 +91,11 @@ def check_devices(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     """KV10: the same answer on a CUDA device."""
     here = answer(policy, pose(policy, problem))
     there = answer(policy, _moved(pose(policy, problem), "cuda"))
+    on_cpu = {part: kept_sets(selection) for part, selection in selections_of(here)}
+    on_cuda = {part: kept_sets(selection) for part, selection in selections_of(there)}
     for part in ("cache", "onward"):
-        one, other = getattr(here, part), getattr(there, part)
-        kept = [None if selection is None else kept_sets(selection) for selection in (one, other)]
-        if kept[0] != kept[1]:
-            raise Violation(f"{part} on cuda as on the CPU, {kept[0]}", f"{kept[1]}")
+        if on_cpu.get(part) != on_cuda.get(part):
+            raise Violation(f"{part} on cuda as on the CPU, {on_cpu.get(part)}", f"{on_cuda.get(part)}")
 
 
 def _moved(view: FeatureView | LayerView, device: str) -> FeatureView | LayerView:
@@ -116,10 +116,10 @@ def _moved(view: FeatureView | LayerView, device: str) -> FeatureView | LayerVie
 
 
 def check_process(policy: CrossKVPolicy, problem: LayerProblem) -> None:
-    """KV12: torch and transformers as a whole are as before."""
+    """KV12: the policy leaves the global state of torch and transformers unchanged."""
     before = process_state()
     answer(policy, pose(policy, problem))
     after = process_state()
     changed = [name for name in before if before[name] != after[name]]
     if changed:
-        raise Violation("torch and transformers to be as before the call", f"changed: {', '.join(changed)}")
+        raise Violation("unchanged global state of torch and transformers", f"changed: {', '.join(changed)}")

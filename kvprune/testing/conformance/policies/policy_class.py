@@ -1,4 +1,4 @@
-"""Checks of a policy's class: its options, and that its specs lead back to the same policy."""
+"""Checks of a policy's class: its options, its needs, and that specs make the same policy again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kvprune.policy.base import CrossKVPolicy, Need
 from kvprune.policy.nesting import make_nested, parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.testing.conformance.common.budgets import variants
-from kvprune.testing.conformance.common.findings import Violation
+from kvprune.testing.conformance.common.results import Violation
 from kvprune.text import docstring
 
 __all__ = ["check_class", "class_warnings"]
 
 
 def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
-    """Check a class, and that its policies (``made``, or variants) survive being written down."""
+    """Check a class, and that its policies (``made``, or variants) can be written as specs and read again."""
     if not isinstance(cls, type) or not issubclass(cls, CrossKVPolicy):
         raise Violation("a class derived from CrossKVPolicy", repr(cls))
     cls.check_class()
@@ -30,7 +30,7 @@ def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
         if (again := _made_again(cls, policy, PolicySpec.from_json(as_json))) != policy:
             raise Violation(f"the spec {as_json} to make the same policy again", f"{again!r}")
         if hash(copy.deepcopy(policy)) != hash(policy):
-            raise Violation("a policy that has the hash of its copy", f"two hashes of {written}")
+            raise Violation("a policy with the same hash as its copy", f"different hashes for {written}")
         known = frozenset(get_args(Need))
         if not isinstance(policy.needs, frozenset) or not policy.needs <= known:
             raise Violation(f"needs to be a frozenset of some of {sorted(known)}", f"{policy.needs!r}")
@@ -42,7 +42,7 @@ def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
 
 
 def _made_again(cls: type[CrossKVPolicy], policy: CrossKVPolicy, spec: PolicySpec) -> CrossKVPolicy:
-    """Build a policy of its spec; it and the policies in it need not be installed."""
+    """Build a policy from its spec. Neither it nor the policies in its options need be installed."""
     classes = {part.name: type(part) for part in parts(policy)}
 
     def make(inner: PolicySpec) -> CrossKVPolicy:
@@ -53,7 +53,7 @@ def _made_again(cls: type[CrossKVPolicy], policy: CrossKVPolicy, spec: PolicySpe
 
 
 def class_warnings(cls: type[CrossKVPolicy]) -> tuple[str, ...]:
-    """Return what is no failure but should be looked at."""
+    """Return what should be looked at although it is no failure: missing documentation."""
     found = []
     if not docstring(cls):
         found.append(f"{cls.__name__} has no docstring; `kvprune list` and `kvprune show` print it")

@@ -1,12 +1,24 @@
-"""What a run of the suite found: a result for each invariant, and a report of all of them."""
+"""Results of a suite: violations, one result for each invariant, and the report of a run."""
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["SUITE_VERSION", "ConformanceReport", "NotApplicable", "Outcome", "Result", "Violation"]
+from kvprune.errors import ConformanceError
+
+__all__ = [
+    "SUITE_VERSION",
+    "ConformanceReport",
+    "NotApplicable",
+    "Outcome",
+    "Result",
+    "Violation",
+    "conclude",
+]
 
 SUITE_VERSION = 3
 """Raised whenever a policy or an adapter that passed before may fail now."""
@@ -14,8 +26,8 @@ SUITE_VERSION = 3
 Outcome = Literal["passed", "failed", "expected failure", "unexpectedly passed", "not applicable"]
 
 
-class Violation(Exception):  # noqa: N818  it is what a check found, and no error that users meet
-    """What a check found; the suite turns it into a failed result.
+class Violation(Exception):  # noqa: N818  a finding, which users never see as an error
+    """A check found that an invariant is violated; the suite turns this into a failed result.
 
     Args:
         expected: What the invariant asks for.
@@ -29,12 +41,12 @@ class Violation(Exception):  # noqa: N818  it is what a check found, and no erro
 
     @property
     def detail(self) -> str:
-        """Both, on lines of their own."""
+        """Expected and got, on a line each."""
         return f"expected {self.expected}\ngot {self.got}"
 
 
-class NotApplicable(Exception):  # noqa: N818  it is an answer of a check, and no error that users meet
-    """Why a check cannot be made on a model; the suite says so and does not count it as passed."""
+class NotApplicable(Exception):  # noqa: N818  an outcome, which users never see as an error
+    """A check cannot be made on a model; the suite reports the reason and does not count the problem."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +54,13 @@ class Result:
     """What the suite found about one invariant.
 
     Attributes:
-        id: "KV01" to "KV14", or "class" for the class itself; "view" for what an adapter shows policies.
+        id: "KV01" to "KV15"; "class" for the class itself; "view" for what an adapter shows policies.
         title: What is checked, in a few words.
         outcome: "passed", "failed", "expected failure", "unexpectedly passed" or "not applicable".
-        problems: How many problems were posed.
-        seconds: What that took.
-        detail: Expected and got of a failure; what could not be checked, and why.
-        reproducer: Python code that shows the failure, "" if there is none.
+        problems: Number of problems that were posed.
+        seconds: Time that this took.
+        detail: What a failure expected and got; or what could not be checked, and why.
+        reproducer: Python code that shows the failure; "" if there is none.
     """
 
     id: str
@@ -65,12 +77,12 @@ class ConformanceReport:
     """What the suite found about one policy, or one adapter.
 
     Attributes:
-        subject: The policy's spec, or its name where the class was checked with several options; the name of
-            an adapter's class.
-        suite_version: Of the suite that ran.
-        seed: Of the generated problems.
-        results: One for each invariant that was asked for, in the order of their ids.
-        warnings: What is no failure but should be looked at.
+        subject: The policy's spec; its name if the class was checked with several options; or the name of an
+            adapter's class.
+        suite_version: Version of the suite that ran.
+        seed: Seed of the generated problems.
+        results: One result for each invariant that was asked for, in the order of their ids.
+        warnings: What should be looked at although it is no failure.
     """
 
     subject: str
@@ -121,7 +133,7 @@ class ConformanceReport:
 
     @property
     def explanations(self) -> list[str]:
-        """Lines that explain every result but those that simply passed, and the warnings."""
+        """Lines that explain failures, what was not applicable or not checked, and warnings."""
         lines: list[str] = []
         told: dict[str, str] = {}
         for result in self.results:
@@ -149,3 +161,44 @@ class ConformanceReport:
         ]
         lines += self.explanations
         return "\n".join([*lines, "", self.verdict])
+
+
+def _as_expected(result: Result, reason: str | None) -> Result:
+    """Return the result with the outcome that it has if a failure is declared for a reason."""
+    if reason is None:
+        return result
+    if result.outcome == "not applicable":
+        detail = f"{result.detail}\n(declared to fail, which has no effect: {reason})"
+        return dataclasses.replace(result, detail=detail)
+    if result.outcome == "failed":
+        detail = f"{result.detail}\ndeclared: {reason}"
+        return dataclasses.replace(result, outcome="expected failure", detail=detail)
+    detail = f"declared to fail ({reason}), but it passed: remove the declaration"
+    return dataclasses.replace(result, outcome="unexpectedly passed", detail=detail)
+
+
+def conclude(
+    subject: str,
+    seed: int,
+    results: Iterable[Result],
+    expected_failures: Mapping[str, str],
+    warnings: tuple[str, ...] = (),
+) -> ConformanceReport:
+    """Return the report of a run.
+
+    Args:
+        subject: What was checked.
+        seed: Seed of the run.
+        results: What was found.
+        expected_failures: Reasons by id: these invariants must fail.
+        warnings: What should be looked at although it is no failure.
+
+    Raises:
+        ConformanceError: If the run did not pass.
+    """
+    outcomes = tuple(_as_expected(result, expected_failures.get(result.id)) for result in results)
+    report = ConformanceReport(subject=subject, seed=seed, results=outcomes, warnings=warnings)
+    if not report.passed:
+        ids = ", ".join(f"{result.id} ({result.outcome})" for result in report.failures)
+        raise ConformanceError("\n".join([f"{subject} breaks {ids}", *report.explanations]), report)
+    return report

@@ -1,4 +1,4 @@
-"""Problems that are always posed, small ones first: each is a corner in which policies were seen to fail."""
+"""Problems that are always posed, small ones first: policies have failed on each kind of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["LAYER_CORNERS", "MODEL_CORNERS"]
 LAYER_CORNERS = (
     LayerProblem(layouts=("1t",), patches=1),  # one visible token
     LayerProblem(layouts=("1t",), patches=10),  # 0.1 of ten tokens
-    LayerProblem(layouts=("4t",), patches=25),  # 0.07 of a hundred, which floats make 7.000000000000001
+    LayerProblem(layouts=("4t",), patches=25),  # 0.07 of a hundred, in floats 7.000000000000001
     LayerProblem(layouts=("1t", "1t"), seed=1),
     LayerProblem(layouts=("1t", "3tt"), kv_heads=1, patches=3),  # ragged, left padding, GQA
     LayerProblem(layouts=("tt4ttt", "t1tt", "tt2tttt"), query_heads=4, rank=1),

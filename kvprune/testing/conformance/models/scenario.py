@@ -1,6 +1,6 @@
-"""A tiny model with a batch, what the untouched model makes of it, and runs of it under a policy.
+"""A tiny model with a batch: what the untouched model computes for it, and runs of it under a policy.
 
-It knows no policy by name, and no adapter, so that adapters can be checked in a `Setting`, too.
+Nothing here depends on a particular policy or adapter: both suites use it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from kvprune.adapters.base import ModelAdapter
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.session.compression import Compression
 from kvprune.session.registry import find_adapter
-from kvprune.testing.conformance.common.findings import NotApplicable
-from kvprune.testing.conformance.models.calls import forward
+from kvprune.testing.conformance.common.results import NotApplicable
+from kvprune.testing.conformance.models.forward_calls import forward
 from kvprune.testing.conformance.models.sites import Site, attention_sites, cross_layers
+from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle import masked_oracle
 from kvprune.testing.problems import ModelProblem
 from kvprune.testing.reference import slow_decode, visibility_of
 from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
-__all__ = ["Generated", "Oracle", "Setting", "difference", "run_under"]
+__all__ = ["Generated", "Oracle", "Scenario", "difference"]
 
-# `generate` hands out logits in float32 whatever the model's dtype; one rounding step of them is 1e-6 there.
+# `generate` returns logits in float32 for any dtype of the model; a rounding step of these is about 1e-6.
 _TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-5}
 
 
@@ -42,7 +43,7 @@ Oracle = Callable[
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model generated, and the cache that it left."""
+    """What a model generated, and the cache after it."""
 
     sequences: Tensor
     logits: Tensor  # [steps, B * beams, V]
@@ -50,17 +51,17 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A model and a batch for it, and what the untouched model makes of them.
+class Scenario:
+    """A model and a batch for it, and what the untouched model computes.
 
     Args:
-        pristine: The model, which nothing changes.
-        inputs: Its batch.
-        beams: Beams of the search; 1 is greedy.
-        steps: New tokens.
-        seed: Of the compression.
-        adapter: Joins policies with the model; None for the installed one that knows it.
-        oracle: Makes the context of the master oracle for families that `masked_oracle` does not know.
+        pristine: The model, which no check changes.
+        inputs: The batch.
+        beams: Number of beams; 1 is greedy search.
+        steps: Number of new tokens.
+        seed: Seed of the compression.
+        adapter: The adapter to use; None for the installed one that supports the model.
+        oracle: The master oracle, for families that `masked_oracle` does not support.
     """
 
     pristine: Any
@@ -72,27 +73,27 @@ class Setting:
     oracle: Oracle | None = None
 
     @classmethod
-    def of(cls, problem: ModelProblem) -> Setting:
-        """Build what a problem describes."""
+    def of(cls, problem: ModelProblem) -> Scenario:
+        """Build the model and the batch that a problem describes."""
         model, inputs = problem.make_model(), problem.make_inputs()
         return cls(model, inputs, problem.beams, problem.steps, problem.seed)
 
     @cached_property
     def model(self) -> Any:
-        """A copy of the model, which a policy may spoil."""
+        """A copy of the model, which a policy may damage."""
         return copy.deepcopy(self.pristine)
 
     @cached_property
     def adapter_class(self) -> type[ModelAdapter]:
-        """Found once: looking at what is installed takes longer than a forward call of a tiny model."""
+        """The adapter. Finding it takes longer than a forward call of a tiny model, so it is found once."""
         return self.adapter or find_adapter(self.pristine)
 
     def compress(self, policy: CrossKVPolicy) -> Compression:
-        """Put the working copy under a policy, as `kvprune.compress` does."""
+        """Return a compression of the working copy, as `kvprune.compress` does."""
         return Compression(self.adapter_class(self.model), policy, self.seed)
 
     def renew(self) -> None:
-        """Make a new copy of the model when it is needed next."""
+        """Discard the working copy; the next use makes a new one."""
         self.__dict__.pop("model", None)
 
     def batch(self) -> dict[str, Tensor]:
@@ -104,10 +105,9 @@ class Setting:
         caches: list[Any] = []
 
         def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            caches[:] = [output.past_key_values]  # not every family's `generate` hands it out whole
+            caches[:] = [output.past_key_values]  # `generate` does not return it for every family
 
-        handle = model.register_forward_hook(note, with_kwargs=True)
-        try:
+        with temporary([model.register_forward_hook(note, with_kwargs=True)]):
             out = model.generate(
                 **(inputs or self.batch()),
                 max_new_tokens=self.steps,
@@ -116,8 +116,6 @@ class Setting:
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        finally:
-            handle.remove()
         return Generated(out["sequences"], torch.stack(list(out["logits"])), caches[0])
 
     def prefill(
@@ -127,6 +125,17 @@ class Setting:
         with self.compress(policy) as run, torch.no_grad():
             cache = forward(self.model, inputs or self.batch())
         return run, cache
+
+    def run(self, policy: CrossKVPolicy) -> tuple[Compression, Generated]:
+        """Generate under a policy; equal policies run once, because several checks look at the same run."""
+        if policy not in self._runs:
+            with self.compress(policy) as run:
+                self._runs[policy] = run, self.generate(self.model)
+        return self._runs[policy]
+
+    @cached_property
+    def _runs(self) -> dict[CrossKVPolicy, tuple[Compression, Generated]]:
+        return {}
 
     @cached_property
     def stock(self) -> Generated:
@@ -141,12 +150,12 @@ class Setting:
         return self.layers_of(cache)
 
     def reference_layers(self, run: Compression) -> dict[int, Any]:
-        """What the untouched model's cache holds after prefill, merged as a run says that it merged."""
+        """Return the untouched model's cache layers after prefill, merged as in a run."""
         selected, received = run.selections, run.prefill_selections
         parts = [part for part in (*selected.values(), *received.values()) if part is not None]
         if all(part.merge is None for part in parts):
             return self.stock_layers
-        # Rows of one sample are alike: one of each is enough.
+        # Copies of a sample have equal selections: one of them is enough.
         copies = len(parts[0].indices) // self.batch_size
         once = (
             {layer: part and part.every(copies) for layer, part in parts.items()}
@@ -169,7 +178,7 @@ class Setting:
         return attention_sites(self.adapter_class, model)
 
     def masked(self, run: Compression) -> AbstractContextManager[None]:
-        """Return the master oracle's context: the untouched model attends to what a run kept."""
+        """Return a context in which the untouched model attends to what a run kept (KV13)."""
         return self._masked(run.selections, run.prefill_selections, run.text_selections)
 
     def _masked(
@@ -177,9 +186,9 @@ class Setting:
     ) -> AbstractContextManager[None]:
         if self.oracle is not None:
             if text_selections:
-                raise NotApplicable("the oracle of this adapter knows nothing of pruned text")
+                raise NotApplicable("the oracle of this adapter does not support pruned text")
             return self.oracle(self.pristine, selections, prefill_selections)
-        self.sites(self.pristine)  # not applicable where nothing is known
+        self.sites(self.pristine)  # raises NotApplicable for a family that the oracle does not support
         return masked_oracle(
             self.pristine,
             selections,
@@ -196,14 +205,14 @@ class Setting:
 
     @property
     def batch_size(self) -> int:
-        """Samples of the batch, before beams."""
+        """Number of samples in the batch, before beams."""
         return len(next(iter(self.stock_layers.values())).keys)
 
     @cached_property
     def visibility(self) -> Visibility:
-        """What the text rows may attend, straight from the inputs."""
+        """What the text rows may attend, computed from the inputs alone."""
         if not self.pristine.config.is_encoder_decoder and "cross_attention_mask" not in self.inputs:
-            raise NotApplicable("what text may attend does not follow from these inputs alone")
+            raise NotApplicable("what text may attend to does not follow from these inputs")
         return visibility_of(self.inputs, self.columns)
 
     @property
@@ -213,7 +222,7 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's weights."""
+        """Dtype of the model's weights."""
         weight: Tensor = next(self.pristine.parameters())
         return weight.dtype
 
@@ -231,14 +240,8 @@ class Setting:
         return bool((self.visibility.live | ~self.inputs["attention_mask"].bool()).all())
 
 
-def run_under(policy: CrossKVPolicy, setting: Setting) -> tuple[Compression, Generated]:
-    """Generate under a policy."""
-    with setting.compress(policy) as run:
-        return run, setting.generate(setting.model)
-
-
 def difference(one: Generated, other: Generated) -> float:
-    """Largest difference of logits; infinite where the search took another number of steps."""
+    """Return the largest difference of logits; infinity if the numbers of steps differ."""
     if one.logits.shape != other.logits.shape:
         return float("inf")
     return float((one.logits - other.logits).abs().max())
