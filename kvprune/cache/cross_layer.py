@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvprune.cache.copies import Twins
-from kvprune.cache.pools import Part, join, lower, pack_left
-from kvprune.cache.quantization import QUANTIZED_BITS, Pool, gather_entries
+from kvprune.cache.pools import Part, Pool, gather_entries, join_parts, masks_by_bits
+from kvprune.cache.quantization import QUANTIZED_BITS
 from kvprune.errors import SelectionError, UnsupportedCacheError
 from kvprune.tokens.merging import Merge, merge_heads
+from kvprune.tokens.packing import pack_left
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import OWN_BITS, Selection
 
@@ -288,7 +289,7 @@ class CrossKVLayer(DynamicLayer):
         heads = max(slots.shape[1], kept.shape[1])
         slots, kept = (tensor.expand(-1, heads, -1) for tensor in (slots, kept))
         quantized = self.width - self.own
-        quantize = lower(kept[..., quantized:], None if bits is None else bits[..., quantized:])
+        quantize = masks_by_bits(kept[..., quantized:], None if bits is None else bits[..., quantized:])
         if bool(kept.all()) and not quantize:
             return
         if not bool(kept.any(-1).all()):
@@ -300,7 +301,9 @@ class CrossKVLayer(DynamicLayer):
             own = own & ~chosen
         place, valid = pack_left(own)
         self._hold(gather_entries(self.keys, place), gather_entries(self.values, place))
-        joined = [join(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])]
+        joined = [
+            join_parts(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])
+        ]
         self.pools = tuple(part.pool for part in joined)
         places = torch.cat([*(part.places for part in joined), place + quantized], -1)
         self.slots = slots.gather(-1, places)
