@@ -11,21 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import kvprune_command, runner
 
 import kvprune
 from kvprune.cli import app
 from kvprune.comparison.storage import sources
 from kvprune.session import registry
-
-runner = CliRunner()
-
-
-def kvprune_command(*arguments: str, code: int = 0) -> str:
-    """Run a command and return its standard output, and its standard error where it must fail."""
-    result = runner.invoke(app, list(arguments), env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    return result.stdout if code == 0 else result.stderr
 
 
 def test_version() -> None:

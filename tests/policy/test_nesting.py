@@ -11,11 +11,11 @@ from typing import Literal
 
 import pytest
 import torch
+from command_line import kvprune_command
 from helpers import conversations, kept_sets, make_view, make_visibility
 from hypothesis import given
 from hypothesis import strategies as st
 from kvprune_strategies import Full, Norm, Random
-from test_cli import kvprune_command
 
 import kvprune
 from kvprune import CrossKVPolicy, Decision, PolicySpec, ScoringPolicy, require_scorer
