@@ -1,6 +1,6 @@
-"""Every exception that kvprune raises, in one tree, and nothing else.
+"""All exceptions that kvprune raises on purpose, with the common base class `KVPruneError`.
 
-A message says what was wrong, shows the value it got, and says what would be right.
+Each message says what was wrong, shows the value that was given, and says what would be right.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ __all__ = [
 
 
 class KVPruneError(Exception):
-    """Root of the tree: catching it catches every error that kvprune raises on purpose."""
+    """Base class of all exceptions that kvprune raises on purpose."""
 
 
 class SpecError(KVPruneError):
-    """A spec string or a spec in JSON does not follow the grammar, or names another version."""
+    """A spec (text or JSON) does not follow the grammar, or requires another version of the policy."""
 
 
 class UnknownPolicyError(KVPruneError):
@@ -48,19 +48,19 @@ class UnknownPolicyError(KVPruneError):
 
 
 class PolicyOptionError(KVPruneError):
-    """A policy was given an option that it does not have, or a value that the option cannot take."""
+    """A policy has no option of this name, or the option cannot take this value."""
 
 
 class BudgetError(PolicyOptionError):
-    """A budget is not a ratio in (0, 1] or a positive number of tokens."""
+    """A budget is neither a ratio in (0, 1] nor a positive number of tokens."""
 
 
 class PluginError(KVPruneError):
-    """A plugin could not be imported or registered, and something of it was asked for."""
+    """A plugin that is needed could not be imported or registered."""
 
 
 class CitationError(KVPruneError):
-    """A policy has no paper of its own, or brings no BibTeX entry; the message says what to cite."""
+    """A policy has no paper of its own or no BibTeX entry; the message says what to cite instead."""
 
 
 class NameClashError(PluginError):
@@ -68,59 +68,59 @@ class NameClashError(PluginError):
 
 
 class SelectionError(KVPruneError):
-    """A selection breaks one of the invariants KV01 to KV05; the message cites which."""
+    """A selection breaks an invariant (KV01 to KV06, or KV15 for merges); the message cites it."""
 
 
 class ScoreError(SelectionError):
-    """A policy's ``score`` returned something that cannot rank tokens (wrong shape, NaN, no tensor)."""
+    """A policy's ``score`` returned something that cannot rank tokens (wrong shape, NaN, not a tensor)."""
 
 
 class QuantizationError(KVPruneError):
-    """Keys or values cannot be quantized (not finite), or to as many bits as were asked for."""
+    """Keys or values cannot be quantized: they are not finite, or the number of bits is not supported."""
 
 
 class UnsupportedModelError(KVPruneError):
-    """No installed adapter knows this model."""
+    """No installed adapter supports this model."""
 
 
 class UnsupportedCacheError(KVPruneError):
-    """The cache in use (its type, its absence, or the mask beside it) cannot be compressed correctly."""
+    """The cache cannot be compressed correctly: an unsupported type, no cache, or an unsupported mask."""
 
 
 class IncompatibleTransformersError(KVPruneError):
-    """The installed transformers no longer has something that an adapter relies on."""
+    """The installed version of transformers lacks something that an adapter needs."""
 
 
 class CompressionStateError(KVPruneError):
-    """A compression was attached, detached or read in an order that makes no sense."""
+    """A compression was attached, detached or read in the wrong order."""
 
 
 class NestedCompressionError(CompressionStateError):
-    """A model that is already being compressed was to be compressed again."""
+    """The model is already being compressed."""
 
 
 class PolicyNeverRanError(KVPruneError):
-    """An image went through the model, but the policy that was asked for was never consulted."""
+    """The model processed an image, but the policy was never called."""
 
 
 class DataError(KVPruneError):
-    """A row of a data file cannot be used; the message names the file, the row and the field."""
+    """A row of a data file is not valid; the message names the file, the row and the field."""
 
 
 class ResultsError(KVPruneError):
-    """A results folder is not one, is damaged, or belongs to another run."""
+    """A folder is not a results folder, is damaged, or belongs to another run."""
 
 
 class PolicyFailedError(KVPruneError):
-    """A policy raised an error of its own while it decided; that error is the cause."""
+    """A policy raised an exception while it decided; that exception is the ``__cause__``."""
 
 
 class GuideError(KVPruneError):
-    """A guide cannot guide this model here, or the policy does not ask for one."""
+    """This guide model cannot be used with this model, or the policy does not use a guide."""
 
 
 class ReceiptError(KVPruneError):
-    """What a receipt says is not what the live cache holds, or the cache is gone."""
+    """A receipt does not match the contents of the live cache, or the cache no longer exists."""
 
 
 class ConformanceError(KVPruneError):
@@ -132,4 +132,4 @@ class ConformanceError(KVPruneError):
 
 
 class UnknownInvariantError(KVPruneError):
-    """The conformance suite was asked about an invariant that there is none of this id."""
+    """No invariant has this id."""

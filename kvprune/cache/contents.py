@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kvprune.cache.quantization import Pool
+from kvprune.cache.pools import Pool
 from kvprune.cache.shared_rows import SharedRows
 from kvprune.tokens.selection import OWN_BITS, Selection
 

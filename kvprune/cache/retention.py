@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.contents import HeldEntries
-from kvprune.cache.pools import Part, join, lower, pack_left
-from kvprune.cache.quantization import QUANTIZED_BITS, Pool, gather_entries
+from kvprune.cache.pools import Part, Pool, gather_entries, join_parts, masks_by_bits
+from kvprune.cache.quantization import QUANTIZED_BITS
 from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.merging import Merge, merge_heads
+from kvprune.tokens.packing import pack_left
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
 
@@ -77,7 +78,7 @@ def _repacked(layer: HeldEntries, kept: Selection) -> Retained | None:
     mask = kept.mask.expand(-1, heads, -1)  # [R, H, K]
     quantized = layer.width - layer.own  # entries of the pools come first
     bits = None if kept.bits is None else kept.bits_by_column().expand_as(mask)[..., quantized:]  # [R, H, K']
-    quantize = lower(mask[..., quantized:], bits)  # masks [R, H, K'] by bits
+    quantize = masks_by_bits(mask[..., quantized:], bits)  # masks [R, H, K'] by bits
     if bool(mask.all()) and not quantize:
         return None
     parts, own = _kept_parts(layer, mask), mask[..., quantized:]
@@ -86,7 +87,7 @@ def _repacked(layer: HeldEntries, kept: Selection) -> Retained | None:
         parts.append(Part(Pool.of(layer.keys, layer.values, place, width), place + quantized, valid))
         own = own & ~chosen
     place, valid = pack_left(own)  # [R, H, entries left in the own dtype]
-    joined = [join(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])]
+    joined = [join_parts(same) for bits in QUANTIZED_BITS if (same := [p for p in parts if p.bits == bits])]
     places = torch.cat([*(part.places for part in joined), place + quantized], -1)  # [R, H, new K]
     return Retained(
         gather_entries(layer.keys, place),

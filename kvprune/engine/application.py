@@ -109,7 +109,7 @@ def attended_selection(layer: CrossKVLayer, received: Selection | None, first_ne
         weights[..., first_new:] = received.merge.weights
         merge = Merge(torch.cat([into[..., :first_new], new], -1), weights)
     merge = with_carried_bias(merge, layer, now.indices, now.valid, first_new)
-    return Selection.trusted(now.indices, now.valid, now.columns, merge, now.bits)
+    return now.with_merge(merge)
 
 
 def with_carried_bias(

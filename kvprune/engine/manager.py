@@ -329,7 +329,7 @@ class CrossKVManager:
                 prefill.onward = compose(prefill.onward, decision.onward)
         kept = layer.selection()
         merge = with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
-        kept = Selection.trusted(kept.indices, kept.valid, layer.columns, merge, kept.bits)
+        kept = kept.with_merge(merge)
         self.kept.add(layer_idx, context.attended, kept, layer.copies)
         prefill.record.note_decision(layer_idx, layer, watches, visible=prefill.visibility.decode)
 

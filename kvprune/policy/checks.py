@@ -1,4 +1,4 @@
-"""Checks a policy's answer against the invariants before anything is applied."""
+"""Checks a policy's answer against the invariants before it is applied to a cache."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def check_decision(decision: object, view: View, policy: str) -> None:
     """Refuse a decision that breaks KV01, KV03, KV04, KV05 or KV15, naming the policy and the layer.
 
     Args:
-        decision: What the policy returned.
-        view: What it decided about.
+        decision: The policy's answer.
+        view: The view that the policy saw.
         policy: Its name.
 
     Raises:
-        SelectionError: Citing the invariant.
+        SelectionError: If an invariant is broken; the message cites it.
     """
     where = f"policy {policy!r} {view.where}"
     if not isinstance(decision, Decision):
@@ -35,69 +35,75 @@ def check_decision(decision: object, view: View, policy: str) -> None:
         raise SelectionError(
             f"{where}: choose decided about a cache, but nothing is cached yet; return Decision(onward=...)"
         )
-    batch, heads, columns = view.batch, view.heads, view.columns
     for what, selection, visible in (
         ("cache", decision.cache, view.visible),
         ("onward", decision.onward, view.visible_in_prefill),
     ):
-        if selection is None:
-            continue
-        shape = list(selection.indices.shape)
-        if selection.columns != columns or shape[0] != batch or shape[1] not in (1, heads):
-            raise SelectionError(
-                f"KV01: {where}: {what} selects {shape} out of {selection.columns} columns, expected "
-                f"[{batch}, {heads} or 1, K] out of {columns}"
-            )
-        kept = selection.to_mask()
-        visible = visible.to(kept.device)[:, None]
-        sees = visible.any(-1, keepdim=True)
-        hidden_kept = kept & ~visible & sees
-        visible_dropped = visible & ~kept
-        padding, starved = torch.stack(
-            [
-                (hidden_kept.any(-1) & visible_dropped.any(-1)).any(),
-                _starved(view, kept, visible),
-            ]
-        ).tolist()
-        if padding:
-            raise SelectionError(
-                f"KV04: {where}: {what} keeps columns that no row can see while it drops visible ones; "
-                "select from view.visible (this layer's cache) or view.visible_in_prefill (onward)"
-            )
-        if starved:
-            raise SelectionError(
-                f"KV03: {where}: {what} keeps no column of a visibility group (an image that some text row "
-                "attends to); keep at least one column of each group in view.groups, as scoring.keep_top does"
-            )
-        if selection.merge is not None:
-            check_merge(what, selection, selection.merge, view, where)
+        if selection is not None:
+            _check_shape(f"{where}: {what}", selection, view)
+            _check_coverage(f"{where}: {what}", selection, view, visible)
+            if selection.merge is not None:
+                check_merge(what, selection, selection.merge, view, where)
 
 
-def _starved(view: View, kept: Tensor, visible: Tensor) -> Tensor:
+def _check_shape(where: str, selection: Selection, view: View) -> None:
+    shape = list(selection.indices.shape)
+    if selection.columns != view.columns or shape[0] != view.batch or shape[1] not in (1, view.heads):
+        raise SelectionError(
+            f"KV01: {where} selects {shape} out of {selection.columns} columns, expected "
+            f"[{view.batch}, {view.heads} or 1, K] out of {view.columns}"
+        )
+
+
+def _check_coverage(where: str, selection: Selection, view: View, visible: Tensor) -> None:
+    """Check KV03 and KV04 with one host transfer; ``visible`` is bool ``[B, S]``."""
+    kept = selection.mask  # [B, H or 1, S]
+    visible = visible.to(kept.device)[:, None]  # [B, 1, S]
+    sees = visible.any(-1, keepdim=True)  # [B, 1, 1]
+    hidden_kept = (kept & ~visible & sees).any(-1)  # [B, H or 1]
+    visible_dropped = (visible & ~kept).any(-1)
+    padding, starved = torch.stack(
+        [(hidden_kept & visible_dropped).any(), _drops_a_group(view, kept, visible)]
+    ).tolist()
+    if padding:
+        raise SelectionError(
+            f"KV04: {where} keeps columns that no row can see while it drops visible ones; "
+            "select from view.visible (this layer's cache) or view.visible_in_prefill (onward)"
+        )
+    if starved:
+        raise SelectionError(
+            f"KV03: {where} keeps no column of a visibility group (an image that some text row "
+            "attends to); keep at least one column of each group in view.groups, as scoring.keep_top does"
+        )
+
+
+def _drops_a_group(view: View, kept: Tensor, visible: Tensor) -> Tensor:
     """Return whether some visibility group with visible columns keeps none of them (a bool scalar)."""
-    groups = torch.where(visible[:, 0], view.groups.to(kept.device), -1)
+    groups = torch.where(visible[:, 0], view.groups.to(kept.device), -1)  # [B, S]
     width = int(groups.max()) + 2
-    slots = (groups + 1)[:, None].expand_as(kept)
+    slots = (groups + 1)[:, None].expand_as(kept)  # group -1 is counted in slot 0, which is cut off
     zeros = torch.zeros(*kept.shape[:2], width, dtype=torch.int64, device=kept.device)
-    present = zeros.scatter_add(-1, slots, torch.ones_like(slots))
+    present = zeros.scatter_add(-1, slots, torch.ones_like(slots))  # [B, H or 1, groups + 1]
     survivors = zeros.scatter_add(-1, slots, kept.to(torch.int64))
     return ((present > 0) & (survivors == 0))[..., 1:].any()
 
 
 def check_text(selection: object, view: TextView, policy: str, counts: Tensor | None) -> Tensor:
-    """Refuse a selection of text entries that one mask for all heads and layers could not serve.
+    """Refuse a selection of text entries that one mask for all heads and layers cannot express.
 
     Args:
-        selection: What the policy returned; None for all entries.
-        view: What it decided about.
+        selection: The policy's answer; None keeps all entries.
+        view: The view that the policy saw.
         policy: Its name.
-        counts: What an earlier layer of this prefill keeps of each sample, int64 ``[B]``; None at the first.
+        counts: Number of entries that an earlier layer of this prefill keeps of each sample, int64 ``[B]``;
+            None at the first layer.
 
     Returns:
-        What this layer keeps of each sample; all entries, padding included, for None.
+        Number of entries that this layer keeps of each sample, int64 ``[B]``. For None, this is all entries,
+        padding included.
 
     Raises:
-        SelectionError: Citing the invariant.
+        SelectionError: If an invariant is broken; the message cites it.
     """
     where = f"policy {policy!r} {view.where}: select_text"
     if selection is None:
@@ -105,39 +111,9 @@ def check_text(selection: object, view: TextView, policy: str, counts: Tensor | 
     elif not isinstance(selection, Selection):
         raise SelectionError(f"{where} returned {type(selection).__name__}, expected a Selection or None")
     else:
-        shape = list(selection.indices.shape)
-        if selection.columns != view.entries or shape[0] != view.batch or shape[1] not in (1, view.heads):
-            raise SelectionError(
-                f"KV01: {where} selects {shape} out of {selection.columns} entries, expected "
-                f"[{view.batch}, {view.heads} or 1, K] out of {view.entries}"
-            )
-        if selection.merge is not None:
-            raise SelectionError(f"KV15: {where} merges, which text cannot; leave merge out")
-        if selection.bits is not None:
-            raise SelectionError(f"KV01: {where} states bits, but text is held as it is; leave bits out")
-        now = selection.counts[:, 0]
-        kept = selection.to_mask()
-        last = (view.entries - view.rows + view.last_row)[:, None, None].to(kept.device)
-        real = view.real.to(kept.device)[:, None]
-        uneven, padding, forgets = torch.stack(
-            [
-                (selection.counts != now[:, None]).any(),
-                (kept & ~real & real.any(-1, keepdim=True)).any(),
-                (~kept.gather(-1, last.expand(-1, kept.shape[1], -1))).any(),
-            ]
-        ).tolist()
-        if uneven:
-            raise SelectionError(
-                f"KV06: {where} keeps different numbers of entries in different heads, but one "
-                f"mask serves all of them; keep equally many (got {selection.counts.tolist()})"
-            )
-        if padding:
-            raise SelectionError(f"KV04: {where} keeps padding; select from view.real")
-        if forgets:
-            raise SelectionError(
-                f"KV03: {where} drops the last row's own entry, without which decoding does not know "
-                "what came last; keep entry view.entries - view.rows + view.last_row of each sample"
-            )
+        _check_text_shape(where, selection, view)
+        now = selection.counts[:, 0]  # [B]
+        _check_text_entries(where, selection, view, now)
     if counts is not None and not torch.equal(now, counts.to(now.device)):
         raise SelectionError(
             f"KV06: {where} keeps {now.tolist()} entries of each sample, but an earlier layer keeps "
@@ -146,20 +122,61 @@ def check_text(selection: object, view: TextView, policy: str, counts: Tensor | 
     return now
 
 
+def _check_text_shape(where: str, selection: Selection, view: TextView) -> None:
+    shape = list(selection.indices.shape)
+    if selection.columns != view.entries or shape[0] != view.batch or shape[1] not in (1, view.heads):
+        raise SelectionError(
+            f"KV01: {where} selects {shape} out of {selection.columns} entries, expected "
+            f"[{view.batch}, {view.heads} or 1, K] out of {view.entries}"
+        )
+    if selection.merge is not None:
+        raise SelectionError(f"KV15: {where} merges, but text entries cannot be merged; leave merge out")
+    if selection.bits is not None:
+        raise SelectionError(f"KV01: {where} has bits, but text entries cannot be quantized; leave bits out")
+
+
+def _check_text_entries(where: str, selection: Selection, view: TextView, counts: Tensor) -> None:
+    """Check KV03, KV04 and KV06 with one host transfer; ``counts`` are those of the first head, ``[B]``."""
+    kept = selection.mask  # [B, H or 1, Tk]
+    last = (view.entries - view.rows + view.last_row)[:, None, None].to(kept.device)  # [B, 1, 1]
+    real = view.real.to(kept.device)[:, None]  # [B, 1, Tk]
+    uneven, padding, forgets = torch.stack(
+        [
+            (selection.counts != counts[:, None]).any(),
+            (kept & ~real & real.any(-1, keepdim=True)).any(),
+            (~kept.gather(-1, last.expand(-1, kept.shape[1], -1))).any(),
+        ]
+    ).tolist()
+    if uneven:
+        raise SelectionError(
+            f"KV06: {where} keeps different numbers of entries in different heads, but one "
+            f"mask serves all of them; keep equally many (got {selection.counts.tolist()})"
+        )
+    if padding:
+        raise SelectionError(f"KV04: {where} keeps padding; select from view.real")
+    if forgets:
+        raise SelectionError(
+            f"KV03: {where} drops the last row's own entry, so decoding could not attend to the last token; "
+            "keep entry view.entries - view.rows + view.last_row of each sample"
+        )
+
+
 def check_scores(scores: object, view: View, strata: Tensor, policy: str) -> Tensor:
-    """Refuse what cannot rank tokens.
+    """Refuse scores that cannot rank tokens, and return them as finite floating-point numbers.
 
     Args:
-        scores: What the policy returned, ``[B, H or 1, S]``.
-        view: What it looked at.
-        strata: int64 ``[B, S]``; columns of stratum -1 are set to the lowest value.
+        scores: The policy's answer, ``[B, H or 1, S]``.
+        view: The view that the policy saw.
+        strata: int64 ``[B, S]``. Scores of columns of stratum -1 may be anything; they are set to the lowest
+            number of the dtype.
         policy: Its name.
 
     Returns:
-        Finite floating-point scores of the same shape.
+        Finite scores of the same shape, float32 or float64.
 
     Raises:
-        ScoreError: If it is no such tensor, or NaN where a token could be kept.
+        ScoreError: If the answer is not a tensor of this shape on the view's device, or is NaN for a token
+            that could be kept.
     """
     batch, heads, columns = view.batch, view.heads, view.columns
     where = f"policy {policy!r} {view.where}"
@@ -168,7 +185,7 @@ def check_scores(scores: object, view: View, strata: Tensor, policy: str) -> Ten
         raise ScoreError(f"{where}: score returned {type(scores).__name__}, expected a tensor {expected}")
     if scores.shape not in ((batch, heads, columns), (batch, 1, columns)):
         raise ScoreError(f"{where}: score returned shape {list(scores.shape)}, expected {expected}")
-    # Asked before anything reads the scores: a view of one number may claim to be any number of them.
+    # Checked after the shape: an expanded view of one number can have any shape without using memory.
     if scores.layout != torch.strided or scores.device != view.device:
         raise ScoreError(
             f"{where}: score returned a {scores.layout} tensor on {scores.device}, "
@@ -178,12 +195,12 @@ def check_scores(scores: object, view: View, strata: Tensor, policy: str) -> Ten
         raise ScoreError(f"{where}: score returned {scores.dtype}, which has no order")
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.double() if not scores.is_floating_point() else scores.float()
-    # Unseen columns may hold anything, NaN included.
+    # Scores of columns that cannot be kept may be NaN.
     scores = scores.masked_fill((strata < 0)[:, None], -torch.inf)
     if bool(scores.isnan().any()):
         raise ScoreError(
             f"{where}: score returned NaN for {int(scores.isnan().sum())} tokens that could be kept, "
             f"expected numbers of shape {expected}"
         )
-    # Finite, so that averages over heads never meet inf - inf.
+    # Finite, so that averages over heads cannot compute inf - inf.
     return scores.clamp(torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max)

@@ -1,6 +1,7 @@
-"""Policies as options of policies: an allocator over any scorer.
+"""Policies as options of other policies, for example an allocator that uses any scorer.
 
-The outer policy decides how much is kept and the inner one what; so an inner one states no budget.
+The outer policy decides how many tokens are kept, and the inner one ranks them. So an inner policy has no
+budget of its own.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from kvprune.text import shown
 __all__ = ["make_nested", "parts", "require_scorer"]
 
 _OUTER = ("keep_ratio", "keep_tokens", "reach")
-"""What an outer policy decides for its scorer."""
+"""Options of a scorer that the outer policy decides."""
 
 
 def require_scorer(outer: str, scorer: ScoringPolicy) -> None:
-    """Raise unless a scorer leaves to the policy around it what is decided there.
+    """Check that a scorer sets no option that the policy around it decides.
 
-    The outer policy calls it in its ``__post_init__``, after ``super().__post_init__()``.
+    Call it in the ``__post_init__`` of the outer policy, after ``super().__post_init__()``.
 
     Args:
         outer: Name of the policy whose option the scorer is.
-        scorer: The scorer; its ``score`` is all that is used of it.
+        scorer: The scorer. Only its ``score`` is used.
 
     Raises:
-        PolicyOptionError: If the scorer states ``keep_ratio``, ``keep_tokens`` or ``reach``, which would be
-            ignored; says what to write instead.
+        PolicyOptionError: If it is not a `ScoringPolicy`, or it sets ``keep_ratio``, ``keep_tokens`` or
+            ``reach``, which would be ignored; says what to write instead.
     """
     if not isinstance(scorer, ScoringPolicy):
         raise PolicyOptionError(f"policy {outer!r} needs a policy that ranks tokens, got {shown(scorer)}")
@@ -42,14 +43,14 @@ def require_scorer(outer: str, scorer: ScoringPolicy) -> None:
     if stated:
         rest = {option: value for option, value in spec.options.items() if option not in _OUTER}
         raise PolicyOptionError(
-            f"policy {outer!r} decides itself how much is kept and where; the scorer {shown(written(spec))} "
-            f"states {' and '.join(stated)}, which would be ignored; write "
-            f"{shown(written(PolicySpec(spec.name, rest)))}, and a budget as an option of {outer!r}"
+            f"policy {outer!r} decides how much is kept and where; the scorer {shown(written(spec))} "
+            f"sets {' and '.join(stated)}, which would be ignored; write "
+            f"{shown(written(PolicySpec(spec.name, rest)))}, and set the budget of {outer!r}"
         )
 
 
 def parts(policy: CrossKVPolicy) -> Iterator[CrossKVPolicy]:
-    """Yield a policy, and the policies among its options, theirs included."""
+    """Yield a policy and all policies in its options, at any depth."""
     yield policy
     for option in dataclasses.fields(policy):
         value = getattr(policy, option.name)
@@ -63,41 +64,48 @@ def make_nested(
     make: Callable[[PolicySpec], CrossKVPolicy],
     classes: Mapping[str, type[CrossKVPolicy]],
 ) -> dict[str, OptionValue | CrossKVPolicy]:
-    """Return a policy's options with policies in place of the specs of those options that are policies.
+    """Return a policy's options, with policies in place of the specs of inner policies.
 
     Args:
         cls: Class of the outer policy.
-        options: Its options; a spec, or the name of a policy, where the option is one.
-        make: Makes a policy of a spec.
-        classes: Policy classes by name, to tell what would be right.
+        options: Its options. An option that is a policy is given as a spec or as the name of a policy.
+        make: Builds a policy from a spec.
+        classes: Policy classes by name, to list the right ones in messages.
 
     Raises:
-        SpecError: If the text is no name.
-        PolicyOptionError: If it is a policy of another kind than the option takes.
-        KVPruneError: What ``make`` raises.
+        SpecError: If text is not the name of a policy.
+        PolicyOptionError: If the inner policy is not of the type that the option takes.
+        KVPruneError: Whatever ``make`` raises.
     """
     types = cls.option_types()
     made: dict[str, OptionValue | CrossKVPolicy] = dict(options)
     for option, value in options.items():
-        wanted = policy_types(types.get(option))
+        annotation = types.get(option)
+        wanted = policy_types(annotation)
         if not wanted or not isinstance(value, str | PolicySpec):
             continue
-        if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(types[option]):
+        if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(annotation):
             continue
         where = f"option {option!r} of policy {cls.name!r}"
-        if isinstance(value, str) and ":" in value:
-            inner = value.partition(":")[0]
-            raise PolicyOptionError(
-                f"{where} is {shown(value)}; a policy in a policy has its options in parentheses, "
-                f"such as {option}={inner}(key=value;key=value)"
-            )
-        spec = PolicySpec(value) if isinstance(value, str) else value
+        spec = _inner_spec(where, option, value)
         found = classes.get(spec.name)
         if found is not None and not issubclass(found, wanted):
             right = ", ".join(name for name, other in classes.items() if issubclass(other, wanted))
             raise PolicyOptionError(
-                f"{where} must be {describe_type(types[option])}, got {shown(written(spec))} "
+                f"{where} must be {describe_type(annotation)}, got {shown(written(spec))} "
                 f"(installed: {right or 'none'})"
             )
         made[option] = make(spec)
     return made
+
+
+def _inner_spec(where: str, option: str, value: str | PolicySpec) -> PolicySpec:
+    if isinstance(value, PolicySpec):
+        return value
+    if ":" in value:
+        inner = value.partition(":")[0]
+        raise PolicyOptionError(
+            f"{where} is {shown(value)}; the options of an inner policy are written in parentheses, "
+            f"such as {option}={inner}(key=value;key=value)"
+        )
+    return PolicySpec(value)

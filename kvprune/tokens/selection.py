@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -171,7 +170,7 @@ class Selection:
         indices, valid = pack_left(kept, most)
         chosen = None if bits is None else _bits_of_kept(bits, kept).gather(-1, indices)
         selection = cls.trusted(indices, valid, kept.shape[-1], bits=chosen)
-        vars(selection)["mask"] = kept.clone()  # fills the cached property
+        selection._remember(kept.clone())
         return selection
 
     @classmethod
@@ -224,16 +223,24 @@ class Selection:
         """Whether some row is padded (one host transfer)."""
         return not bool(self.valid.all())
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
-        """The kept columns, bool ``[B, H or 1, S]``, computed at most once.
+        """The kept columns, bool ``[B, H or 1, S]``, shared by all readers; `to_mask` returns a copy.
 
-        All readers share this tensor: read it, and do not write to it. `to_mask` returns a copy.
+        The mask is stored, and computed again only after somebody has written to it or to the indices.
         """
-        shape = *self.indices.shape[:2], self.columns
-        kept = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
-        # Padding repeats a valid index, so writing True everywhere marks exactly the kept columns.
-        return kept.scatter_(-1, self.indices, True)
+        stored: tuple[Tensor | None, tuple[int, ...] | None] = vars(self).get("_mask", (None, None))
+        mask, versions = stored
+        if mask is None or versions is None or versions != _versions(self.indices, mask):
+            shape = *self.indices.shape[:2], self.columns
+            mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
+            # Padding repeats a valid index, so writing True everywhere marks exactly the kept columns.
+            mask.scatter_(-1, self.indices, True)
+            self._remember(mask)
+        return mask
+
+    def _remember(self, mask: Tensor) -> None:
+        vars(self)["_mask"] = mask, _versions(self.indices, mask)
 
     def to_mask(self) -> Tensor:
         """Return the kept columns as bool ``[B, H or 1, S]``, a copy that the caller may change."""
@@ -294,6 +301,13 @@ class Selection:
             held = self.bits[self.valid].unique().tolist()
             bits = f", bits={'/'.join(str(width) for width in sorted(held, reverse=True))}"
         return f"Selection(batch={batch}, heads={heads}, kept={kept}, columns={self.columns}{merged}{bits})"
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...] | None:
+    """Return how often each tensor was written to; None for inference tensors, which do not count it."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple(tensor._version for tensor in tensors)
 
 
 def _require_known(bits: Tensor) -> None:

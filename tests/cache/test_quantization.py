@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprune.cache.quantization import QUANTIZED_BITS, Pool, group_width, pack, quantize, unpack
+from kvprune.cache.pools import Pool
+from kvprune.cache.quantization import QUANTIZED_BITS, group_width, pack, quantize, unpack
 from kvprune.errors import QuantizationError
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from commands import kvprune_command, runner
+from command_line import kvprune_command, runner
 
 import kvprune
 from kvprune.cli import app

@@ -233,7 +233,7 @@ def test_a_second_turn_with_an_image_prunes_text_again():
         ("padding", SelectionError, "KV04: .* keeps padding"),
         ("last", SelectionError, "KV03: .* drops the last row's own entry"),
         ("shape", SelectionError, "KV01: .* out of 6 entries, expected .* out of 7"),
-        ("bits", SelectionError, "KV01: .* states bits, but text is held as it is"),
+        ("bits", SelectionError, "KV01: .* has bits, but text entries cannot be quantized"),
         ("type", SelectionError, "returned Tensor, expected a Selection or None"),
         ("raises", PolicyFailedError, "ZeroDivisionError at the self-attention of layer 0: no"),
     ],

@@ -101,7 +101,7 @@ def test_a_policy_without_a_ranking_needs_a_scorer():
 
 
 def test_a_scorer_states_no_budget_and_budgets_are_possible():
-    with pytest.raises(PolicyOptionError, match="states keep_ratio"):
+    with pytest.raises(PolicyOptionError, match="sets keep_ratio"):
         LastFirst(scorer=Norm(keep_ratio=0.5))
     with pytest.raises(BudgetError, match="keep_tokens"):
         LastFirst(keep_tokens=0)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 import torch
-from commands import kvprune_command
+from command_line import kvprune_command
 from helpers import conversations, kept_sets, make_view, make_visibility
 from hypothesis import given
 from hypothesis import strategies as st
@@ -332,7 +332,7 @@ def test_a_scorer_that_states_what_the_outer_policy_decides_is_refused(options, 
     written = re.escape(str(scorer.nested_spec).partition(":")[2].replace(",", ";"))
     with pytest.raises(
         PolicyOptionError,
-        match=rf"'outer' .*scorer 'norm\({written}\)' states {stated}, .*write 'norm\(of=keys\)',.*'outer'",
+        match=rf"'outer' .*scorer 'norm\({written}\)' sets {stated}, .*write 'norm\(of=keys\)',.*'outer'",
     ):
         require_scorer("outer", scorer)
 
@@ -343,7 +343,7 @@ def test_what_is_no_scorer_is_refused():
 
 
 def test_a_stated_inner_budget_is_refused_from_text(toys):
-    with pytest.raises(PolicyOptionError, match=r"'norm\(keep_ratio=0.5\)' states keep_ratio.*write 'norm'"):
+    with pytest.raises(PolicyOptionError, match=r"'norm\(keep_ratio=0.5\)' sets keep_ratio.*write 'norm'"):
         kvprune.get_policy("by-rank:scorer=norm(keep_ratio=0.5)")
 
 

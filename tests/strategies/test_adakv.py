@@ -137,7 +137,7 @@ def test_defaults_and_needs():
         ("adakv:alpha=-0.1", PolicyOptionError, r"got -0\.1"),
         ("adakv:keep_ratio=2", BudgetError, "keep_ratio"),
         ("adakv:scorer=full", PolicyOptionError, "policy that ranks tokens"),
-        ("adakv:scorer=norm(reach=onward)", PolicyOptionError, "states reach"),
+        ("adakv:scorer=norm(reach=onward)", PolicyOptionError, "sets reach"),
     ],
 )
 def test_bad_options_are_refused(spec, error, message):

@@ -217,7 +217,7 @@ def test_defaults_and_needs():
     [
         ("aircache:alpha=1.5", r"alpha of policy 'aircache' .*\[0, 1\], got 1\.5"),
         ("aircache:strength=gate", "constant | output | none"),
-        ("aircache:scorer=norm(keep_tokens=2)", "states keep_tokens"),
+        ("aircache:scorer=norm(keep_tokens=2)", "sets keep_tokens"),
     ],
 )
 def test_bad_options_are_refused(spec, message):

@@ -139,5 +139,5 @@ def test_nothing_is_noted_and_queries_are_needed():
 def test_bad_options_are_refused():
     with pytest.raises(BudgetError, match="keep_ratio"):
         kvprune.get_policy("prefixkv:keep_ratio=0")
-    with pytest.raises(PolicyOptionError, match="states keep_ratio"):
+    with pytest.raises(PolicyOptionError, match="sets keep_ratio"):
         kvprune.get_policy("prefixkv:scorer=norm(keep_ratio=0.1)")

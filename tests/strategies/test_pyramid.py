@@ -116,7 +116,7 @@ def test_it_ranks_as_snapkv_does_and_needs_what_that_needs():
         ("pyramid:beta=0.5", r"beta of policy 'pyramid' is .*at least 1, got 0\.5"),
         ("pyramid:shape=cube", "must be pyramid | inverted, got 'cube'"),
         ("pyramid:scorer=full", "policy that ranks tokens"),
-        ("pyramid:scorer=norm(keep_tokens=3)", "states keep_tokens"),
+        ("pyramid:scorer=norm(keep_tokens=3)", "sets keep_tokens"),
     ],
 )
 def test_bad_options_are_refused(spec, message):

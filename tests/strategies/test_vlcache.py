@@ -144,7 +144,7 @@ def test_it_ranks_by_what_all_rows_give():
         ("vlcache:threshold=0", r"threshold of policy 'vlcache' .*\(0, 1\], got 0\.0"),
         ("vlcache:threshold=1.1", r"got 1\.1"),
         ("vlcache:class_tokens=drop", "count | ignore"),
-        ("vlcache:scorer=h2o(keep_ratio=0.2)", "states keep_ratio"),
+        ("vlcache:scorer=h2o(keep_ratio=0.2)", "sets keep_ratio"),
     ],
 )
 def test_bad_options_are_refused(spec, message):

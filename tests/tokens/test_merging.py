@@ -197,11 +197,11 @@ def into(*entries):
         (with_merge(weights=torch.ones(1, 1, 6).half()), "merge.weights is torch.float32 or torch.float64"),
         (with_merge(into=into(0, 0, 1, 2, -1, -1)), "names an entry that is not kept"),
         (with_merge(into=into(0, 0, 1, -2, -1, -1)), "names an entry that is not kept"),
-        (with_merge(into=into(0, 0, -1, -1, -1, -1)), "takes a kept column from its own entry"),
+        (with_merge(into=into(0, 0, -1, -1, -1, -1)), "merges a kept column into another entry"),
         (with_merge(weights=torch.full((1, 1, 6), torch.nan)), "weight that is NaN"),
-        (with_merge(into=into(0, 0, 1, 1, 1, -1)), "columns that are not seen"),
+        (with_merge(into=into(0, 0, 1, 1, 1, -1)), "merges unseen columns into seen ones"),
         (with_merge(into=into(0, 0, 1, 0, -1, -1)), "columns of one image into another"),
-        (with_merge(carried=torch.zeros(1, 1, 2)), "carried stands in reports"),
+        (with_merge(carried=torch.zeros(1, 1, 2)), "carried is only for reports"),
     ],
 )
 def test_a_merge_that_breaks_kv15_is_refused(selection, message):

@@ -1,8 +1,11 @@
 """Budgets are exact, selections are valid or refused, decisions are shaped as promised."""
 
+import copy
 import dataclasses
 import decimal
 import math
+import pickle
+from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from helpers import kept_sets
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvprune import Budget, Decision, Selection
 from kvprune.errors import BudgetError, PolicyOptionError, SelectionError
@@ -129,6 +133,67 @@ def test_a_mask_comes_back_from_its_selection(kept):
     selection = Selection.from_mask(kept)
     assert torch.equal(selection.to_mask(), kept)
     assert Selection.from_mask(selection.to_mask()) == selection
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch runs, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mask_is_sorted_once_and_comes_back_without_a_scatter():
+    kept = torch.tensor([[[True, False, True]]])
+    with Operations() as operations:
+        selection = Selection.from_mask(kept)
+        first, second = selection.mask, selection.mask
+        also = selection.with_merge(None).mask
+    assert first is second
+    assert also is first
+    assert operations.counts["sort"] == 1
+    assert operations.counts["scatter_"] == operations.counts["scatter"] == 0
+    assert torch.equal(first, kept)
+
+
+def test_indices_are_scattered_once():
+    selection = Selection(torch.tensor([[[0, 2]]]), torch.tensor([[[True, True]]]), 3)
+    with Operations() as operations:
+        masks = [selection.mask, selection.mask, selection.to_mask(), selection.to_mask()]
+    assert operations.counts["scatter_"] == 1
+    assert operations.counts["sort"] == 0
+    for mask in masks:
+        assert mask.tolist() == [[[True, False, True]]]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_stored_mask_is_nobodys_to_change(mode):
+    with mode():
+        kept = torch.tensor([[[True, False, True]]])
+        selection = Selection.from_mask(kept)
+        kept[..., 0] = False  # the caller's own mask
+        assert selection.mask.tolist() == [[[True, False, True]]]
+        selection.to_mask()[..., 0] = False  # a copy
+        assert selection.mask.tolist() == [[[True, False, True]]]
+        selection.mask[..., 0] = False  # the stored mask: indices decide
+        assert selection.mask.tolist() == [[[True, False, True]]]
+        selection.indices.copy_(torch.tensor([[[0, 1]]]))
+        assert selection.mask.tolist() == [[[True, True, False]]]
+        assert selection.to_mask().tolist() == [[[True, True, False]]]
+
+
+@given(masks())
+def test_a_copy_of_a_selection_has_the_same_mask(kept):
+    selection = Selection.from_mask(kept)
+    for made in (copy.deepcopy(selection), copy.copy(selection), pickle.loads(pickle.dumps(selection))):
+        assert made == selection
+        assert torch.equal(made.mask, kept)
+    moved = dataclasses.replace(selection, columns=selection.columns + 1)
+    assert moved.mask.shape[-1] == kept.shape[-1] + 1
 
 
 @given(masks())

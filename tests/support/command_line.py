@@ -1,4 +1,4 @@
-"""Runs the command line in this process."""
+"""Runs a command of kvprune in this process."""
 
 from __future__ import annotations
 
