@@ -112,7 +112,7 @@ class BudgetPolicy(CrossKVPolicy):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        # @dataclass would write methods that compare the fields alone; it leaves alone what a class has.
+        # @dataclass would add methods that compare the fields alone; it replaces none that a class has.
         for method in ("__eq__", "__hash__"):
             if method not in cls.__dict__:
                 setattr(cls, method, getattr(BudgetPolicy, method))

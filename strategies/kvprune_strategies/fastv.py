@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kvprune import BudgetPolicy, Decision, LayerView, onward_decision, scoring
+from kvprune import BudgetPolicy, CrossKVPolicy, Decision, LayerView, onward_decision, scoring
 from kvprune.errors import PolicyOptionError
 
 
@@ -34,6 +34,7 @@ class FastV(BudgetPolicy):
     name = "fastv"
     version = 1
     needs = frozenset({"queries"})
+    exact_budget = CrossKVPolicy.exact_budget  # none: the first layers keep more than later ones
 
     def select(self, view: LayerView) -> Decision:
         """Decide in the K-th cross-attention layer for all later ones.
@@ -61,10 +62,6 @@ class FastV(BudgetPolicy):
                 f"rank of policy {self.name!r} is the number of cross-attention layers that stay whole, "
                 f"at least 1, got {self.rank!r}"
             )
-
-    @property
-    def exact_budget(self) -> None:
-        """None: the first layers keep more than the budget, which is that of later ones."""
 
     fidelity = "adapted"
     paper = "arXiv 2403.06764 (FastV)"
