@@ -256,7 +256,6 @@ def test_outside_the_demo_a_module_imports_only_what_the_plain_install_brings():
 
 def test_only_our_packages_are_installed_whatever_lies_beside_them(tmp_path):
     """`kvprune compare` leaves a results folder in the checkout, and people keep copies there."""
-    expand = pytest.importorskip("setuptools.config.pyprojecttoml")
     for folder in ("kvprune", "strategies"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("model", "__pycache__")
@@ -268,9 +267,17 @@ def test_only_our_packages_are_installed_whatever_lies_beside_them(tmp_path):
     shutil.copytree(tmp_path / "strategies" / "kvprune_strategies", tmp_path / "kvprune_strategies_old")
     (tmp_path / "kvprune" / "notes").mkdir()
     (tmp_path / "kvprune_empty").mkdir()
-    settings = expand.read_configuration(tmp_path / "pyproject.toml", expand=True)
+    # In a process of its own: setuptools must be imported before anything imports distutils.
+    code = """
+import json
+from setuptools.config.pyprojecttoml import read_configuration
+print(json.dumps(read_configuration("pyproject.toml", expand=True)["tool"]["setuptools"]["packages"]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     ours = {name for name, path in modules().items() if path.name == "__init__.py"}
-    assert set(settings["tool"]["setuptools"]["packages"]) == ours | {"kvprune_strategies"}
+    assert set(json.loads(run.stdout.splitlines()[-1])) == ours | {"kvprune_strategies"}
 
 
 def test_nothing_generic_is_installed():
