@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["CACHE", "cache_of", "has_cache", "named_arguments", "with_cache"]
+__all__ = [
+    "CACHE",
+    "cache_argument",
+    "cache_of",
+    "has_cache",
+    "named_arguments",
+    "returned_cache",
+    "with_cache",
+]
 
 _CACHE_NAMES = ("cache", "past_key_values")
 """Names of the cache argument: since transformers 5.24, and before."""
@@ -40,6 +48,17 @@ def cache_of(named: Mapping[str, Any]) -> Any:
 def with_cache(named: Mapping[str, Any], cache: object) -> dict[str, Any]:
     """Return the arguments with their cache replaced."""
     return {**named, **{name: cache for name in _CACHE_NAMES if named.get(name) is not None}}
+
+
+def cache_argument(model: nn.Module, cache: object) -> dict[str, Any]:
+    """Return a cache as the keyword argument that a model's forward call takes."""
+    known = inspect.signature(model.forward).parameters
+    return {next((name for name in _CACHE_NAMES if name in known), _CACHE_NAMES[-1]): cache}
+
+
+def returned_cache(output: object) -> Any:
+    """Return the cache in the output of a model or of `generate`; None if there is none."""
+    return next((found for name in _CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
 
 
 def has_cache(named: Mapping[str, Any], config: Any) -> bool:

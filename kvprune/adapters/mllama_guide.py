@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.arguments import cache_of
+from kvprune.adapters.arguments import cache_argument, cache_of
 from kvprune.adapters.prompts import copied_cache, distinct_rows, padding_mask
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
@@ -79,7 +79,7 @@ def replay(
         arguments["cross_attention_states"] = prompt.states
     else:
         _require_pixels(prompt)
-    arguments |= {"past_key_values": prompt.past, "use_cache": prompt.past is not None}
+    arguments |= {**cache_argument(inner, prompt.past), "use_cache": prompt.past is not None}
     if answer is None or written is None:
         inner(**arguments)
         return None

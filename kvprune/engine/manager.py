@@ -52,7 +52,6 @@ from kvprune.policy.text_view import TextView
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.reindexing import compose
-from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
 __all__ = ["CrossKVManager"]

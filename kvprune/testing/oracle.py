@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from kvprune.adapters.arguments import cache_of
 from kvprune.adapters.base import ModelAdapter
 from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle_arithmetic import as_held, logit_bias, merged_features, with_merges
@@ -149,7 +150,7 @@ class _MaskedLayer:
 
     def merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Overwrite kept columns in the cache with merged ones, after prefill."""
-        if self._in_prefill and kwargs["past_key_values"] is not None and self._decode.merge is not None:
+        if self._in_prefill and cache_of(kwargs) is not None and self._decode.merge is not None:
             layer = self._cache_layer(kwargs)
             layer.keys = with_merges(layer.keys, self._decode, keys=True)
             layer.values = with_merges(layer.values, self._decode)
@@ -157,12 +158,12 @@ class _MaskedLayer:
     def _is_prefill(self, kwargs: dict[str, Any]) -> bool:
         if self._states == "cross_attention_states":
             return kwargs[self._states] is not None
-        cache = kwargs["past_key_values"]
+        cache = cache_of(kwargs)
         return cache is None or not cache.is_updated.get(self._layer_idx)
 
     def _cache_layer(self, kwargs: dict[str, Any]) -> Any:
         """Return the stock cache layer of a call; None if there is no cache, or no such layer yet."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         layers = getattr(getattr(cache, "cross_attention_cache", cache), "layers", [])
         return layers[self._layer_idx] if self._layer_idx < len(layers) else None
 
@@ -192,7 +193,7 @@ class _MaskedText:
         if selection is None:
             return None
         hidden, mask = args[0], kwargs.get("attention_mask")
-        seen = kwargs["past_key_values"].get_seq_length(self._layer_idx)
+        seen = cache_of(kwargs).get_seq_length(self._layer_idx)
         rows, columns = hidden.shape[1], seen + hidden.shape[1]
         if mask is None:
             causal = torch.ones(rows, columns, dtype=torch.bool, device=hidden.device).tril(seen)

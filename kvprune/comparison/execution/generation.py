@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvprune.adapters.arguments import cache_argument, returned_cache
 from kvprune.comparison.data.examples import Example, read_picture
 from kvprune.comparison.execution.late_tokens import divide
 from kvprune.comparison.execution.loading import load_model
@@ -129,7 +130,7 @@ class Generator:
                 early, given = divide(inputs, self.late_tokens)
                 # generate must make one new token, which is not used: the cache holds the early part only.
                 done = self._decode(early, max_new_tokens=1, min_new_tokens=1, return_dict_in_generate=True)
-                given = {**given, "past_key_values": done.past_key_values}
+                given = {**given, **cache_argument(self.model, returned_cache(done))}
             out = self._decode(given, **length)
         new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
         return new

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import EncoderDecoderCache
 
+from kvprune.adapters.arguments import cache_of, returned_cache
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.session.compression import Compression
@@ -42,7 +43,7 @@ def check_mask_width(policy: CrossKVPolicy, scenario: Scenario) -> None:
 
     def watch(site: Site) -> Any:
         def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            cache, mask = kwargs["past_key_values"], kwargs.get(site.mask)
+            cache, mask = cache_of(kwargs), kwargs.get(site.mask)
             width = _width(site, cache, kwargs.get(site.states))
             if mask is not None and mask.shape[-1] != width:
                 wrong.append(f"layer {site.layer_idx} has a mask of {mask.shape[-1]} for {width} columns")
@@ -137,7 +138,7 @@ def check_storage_order(policy: CrossKVPolicy, scenario: Scenario) -> None:
     draw = random.Random(scenario.seed)
 
     def shuffle(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        for layer in scenario.layers_of(output.past_key_values).values():
+        for layer in scenario.layers_of(returned_cache(output)).values():
             if isinstance(layer, CrossKVLayer) and layer.slots is not None and layer.valid is not None:
                 _shuffle(layer, draw)
 

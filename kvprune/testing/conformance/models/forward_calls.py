@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.adapters.arguments import cache_argument, returned_cache
 from kvprune.testing.conformance.common.results import NotApplicable
 
 __all__ = ["forward", "next_turn"]
@@ -18,8 +19,8 @@ def forward(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> Any:
         start = torch.full((len(next(iter(inputs.values()))), 1), _start_token(model))
         inputs = {**inputs, "decoder_input_ids": start}
     if cache is not None:
-        inputs = {**inputs, "past_key_values": cache}
-    return model(**inputs, use_cache=True).past_key_values
+        inputs = {**inputs, **cache_argument(model, cache)}
+    return returned_cache(model(**inputs, use_cache=True))
 
 
 def next_turn(model: Any, inputs: dict[str, Tensor], cache: Any, turn: int) -> None:
@@ -43,7 +44,7 @@ def next_turn(model: Any, inputs: dict[str, Tensor], cache: Any, turn: int) -> N
         input_ids=torch.full((len(mask), 2), 9),
         attention_mask=torch.cat([mask, ones], dim=1),
         cross_attention_mask=inputs["cross_attention_mask"][:, -1:].expand(-1, 2, -1, -1),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         use_cache=True,
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.adapters.arguments import returned_cache
 from kvprune.adapters.base import ModelAdapter
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.session.compression import Compression
@@ -105,7 +106,7 @@ class Scenario:
         caches: list[Any] = []
 
         def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            caches[:] = [output.past_key_values]  # `generate` does not return it for every family
+            caches[:] = [returned_cache(output)]  # `generate` does not return it for every family
 
         with temporary([model.register_forward_hook(note, with_kwargs=True)]):
             out = model.generate(
