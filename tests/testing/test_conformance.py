@@ -70,7 +70,7 @@ QUICK = (
 """What each built-in policy is posed in the default run; the whole suite is slow."""
 
 
-WITH_DEFAULT_OPTIONS = {**NOT_APPLICABLE, "prumerge": {"KV02", "KV14"}}
+WITH_DEFAULT_OPTIONS = {**NOT_APPLICABLE, "prumerge": {"KV02", "KV14"}, "zipvl": {"KV02", "KV14", "KV15"}}
 """What does not apply to a policy with default options, where this is more than for all its options."""
 
 
