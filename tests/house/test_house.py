@@ -116,6 +116,13 @@ def test_no_file_is_longer_than_a_reader_can_hold():
         assert len(path.read_text("utf-8").splitlines()) <= MOST_LINES, name
 
 
+def test_each_test_file_has_a_name_of_its_own():
+    """The folders of tests are no packages, so pytest refuses two files of the same name."""
+    paths: dict[str, Path] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        assert paths.setdefault(path.name, path) == path, f"{paths[path.name]} and {path}"
+
+
 def test_only_adapters_and_testing_touch_models_of_transformers():
     for path in (ROOT / "kvprune").rglob("*.py"):
         if not {"adapters", "testing", "demo"} & set(path.parts):
