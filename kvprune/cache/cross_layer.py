@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from kvprune.cache.contents import Arrival, Contents, HeldEntries
 from kvprune.cache.retention import retained
 from kvprune.cache.shared_rows import SharedRows
+from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.selection import Selection
 
 __all__ = ["CrossKVLayer"]
@@ -99,6 +100,12 @@ class CrossKVLayer(HeldEntries):
             kwargs: Not used.
         """
         arrival = self._arrival or self.expect(None, key_states.shape[-2], self.shared_rows)
+        expected = arrival.columns if arrival.received is None else arrival.received.indices.shape[-1]
+        if key_states.shape[-2] != expected:
+            raise UnsupportedCacheError(
+                f"keys of {key_states.shape[-2]} columns reached a cache layer that expected {expected}; "
+                "the text and the encoder states of a call must have the same batch"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.is_filled:  # a later image: no shared rows, new entries at the end
