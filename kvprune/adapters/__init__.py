@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.probes import Probe
 
-__all__ = ["ModelAdapter", "Probe"]
+__all__ = ["ModelAdapter", "Probe", "Site"]

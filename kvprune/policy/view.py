@@ -192,7 +192,7 @@ class View:
         if tensor is None:
             raise PolicyOptionError(
                 f"policy {self.policy_name!r} reads view.{what} {self.where} without declaring "
-                f'it; add a property `needs` that returns frozenset({{"{what}"}})'
+                f'it; write needs = frozenset({{"{what}"}}) in the class'
             )
         return tensor
 

@@ -113,7 +113,7 @@ def test_attention_that_is_not_finite_is_refused():
 def test_a_view_shows_text_only_to_who_declares_it():
     see, text = make_visibility([[[1]]], 3), make_text((1,))
     assert make_view(see, captured_text=text).text is text
-    with pytest.raises(PolicyOptionError, match=r'returns frozenset\(\{"text"\}\)'):
+    with pytest.raises(PolicyOptionError, match=r'needs = frozenset\(\{"text"\}\)'):
         make_view(see).text  # noqa: B018
     with pytest.raises(UnsupportedModelError, match=r"layer 0, but .* first of the decoder"):
         make_view(see, follows_text=False, layer_idx=0).text  # noqa: B018
