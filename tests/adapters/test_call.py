@@ -9,9 +9,10 @@ from torch import nn
 import kvprune
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, with_cache
 from kvprune.adapters.attachment import Attachment, compressing
+from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.tiny import mllama_inputs, tiny_mllama
-from kvprune.errors import CompressionStateError
+from kvprune.errors import CompressionStateError, UnsupportedModelError
 
 
 class Layer(nn.Module):
@@ -68,7 +69,7 @@ def test_an_attribute_is_restored_whether_it_was_there_or_not():
 
 
 def test_an_adapter_that_is_not_attached_has_no_manager():
-    with pytest.raises(CompressionStateError, match=r"Mllama.* is attached to no model now"):
+    with pytest.raises(CompressionStateError, match=r"Mllama.* is not attached to a model"):
         _ = MllamaAdapter(tiny_mllama(1)).manager
 
 
@@ -88,3 +89,24 @@ def test_sites_are_the_cross_attention_modules_in_order():
     sites = MllamaAdapter(model).sites
     assert [site.layer_idx for site in sites] == [1, 3, 5]
     assert all(site.module is model.model.language_model.layers[site.layer_idx].cross_attn for site in sites)
+
+
+class Blind(ModelAdapter):
+    """Says neither where its family attends, nor which layers do."""
+
+    family = "blind"
+    model_classes = ("Layer",)
+
+    @classmethod
+    def probe(cls):
+        return []
+
+    def attach(self, manager):
+        raise NotImplementedError
+
+
+def test_an_adapter_that_does_not_say_where_its_family_attends_is_refused():
+    with pytest.raises(
+        UnsupportedModelError, match="Blind does not say where blind attends to encoder states"
+    ):
+        _ = Blind(Layer()).layer_indices

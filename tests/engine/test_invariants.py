@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
 import kvprune
+from kvprune.adapters.arguments import cache_of
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import NestedCompressionError, SelectionError
 from kvprune.testing import mllama_inputs
@@ -130,7 +131,7 @@ def test_kv06_the_mask_is_as_wide_as_what_is_held(batch, spec):
     model, widths = mllama(), []
 
     def record(module, args, kwargs, output):
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = cache_of(kwargs).layers[module.layer_idx]
         attended = (
             kwargs["cross_attention_states"] if kwargs["cross_attention_states"] is not None else layer.keys
         )

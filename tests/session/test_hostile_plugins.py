@@ -208,7 +208,7 @@ BAD = {
     "adapter is abstract": (
         "from kvprune.adapters import ModelAdapter\nclass Odd(ModelAdapter): pass\n"
         + hook("return [Odd]", "kvprune_adapters"),
-        "Odd is abstract: it does not define attach, layer_indices, probe",
+        "Odd is abstract: it does not define attach, probe",
     ),
     "adapter names its models in one text": (
         adapter("model_classes = 'OddModel'"),

@@ -10,6 +10,7 @@ import inspect
 
 import torch
 
+from kvprune.adapters.arguments import cache_of
 from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.mllama import MllamaAdapter
@@ -269,7 +270,7 @@ class LeavesSlotsBehind(BartAdapter):
 
     def _after_attention(self, module, args, kwargs, output):
         super()._after_attention(module, args, kwargs, output)
-        kwargs["past_key_values"].cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
+        cache_of(kwargs).cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
 
 
 class ForgetsWhileDecoding(BartAdapter):
@@ -319,7 +320,7 @@ class RoundsTheCache(MllamaAdapter):
 
     def _after_layer(self, module, args, kwargs, output):
         super()._after_layer(module, args, kwargs, output)
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = cache_of(kwargs).layers[module.layer_idx]
         layer.keys = layer.keys.bfloat16().to(layer.keys.dtype)
 
 
