@@ -185,8 +185,8 @@ class MllamaAdapter(ModelAdapter):
             if "__call__" in GradientCheckpointingLayer.__dict__:
                 raise UnsupportedModelError(
                     f"gradient checkpointing in transformers {transformers.__version__} runs the hooks of a "
-                    "layer again in backward, after the selection was discarded; use 5.23.0 or newer, or train "
-                    "without it (gradient_checkpointing_disable)"
+                    "layer again in backward, after the selection was discarded; use 5.23.0 or newer, or "
+                    "train without it (gradient_checkpointing_disable)"
                 )
             return False  # transformers passes no cache to checkpointed layers
         return has_cache(named, self._text.config)
