@@ -224,7 +224,8 @@ class CrossKVManager:
             PolicyFailedError: If the policy raises an error of its own.
             UnsupportedCacheError: If there is no cache, and the policy prunes nothing but the cache.
         """
-        prefill, policy, received = self._running(), self.policy, self._running().onward
+        prefill, policy = self._running(), self.policy
+        received = prefill.onward
         prefill.record.note_attention(self.layer_indices[rank], layer)
         view = self._calls.layer_view(
             prefill,
