@@ -29,7 +29,7 @@ def test_scoring_needs_at_most_32_mib_at_11b_dimensions(spec, dtype):
     assert peak <= 32 * MIB, f"{peak / MIB:.1f} MiB"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize(
     "spec",
     [
