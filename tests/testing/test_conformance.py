@@ -87,7 +87,7 @@ def test_built_in_policies_pass_on_a_few_problems(name):
 
 
 ONE_OF_EACH_KIND = ("elastic", "norm", "topv")
-"""Merges; decides at each layer; by features. tests/policy/test_moments.py has one that waits for all layers."""
+"""Merges; decides at each layer; by features. test_moments.py has one that decides after prefill."""
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
