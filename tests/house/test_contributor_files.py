@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from repository import place_of
 
 yaml = pytest.importorskip("yaml")
 
@@ -69,4 +70,4 @@ def test_the_pull_request_form_names_files_that_contributing_names():
         r"^\*\*(An? [^.]*)\*\*$", page, re.MULTILINE
     )
     for file in re.findall(r"`((?:kvprune|strategies|tests|docs)/[\w./]*)`", form):
-        assert (ROOT / file).exists(), file
+        assert place_of(file).exists(), file

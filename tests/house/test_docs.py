@@ -11,6 +11,7 @@ import pytest
 import torch
 from generation import generate, mllama
 from kvprune_strategies import kvprune_policies
+from repository import place_of
 from test_house import ROOMS
 
 import kvprune
@@ -164,7 +165,7 @@ def test_names_and_files_in_documents_exist(path):
         assert exists(name), f"{path.name} names {name}"
     for file in sorted(set(re.findall(r"(?<![\w./])(?:kvprune|strategies|tests|docs)/[\w./-]*\w/?", text))):
         if not re.search(r"NAME|FAMILY", file):
-            assert (ROOT / file).exists(), f"{path.name} names {file}"
+            assert place_of(file).exists(), f"{path.name} names {file}"
 
 
 def test_the_map_has_every_room_in_order():
