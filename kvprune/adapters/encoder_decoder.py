@@ -146,8 +146,11 @@ class EncoderDecoderAdapter(ModelAdapter):
         source = ids if ids is not None else named.get("input_features", named.get("inputs_embeds"))
         self._encoded, self._prompt = source, None
 
+    def _new_call(self) -> _Call:
+        return _Call(self.manager, ColumnMask(self._decoder.embed_tokens.weight.dtype))
+
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = _Call(self.manager, ColumnMask(self._decoder.embed_tokens.weight.dtype))
+        self._call = self._new_call()
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
         if states is None or (
@@ -270,7 +273,7 @@ class EncoderDecoderAdapter(ModelAdapter):
                 f"{self.family} must cache cross-attention in an EncoderDecoderCache, "
                 f"got {type(cache).__name__}"
             )
-        call = self._call or _Call(self.manager, ColumnMask(self._decoder.embed_tokens.weight.dtype))
+        call = self._call or self._new_call()  # attention may be called outside the decoder
         if cache is not None and cache.is_updated.get(module.layer_idx):
             return (), self._decode(call, module, cache, named)
         return (), self._receive(call, module, cache, named)

@@ -55,15 +55,15 @@ def retained(layer: HeldEntries, kept: Selection) -> Retained | None:
         return _merged(layer, kept, kept.merge)
     if layer.pools or kept.bits is not None:
         return _repacked(layer, kept)
-    if not kept.is_ragged and kept.indices.shape[-1] == layer.width:
+    # The width first: it is known without asking the device.
+    if kept.indices.shape[-1] == layer.width and not kept.is_ragged:
         return None
     return _gathered(layer, kept)
 
 
 def _gathered(layer: HeldEntries, kept: Selection) -> Retained:
     """Drop entries of a layer without quantized entries."""
-    heads = max(layer.entries()[0].shape[1], kept.indices.shape[1])
-    places = kept.indices.expand(-1, heads, -1)  # [R, H, K]
+    places = kept.indices.expand(-1, _heads(layer, kept), -1)  # [R, H, K]
     return Retained(
         gather_entries(layer.keys, places),
         gather_entries(layer.values, places),
@@ -73,9 +73,7 @@ def _gathered(layer: HeldEntries, kept: Selection) -> Retained:
 
 def _repacked(layer: HeldEntries, kept: Selection) -> Retained | None:
     """Drop and quantize entries of a layer that holds several precisions, now or afterwards."""
-    slots, _ = layer.entries()
-    heads = max(slots.shape[1], kept.indices.shape[1])
-    mask = kept.mask.expand(-1, heads, -1)  # [R, H, K]
+    mask = kept.mask.expand(-1, _heads(layer, kept), -1)  # [R, H, K]
     quantized = layer.width - layer.own  # entries of the pools come first
     bits = None if kept.bits is None else kept.bits_by_column().expand_as(mask)[..., quantized:]  # [R, H, K']
     quantize = masks_by_bits(mask[..., quantized:], bits)  # masks [R, H, K'] by bits
@@ -111,8 +109,8 @@ def _kept_parts(layer: HeldEntries, mask: Tensor) -> list[Part]:
 def _merged(layer: HeldEntries, kept: Selection, merge: Merge) -> Retained:
     """Merge dropped entries into kept ones."""
     entries = kept.indices.shape[-1]
-    heads = max(layer.entries()[0].shape[1], kept.indices.shape[1])
-    slots, valid, bias = _bookkeeping(layer, kept.indices.expand(-1, heads, -1), kept.valid)
+    places = kept.indices.expand(-1, _heads(layer, kept), -1)  # [R, H, new K]
+    slots, valid, bias = _bookkeeping(layer, places, kept.valid)
     if merge.size_bias:
         # Entries with a bias are older and take no members, so their logarithm is 0 and the sum is exact.
         sizes = merge.members(entries).clamp(min=1).to(accumulation_dtype(layer.keys)).log()  # [R, H, K]
@@ -124,6 +122,12 @@ def _merged(layer: HeldEntries, kept: Selection, merge: Merge) -> Retained:
         valid,
         bias,
     )
+
+
+def _heads(layer: HeldEntries, kept: Selection) -> int:
+    """Return how many heads hold entries of their own afterwards; 1 if all heads share theirs."""
+    held = 1 if layer.slots is None else layer.slots.shape[1]
+    return max(held, kept.indices.shape[1])
 
 
 def _bookkeeping(layer: HeldEntries, places: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

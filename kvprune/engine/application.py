@@ -44,9 +44,8 @@ def _is_final(prefill: Prefill, selection: Selection, context: DecisionContext) 
     if context.first or selection.indices.device != context.layer.keys.device:
         return False
     visible = context.view.visibility.by_column(prefill.visibility.decode_units)  # [R, S]
-    by_head = visible.to(selection.indices.device)[:, None].expand(
-        -1, selection.indices.shape[1], -1
-    )  # [R, H or 1, S]
+    heads = selection.indices.shape[1]
+    by_head = visible.to(selection.indices.device)[:, None].expand(-1, heads, -1)  # [R, H or 1, S]
     return bool((by_head.gather(-1, selection.indices) | ~selection.valid).all())
 
 
@@ -56,7 +55,7 @@ def _retain_merged(
     """Drop entries of a layer as decided, and merge the dropped ones into the kept ones."""
     layer = context.layer
     slots, valid = layer.entries()
-    kept = _kept(prefill, decision, context) & valid  # [R, H or 1, K]
+    kept = _kept(prefill, decision, context)  # [R, H or 1, K]
     merge = among_entries(selection, kept, context.first)
     places = Selection.from_mask(kept)
     layer.retain(places.with_merge(merge))
@@ -64,7 +63,7 @@ def _retain_merged(
 
 
 def _kept(prefill: Prefill, decision: Decision, context: DecisionContext) -> Tensor:
-    """Return which of the K entries of a layer are kept, bool ``[R, H or 1, K]``."""
+    """Return which of the K entries of a layer are kept, bool ``[R, H or 1, K]``; only valid ones."""
     layer, first = context.layer, context.first
     device = layer.keys.device
     decodable = prefill.visibility.decode_units  # [R, U]
