@@ -56,13 +56,19 @@ def show(
 def _describe(entry: PolicyEntry) -> None:
     """Print what a policy's docstring, class attributes and options say."""
     from kvprune.policy.options import describe_type
+    from kvprune.policy.spec import PolicySpec
 
     policy = entry.cls
     text, meanings = read_docstrings(policy)
     print(f"{entry.name}, version {entry.version}, from plugin {entry.plugin} ({entry.distribution})\n")
     print(printable(text, 20_000, newlines=True) + "\n")
-    for fact in ("paper", "fidelity", "cost"):
-        print(f"{fact + ':':<10}{printable(getattr(policy, fact), 400) or '-'}")
+    facts = {"paper": policy.paper, "fidelity": policy.fidelity, "differs": policy.differs}
+    facts |= {"checked": policy.checked_against, "cost": policy.cost}
+    for fact, said in facts.items():
+        print(f"{fact + ':':<10}{printable(said, 400) or '-'}")
+    for preset, options in policy.presets.items():
+        print(f"{'preset:':<10}{printable(str(PolicySpec(entry.name, {'preset': preset})), 400)} = ", end="")
+        print(printable(str(PolicySpec(entry.name, options)), 400))
     if policy.bibtex:
         print(f"{'cite:':<10}kvprune cite {entry.name}")
     types = policy.option_types()

@@ -11,6 +11,7 @@ import inspect
 import typing
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 from kvprune.errors import PolicyOptionError
@@ -61,6 +62,10 @@ class CrossKVPolicy(AnyPolicy, ABC):
         bibtex: A BibTeX entry of that paper, which ``kvprune cite`` prints, or "".
         fidelity: How close the policy is to the paper: "faithful", "adapted", "inspired-by" or "baseline".
         deviations: Where the policy differs from the paper, or "".
+        differs: The same in one line for ``kvprune show``: what is not as published, or "".
+        checked_against: What the selections were compared with: the authors' code with its commit, another
+            implementation, or a transcription of the paper; "unverified" if with nothing.
+        presets: Published settings by name: options for ``preset=NAME`` in a spec, as a spec writes them.
         cost: What one decision costs, in words.
         ranks_tokens: Whether a larger budget keeps a superset (KV14).
         keeps_invisible: Whether caches about which the policy decides nothing also keep what decoding
@@ -76,6 +81,9 @@ class CrossKVPolicy(AnyPolicy, ABC):
     bibtex: ClassVar[str] = ""
     fidelity: ClassVar[str] = "baseline"
     deviations: ClassVar[str] = ""
+    differs: ClassVar[str] = ""
+    checked_against: ClassVar[str] = ""
+    presets: ClassVar[typing.Mapping[str, typing.Mapping[str, OptionValue]]] = MappingProxyType({})
     cost: ClassVar[str] = ""
     ranks_tokens: ClassVar[bool] = False
     keeps_invisible: ClassVar[bool] = False
@@ -167,15 +175,45 @@ class CrossKVPolicy(AnyPolicy, ABC):
         return {option.name: hints[option.name] for option in dataclasses.fields(cls)}
 
     @classmethod
+    def with_preset(
+        cls, options: typing.Mapping[str, OptionValue | CrossKVPolicy]
+    ) -> dict[str, OptionValue | CrossKVPolicy]:
+        """Return options in which ``preset`` is replaced by the options that it stands for.
+
+        Options that are given beside the preset win. The policy does not remember the preset: its spec has
+        the options.
+
+        Raises:
+            PolicyOptionError: If the class has no preset of this name; lists its presets.
+
+        Example:
+            >>> import kvprune
+            >>> str(kvprune.get_policy("snapkv:preset=published,window=8").spec)
+            'snapkv:keep_ratio=0.5,window=8,kernel=7,reduction=max'
+        """
+        own = dict(options)
+        if "preset" not in own or any(option.name == "preset" for option in dataclasses.fields(cls)):
+            return own
+        name = own.pop("preset")
+        if not isinstance(name, str) or name not in cls.presets:
+            known = ", ".join(cls.presets) or "none"
+            hint = suggestion(name, cls.presets) if isinstance(name, str) else ""
+            raise PolicyOptionError(
+                f"policy {cls.name!r} has no preset {shown(name)}{hint} (presets: {known})"
+            )
+        return {**cls.presets[name], **own}
+
+    @classmethod
     def from_options(cls, options: typing.Mapping[str, OptionValue | CrossKVPolicy]) -> Self:
         """Build the policy from option values, reading those that are text by the type of their field.
 
-        Options that are policies are policies here; `kvprune.get_policy` makes them of nested specs.
+        Options that are policies are policies here; `kvprune.get_policy` makes them of nested specs. The
+        option ``preset`` stands for the options of a preset of the class.
 
         Raises:
             PolicyOptionError: If an option is unknown or its value is wrong; lists what would be right.
         """
-        types = cls.option_types()
+        types, options = cls.option_types(), cls.with_preset(options)
         for option in options:
             if option not in types:
                 known = ", ".join(sorted(types)) or "none"
@@ -223,7 +261,7 @@ def require_policy_class(cls: type[CrossKVPolicy]) -> None:
     if isinstance(cls.version, bool) or not isinstance(cls.version, int):
         raise TypeError(f"{where} has the version {shown(cls.version)}; a version is a whole number")
     PolicySpec(cls.name, version=cls.version)
-    for fact in ("paper", "bibtex", "fidelity", "deviations", "cost"):
+    for fact in ("paper", "bibtex", "fidelity", "deviations", "differs", "checked_against", "cost"):
         if not isinstance(getattr(cls, fact), str):
             raise TypeError(f"{where} has the {fact} {shown(getattr(cls, fact))}; it is text, or empty")
     own = cls.__dict__.get("__dataclass_params__")
@@ -240,4 +278,22 @@ def require_policy_class(cls: type[CrossKVPolicy]) -> None:
                 f"{where} has the option {option!r} of type {shown(annotation)}; options are bool, int, "
                 "float, str, None, Literal, or a union of these, or a policy class (or None), "
                 "so that a spec can hold them"
+            )
+    _require_presets(cls, where)
+
+
+def _require_presets(cls: type[CrossKVPolicy], where: str) -> None:
+    """Raise unless presets are options by name."""
+    presets = cls.presets
+    if not isinstance(presets, typing.Mapping) or not all(
+        isinstance(options, typing.Mapping) for options in presets.values()
+    ):
+        raise TypeError(f"{where} has the presets {shown(presets)}; they are options by name of the preset")
+    types = cls.option_types()
+    for name, options in presets.items():
+        if unknown := [option for option in options if option not in types]:
+            known = ", ".join(types) or "none"
+            raise TypeError(
+                f"preset {shown(name)} of {where} sets {shown(unknown[0])}, which is no option "
+                f"(options: {known})"
             )

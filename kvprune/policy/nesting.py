@@ -60,7 +60,7 @@ def parts(policy: CrossKVPolicy) -> Iterator[CrossKVPolicy]:
 
 def make_nested(
     cls: type[CrossKVPolicy],
-    options: Mapping[str, OptionValue],
+    options: Mapping[str, OptionValue | CrossKVPolicy],
     make: Callable[[PolicySpec], CrossKVPolicy],
     classes: Mapping[str, type[CrossKVPolicy]],
 ) -> dict[str, OptionValue | CrossKVPolicy]:

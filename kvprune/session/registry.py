@@ -151,7 +151,8 @@ class Registry:
         where, text = f"policy {spec.name!r} of plugin {entry.plugin!r}", shown(str(spec))
         try:
             classes = {name: other.cls for name, other in self.policies.items()}
-            policy = entry.cls.from_options(make_nested(entry.cls, spec.options, self.get_policy, classes))
+            options = entry.cls.with_preset(spec.options)
+            policy = entry.cls.from_options(make_nested(entry.cls, options, self.get_policy, classes))
         except (KVPruneError, KeyboardInterrupt):
             raise
         except ValueError as error:  # how authors who do not know our errors refuse a value

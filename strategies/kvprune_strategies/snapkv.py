@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -39,6 +40,7 @@ class SnapKV(ScoringPolicy):
     name = "snapkv"
     version = 1
     needs = frozenset({"queries"})
+    presets = MappingProxyType({"published": {"window": 32, "kernel": 7, "reduction": "max"}})
 
     def score(self, view: LayerView) -> Tensor:
         """Return pooled attention of the window by KV head ``[B, Hkv, S]``."""
