@@ -9,10 +9,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from kvprune.cache.shared_rows import SharedRows, share_repeated
 from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.visibility import Visibility
 
-__all__ = ["arriving_tiles", "tiles_of_rows", "visibility_of"]
+__all__ = ["arriving_tiles", "repeated_rows", "tiles_of_rows", "visibility_of"]
 
 
 def arriving_tiles(named: Mapping[str, Any], batch: int, patches: int) -> tuple[Tensor, int]:
@@ -56,6 +57,18 @@ def tiles_of_rows(mask: Tensor, length: int, cache: Any) -> Tensor:
             mask = torch.cat([mask, mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
         mask = mask[:, seen : seen + length]
     return (mask == 1).flatten(2)
+
+
+def repeated_rows(repeats: int, named: Mapping[str, Any], source: Tensor) -> SharedRows:
+    """Share the rows of a call that `generate` has made from one sample, unless their inputs differ.
+
+    Args:
+        repeats: Consecutive rows that come from one sample.
+        named: Arguments of the forward call by name.
+        source: Its pixels or encoder states, ``[B, ...]``.
+    """
+    names = "input_ids", "attention_mask", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"
+    return share_repeated(repeats, [named.get(name) for name in names], [source, named.get("inputs_embeds")])
 
 
 def visibility_of(
