@@ -8,9 +8,10 @@ anything: copies are free.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,25 +58,29 @@ class _NoHook:
 
 
 class _Method:
-    """A method of one module instance that runs within a context; in copies of the module, the plain method.
+    """A method of one module instance that another function calls; in copies of the module, the plain method.
 
     Args:
         module: The module; nothing of it is changed but its attribute ``name``.
         name: Name of the method.
-        context: Returns the context; None in copies and pickles.
+        attachment: Calls are passed on while it is paused; None in copies and pickles.
+        around: Called with the method and its arguments.
     """
 
     def __init__(
-        self, module: nn.Module, name: str, context: Callable[[], AbstractContextManager[Any]] | None = None
+        self,
+        module: nn.Module,
+        name: str,
+        attachment: Attachment | None = None,
+        around: Callable[..., Any] | None = None,
     ) -> None:
-        self.module, self.name, self.context = module, name, context
+        self.module, self.name, self.attachment, self.around = module, name, attachment, around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        method = getattr(type(self.module), self.name)
-        if self.context is None:
-            return method(self.module, *args, **kwargs)
-        with self.context():
-            return method(self.module, *args, **kwargs)
+        method = functools.partial(getattr(type(self.module), self.name), self.module)
+        if self.around is None or self.attachment is None or self.attachment.is_paused:
+            return method(*args, **kwargs)
+        return self.around(method, *args, **kwargs)
 
     def __reduce__(self) -> tuple[type[_Method], tuple[nn.Module, str]]:
         return _Method, (self.module, self.name)
@@ -202,7 +207,7 @@ class Attachment:
     def override(self, module: nn.Module, attribute: str, value: object) -> None:
         """Set an attribute on one module instance; `detach` restores the former value.
 
-        A copy of the module keeps the value, so prefer an argument of its forward call, or `within`.
+        A copy of the module keeps the value, so prefer an argument of its forward call, or `around`.
         """
         missing = object()
         before = module.__dict__.get(attribute, missing)
@@ -216,19 +221,18 @@ class Attachment:
         module.__dict__[attribute] = value
         self._restore.append(restore)
 
-    def within(
-        self, module: nn.Module, method: str, context: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
-        """Let a method of one module instance run within a context; `detach` restores the former attribute.
+    def around(self, module: nn.Module, method: str, call: Callable[..., Any]) -> None:
+        """Call ``call(method, *args, **kwargs)`` in place of a method of one module instance, until `detach`.
 
         Args:
             module: The module.
-            method: Name of a method of its class. An attribute of the instance itself is left alone.
-            context: Returns the context of one call.
+            method: Name of a method of its class. Nothing happens if it has none, or if somebody else has
+                replaced it on the instance.
+            call: Receives the method, bound to the module, and its arguments.
         """
-        if method in module.__dict__:  # somebody else has replaced it
+        if method in module.__dict__ or not hasattr(type(module), method):
             return
-        module.__dict__[method] = _Method(module, method, context)
+        module.__dict__[method] = _Method(module, method, self, call)
         self._restore.append(lambda: module.__dict__.pop(method, None))
 
 

@@ -27,7 +27,12 @@ from kvprune.adapters.arguments import CACHE, cache_of, has_cache, named_argumen
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
-from kvprune.adapters.generation import probe_generation, running_generation
+from kvprune.adapters.generation import (
+    CANDIDATES,
+    probe_generation,
+    prompt_first,
+    running_generation,
+)
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.prompts import decoder_prompt
 from kvprune.adapters.text_capture import TextCapture
@@ -115,6 +120,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         for site in self.sites:
             self.before(site.module, self._before_attention)
             self.after(site.module, self._spread_weights, first=True)
+        self.around(self.model, CANDIDATES, prompt_first)
 
     def _new_call(self) -> _Call:
         return _Call(self.manager, self.reader, ColumnMask(self._decoder.embed_tokens.weight.dtype))
@@ -144,8 +150,8 @@ class EncoderDecoderAdapter(ModelAdapter):
         shared_rows = SharedRows()
         if cached and may_share(self._decoder):
             shared_rows = share_repeated(generation.repeats, [tokens, *masks], [states])
-        copies, needs, drafts = shared_rows.copies, call.needs, generation.drafts
-        visibility = self._visibility(tokens[:, : tokens.shape[1] - drafts], states, *masks, copies)
+        copies, needs = shared_rows.copies, call.needs
+        visibility = self._visibility(tokens, states, *masks, copies)
         call.manager.begin(
             visibility,
             columns,
@@ -153,11 +159,11 @@ class EncoderDecoderAdapter(ModelAdapter):
             shared_rows=shared_rows,
             cached=cached,
             layout=lambda: Layout.line(columns, states.device),
-            prompt=decoder_prompt(named, tokens.shape[1], drafts, copies) if "guidance" in needs else None,
+            prompt=decoder_prompt(named, tokens.shape[1], copies) if "guidance" in needs else None,
         )
         self._hook_layers(call, cached=cached)
         if "text" in needs:
-            self._hook_text(call, named.get("attention_mask"), drafts, copies, cached=cached)
+            self._hook_text(call, named.get("attention_mask"), copies, cached=cached)
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache that later calls read."""
@@ -210,7 +216,7 @@ class EncoderDecoderAdapter(ModelAdapter):
                 call.keep_output(self, getattr(attention, self.key), "keys", heads)
                 call.keep_output(self, getattr(attention, self.value), "values", heads)
 
-    def _hook_text(self, call: _Call, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
+    def _hook_text(self, call: _Call, mask: Tensor | None, copies: int, *, cached: bool) -> None:
         """Add the hooks that capture the self-attention of each decoder layer."""
         modules = {
             layer_idx: getattr(layer, self.self_attention)
@@ -219,7 +225,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         projections = self.query, self.key, self.value
         name, manager = call.manager.policy.name, call.manager
         capture = TextCapture(
-            name, lambda view, _: manager.after_text(view), modules, mask, drafts, copies, None, projections
+            name, lambda view, _: manager.after_text(view), modules, mask, copies, None, projections
         )
         capture.hook(self, set(modules), cached=cached)
 

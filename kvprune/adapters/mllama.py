@@ -28,7 +28,12 @@ from kvprune.adapters import mllama_guide, tiny
 from kvprune.adapters.arguments import CACHE, cache_of, has_cache, named_arguments, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
-from kvprune.adapters.generation import probe_generation, running_generation
+from kvprune.adapters.generation import (
+    CANDIDATES,
+    probe_generation,
+    prompt_first,
+    running_generation,
+)
 from kvprune.adapters.mllama_captures import capture_class_attention, capture_text, tile_layout
 from kvprune.adapters.mllama_visibility import (
     arriving_tiles,
@@ -59,15 +64,11 @@ class _Call(Call):
         manager: The cache manager.
         reader: Cuts the masks.
         mask: The masks of the call.
-
-    Attributes:
-        drafts: Number of draft rows at the end of a prefill, in assisted decoding.
     """
 
     def __init__(self, manager: CrossKVManager, reader: Reader, mask: TileMask) -> None:
         super().__init__(manager, reader)
         self.mask = mask
-        self.drafts = 0
 
 
 class MllamaAdapter(ModelAdapter):
@@ -117,6 +118,7 @@ class MllamaAdapter(ModelAdapter):
             layer = self._text.layers[layer_idx]
             self.before(layer, self._before_layer)
             self.after(layer.cross_attn, self._spread_weights, first=True)
+        self.around(self.model, CANDIDATES, prompt_first)
 
     def _before_inner(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,7 +148,6 @@ class MllamaAdapter(ModelAdapter):
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
         generation = running_generation(self.model)
         generation.require_whole_prompt(self.family)
-        call.drafts = generation.drafts
         source, new_units = arriving_tiles(named, batch, call.mask.patches)
         rows = call.mask.rows
         if rows is None:
@@ -161,7 +162,7 @@ class MllamaAdapter(ModelAdapter):
             layer = self.class_attention_layer
             capture = capture_class_attention(self, policy.name, vision, layer, named, copies)
         if "guidance" in policy.needs:
-            prompt = mllama_guide.make_prompt(named, batch, length, call.drafts, copies)
+            prompt = mllama_guide.make_prompt(named, batch, length, copies)
         call.manager.begin(
             self._visibility(call, rows, named.get("attention_mask"), length, copies),
             new_units * call.mask.patches,
@@ -180,7 +181,6 @@ class MllamaAdapter(ModelAdapter):
                 self._text,
                 self._layer_indices,
                 named.get("attention_mask"),
-                drafts=call.drafts,
                 copies=copies,
                 cached=cached,
             )
@@ -205,7 +205,6 @@ class MllamaAdapter(ModelAdapter):
             rows,
             attention_mask,
             length,
-            drafts=call.drafts,
             copies=copies,
             patches=call.mask.patches,
             tiles=self._inner.vision_model.max_num_tiles,

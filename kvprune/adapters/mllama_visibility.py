@@ -76,7 +76,6 @@ def visibility_of(
     attention_mask: Tensor | None,
     length: int,
     *,
-    drafts: int,
     copies: int,
     patches: int,
     tiles: int,
@@ -87,7 +86,6 @@ def visibility_of(
         rows: bool ``[B, T or 1, U]``, which tiles each text row may attend.
         attention_mask: ``[B, tokens so far]``, zero at padding.
         length: Text rows T of the call.
-        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
         patches: Columns of a tile.
         tiles: Tiles stored for each image.
@@ -95,9 +93,6 @@ def visibility_of(
     live = rows.any(-1).expand(-1, length).clone()  # [B, T]
     if attention_mask is not None and attention_mask.ndim == 2:
         live &= attention_mask[:, -length:].to(live.device).bool()
-    if drafts:
-        rows = rows[:, : length - drafts] if rows.shape[1] > 1 else rows
-        live = live[:, : length - drafts]
     units = torch.arange(rows.shape[-1], device=rows.device)
     return Visibility(
         rows=rows[::copies],

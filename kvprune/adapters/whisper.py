@@ -37,6 +37,11 @@ class _ConstantColumns(TorchFunctionMode):
         return result
 
 
+def _with_constant_columns(extract: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _ConstantColumns():
+        return extract(*args, **kwargs)
+
+
 class WhisperAdapter(EncoderDecoderAdapter):
     """Whisper, whose encoder columns are audio frames."""
 
@@ -50,8 +55,7 @@ class WhisperAdapter(EncoderDecoderAdapter):
     def attach(self, manager: CrossKVManager) -> None:
         """Add the hooks of the family, and time words by the columns that are held."""
         super().attach(manager)
-        if hasattr(type(self.model), "_extract_token_timestamps"):
-            self.within(self.model, "_extract_token_timestamps", _ConstantColumns)
+        self.around(self.model, "_extract_token_timestamps", _with_constant_columns)
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
