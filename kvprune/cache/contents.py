@@ -123,8 +123,8 @@ class HeldEntries(DynamicLayer):
         if isinstance(sys._getframe(2).f_locals.get("self"), nn.Module):
             raise UnsupportedCacheError(
                 f"this cache was pruned under a compression that has ended: {self.width} of {self.columns} "
-                "columns are held, and outside the block no mask is cut to them; continue inside the block of "
-                "kvprune.compress, or inside a new one"
+                "columns are held, and outside the block no mask is cut to them; continue inside the block "
+                "of kvprune.compress, or inside a new one"
             )
 
     @property
