@@ -18,22 +18,21 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "fidelity.md"
 
 HEAD = """# Which method is what its name says
 
-Each built-in method was run beside the published one on the same tensors, and the kept tokens were compared. Where
-the authors' code could be had, their own functions ran, outside this repository; what they selected is recorded in
-`tests/published/data` with repository, commit, function and settings, and a test compares it with the policy.
-Where there is no code, another implementation was run, or the published text was transcribed.
+Each built-in method was run beside the published one on the same tensors, and the kept tokens were compared.
+Where the authors' code could be had, their own functions ran, outside this repository. What they selected is
+recorded in `tests/published/data` with repository, commit, function and settings, and a test compares it with
+the policy. Where there is no code, another implementation was run, or the published text was transcribed.
 
-* **whole**: the published procedure as it is run, settings included. **part**: a part of it; the case says which.
-* **faithful** stands only where the published text or code was read, and the sets agree for the whole procedure.
-  **adapted**: the rule is the published one, but something must differ in cross-attention. **inspired-by**: no
-  more than that.
-* A preset is a published setting by name: `snapkv:preset=published`. `kvprune show NAME` lists presets, the line
-  on what differs, and all deviations.
-* No page here says that a method *works* as well as published. Cross-attention caches hold encoder tokens
+* **whole**: the published procedure as it is run, settings included. **part**: a part of it; the case says
+  which.
+* **faithful**: the published text or code was read, and the sets agree for the whole procedure. **adapted**:
+  the rule is the published one, but something must differ in cross-attention. **inspired-by**: no more.
+* A preset is a published setting by name: `snapkv:preset=published`. `kvprune show NAME` lists presets, the
+  line on what differs, and all deviations.
+* Nothing here says that a method *works* as well as published. Cross-attention caches hold encoder tokens
   without text among them, and no paper measured these methods there, except for `trim`.
 
-`python tests/fidelity_table.py` writes this page from the classes and the recorded cases, and a test fails when
-it is stale.
+`python tests/fidelity_table.py` writes this page, and a test fails when it is stale.
 """
 
 

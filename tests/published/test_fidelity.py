@@ -1,4 +1,4 @@
-"""docs/fidelity.md is what the classes and the recorded cases say, and no class claims more than was compared."""
+"""docs/fidelity.md is what classes and recorded cases say, and no class claims more than was compared."""
 
 import pytest
 from fidelity_table import DOCUMENT, render
