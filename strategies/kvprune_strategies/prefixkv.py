@@ -26,7 +26,7 @@ class PrefixKV(LayerAllocator):
     """
 
     name = "prefixkv"
-    version = 1
+    version = 2  # 2: budgets by the attention that remains; 1 lost its digits where attention is peaked
     measure_needs = frozenset({"queries"})
 
     def measure(self, view: LayerView) -> Tensor:
@@ -39,11 +39,15 @@ class PrefixKV(LayerAllocator):
         return measured[:, None] if self.scorer is None else super().rank(view, measured)
 
     def urgency(self, measured: Tensor, visible: Tensor, columns: int) -> Tensor:
-        """Return minus the part of its layer's attention that better tokens hold, ``[B, L, S]``."""
-        held = measured.double().sort(dim=-1, descending=True).values.cumsum(-1)  # [B, L, S], by the i best
-        better = torch.nn.functional.pad(held[..., :-1], (1, 0))  # [B, L, S], by those before the i-th
+        """Return the part of its layer's attention that a token and all worse ones hold, ``[B, L, S]``.
+
+        It falls along S as 1 minus what better tokens hold. Adding from the least token up keeps the digits
+        of small remainders: where attention is peaked, most tokens differ only there.
+        """
+        least_first = measured.double().sort(dim=-1).values.cumsum(-1)  # [B, L, S]
+        remaining = least_first.flip(-1)  # [B, L, S], held by the i-th best token and all worse ones
         tiny = torch.finfo(torch.float64).tiny  # a sample without an image: layers keep equally many
-        return -better / held[..., -1:].clamp(min=tiny)
+        return remaining / remaining[..., :1].clamp(min=tiny)
 
     fidelity = "adapted"
     paper = "arXiv 2412.03409 (PrefixKV)"
