@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvprune import LayerView, ScoringPolicy
+from kvprune import LayerView, ScoringPolicy, scoring
 from kvprune.errors import PolicyOptionError
 from kvprune.policy import ProportionalAllocator
 from kvprune_strategies.h2o import H2O
@@ -28,12 +28,15 @@ class VLCache(ProportionalAllocator):
         class_tokens: Whether the class tokens of the encoder "count" like others, or density is computed
             without them ("ignore"). They often have the largest weight of a row, next to which all others are
             small. They may be kept in either case.
+        heads: "separate": each KV head keeps the tokens that score highest in it. "shared": all heads of a
+            layer keep the tokens of the highest mean score.
         scorer: See `kvprune.policy.LayerAllocator`, also for keep_ratio and keep_tokens.
     """
 
     scorer: ScoringPolicy = field(default_factory=lambda: H2O(normalize=False))
     threshold: float = 0.01
     class_tokens: Literal["count", "ignore"] = "count"
+    heads: Literal["separate", "shared"] = "separate"
 
     name = "vlcache"
     version = 1
@@ -45,6 +48,11 @@ class VLCache(ProportionalAllocator):
         if self.class_tokens == "ignore" and view.layout.class_tokens is not None:
             columns = columns & ~view.layout.class_tokens
         return view.attention_density(self.threshold, columns).mean(-1, keepdim=True)
+
+    def rank(self, view: LayerView, measured: Tensor) -> Tensor:
+        """Return the scorer's scores ``[B, Hkv or 1, S]``; ``[B, 1, S]`` where heads share tokens."""
+        scores = super().rank(view, measured)
+        return scores if self.heads == "separate" else scoring.pool_heads(scores)
 
     def weights(self, measured: Tensor) -> Tensor:
         """Return the densities, ``[B, L]``."""
