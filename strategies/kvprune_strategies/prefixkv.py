@@ -52,10 +52,22 @@ class PrefixKV(LayerAllocator):
     fidelity = "adapted"
     paper = "arXiv 2412.03409 (PrefixKV)"
     deviations = """
-    The original measures on calibration samples how much each layer keeps, and does not change it afterwards;
-    here each sample has its own p. First and last tokens are not protected, and nothing is evicted while
-    decoding. Layers of equal attention differ by at most one token, if the total cannot be shared evenly.
+    The original measures on calibration samples how much each layer keeps, and then keeps these shares of
+    every sample; here each sample has its own p. The original searches p until the total is met within four
+    tokens, scales what each layer drops to the total and truncates it, so it keeps up to one token more in a
+    layer; here the total is exact. (In 15 trials of 8 to 32 layers no layer differed by more than two
+    tokens.) The original keeps the first and the last token of the prompt; neither is of an image. Nothing is
+    evicted while decoding. Layers of equal attention differ by at most one token, if the total cannot be
+    shared evenly.
     """
+    differs = (
+        "each sample's layers share by its own attention, where the original uses shares of calibration "
+        "samples; the total is exact, where the original scales and truncates what its search found"
+    )
+    checked_against = (
+        "same sets as THU-MIG/PrefixKV@39b7265 (prefixkv.py:PrefixKV), profiled on the sample itself, "
+        "where its search meets the budget"
+    )
     cost = (
         "one product of queries and keys in each layer, 64 rows at a time; S numbers of each layer until the "
         "last has attended, when L * S numbers are sorted; all layers hold all tokens until then; one host "

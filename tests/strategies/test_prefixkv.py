@@ -75,6 +75,18 @@ def test_a_token_counts_by_what_the_better_ones_hold_and_not_by_its_own():
     assert counts.tolist() == [[1, 2]]
 
 
+def test_small_remainders_are_told_apart():
+    """Both layers give nearly all to their best token; only what is left says where tokens are wanted."""
+    left = torch.tensor([[1e-12, 1e-12, 1e-12], [4e-12, 1e-13, 1e-14]], dtype=torch.float64)
+    measured = torch.cat([1 - left.sum(-1, keepdim=True), left], dim=-1)[None]  # [1, 2, 4]
+    urgency = PrefixKV().urgency(measured, torch.tensor([[4, 4]]), 4)
+    torch.testing.assert_close(urgency[0, 0, 1:], torch.tensor([3e-12, 2e-12, 1e-12], dtype=torch.float64))
+    torch.testing.assert_close(urgency[0, 1, 1], torch.tensor(4.11e-12, dtype=torch.float64))
+    one, all_ = torch.tensor([[1, 1]]), torch.tensor([[4, 4]])
+    found = [apportion(urgency, one, all_, torch.tensor([total]))[0].tolist() for total in range(2, 9)]
+    assert found == [[1, 1], [1, 2], [2, 2], [3, 2], [4, 2], [4, 3], [4, 4]]
+
+
 def test_equal_layers_keep_equally_many_and_the_total_is_exact():
     view = make_view(make_visibility([[[1]] * 3], 30))
     for tokens in (1, 7, 12, 30):
