@@ -32,7 +32,7 @@ class Norm(ScoringPolicy):
     keep: Literal["high", "low"] = "high"
 
     name = "norm"
-    version = 2  # 2: float64 vectors are measured in float64
+    version = 2  # 1 measured float64 vectors in float32
     presets = MappingProxyType({"published": {"of": "keys", "keep": "low"}})
 
     def score(self, view: LayerView) -> Tensor:

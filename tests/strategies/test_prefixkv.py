@@ -148,6 +148,35 @@ def test_nothing_is_noted_and_queries_are_needed():
     assert PrefixKV(scorer=Norm(of="raw_keys")).needs == {"queries", "raw_keys"}
 
 
+@given(conversations(), ratios, st.integers(0, 2))
+def test_given_shares_replace_what_a_sample_measures(visibility, ratio, seed):
+    views = layers_over(visibility, seed)
+    shares = (0.6, 0.3, 0.1)
+    kept = kept_by_layer(kvprune.get_policy(f"prefixkv:shares=0.6/0.3/0.1,keep_ratio={ratio}"), views)
+    for sample in range(visibility.batch):
+        visible = visible_of(visibility, sample)
+        most, even = [len(visible)] * 3, exact_budget(ratio, len(visible))
+        counts = share_out(lambda layer, place: shares[layer] / (place + 0.5), [1] * 3, most, 3 * even)
+        for layer, count in enumerate(counts):
+            assert kept[layer][sample] == [best_of(slow_mass(views[layer], sample), visible, count)]
+
+
+@pytest.mark.parametrize("shares", ["x", "1/x", "-1/2", "0/0", "1//2", "nan/1", "inf/1", "/"])
+def test_shares_that_are_no_numbers_are_refused(shares):
+    with pytest.raises(
+        PolicyOptionError, match="shares of policy 'prefixkv' are numbers that are not negative"
+    ):
+        PrefixKV(shares=shares)
+
+
+def test_shares_for_another_number_of_layers_are_refused():
+    views = layers_over(make_visibility([[[1]]], 9))
+    with pytest.raises(
+        PolicyOptionError, match=r"one number for each .* this model has 3, got 2: '0\.5/0\.5'"
+    ):
+        concluded(PrefixKV(shares="0.5/0.5"), views)
+
+
 def test_bad_options_are_refused():
     with pytest.raises(BudgetError, match="keep_ratio"):
         kvprune.get_policy("prefixkv:keep_ratio=0")
