@@ -31,7 +31,10 @@ class Elastic(BudgetPolicy):
         renormalize_keys: Whether merged keys are scaled to the mean length of their members. Mllama caches
             keys after an RMS norm. Their mean is shorter, so it receives less attention than any of them did.
         size_bias: Whether the logarithm of a bucket's size is added to its logits in decode, so that a bucket
-            receives attention in proportion to its number of tokens.
+            receives attention in proportion to its number of tokens. This matters where few tokens stay. On
+            read speech with Whisper base (71 words), the word error rate is 1.61 without and 0.23 with it at
+            a tenth of the cache, and 0.01 either way at a quarter, a half and all of it. On the embedded demo
+            it makes no difference (see docs/policies.md).
     """
 
     borders: Literal["tile", "image"] = "tile"
