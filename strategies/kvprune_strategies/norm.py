@@ -79,7 +79,7 @@ class Norm(ScoringPolicy):
     The paper keeps the tokens whose keys are shortest (preset=published); long values, the default, are our
     rule. The authors' scripts leave the first layer, or the first two, whole (preset=script). They prune
     again while text is generated; here no image tokens are added, so nothing is pruned again. Mllama caches
-    keys after an RMS norm, which takes most of what their lengths say: of=raw_keys has those before that norm.
+    keys after an RMS norm, which takes most of what lengths say: of=raw_keys has those before that norm.
     """
     differs = (
         "the default, long values, is our rule; the paper keeps short keys (preset=published), and its "
