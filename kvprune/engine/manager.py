@@ -173,7 +173,7 @@ class CrossKVManager:
         """Show a self-attention layer to the policy after its attention, and let the policy prune its cache.
 
         Args:
-            view: The layer's attention, for R rows, without draft tokens.
+            view: The layer's attention, for R rows.
             layer: Its cache layer, updated, for each row of the batch; None if text is not pruned.
 
         Raises:
@@ -190,14 +190,13 @@ class CrossKVManager:
         with torch.no_grad(), Stopwatch(view.device) as watch:
             selection = self._calls.select_text(view)
         prefill.text_counts = check_text(selection, view, self.policy.name, prefill.text_counts)
-        drafts = layer.held - view.entries  # the view leaves draft tokens out
         if selection is not None:
             layer.retain(selection.repeat(prefill.shared_rows.copies))
-        tokens = None if layer.slots is None else layer.tokens()[..., : layer.held - drafts]
-        self.kept.add_text(view.layer_idx, tokens, layer.seen - drafts)
+        tokens = None if layer.slots is None else layer.tokens()
+        self.kept.add_text(view.layer_idx, tokens, layer.seen)
         available = view.real.sum(-1).clamp(min=1)  # [R], text entries that are no padding
         fraction = torch.ones_like(available) if selection is None else prefill.text_counts / available
-        prefill.record.note_text_decision(view.layer_idx, layer, watch, drafts, fraction)
+        prefill.record.note_text_decision(view.layer_idx, layer, watch, fraction)
 
     def after_layer(
         self,
@@ -216,7 +215,7 @@ class CrossKVManager:
             rank: Index among the cross-attention layers.
             layer: The cache layer, updated.
             scaling: Factor on attention logits.
-            captured: What the adapter captured in the layer, for each row of the batch, draft rows included.
+            captured: What the adapter captured in the layer, for each row of the batch.
             follows_text: Whether a self-attention layer comes before this layer.
 
         Raises:

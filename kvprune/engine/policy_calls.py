@@ -80,14 +80,13 @@ class PolicyCalls:
             rank: Index among the cross-attention layers.
             layer: Its cache layer, updated.
             received: The columns that arrived at the layer; None for all new ones.
-            captured: Captured in this layer, for each row of the batch, draft rows included.
+            captured: Captured in this layer, for each row of the batch.
             scaling: Factor on attention logits.
             follows_text: Whether a self-attention layer comes before this layer.
         """
         arriving = prefill.arriving(received)
         new = layer.own - arriving.columns  # new entries come last; quantized ones belong to earlier images
-        # Queries have draft rows at the end; visibility does not.
-        own = captured.rows(slice(None, None, layer.copies)).first_rows(arriving.live.shape[1])
+        own = captured.rows(slice(None, None, layer.copies))
         return LayerView(
             keys=layer.keys[..., new:, :],  # [R, Hkv, S, D]
             values=layer.values[..., new:, :],  # [R, Hkv, S, D]

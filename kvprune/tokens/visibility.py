@@ -26,7 +26,7 @@ class Visibility:
             the columns of unit u. In stock transformers, a row that sees no unit attends to everything.
         units: int64 ``[B or 1, S]``, the unit of each column.
         images: int64 ``[U]``, the image of each unit.
-        live: bool ``[B, T]``, live rows: not padding, not a draft token, and at least one visible unit.
+        live: bool ``[B, T]``, live rows: not padding, and at least one visible unit.
         exists: bool ``[B, S]``, false for columns that pad a ragged batch; None if there is no padding.
 
     Example:
