@@ -39,9 +39,14 @@ class _Hook:
         self.thread = thread
 
     def __call__(self, *call: Any) -> Any:
-        if self.attachment.is_paused or (self.thread is not None and self.thread != threading.get_ident()):
+        if self.attachment.is_paused or self._is_foreign():
             return None
         return self.hook(*call)
+
+    def _is_foreign(self) -> bool:
+        if self.thread is None or torch.compiler.is_compiling():
+            return False
+        return self.thread != threading.get_ident()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _NoHook:
         return _NoHook()

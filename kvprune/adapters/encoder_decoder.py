@@ -44,7 +44,7 @@ from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.randomness import states_fingerprint
-from kvprune.tokens.visibility import Visibility
+from kvprune.tokens.visibility import Visibility, with_last_row
 
 __all__ = ["EncoderDecoderAdapter"]
 
@@ -189,6 +189,8 @@ class EncoderDecoderAdapter(ModelAdapter):
             units = torch.zeros(1, columns, dtype=torch.int64, device=states.device)
         elif encoder_mask.shape == (batch, columns):
             units = (encoder_mask == 0).to(torch.int64)
+            # A sample that is nothing but padding keeps its first column, because a row must attend to one.
+            units[:, 0] *= (units == 0).any(-1)
         else:
             raise UnsupportedCacheError(
                 f"the encoder's attention mask must be [B, S] = [{batch}, {columns}], "
@@ -196,7 +198,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             )
         live = torch.ones(batch, tokens.shape[1], dtype=torch.bool, device=states.device)
         if decoder_mask is not None and decoder_mask.ndim == 2:
-            live &= decoder_mask[:, : live.shape[1]].to(live.device).bool()
+            live = with_last_row(decoder_mask[:, : live.shape[1]].to(live.device).bool(), live)
         rows = torch.tensor([True, False], device=states.device).expand(batch // copies, 1, 2)
         return Visibility(
             rows=rows,

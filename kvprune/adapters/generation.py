@@ -1,9 +1,7 @@
 """What `generate` is doing when it calls a model, and how assisted decoding begins.
 
 A forward call does not say whether equal rows are beams of one sample. `generate` knows, and it is still
-running while the model is called, so it is looked up on the call stack of this thread. A note taken by a hook
-would not
-do: it outlives an interrupted call, and another thread may read it.
+running while the model is called, so it is X
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvprune.adapters.probes import Probe
@@ -56,6 +55,7 @@ class Generation:
             )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def running_generation(model: nn.Module) -> Generation:
     """Return what the innermost `generate` of a model, or of a model that contains it, says.
 
@@ -75,10 +75,10 @@ def running_generation(model: nn.Module) -> Generation:
 
 
 def prompt_first(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Make a generator of draft tokens that drafts nothing in the first step of assisted decoding.
+    """Make a generator of draft tokens whose first drafts are rejected unseen.
 
-    Otherwise the first call verifies drafts in the prefill, where they attend to tokens that are dropped
-    right afterwards, and assisted decoding would answer otherwise than greedy decoding.
+    Otherwise assisted decoding verifies them in the prefill, where they attend to tokens that are dropped
+    right afterwards, and it would answer otherwise than greedy decoding.
 
     Args:
         make: ``_get_candidate_generator`` of a model.
@@ -86,12 +86,14 @@ def prompt_first(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kwargs: Its keyword arguments.
     """
     drafts = make(*args, **kwargs)
+    draft = drafts.get_candidates
 
-    def none_yet(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def reject(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        draft(input_ids, *args, **kwargs)  # so that the assistant reads the prompt now, as it expects
         del drafts.get_candidates  # from now on, that of its class
         return input_ids, None
 
-    drafts.get_candidates = none_yet
+    drafts.get_candidates = reject
     return drafts
 
 

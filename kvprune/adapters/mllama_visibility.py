@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvprune.cache.shared_rows import SharedRows, share_repeated
 from kvprune.errors import UnsupportedCacheError
-from kvprune.tokens.visibility import Visibility
+from kvprune.tokens.visibility import Visibility, with_last_row
 
 __all__ = ["arriving_tiles", "repeated_rows", "tiles_of_rows", "visibility_of"]
 
@@ -92,7 +92,7 @@ def visibility_of(
     """
     live = rows.any(-1).expand(-1, length).clone()  # [B, T]
     if attention_mask is not None and attention_mask.ndim == 2:
-        live &= attention_mask[:, -length:].to(live.device).bool()
+        live = with_last_row(live & attention_mask[:, -length:].to(live.device).bool(), live)
     units = torch.arange(rows.shape[-1], device=rows.device)
     return Visibility(
         rows=rows[::copies],

@@ -116,7 +116,6 @@ class CrossKVManager:
             capture: Returns what the adapter captured of all new columns, for R rows, once the encoder has
                 run; None if it captured nothing.
         """
-        self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
         self._prefill = Prefill(
             visibility,
@@ -193,7 +192,7 @@ class CrossKVManager:
         if selection is not None:
             layer.retain(selection.repeat(prefill.shared_rows.copies))
         tokens = None if layer.slots is None else layer.tokens()
-        self.kept.add_text(view.layer_idx, tokens, layer.seen)
+        prefill.kept.add_text(view.layer_idx, tokens, layer.seen)
         available = view.real.sum(-1).clamp(min=1)  # [R], text entries that are no padding
         fraction = torch.ones_like(available) if selection is None else prefill.text_counts / available
         prefill.record.note_text_decision(view.layer_idx, layer, watch, fraction)
@@ -251,6 +250,8 @@ class CrossKVManager:
     def end(self, *, completed: bool) -> None:
         """Close a prefill. If it was completed, let a `PrefillPolicy` decide and write the receipts.
 
+        A prefill that raised or was interrupted leaves no trace in the report.
+
         Args:
             completed: Whether the forward call returned; false if it raised an error.
 
@@ -260,9 +261,13 @@ class CrossKVManager:
         prefill, self._prefill = self._prefill, None
         if prefill is None or not completed:
             return
+        self.report.count_encoder_input()
         if prefill.observed and isinstance(self.policy, PrefillPolicy):
             self._conclude(self.policy, prefill)
+        if prefill.guide is not None:
+            self.report.add_guide(prefill.guide)
         if not prefill.record.is_empty:
+            self.kept = prefill.kept
             prefill.record.write(
                 self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
             )
@@ -278,7 +283,7 @@ class CrossKVManager:
             guidance = self.guide(prefill.prompt(features))
             rows, copies = prefill.visibility.batch, prefill.shared_rows.copies
             scores = to_rows(guidance, rows, copies, prefill.new_columns)  # [R, S]
-        self.report.add_guide(guidance.receipt)
+        prefill.guide = guidance.receipt
         prefill.captured = replace(prefill.captured, guidance=scores.to(features.device))
         prefill.prompt = None  # free the inputs that it holds
 
@@ -329,7 +334,7 @@ class CrossKVManager:
         kept = layer.selection()
         merge = with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
         kept = kept.with_merge(merge)
-        self.kept.add(layer_idx, context.attended, kept, layer.copies)
+        prefill.kept.add(layer_idx, context.attended, kept, layer.copies)
         prefill.record.note_decision(layer_idx, layer, watches, visible=prefill.visibility.decode)
 
     def _running(self) -> Prefill:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.engine.prefill import ObservedLayer, Prefill
+from kvprune.engine.read_only import unchanged
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
@@ -128,7 +129,7 @@ class PolicyCalls:
         """
         views = [layer.context.view for layer in observed]
         statistics = [layer.statistics for layer in observed]
-        decisions = self._call(views[-1], lambda: list(policy.conclude(views, statistics)))
+        decisions = self._call(views[-1], lambda: list(policy.conclude(views, statistics)), views)
         if len(decisions) != len(views):
             raise SelectionError(
                 f"policy {policy.name!r}: conclude returned {len(decisions)} decisions, "
@@ -142,10 +143,22 @@ class PolicyCalls:
                 )
         return decisions
 
-    def _call(self, view: FeatureView | LayerView | TextView, question: Callable[[], _Answer]) -> _Answer:
-        """Call the policy, and turn an unexpected exception into an error that names the policy."""
+    def _call(
+        self,
+        view: FeatureView | LayerView | TextView,
+        question: Callable[[], _Answer],
+        views: Sequence[object] = (),
+    ) -> _Answer:
+        """Call the policy, and turn an unexpected exception into an error that names the policy.
+
+        Args:
+            view: Where the policy is asked, for messages.
+            question: The call.
+            views: What it reads; ``view`` if empty.
+        """
         try:
-            return question()
+            with unchanged(self.policy.name, view.where, views or (view,)):
+                return question()
         except (KVPruneError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

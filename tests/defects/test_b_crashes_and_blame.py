@@ -30,7 +30,6 @@ from defect_helpers import (
 )
 
 import kvprune
-from kvprune.errors import PolicyNeverRanError, SelectionError
 from kvprune.testing import tiny_bart, tiny_mllama, tiny_whisper
 
 # B1: a sample that is nothing but padding.
@@ -45,9 +44,6 @@ def require_rows_as_alone(model: Any, batch: Any, rest: Any, rows: list[int], sp
     assert torch.equal(together[rows], apart)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=SelectionError, reason="B1: a sample that is all padding stops the whole batch (KV03)"
-)
 @on_models
 @pytest.mark.parametrize(
     "spec", ["lossless", "norm:keep_ratio=0.5", "trim:keep_ratio=0.5", "divprune:keep_ratio=0.5"]
@@ -60,9 +56,6 @@ def test_b1_a_sample_that_is_all_padding_leaves_the_others_alone(spec: str) -> N
     require_rows_as_alone(model, batch, {"input_ids": ids[:2], "attention_mask": mask[:2]}, [0, 1], spec)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=SelectionError, reason="B1: a sample that is all padding stops the whole batch (KV03)"
-)
 @on_models
 def test_b1_a_chat_that_is_all_padding_leaves_the_others_alone() -> None:
     model, batch = tiny_mllama(1, dtype=torch.float64), chats("tt4ttt", "t1tt", "tt2tttt")
@@ -200,22 +193,12 @@ def compile_decoder(model: Any) -> Any:
     return model
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, PolicyNeverRanError),
-    reason="B9: a decoder compiled before compress skips our hooks, and the error says nothing of compile",
-)
 @on_models
 def test_b9_a_decoder_compiled_before_is_pruned_or_the_error_says_so() -> None:
     with or_refused(match="compile"):
         assert compiled_before(compile_decoder).report.prefills == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B9: a model compiled as a whole before compress is not pruned, and nothing says so",
-)
 @on_models
 def test_b9_a_model_compiled_before_is_pruned_or_the_error_says_so() -> None:
     with or_refused(match="compile"):
