@@ -8,6 +8,7 @@ nothing is attached: the outcomes tell what stock transformers does, and which t
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import random
 import sys
@@ -193,6 +194,13 @@ def _seed(item: pytest.Item) -> None:
             own.seed(0)
 
 
+def _lift_time_limits() -> None:
+    """Some tests may take one second: that says how busy the machine is, and nothing about a policy."""
+    if importlib.util.find_spec("timeout_decorator") is not None:
+        limits = importlib.import_module("timeout_decorator")
+        limits.timeout = lambda *args, **kwargs: lambda test: test
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options that `run.py` passes."""
     group = parser.getgroup("kvprune")
@@ -210,4 +218,5 @@ def pytest_configure(config: pytest.Config) -> None:
         kvprune.get_policy(spec)  # a wrong spec ends the run, not each test
     only = config.getoption("--only-these")
     names = None if only is None else set(Path(only).read_text("utf-8").splitlines())
+    _lift_time_limits()
     config.pluginmanager.register(Recorder(None if spec == "stock" else spec, Path(record), names))
