@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -21,7 +22,8 @@ def printable(text: str, limit: int | None = None, *, newlines: bool = False) ->
 
     Args:
         text: Any text.
-        limit: Longest text that is returned whole; a longer one is cut in the middle.
+        limit: Length of the longest text that is returned; a longer one is cut in the middle, and a note says
+            how much was left out if there is room for it.
         newlines: Whether to keep newlines as they are.
 
     Example:
@@ -37,8 +39,18 @@ def printable(text: str, limit: int | None = None, *, newlines: bool = False) ->
         )
     if limit is None or len(text) <= limit:
         return text
-    head, tail = limit * 2 // 3, len(text) - limit // 3
-    return f"{text[:head]}...({tail - head} characters left out)...{text[tail:]}"
+    note = _elision(len(text))
+    if 2 * len(note) > limit:  # the note would take more room than what it stands for
+        note = "..."[:limit]
+    room = limit - len(note)
+    head, tail = room - room // 3, room // 3
+    if note != "..."[:limit]:
+        note = _elision(len(text) - room)  # not longer than before
+    return text[:head] + note + text[len(text) - tail :]
+
+
+def _elision(count: int) -> str:
+    return f"...({count} characters left out)..."
 
 
 def shown(value: object, limit: int = 200) -> str:
@@ -46,7 +58,7 @@ def shown(value: object, limit: int = 200) -> str:
 
     Example:
         >>> shown("x" * 100, limit=30)
-        "'xxxxxxxxxxxxxxxxxxx...(72 characters left out)...xxxxxxxxx'"
+        "'xxxxxxxxxxxxxxxxx...xxxxxxxx'"
     """
     try:
         text = repr(value)
@@ -97,6 +109,6 @@ def docstring(cls: type) -> str:
     The signature that `dataclasses.dataclass` writes into classes without a docstring does not count.
     """
     text = getattr(cls, "__doc__", None)
-    if not isinstance(text, str) or text.startswith(f"{cls.__name__}("):
+    if not isinstance(text, str) or re.fullmatch(rf"{re.escape(cls.__name__)}\(.*\)", text):
         return ""
     return inspect.cleandoc(text)
