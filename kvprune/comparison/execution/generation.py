@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from kvprune.adapters.arguments import cache_argument, returned_cache
-from kvprune.comparison.data.examples import Example, read_picture
+from kvprune.comparison.data.examples import Example
+from kvprune.comparison.data.pictures import read_picture
 from kvprune.comparison.execution.late_tokens import divide
 from kvprune.comparison.execution.loading import load_model
 from kvprune.errors import DataError, UnsupportedModelError
