@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvprune.text import printable
+
 __all__ = [
     "BudgetError",
     "CitationError",
@@ -36,7 +38,14 @@ __all__ = [
 
 
 class KVPruneError(Exception):
-    """Base class of all exceptions that kvprune raises on purpose."""
+    """Base class of all exceptions that kvprune raises on purpose.
+
+    As text, a message is printable: names, paths and errors of others in it may hold escape sequences, which
+    a terminal would obey wherever the message or a traceback is printed.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), newlines=True)
 
 
 class SpecError(KVPruneError):
