@@ -121,7 +121,7 @@ class ResultsError(KVPruneError):
 
 
 class PolicyFailedError(KVPruneError):
-    """A policy raised an exception while it decided; that exception is the ``__cause__``."""
+    """A policy raised an exception, which is the ``__cause__``, or says something impossible about itself."""
 
 
 class GuideError(KVPruneError):
