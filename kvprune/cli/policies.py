@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
+from kvprune.cli.facts import known_facts
 from kvprune.errors import PluginError
 from kvprune.text import docstring, error_line, printable
 
@@ -26,15 +27,14 @@ _LONGEST = 20_000
 def list_policies(debug: Debug = False) -> None:
     """List the installed policies, and the plugins that failed to load."""
     with one_line_errors(debug):
-        found = load_quietly()
+        policies, broken = known_facts()
         table = make_table("policy", "version", "plugin (distribution)", "what it does")
-        for entry in found.policies.values():
-            claim = " ".join(docstring(entry.cls).partition("\n\n")[0].split())
-            plugin = f"{entry.plugin} ({entry.distribution})"
-            table.add_row(entry.name, str(entry.version), plugin, printable(claim, _LONGEST_CLAIM))
+        for facts in policies.values():
+            claim = printable(" ".join(facts.text.partition("\n\n")[0].split()), _LONGEST_CLAIM)
+            table.add_row(facts.name, str(facts.version), facts.origin, claim)
         make_console().print(table)
-        for broken in found.broken:
-            say(f"broken plugin {broken.name} ({broken.distribution}): {broken.problem}")
+        for problem in broken:
+            say(problem)
 
 
 def show(

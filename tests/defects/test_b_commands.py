@@ -138,11 +138,6 @@ def started() -> dict[str, str]:
     return {command.strip(): f"[{modules}" for command, _, modules in words}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B11: help, list, cite and a bare import load torch and transformers, which they do not need",
-)
 @pytest.mark.parametrize("command", ["cite trim", "list"])
 def test_b11_what_computes_nothing_loads_neither_torch_nor_transformers(
     started: dict[str, str], command: str
