@@ -15,7 +15,7 @@ from defect_helpers import chats, generate, on_models
 import kvprune
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.cache.placement import OneCrossLayer
-from kvprune.errors import ConformanceError, KVPruneError
+from kvprune.errors import KVPruneError
 from kvprune.testing import check_adapter, enliven, tiny_mllama
 
 # B5: policies that do not say rightly what they need, or cannot say what they are.
@@ -171,11 +171,6 @@ def frames(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"input_features": features.to(dtype), "attention_mask": mask}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ConformanceError,
-    reason="B12: KV02 takes a mask of another width than the encoder's columns as all visible",
-)
 @on_models
 def test_b12_a_family_that_shortens_its_mask_passes_kv02() -> None:
     check_adapter(Speech2TextAdapter, tiny_speech, frames, only=["KV02"])
