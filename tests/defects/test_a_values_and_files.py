@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from defect_helpers import NotRaised, chats, generate, on_models
+from defect_helpers import chats, generate, on_models
 from helpers import make_view, make_visibility
 from PIL import Image
 from sharing import concluded
