@@ -5,9 +5,8 @@ Each message says what was wrong, shows the value that was given, and says what 
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
-
-from kvprune.text import printable
 
 __all__ = [
     "BudgetError",
@@ -45,7 +44,15 @@ class KVPruneError(Exception):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__(), newlines=True)
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(  # as `kvprune.text.printable`, which this file, the lowest of all, does not import
+            char
+            if char == "\n" or char.isprintable() or unicodedata.category(char) == "Zs"
+            else char.encode("unicode_escape").decode()
+            for char in text
+        )
 
 
 class SpecError(KVPruneError):

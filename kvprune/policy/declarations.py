@@ -17,9 +17,10 @@ from kvprune.policy.spec import PolicySpec
 from kvprune.text import error_line, shown, suggestion
 from kvprune.tokens.budget import Budget
 
-__all__ = ["require_declarations"]
+__all__ = ["NEEDS", "require_declarations"]
 
-_NEEDS = get_args(Need)
+NEEDS: tuple[str, ...] = get_args(Need)
+"""All that a policy can need, and an adapter provide."""
 
 
 def require_declarations(policy: CrossKVPolicy) -> None:
@@ -53,7 +54,7 @@ def _class_name(policy: CrossKVPolicy) -> str:
 
 
 def _is_needs(value: object) -> bool:
-    return isinstance(value, frozenset | set) and all(need in _NEEDS for need in value)
+    return isinstance(value, frozenset | set) and all(need in NEEDS for need in value)
 
 
 def _hint(needs: object) -> str:
@@ -62,10 +63,10 @@ def _hint(needs: object) -> str:
         needs = {needs}
     if not isinstance(needs, frozenset | set | list | tuple):
         return ""
-    if all(need in _NEEDS for need in needs):
+    if all(need in NEEDS for need in needs):
         return f"; write needs = frozenset({{{', '.join(map(repr, sorted(needs)))}}})"
-    unknown = next(need for need in needs if need not in _NEEDS)
-    return suggestion(unknown, _NEEDS)
+    unknown = next(need for need in needs if need not in NEEDS)
+    return suggestion(unknown, NEEDS)
 
 
 def _is_requested(value: object) -> bool:
@@ -78,7 +79,7 @@ def _is_requested(value: object) -> bool:
 _DECLARED: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "name": (lambda value: isinstance(value, str), "text"),
     "spec": (lambda value: isinstance(value, PolicySpec), "a kvprune.PolicySpec"),
-    "needs": (_is_needs, f"a frozenset of some of {', '.join(map(repr, _NEEDS))}"),
+    "needs": (_is_needs, f"a frozenset of some of {', '.join(map(repr, NEEDS))}"),
     "exact_budget": (lambda value: value is None or isinstance(value, Budget), "a kvprune.Budget, or None"),
     "requested": (_is_requested, 'finite numbers by name, such as {"keep_ratio": 0.5}'),
     "budget_scope": (lambda value: value in ("head", "layer", "model"), '"head", "layer" or "model"'),

@@ -10,8 +10,6 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy
-
 from kvprune.errors import DataError
 from kvprune.text import printable
 
@@ -100,6 +98,7 @@ def _upright_rgb(picture: Image, path: Path) -> Image:
 
 def _scaled(picture: Image) -> Image:
     """Return a grey picture of up to 16 bits in RGB, with its whole range from black to white."""
+    import numpy  # Pillow's own arithmetic on such pictures clips
     from PIL import Image
 
     grey = numpy.asarray(picture).astype(numpy.int64)  # [height, width]
