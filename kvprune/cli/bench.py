@@ -91,7 +91,7 @@ def _print(report: MemoryReport) -> None:
         cells = [f"{one.peak_bytes / _MIB:.1f}" for one in row] + [
             "-" if one.seconds is None else f"{one.seconds:.3f}" for one in row
         ]
-        table.add_row(spec, *cells)
+        table.add_row(printable(spec), *cells)
     make_console().print(table)
     size = report.dimensions
     print(
