@@ -58,11 +58,6 @@ def test_c3_adakv_blends_hits_and_even_shares(alpha: float) -> None:
 # C4: in which order a group of query heads is averaged and pooled.
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="C4: snapkv pools each query head and then averages the group; the originals average first",
-)
 def test_c4_snapkv_averages_a_group_of_query_heads_before_it_pools() -> None:
     view = make_view(make_visibility([[[1]] * 3], 12), query_heads=4, kv_heads=2)
     grouped = view.attention_mass().unflatten(1, (2, 2)).mean(2)

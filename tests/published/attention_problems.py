@@ -1,0 +1,42 @@
+"""Views of drawn queries and keys, for published procedures that rank tokens by attention.
+
+Authors' code attends from text to the whole prompt. It was run on prompts whose text keys get no attention
+(one more coordinate of queries and keys takes it away), so its softmax runs over image tokens only, as in
+cross-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from helpers import make_view, make_visibility
+from published import draw
+
+from kvprune import LayerView
+
+__all__ = ["layer_view"]
+
+
+def layer_view(problem: Mapping[str, Any], layer: int = 0, **fields: Any) -> LayerView:
+    """Return one sample's view of a cross-attention layer, in float32.
+
+    Args:
+        problem: ``seed``, ``columns`` (S), ``rows`` (T), ``query_heads``, ``kv_heads``, ``width`` (D),
+            ``scaling`` and ``gain``, a factor on the queries; the rest is ignored.
+        layer: Each layer has its own numbers.
+        fields: Other fields of the view.
+    """
+    seed = problem["seed"] + 1000 * layer
+    queries = draw(seed, problem["query_heads"], problem["rows"], problem["width"]) * problem["gain"]
+    keys = draw(seed + 500, problem["kv_heads"], problem["columns"], problem["width"])
+    return make_view(
+        make_visibility([[[1]] * problem["rows"]], problem["columns"]),
+        keys=keys[None],
+        values=keys[None],
+        captured_queries=queries[None],
+        captured_raw_keys=keys[None],
+        scaling=problem["scaling"],
+        rank=layer,
+        **fields,
+    )
