@@ -40,11 +40,6 @@ def lengths(values: list[list[float]]) -> Any:
     return make_view(make_visibility([[[1]]], len(values[0])), values=vectors)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="C3: adakv's alpha is a floor, where the authors blend: (1 - alpha) * hits + floor(alpha * C)",
-)
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 0.75])
 def test_c3_adakv_blends_hits_and_even_shares(alpha: float) -> None:
     """Of the best 2 x 8 tokens of both heads, the first has 12 and the second 4; an even share is C = 8."""

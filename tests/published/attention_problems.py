@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from helpers import make_view, make_visibility
 from published import draw
 
@@ -23,12 +24,13 @@ def layer_view(problem: Mapping[str, Any], layer: int = 0, **fields: Any) -> Lay
 
     Args:
         problem: ``seed``, ``columns`` (S), ``rows`` (T), ``query_heads``, ``kv_heads``, ``width`` (D),
-            ``scaling`` and ``gain``, a factor on the queries; the rest is ignored.
+            ``scaling`` and ``gain``, a factor on all queries or one for each query head.
         layer: Each layer has its own numbers.
         fields: Other fields of the view.
     """
     seed = problem["seed"] + 1000 * layer
-    queries = draw(seed, problem["query_heads"], problem["rows"], problem["width"]) * problem["gain"]
+    gain = torch.tensor(problem["gain"]).view(-1, 1, 1)
+    queries = draw(seed, problem["query_heads"], problem["rows"], problem["width"]) * gain
     keys = draw(seed + 500, problem["kv_heads"], problem["columns"], problem["width"])
     return make_view(
         make_visibility([[[1]] * problem["rows"]], problem["columns"]),
