@@ -23,12 +23,13 @@ def layer_view(problem: Mapping[str, Any], layer: int = 0, **fields: Any) -> Lay
     """Return one sample's view of a cross-attention layer, in float32.
 
     Args:
-        problem: ``seed``, ``columns`` (S), ``rows`` (T), ``query_heads``, ``kv_heads``, ``width`` (D),
-            ``scaling`` and ``gain``, a factor on all queries or one for each query head.
-        layer: Each layer has its own numbers.
+        problem: ``seed`` (or ``layer_seeds``, one for each layer), ``columns`` (S), ``rows`` (T),
+            ``query_heads``, ``kv_heads``, ``width`` (D), ``scaling``, and ``gain``, a factor on all queries
+            or one for each query head.
+        layer: The layer's number.
         fields: Other fields of the view.
     """
-    seed = problem["seed"] + 1000 * layer
+    seed = problem["layer_seeds"][layer] if "layer_seeds" in problem else problem["seed"]
     gain = torch.tensor(problem["gain"]).view(-1, 1, 1)
     queries = draw(seed, problem["query_heads"], problem["rows"], problem["width"]) * gain
     keys = draw(seed + 500, problem["kv_heads"], problem["columns"], problem["width"])
