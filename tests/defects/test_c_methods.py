@@ -3,12 +3,10 @@
 Each test asserts what the authors' code does, and is expected to fail until the defect is cured.
 
 Left out, because they ask for words, or for options that are not there yet:
-    C1 (trim: what is unverified), C2 (topv: `marginals=`, scaled costs, its span), C5 (csp at its defaults is
-        snapkv: say so or change the defaults), C6 (cdpruner: `relevance=`), C7 (prumerge: what its merging
-        and its plus form amount to), C8 (guided: defaults of the authors, the raw product as consistency),
-        C9 (aircache: what README and docs say of its score).
-    C3: the sentence on normalisation; C4: presets of published settings; C11: the sentences for pyramid,
-        elastic, vlcache, divprune and visionzip, and which rule norm cites.
+    C1 (trim: what is unverified), C2 (topv: `marginals=`, scaled costs, its span), C6 (cdpruner:
+        `relevance=`), C7 (prumerge: what its merging and its plus form amount to), C8 (guided: defaults of
+        the authors, the raw product as consistency), C9 (aircache: what README and docs say of its score).
+    C11: the sentences for elastic, vlcache, divprune and visionzip, and which rule norm cites.
     C10: what `fastv` ranks on the demo is a finding, not a defect; that it does not see the prompt's real end
         is one, and is tested.
 """
