@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kvprune.scoring.apportionment import (
     apportion,
+    blended,
     each,
     is_clamped,
     proportional,
@@ -56,6 +57,7 @@ __all__ = [
     "attention_density",
     "attention_logits",
     "attention_mass",
+    "blended",
     "by_kv_head",
     "each",
     "each_stratum",
