@@ -152,7 +152,9 @@ class PruMerge(BudgetPolicy, FeaturePolicy):
     added to one of another image, or to one that other text rows see. The best token of each image stays even
     if none stands out. Class tokens are neither added nor added to.
     """
-    differs = "not plus by default; a dropped token joins one kept token, where each kept one gets its 32 nearest"
+    differs = (
+        "not plus by default; a dropped token joins one kept token; in the original each kept one gets 32"
+    )
     checked_against = (
         "same kept sets as 42Shawn/LLaVA-PruMerge@097c041 (clip_encoder.py), with plus at preset=published; "
         "merging differs"

@@ -106,7 +106,9 @@ class VisionZip(BudgetPolicy, FeaturePolicy):
     into one that other text rows see; without a target it is dropped. Class tokens neither merge nor are
     merged into.
     """
-    differs = "defaults take means, not sums, and other targets (preset=published: as published); compares features"
+    differs = (
+        "defaults take means, not sums, and other targets (preset=published does not); compares features"
+    )
     checked_against = (
         "same tokens, targets and merges as dvlab-research/VisionZip@3151f6d (clip_encoder.py) at "
         "preset=published, with features in place of keys"
