@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from kvprune import BudgetPolicy, CrossKVPolicy, Decision, LayerView, onward_decision, scoring
@@ -21,11 +22,13 @@ class FastV(BudgetPolicy):
         keep_ratio: Fraction of visible tokens that later layers receive, in (0, 1]; 0.5 if neither this nor
             keep_tokens is given.
         keep_tokens: Number of visible tokens that later layers receive, instead of a fraction.
-        rank: K, how many cross-attention layers stay whole, at least 1 and less than there are. The paper
-            counts all layers of LLaVA and prunes after 2 or 3 of 32. Of Llama-3.2-11B's 40 layers, the
-            first cross-attention layer is the fourth, so 1 (the default) is nearest to that depth.
-        rows: Which text rows count. "last": the last live row, as in the published code. "mean": all live
-            rows, as the paper describes it.
+        rank: K, how many cross-attention layers stay whole, at least 1 and less than there are. The published
+            settings count all layers of LLaVA, each of which sees the image: 2 of 32 in the scripts
+            (``preset=published``, with half of the tokens), 3 in the demo and for lmms-eval (presets of these
+            names). Of Llama-3.2-11B's 40 layers, the first cross-attention layer is the fourth, so 1 (the
+            default) is nearest to that depth.
+        rows: Which text rows count. "last": the last live row, as in all published code. "mean": all live
+            rows, as the paper's text is reported to say.
     """
 
     rank: int = 1
@@ -34,6 +37,13 @@ class FastV(BudgetPolicy):
     name = "fastv"
     version = 1
     needs = frozenset({"queries"})
+    presets = MappingProxyType(
+        {
+            "published": {"rank": 2, "keep_ratio": 0.5},
+            "demo": {"rank": 3, "keep_ratio": 0.25},
+            "lmms-eval": {"rank": 3, "keep_ratio": 0.5},
+        }
+    )
     exact_budget = CrossKVPolicy.exact_budget  # none: the first layers keep more than later ones
 
     def select(self, view: LayerView) -> Decision:
