@@ -70,8 +70,8 @@ class Guided(FeatureScoringPolicy):
         super().__post_init__()
         if self.start < 0 or (isinstance(self.start, float) and self.start >= 1):
             raise PolicyOptionError(
-                "start is a fraction of the cross-attention layers below 1, or how many of the first ones keep "
-                f"everything, 0 or more, got {self.start!r}"
+                "start is a fraction of the cross-attention layers below 1, or how many of the first ones "
+                f"keep everything, 0 or more, got {self.start!r}"
             )
 
     @property
