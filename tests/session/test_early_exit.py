@@ -214,6 +214,7 @@ def test_the_result_is_json():
         ({"max_new_tokens": 0}, GuideError, "max_new_tokens is a whole number, 1 or more, got 0"),
         ({"threshold": float("nan")}, GuideError, "threshold is a number"),
         ({"threshold": "0.5"}, GuideError, "threshold is a number"),
+        ({"combine": "max"}, GuideError, "combine is 'mean' or 'product', got 'max'"),
         ({"guide": bart()}, GuideError, "takes no part"),
         ({"consistency_ratio": 0.0}, BudgetError, "got 0.0"),
     ],
