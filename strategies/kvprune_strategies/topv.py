@@ -150,7 +150,7 @@ class TopV(FeatureScoringPolicy):
     )
     checked_against = "unverified: no code of the authors; same sets as a third-party port without recovery"
     cost = (
-        "S^2 C products, twice and once more for each step (last=sources: none); 32 MiB; no attention "
+        "S^2 C products, twice and once more for each step (last=sources: none); 24 MiB; no attention "
         "weights; one transfer to the host"
     )
     bibtex = """@misc{topv2025,
