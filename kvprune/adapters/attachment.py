@@ -1,48 +1,126 @@
-"""Attaches hooks and attributes to a model, and removes all of them again (KV12)."""
+"""Attaches hooks to a model, and removes all of them again (KV12).
+
+Nothing here outlives what it belongs to. Hooks of one forward call are removed when it ends, or, if an
+interrupt (Ctrl-C) ended it, before the next one starts. A copy or a pickle of a hooked model has no hooks
+that do
+anything: copies are free.
+"""
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from kvprune.cache.reader import Reader
+from kvprune.errors import CompressionStateError
 
 __all__ = ["Attachment", "compressing"]
 
 
 class _Hook:
-    """A hook that does nothing while its attachment is paused."""
+    """A hook that does nothing while its attachment is paused, and in copies of its module.
 
-    def __init__(self, attachment: Attachment, hook: Callable[..., Any]) -> None:
+    Args:
+        attachment: Owns the hook.
+        hook: The function to call.
+        thread: If given, calls from other threads are ignored.
+    """
+
+    def __init__(self, attachment: Attachment, hook: Callable[..., Any], thread: int | None = None) -> None:
         self.attachment = attachment
         self.hook = hook
+        self.thread = thread
 
     def __call__(self, *call: Any) -> Any:
-        return None if self.attachment.is_paused else self.hook(*call)
+        if self.attachment.is_paused or self._is_foreign():
+            return None
+        return self.hook(*call)
+
+    def _is_foreign(self) -> bool:
+        if self.thread is None or torch.compiler.is_compiling():
+            return False
+        return self.thread != threading.get_ident()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NoHook:
+        return _NoHook()
+
+    def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    """Stands in a copied or unpickled module where the original has a hook; does nothing."""
+
+    def __call__(self, *call: Any) -> None:
+        return None
+
+
+class _Method:
+    """A method of one module instance that another function calls; in copies of the module, the plain method.
+
+    Args:
+        module: The module; nothing of it is changed but its attribute ``name``.
+        name: Name of the method.
+        attachment: Calls are passed on while it is paused; None in copies and pickles.
+        around: Called with the method and its arguments.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        attachment: Attachment | None = None,
+        around: Callable[..., Any] | None = None,
+    ) -> None:
+        self.module, self.name, self.attachment, self.around = module, name, attachment, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        method = functools.partial(getattr(type(self.module), self.name), self.module)
+        if self.around is None or self.attachment is None or self.attachment.is_paused:
+            return method(*args, **kwargs)
+        return self.around(method, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[_Method], tuple[nn.Module, str]]:
+        return _Method, (self.module, self.name)
 
 
 class Attachment:
     """Hooks and attributes on the modules of one model, until `detach`.
 
-    Hooks that only one forward call needs (``for_one_call``) are removed by `end_of_call`.
+    Hooks that only one forward call needs (``for_one_call``) are removed by `close_call`.
 
     Args:
         model: The model.
         label: Name of what is attached, for messages.
+
+    Attributes:
+        reader: Pruned cache layers can be read while this reader is attached.
     """
 
     def __init__(self, model: nn.Module, label: str) -> None:
         self.model = model
         self.label = label
         self.is_paused = False
+        self.reader = Reader()
+        self.calls = 0
         self._handles: list[RemovableHandle] = []
         self._call_handles: list[RemovableHandle] = []
         self._restore: list[Callable[[], None]] = []
+        self._caller: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def detach(self) -> None:
         """Remove all hooks and restore all attributes; does nothing if nothing is attached."""
+        self._caller = None
+        self.reader.release()
+        self.reader = Reader()
         self.end_of_call()
         while self._handles:
             self._handles.pop().remove()
@@ -58,15 +136,48 @@ class Attachment:
         finally:
             self.is_paused = False
 
+    def open_call(self) -> None:
+        """Start a forward call of the model: every adapter calls this first, and `close_call` at the end.
+
+        Removes what an interrupted call has left: torch runs no hook after a ``KeyboardInterrupt``.
+
+        Raises:
+            CompressionStateError: If another thread is inside a forward call.
+        """
+        if torch.compiler.is_compiling():
+            return
+        me = threading.current_thread()
+        with self._lock:
+            caller = self._caller
+            if caller is not None and caller is not me and caller.is_alive():
+                raise CompressionStateError(
+                    f"thread {caller.name!r} is inside a forward call of this {type(self.model).__name__}, "
+                    f"and thread {me.name!r} calls it as well; a model under compression answers one thread "
+                    "at a time: use a lock around its calls, or a copy of the model for each thread"
+                )
+            self._caller = me
+        self.calls += 1
+        self.end_of_call()
+
+    def close_call(self) -> bool:
+        """End a forward call; false if this thread is in none, because `open_call` refused it."""
+        if torch.compiler.is_compiling():
+            return True
+        if self._caller is not threading.current_thread():
+            return False
+        self.end_of_call()
+        self._caller = None
+        return True
+
     def end_of_call(self) -> None:
         """Remove the hooks that were added for one forward call."""
         while self._call_handles:
             self._call_handles.pop().remove()
 
     def before(self, module: nn.Module, hook: Callable[..., Any], *, for_one_call: bool = False) -> None:
-        """Run ``hook(module, args, kwargs)`` before a module, until `detach` or `end_of_call`."""
-        handles = self._call_handles if for_one_call else self._handles
-        handles.append(module.register_forward_pre_hook(_Hook(self, hook), with_kwargs=True))
+        """Run ``hook(module, args, kwargs)`` before a module, until `detach` or `close_call`."""
+        handles, thread = self._kind(for_one_call)
+        handles.append(module.register_forward_pre_hook(_Hook(self, hook, thread), with_kwargs=True))
 
     def after(
         self,
@@ -75,13 +186,34 @@ class Attachment:
         *,
         for_one_call: bool = False,
         always: bool = False,
+        first: bool = False,
     ) -> None:
-        """Run ``hook(module, args, kwargs, output)`` after a module; with ``always`` even if it raised."""
-        handles = self._call_handles if for_one_call else self._handles
-        handles.append(module.register_forward_hook(_Hook(self, hook), with_kwargs=True, always_call=always))
+        """Run ``hook(module, args, kwargs, output)`` after a module, until `detach` or `close_call`.
+
+        Args:
+            module: The module.
+            hook: The hook.
+            for_one_call: Whether `close_call` removes it.
+            always: Run it even if the module raised an ``Exception``.
+            first: Run it before the hooks that the module has by now, so that they see what it returns.
+        """
+        handles, thread = self._kind(for_one_call)
+        handles.append(
+            module.register_forward_hook(
+                _Hook(self, hook, thread), with_kwargs=True, always_call=always, prepend=first
+            )
+        )
+
+    def _kind(self, for_one_call: bool) -> tuple[list[RemovableHandle], int | None]:
+        if for_one_call:
+            return self._call_handles, threading.get_ident()
+        return self._handles, None
 
     def override(self, module: nn.Module, attribute: str, value: object) -> None:
-        """Set an attribute on one module instance; `detach` restores the former value."""
+        """Set an attribute on one module instance; `detach` restores the former value.
+
+        A copy of the module keeps the value, so prefer an argument of its forward call, or `around`.
+        """
         missing = object()
         before = module.__dict__.get(attribute, missing)
 
@@ -93,6 +225,20 @@ class Attachment:
 
         module.__dict__[attribute] = value
         self._restore.append(restore)
+
+    def around(self, module: nn.Module, method: str, call: Callable[..., Any]) -> None:
+        """Call ``call(method, *args, **kwargs)`` in place of a method of one module instance, until `detach`.
+
+        Args:
+            module: The module.
+            method: Name of a method of its class. Nothing happens if it has none, or if somebody else has
+                replaced it on the instance.
+            call: Receives the method, bound to the module, and its arguments.
+        """
+        if method in module.__dict__ or not hasattr(type(module), method):
+            return
+        module.__dict__[method] = _Method(module, method, self, call)
+        self._restore.append(lambda: module.__dict__.pop(method, None))
 
 
 def compressing(model: nn.Module) -> str | None:

@@ -3,7 +3,8 @@
 An adapter hooks the model's modules and turns its forward calls into calls of the cache manager. One prefill,
 from the model's forward call to the pruned cache:
 
-1. The model is called. The adapter's first hook makes a `kvprune.adapters.call.Call`. If the arguments bring
+1. The model is called. The adapter's first hook calls `begin_call`, which discards what an interrupted call
+   has left and refuses a second thread, and makes a `kvprune.adapters.call.Call`. If the arguments bring
    encoder states, it calls `CrossKVManager.begin` with the visibility of the columns, and adds the hooks that
    capture what the policy needs.
 2. Before each cross-attention layer, a hook puts a `CrossKVLayer` in the cache and calls `Call.before_layer`.
@@ -11,7 +12,8 @@ from the model's forward call to the pruned cache:
 3. The stock layer projects the features, updates the cache and attends.
 4. After the layer, a hook calls `Call.after_layer`. The manager asks the policy
    (`kvprune.engine.policy_calls`) and prunes the cache layer (`kvprune.engine.application`).
-5. After the model, also if it raised, a hook discards the `Call` and calls `CrossKVManager.end`.
+5. After the model, also if it raised, a hook calls `finish_call`, which discards the `Call` and calls
+   `CrossKVManager.end`.
 
 Decode steps read the pruned cache layers; hooks only cut the mask to what each layer holds. A policy that
 decides at each decode step, or about logits, takes one more hook that calls the manager (see
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from kvprune.adapters.attachment import Attachment
+from kvprune.adapters.call import Call
 from kvprune.adapters.probes import Probe
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
@@ -80,6 +83,7 @@ class ModelAdapter(Attachment, ABC):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, type(self).family)
         self._manager: CrossKVManager | None = None
+        self._call: Call | None = None
 
     @property
     def manager(self) -> CrossKVManager:
@@ -148,6 +152,38 @@ class ModelAdapter(Attachment, ABC):
 
         Set ``self._manager`` first: hooks read it as ``self.manager``.
         """
+
+    def detach(self) -> None:
+        """Undo `attach`, and forget a forward call that was interrupted."""
+        super().detach()
+        self._forget_call()
+
+    def begin_call(self) -> None:
+        """Start a forward call of the model; the first thing that a hook does.
+
+        Raises:
+            CompressionStateError: If another thread is inside a forward call.
+        """
+        self.open_call()
+        self._forget_call()
+
+    def finish_call(self, *, completed: bool) -> None:
+        """End a forward call, and its prefill if it was one.
+
+        Args:
+            completed: Whether the model returned; false if it raised.
+        """
+        if not self.close_call():
+            return
+        self._call = None
+        if self.manager.in_prefill:
+            self.manager.end(completed=completed)
+
+    def _forget_call(self) -> None:
+        """Discard the state of a forward call that never ended."""
+        self._call = None
+        if self._manager is not None:
+            self._manager.end(completed=False)
 
     def geometry(self) -> Mapping[str, object] | None:
         """Return the properties that a guide must share with its target; None if unknown.

@@ -11,16 +11,19 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kvprune.adapters.attachment import Attachment
-from kvprune.adapters.features import gather_features
-from kvprune.cache.contents import Arrival
+from kvprune.adapters.features import gather_features, to_all_columns
+from kvprune.cache.contents import Arrival, Contents
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.placement import open_for_prefill
+from kvprune.cache.reader import Reader
 from kvprune.engine.manager import CrossKVManager
+from kvprune.errors import UnsupportedModelError
 from kvprune.policy.captured import Captured
 
 __all__ = ["Call"]
@@ -33,9 +36,11 @@ class Call:
 
     Args:
         manager: The cache manager.
+        reader: Cuts masks to what cache layers hold; they refuse to be read once it is released.
 
     Attributes:
         needs: What the policy needs in addition to keys, values and visibility.
+        attended: What the current layer attends to, and how many columns there are; None before the first.
         tensors: Captured in the current layer, by name, for each row of the batch.
         transient: Holds the keys and values of the current layer if there is no cache.
     """
@@ -43,8 +48,10 @@ class Call:
     keys_are_raw = False
     """Whether keys are cached as projected, because the family has no key norm."""
 
-    def __init__(self, manager: CrossKVManager) -> None:
+    def __init__(self, manager: CrossKVManager, reader: Reader | None = None) -> None:
         self.manager = manager
+        self.reader = reader
+        self.attended: tuple[Contents, int] | None = None
         self.needs = manager.policy.needs
         self.tensors: dict[str, Tensor] = {}
         self.transient: CrossKVLayer | None = None
@@ -54,20 +61,29 @@ class Call:
         if cache is None:
             self.transient = CrossKVLayer()
             return self.transient
-        return open_for_prefill(cache, layer_idx, self.manager.report.warn)
+        return open_for_prefill(cache, layer_idx, self.manager.report.warn, self.reader)
 
-    def before_layer(self, rank: int, layer: CrossKVLayer, features: Tensor) -> tuple[Arrival, Tensor]:
+    def before_layer(
+        self, rank: int, layer: CrossKVLayer, features: Tensor, text: Tensor | None = None
+    ) -> tuple[Arrival, Tensor]:
         """Tell the manager that a layer is about to run; return the columns that arrive, and their features.
 
         Args:
             rank: Index among the cross-attention layers.
             layer: Its cache layer.
             features: ``[B, S, C]``, all new columns.
+            text: ``[B, T, C]``, the hidden states that attend; None if unknown.
 
         Returns:
             What arrives, for R rows, and its features, ``[B, K, C]``.
+
+        Raises:
+            UnsupportedModelError: If rows that are held once differ by now.
         """
         arrival = self.manager.before_layer(rank, layer, features)
+        if text is not None and layer.copies > 1:
+            _require_alike(text, layer.copies, self.manager.layer_indices[rank])
+        self.attended = arrival.contents, layer.columns + arrival.columns
         if arrival.received is not None:
             features = gather_features(features, arrival.received.repeat(layer.copies))  # [B, K, C]
         if "features" in self.needs:
@@ -102,6 +118,23 @@ class Call:
         )
         self.transient = None
 
+    def all_columns(self, output: Any, module: Any) -> Any:
+        """Put the attention weights that a module returns back to their columns; dropped ones have weight 0.
+
+        Args:
+            output: What the module returned; its second element are weights ``[B, Hq, T, K]``, or None.
+            module: The attention module.
+
+        Returns:
+            The output with weights ``[B, Hq, T, S]``; None if there is nothing to change.
+        """
+        if self.attended is None or not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
+            return None
+        contents, columns = self.attended
+        if contents.slots is None:
+            return None
+        return output[0], to_all_columns(output[1], contents, columns, module), *output[2:]
+
     def keep_output(self, attachment: Attachment, module: Any, name: str, heads: int | None = None) -> None:
         """Capture the output of a module until its layer has attended.
 
@@ -125,3 +158,27 @@ class Call:
             self.tensors[name] = args[0]
 
         attachment.before(module, keep, for_one_call=True)
+
+
+_ROUNDING = 64
+"""Rows of one batch may go through different kernels; their difference in multiples of the dtype's "
+"precision."""
+
+
+def _require_alike(text: Tensor, copies: int, layer_idx: int) -> None:
+    """Raise if rows that the cache holds once have become different; one device transfer.
+
+    Args:
+        text: ``[B, T, C]``, the hidden states that attend.
+        copies: Consecutive rows that are held once.
+        layer_idx: Index of the decoder layer.
+    """
+    rows = text.unflatten(0, (-1, copies))  # [R, copies, T, C]
+    apart = (rows[:, 1:] - rows[:, :1]).abs().amax()
+    if bool(apart > _ROUNDING * torch.finfo(text.dtype).eps * text.abs().amax()):
+        raise UnsupportedModelError(
+            "beams or return sequences of one sample share their image in the cache, but at layer "
+            f"{layer_idx} their hidden states differ by {float(apart):.3g}: something treats rows of the "
+            "batch differently, such as a hook or an adapter for each row; repeat the samples in the batch "
+            "instead"
+        )

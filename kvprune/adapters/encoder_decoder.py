@@ -7,19 +7,16 @@ arguments.
 
 The hooks, in the order in which they run:
 
-1. when assisted decoding starts: note the length of the prompt, to tell it from draft tokens;
-2. before the encoder: keep its input, which seeds random policies;
-3. before the decoder: make a `Call`, and begin a prefill if encoder states arrive;
-4. before each cross-attention: in prefill, pass only the features that arrive; always, cut the mask;
-5. after each cross-attention in prefill: the manager asks the policy;
-6. after the decoder: end the prefill.
+1. before the decoder: make a `Call`, and begin a prefill if encoder states arrive;
+2. before each cross-attention: in prefill, pass only the features that arrive; always, cut the mask;
+3. after each cross-attention: put attention weights, if the model returns them, back to their columns;
+4. after each cross-attention in prefill: the manager asks the policy;
+5. after the decoder: end the prefill.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,17 +27,24 @@ from kvprune.adapters.arguments import CACHE, cache_of, has_cache, named_argumen
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
+from kvprune.adapters.generation import (
+    CANDIDATES,
+    probe_generation,
+    prompt_first,
+    running_generation,
+)
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.prompts import decoder_prompt
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
-from kvprune.cache.shared_rows import SharedRows, find_shared_rows
+from kvprune.cache.reader import Reader
+from kvprune.cache.shared_rows import SharedRows, may_share, share_repeated
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
 from kvprune.tokens.layout import Layout
-from kvprune.tokens.randomness import fingerprint
-from kvprune.tokens.visibility import Visibility
+from kvprune.tokens.randomness import states_fingerprint
+from kvprune.tokens.visibility import Visibility, with_last_row
 
 __all__ = ["EncoderDecoderAdapter"]
 
@@ -50,13 +54,14 @@ class _Call(Call):
 
     Args:
         manager: The cache manager.
+        reader: Cuts the masks.
         mask: The masks of the call.
     """
 
     keys_are_raw = True
 
-    def __init__(self, manager: CrossKVManager, mask: ColumnMask) -> None:
-        super().__init__(manager)
+    def __init__(self, manager: CrossKVManager, reader: Reader, mask: ColumnMask) -> None:
+        super().__init__(manager, reader)
         self.mask = mask
 
 
@@ -88,13 +93,11 @@ class EncoderDecoderAdapter(ModelAdapter):
     value: ClassVar[str] = "v_proj"
     self_attention: ClassVar[str] = ""
 
+    _call: _Call | None  # the current decoder call
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._encoder: Any = model.get_encoder()  # type: ignore[operator]
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]
-        self._encoded: Tensor | None = None  # the latest input of the encoder
-        self._prompt: int | None = None  # tokens before the drafts, in assisted decoding
-        self._call: _Call | None = None  # the current decoder call
 
     @property
     def sites(self) -> Sequence[Site]:
@@ -110,46 +113,20 @@ class EncoderDecoderAdapter(ModelAdapter):
         return range(len(self._decoder.layers))
 
     def attach(self, manager: CrossKVManager) -> None:
-        """Hook the encoder's input, the decoder's calls, and each cross-attention module."""
+        """Hook the decoder's calls and each cross-attention module."""
         self._manager = manager
-        self.before(self._encoder, self._before_encoder)
         self.before(self._decoder, self._before_decoder)
         self.after(self._decoder, self._after_decoder, always=True)
         for site in self.sites:
             self.before(site.module, self._before_attention)
-        ask = getattr(self.model, "_get_candidate_generator", None)
-        if ask is not None:
-            # Queries of draft tokens must not count in scores. No argument of the model gives their number,
-            # but this method knows the prompt. A partial, not a closure, so that a deep copy of the model
-            # gets its own.
-            noted = functools.partial(self._note_prompt, ask)
-            self.override(self.model, "_get_candidate_generator", noted)
-
-    def detach(self) -> None:
-        """Undo `attach`, and free the encoder's input."""
-        super().detach()
-        self._encoded = None
-
-    def _note_prompt(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Note the prompt's length when assisted decoding starts; replaces ``_get_candidate_generator``."""
-        if self.is_paused:
-            return ask(*args, **kwargs)
-        ids = inspect.signature(ask).bind(*args, **kwargs).arguments.get("input_ids")
-        self._prompt = None if ids is None else int(ids.shape[1])
-        return ask(*args, **kwargs)
-
-    def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = named_arguments(module, args, kwargs)
-        ids = named.get("input_ids")
-        if ids is not None and named.get("attention_mask") is not None:
-            ids = ids * named["attention_mask"]
-        source = ids if ids is not None else named.get("input_features", named.get("inputs_embeds"))
-        self._encoded, self._prompt = source, None
+            self.after(site.module, self._spread_weights, first=True)
+        self.around(self.model, CANDIDATES, prompt_first)
 
     def _new_call(self) -> _Call:
-        return _Call(self.manager, ColumnMask(self._decoder.embed_tokens.weight.dtype))
+        return _Call(self.manager, self.reader, ColumnMask(self._decoder.embed_tokens.weight.dtype))
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.begin_call()
         self._call = self._new_call()
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
@@ -161,7 +138,9 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
-        batch, columns = states.shape[:2]
+        generation = running_generation(self.model)
+        generation.require_whole_prompt(self.family)
+        columns = states.shape[1]
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         decoder_mask = named.get("attention_mask")
         if decoder_mask is not None and decoder_mask.ndim == 2:
@@ -169,26 +148,22 @@ class EncoderDecoderAdapter(ModelAdapter):
         masks = named.get("encoder_attention_mask"), decoder_mask
         cached = self._is_cached(named)
         shared_rows = SharedRows()
-        if cached and not torch.is_grad_enabled():
-            # Share only rows that were repeated after the encoder. Whisper repeats audio for several return
-            # sequences before the encoder, and later splits the cache by these rows.
-            read = None if self._encoded is None else max(1, batch // self._encoded.shape[0])
-            shared_rows = find_shared_rows([tokens, *masks], [states], most=read)
+        if cached and may_share(self._decoder):
+            shared_rows = share_repeated(generation.repeats, [tokens, *masks], [states])
         copies, needs = shared_rows.copies, call.needs
-        drafts = 0 if self._prompt is None else tokens.shape[1] - self._prompt
-        self._prompt = None
+        visibility = self._visibility(tokens, states, *masks, copies)
         call.manager.begin(
-            self._visibility(tokens[:, : tokens.shape[1] - drafts], states, *masks, copies),
+            visibility,
             columns,
-            lambda: self._sample_fingerprints(states, batch)[::copies],
+            lambda: states_fingerprint(states[::copies], visibility.decode),
             shared_rows=shared_rows,
             cached=cached,
             layout=lambda: Layout.line(columns, states.device),
-            prompt=decoder_prompt(named, tokens.shape[1], drafts, copies) if "guidance" in needs else None,
+            prompt=decoder_prompt(named, tokens.shape[1], copies) if "guidance" in needs else None,
         )
         self._hook_layers(call, cached=cached)
         if "text" in needs:
-            self._hook_text(call, named.get("attention_mask"), drafts, copies, cached=cached)
+            self._hook_text(call, named.get("attention_mask"), copies, cached=cached)
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache that later calls read."""
@@ -198,13 +173,6 @@ class EncoderDecoderAdapter(ModelAdapter):
                 "after the selection was discarded; train without it (gradient_checkpointing_disable)"
             )
         return has_cache(named, self._decoder.config)
-
-    def _sample_fingerprints(self, states: Tensor, batch: int) -> Tensor:
-        """Return fingerprints of the encoder's input for each row of the decoder's batch, int64 ``[B]``."""
-        source = self._encoded
-        if source is None or batch % source.shape[0]:  # encoder_outputs were passed
-            return fingerprint(states)
-        return fingerprint(source).repeat_interleave(batch // source.shape[0])  # beams repeat samples
 
     def _visibility(
         self,
@@ -221,6 +189,8 @@ class EncoderDecoderAdapter(ModelAdapter):
             units = torch.zeros(1, columns, dtype=torch.int64, device=states.device)
         elif encoder_mask.shape == (batch, columns):
             units = (encoder_mask == 0).to(torch.int64)
+            # A sample that is nothing but padding keeps its first column, because a row must attend to one.
+            units[:, 0] *= (units == 0).any(-1)
         else:
             raise UnsupportedCacheError(
                 f"the encoder's attention mask must be [B, S] = [{batch}, {columns}], "
@@ -228,7 +198,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             )
         live = torch.ones(batch, tokens.shape[1], dtype=torch.bool, device=states.device)
         if decoder_mask is not None and decoder_mask.ndim == 2:
-            live &= decoder_mask[:, : live.shape[1]].to(live.device).bool()
+            live = with_last_row(decoder_mask[:, : live.shape[1]].to(live.device).bool(), live)
         rows = torch.tensor([True, False], device=states.device).expand(batch // copies, 1, 2)
         return Visibility(
             rows=rows,
@@ -248,7 +218,7 @@ class EncoderDecoderAdapter(ModelAdapter):
                 call.keep_output(self, getattr(attention, self.key), "keys", heads)
                 call.keep_output(self, getattr(attention, self.value), "values", heads)
 
-    def _hook_text(self, call: _Call, mask: Tensor | None, drafts: int, copies: int, *, cached: bool) -> None:
+    def _hook_text(self, call: _Call, mask: Tensor | None, copies: int, *, cached: bool) -> None:
         """Add the hooks that capture the self-attention of each decoder layer."""
         modules = {
             layer_idx: getattr(layer, self.self_attention)
@@ -257,7 +227,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         projections = self.query, self.key, self.value
         name, manager = call.manager.policy.name, call.manager
         capture = TextCapture(
-            name, lambda view, _: manager.after_text(view), modules, mask, drafts, copies, None, projections
+            name, lambda view, _: manager.after_text(view), modules, mask, copies, None, projections
         )
         capture.hook(self, set(modules), cached=cached)
 
@@ -284,9 +254,15 @@ class EncoderDecoderAdapter(ModelAdapter):
         """Return a layer's arguments in prefill: the features that arrive, and a mask of the same width."""
         flat = None if cache is None else cache.cross_attention_cache
         layer = call.layer_for(flat, module.layer_idx)
-        arrival, states = call.before_layer(module.layer_idx, layer, named[self.states])
+        arrival, states = call.before_layer(
+            module.layer_idx, layer, named[self.states], named.get("hidden_states")
+        )
         mask = call.mask.over(named.get(self.mask), arrival.contents, module)
         return {**named, self.states: states, self.mask: mask}
+
+    def _spread_weights(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return an output whose attention weights stand at their columns; None if nothing changes."""
+        return None if self._call is None else self._call.all_columns(output, module)
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         assert self._call is not None
@@ -295,19 +271,19 @@ class EncoderDecoderAdapter(ModelAdapter):
         self._call.after_layer(module.layer_idx, module.layer_idx, flat, scaling=module.scaling)
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._call = None
-        if self.manager.in_prefill:
-            self.end_of_call()
-            self.manager.end(completed=output is not None)
+        self.finish_call(completed=output is not None)
 
     def _decode(
         self, call: _Call, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]
     ) -> dict[str, Any]:
         """Return a layer's arguments in a decode step: the cut mask, and keys and values that it can read."""
-        layer = open_layer(require_cache(cache.cross_attention_cache), module.layer_idx)
+        layer = open_layer(require_cache(cache.cross_attention_cache), module.layer_idx, call.reader)
+        call.attended = layer.contents, layer.columns
         mask = call.mask.over(named.get(self.mask), layer.contents, module)
         if not layer.is_readable:
-            named = with_cache(named, OneCrossLayer(module.layer_idx, *layer.spread()))
+            named = with_cache(
+                named, OneCrossLayer(module.layer_idx, *layer.spread(), cache.self_attention_cache)
+            )
         return {**named, self.mask: mask}
 
     def replay(
@@ -328,16 +304,9 @@ class EncoderDecoderAdapter(ModelAdapter):
         cache = EncoderDecoderCache.__init__.__code__.co_names
         missing = [name for name in ("is_updated", "cross_attention_cache") if name not in cache]
         detail = f"lacks {', '.join(missing)}" if missing else "has is_updated and cross_attention_cache"
-        from transformers import GenerationMixin  # slow to import
-
-        starts = hasattr(GenerationMixin, "_get_candidate_generator")
         return [
             probe_cache(),
+            probe_generation(),
             Probe("EncoderDecoderCache", not missing, detail),
-            Probe(
-                "GenerationMixin",
-                starts,
-                f"{'has' if starts else 'lacks'} _get_candidate_generator, which gives the prompt's length",
-            ),
             *probe_signatures(cls.modeling_module, {cls.attention_class: (cls.states, cls.mask, CACHE)}),
         ]

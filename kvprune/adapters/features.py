@@ -1,4 +1,4 @@
-"""Gathers the encoder features that a layer receives, and expands masks from KV heads to query heads."""
+"""Converts between all columns and those that a layer holds: features, attention weights, masks by head."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.cache.contents import Contents
 from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.merging import merge_features
 from kvprune.tokens.selection import Selection
 
-__all__ = ["gather_features", "to_query_heads"]
+__all__ = ["gather_features", "to_all_columns", "to_query_heads"]
 
 
 def to_query_heads(mask: Tensor, module: Any) -> Tensor:
@@ -55,3 +56,22 @@ def gather_features(features: Tensor, received: Selection) -> Tensor:
         indices = torch.minimum(order, valid.sum(-1, keepdim=True) - 1)
     index = indices.to(features.device)[..., None].expand(-1, -1, features.shape[-1])  # [B, K, C]
     return torch.gather(features, 1, index)
+
+
+def to_all_columns(weights: Tensor, contents: Contents, columns: int, module: Any) -> Tensor:
+    """Put attention weights over held entries back to their columns, ``[B, Hq, T, S]``; 0 elsewhere.
+
+    Args:
+        weights: ``[B, Hq, T, K]``.
+        contents: The K entries that the layer attended to.
+        columns: Number of columns S.
+        module: The attention module.
+    """
+    slots, valid = contents.slots, contents.valid  # [R, H or 1, K] each
+    if slots is None or valid is None:
+        return weights
+    slots, valid = (held.repeat_interleave(contents.copies, dim=0)[:, :, None] for held in (slots, valid))
+    places = to_query_heads(slots, module).to(weights.device).expand_as(weights)  # [B, Hq, T, K]
+    # Padding may name any column, so it adds 0 there.
+    weights = weights.masked_fill(~to_query_heads(valid, module).to(weights.device), 0)
+    return weights.new_zeros(*weights.shape[:3], columns).scatter_add(-1, places, weights)

@@ -5,11 +5,11 @@ Columns are ordered by image, tile and patch, so the unit of visibility is a til
 
 The hooks, in the order in which they run in a forward call (see the picture in `docs/hooks.md`):
 
-1. before the whole model: note how many rows at the end are draft tokens;
-2. before ``MllamaModel``: remove the raw mask, so that stock does not expand it to one column per patch;
+1. before ``MllamaModel``: remove the raw mask, so that stock does not expand it to one column per patch;
    begin a prefill if an image arrives;
-3. before each cross-attention layer: in prefill, put a `CrossKVLayer` into the cache and pass only the
+2. before each cross-attention layer: in prefill, put a `CrossKVLayer` into the cache and pass only the
    features that arrive; always, pass a mask of the width that the layer holds;
+3. after each cross-attention: put attention weights, if the model returns them, back to their columns;
 4. after each cross-attention layer in prefill: the manager asks the policy;
 5. after ``MllamaModel``: end the prefill.
 """
@@ -28,14 +28,26 @@ from kvprune.adapters import mllama_guide, tiny
 from kvprune.adapters.arguments import CACHE, cache_of, has_cache, named_arguments, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
+from kvprune.adapters.generation import (
+    CANDIDATES,
+    probe_generation,
+    prompt_first,
+    running_generation,
+)
 from kvprune.adapters.mllama_captures import capture_class_attention, capture_text, tile_layout
-from kvprune.adapters.mllama_visibility import arriving_tiles, tiles_of_rows, visibility_of
+from kvprune.adapters.mllama_visibility import (
+    arriving_tiles,
+    repeated_rows,
+    tiles_of_rows,
+    visibility_of,
+)
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.placement import OneLayer, open_layer, require_cache
-from kvprune.cache.shared_rows import SharedRows, find_shared_rows
+from kvprune.cache.reader import Reader
+from kvprune.cache.shared_rows import SharedRows, may_share
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
@@ -50,14 +62,13 @@ class _Call(Call):
 
     Args:
         manager: The cache manager.
+        reader: Cuts the masks.
         mask: The masks of the call.
-        drafts: Number of draft rows at the end of the call, in assisted decoding.
     """
 
-    def __init__(self, manager: CrossKVManager, mask: TileMask, drafts: int) -> None:
-        super().__init__(manager)
+    def __init__(self, manager: CrossKVManager, reader: Reader, mask: TileMask) -> None:
+        super().__init__(manager, reader)
         self.mask = mask
-        self.drafts = drafts
 
 
 class MllamaAdapter(ModelAdapter):
@@ -76,14 +87,14 @@ class MllamaAdapter(ModelAdapter):
     provides = ModelAdapter.provides | {"text", "text_cache", "guidance", "class_attention"}
     class_attention_layer: ClassVar[tuple[str, int]] = ("global_transformer", -1)
 
+    _call: _Call | None  # the current call of the inner model
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         # The outer model holds the inner one as `.model`; the inner one holds vision and language models.
         self._inner = cast(Any, model if hasattr(model, "language_model") else model.get_submodule("model"))
         self._text = cast(Any, self._inner.language_model)
         self._layer_indices: list[int] = sorted(self._text.config.cross_attention_layers)
-        self._drafts = 0  # draft rows of the current call of the outer model
-        self._call: _Call | None = None  # the current call of the inner model
 
     @property
     def sites(self) -> Sequence[Site]:
@@ -101,26 +112,19 @@ class MllamaAdapter(ModelAdapter):
     def attach(self, manager: CrossKVManager) -> None:
         """Add the hooks that the module docstring lists."""
         self._manager = manager
-        if self._inner is not self.model:
-            self.before(self.model, self._before_outer)
         self.before(self._inner, self._before_inner)
         self.after(self._inner, self._after_inner, always=True)
         for layer_idx in self._layer_indices:
             layer = self._text.layers[layer_idx]
             self.before(layer, self._before_layer)
-            # Otherwise, SDPA without a mask applies causal attention to image columns.
-            self.override(layer.cross_attn, "is_causal", False)
-
-    def _before_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep = named_arguments(module, args, kwargs).get("logits_to_keep", 0)
-        # Assisted decoding verifies draft tokens: it asks for their logits and one more.
-        self._drafts = keep - 1 if isinstance(keep, int) and keep > 1 else 0
+            self.after(layer.cross_attn, self._spread_weights, first=True)
+        self.around(self.model, CANDIDATES, prompt_first)
 
     def _before_inner(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.begin_call()
         named = named_arguments(module, args, kwargs)
-        drafts, self._drafts = self._drafts, 0
         mask, cache = named.get("cross_attention_mask"), cache_of(named)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
         if tokens is None:
@@ -131,7 +135,8 @@ class MllamaAdapter(ModelAdapter):
         rows = None if mask is None else tiles_of_rows(mask, length, cache)
         # The dtype of one weight: asking the model for its dtype walks over all of them.
         dtype = self._text.embed_tokens.weight.dtype
-        self._call = _Call(self.manager, TileMask(rows, self._inner.vision_model.num_patches, dtype), drafts)
+        mask_by_tile = TileMask(rows, self._inner.vision_model.num_patches, dtype)
+        self._call = _Call(self.manager, self.reader, mask_by_tile)
         if named.get("pixel_values") is not None or named.get("cross_attention_states") is not None:
             if cache is not None:
                 require_cache(cache)  # refuse before any layer has run
@@ -141,21 +146,23 @@ class MllamaAdapter(ModelAdapter):
 
     def _begin(self, call: _Call, named: dict[str, Any], batch: int, length: int) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
+        generation = running_generation(self.model)
+        generation.require_whole_prompt(self.family)
         source, new_units = arriving_tiles(named, batch, call.mask.patches)
         rows = call.mask.rows
         if rows is None:
             rows = torch.ones(batch, 1, new_units, dtype=torch.bool, device=source.device)
         cached = self._is_cached(named)
-        # Rows are shared only for the first images in a cache, and not if gradients must flow to each row.
-        sharable = cached and rows.shape[-1] == new_units and not torch.is_grad_enabled()
-        shared_rows = self._shared_rows(named, source) if sharable else SharedRows()
+        # Rows are shared only for the first images in a cache.
+        sharable = cached and rows.shape[-1] == new_units and may_share(self._text)
+        shared_rows = repeated_rows(generation.repeats, named, source) if sharable else SharedRows()
         copies, policy, vision = shared_rows.copies, call.manager.policy, self._inner.vision_model
         capture = prompt = None
         if "class_attention" in policy.needs:
             layer = self.class_attention_layer
             capture = capture_class_attention(self, policy.name, vision, layer, named, copies)
         if "guidance" in policy.needs:
-            prompt = mllama_guide.make_prompt(named, batch, length, call.drafts, copies)
+            prompt = mllama_guide.make_prompt(named, batch, length, copies)
         call.manager.begin(
             self._visibility(call, rows, named.get("attention_mask"), length, copies),
             new_units * call.mask.patches,
@@ -174,7 +181,6 @@ class MllamaAdapter(ModelAdapter):
                 self._text,
                 self._layer_indices,
                 named.get("attention_mask"),
-                drafts=call.drafts,
                 copies=copies,
                 cached=cached,
             )
@@ -191,18 +197,6 @@ class MllamaAdapter(ModelAdapter):
             return False  # transformers passes no cache to checkpointed layers
         return has_cache(named, self._text.config)
 
-    @staticmethod
-    def _shared_rows(named: dict[str, Any], source: Tensor) -> SharedRows:
-        """Return how many consecutive rows of the batch are copies of one sample."""
-        names = (
-            "input_ids",
-            "attention_mask",
-            "aspect_ratio_ids",
-            "aspect_ratio_mask",
-            "cross_attention_mask",
-        )
-        return find_shared_rows([named.get(name) for name in names], [source, named.get("inputs_embeds")])
-
     def _visibility(
         self, call: _Call, rows: Tensor, attention_mask: Tensor | None, length: int, copies: int
     ) -> Visibility:
@@ -211,7 +205,6 @@ class MllamaAdapter(ModelAdapter):
             rows,
             attention_mask,
             length,
-            drafts=call.drafts,
             copies=copies,
             patches=call.mask.patches,
             tiles=self._inner.vision_model.max_num_tiles,
@@ -236,32 +229,38 @@ class MllamaAdapter(ModelAdapter):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         brings_states = kwargs.get("cross_attention_states") is not None
         if self._call is None:
-            if not brings_states:
+            if not brings_states and type(cache_of(kwargs).layers[module.layer_idx]) is not CrossKVLayer:
                 return None
             raise UnsupportedCacheError(
-                "a cross-attention layer received encoder states outside the model's own forward call; call "
-                "the model that was given to compress() (in a training step, leave the block after backward)"
+                "a cross-attention layer was called outside the model's own forward call; call the model "
+                "that was given to compress() (in a training step, leave the block after backward)"
             )
         change = self._receive if brings_states else self._decode
-        return args, change(self._call, module, args[0].shape[0], kwargs)
+        return args, change(self._call, module, args[0], kwargs)
 
-    def _receive(self, call: _Call, module: Any, batch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _receive(self, call: _Call, module: Any, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments in prefill: the features that arrive, and a mask of the same width."""
         # Transformers passes no cache to checkpointed layers.
         cache = None if module.training and module.gradient_checkpointing else cache_of(kwargs)
         layer = call.layer_for(cache, module.layer_idx)
         # Images and tiles become columns: [B * images, tiles * patches, C] to [B, S, C].
         states = kwargs["cross_attention_states"]
-        states = states.reshape(batch, -1, states.shape[-1])
+        states = states.reshape(text.shape[0], -1, states.shape[-1])
         rank = self._layer_indices.index(module.layer_idx)
-        arrival, states = call.before_layer(rank, layer, states)
+        arrival, states = call.before_layer(rank, layer, states, text)
         mask = call.mask.over(arrival.contents, module.cross_attn)
         return self._masked(call, {**kwargs, "cross_attention_states": states}, mask)
 
     @staticmethod
     def _masked(call: _Call, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
         row_mask = call.mask.row_mask
-        return {**kwargs, "cross_attention_mask": mask, "full_text_row_masked_out_mask": row_mask}
+        # Otherwise, SDPA without a mask applies causal attention to image columns.
+        changed = {"full_text_row_masked_out_mask": row_mask, "is_causal": False}
+        return {**kwargs, "cross_attention_mask": mask, **changed}
+
+    def _spread_weights(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return an output whose attention weights stand at their columns; None if nothing changes."""
+        return None if self._call is None else self._call.all_columns(output, module)
 
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         assert self._call is not None
@@ -275,27 +274,22 @@ class MllamaAdapter(ModelAdapter):
         )
 
     def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._call = None
-        if self.manager.in_prefill:
-            self.end_of_call()
-            self.manager.end(completed=output is not None)
+        self.finish_call(completed=output is not None)
 
-    def _decode(self, call: _Call, module: Any, batch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _decode(self, call: _Call, module: Any, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments in a decode step: the cut mask, and keys and values that it can read."""
         cache = cache_of(kwargs)
-        layer = cache.layers[module.layer_idx]
-        if not isinstance(layer, CrossKVLayer):  # filled before the compression began
-            layer = open_layer(require_cache(cache), module.layer_idx)
-        rows = call.mask.rows
+        layer = open_layer(require_cache(cache), module.layer_idx, call.reader)
+        call.attended = layer.contents, layer.columns
+        rows, batch = call.mask.rows, text.shape[0]
         if rows is not None and rows.shape[-1] * call.mask.patches != layer.columns:
             raise UnsupportedCacheError(
                 f"cross_attention_mask covers {rows.shape[-1]} tiles of {call.mask.patches} columns, but "
                 f"the cache has seen {layer.columns} columns; pass a mask over all images so far"
             )
-        if batch != layer.keys.shape[0] * layer.copies:
-            raise UnsupportedCacheError(
-                f"the cache holds {layer.keys.shape[0] * layer.copies} rows, but the batch has {batch}"
-            )
+        held = layer.keys.shape[0] * layer.copies
+        if batch != held:
+            raise UnsupportedCacheError(f"the cache holds {held} rows, but the batch has {batch}")
         if not layer.is_readable:
             kwargs = with_cache(kwargs, OneLayer.spread(module.layer_idx, layer))
         return self._masked(call, kwargs, call.mask.over(layer.contents, module.cross_attn))
@@ -325,7 +319,7 @@ class MllamaAdapter(ModelAdapter):
         signatures = probe_signatures(
             "transformers.models.mllama.modeling_mllama",
             {
-                "MllamaForConditionalGeneration": ("logits_to_keep", "cross_attention_mask", "pixel_values"),
+                "MllamaForConditionalGeneration": ("cross_attention_mask", "pixel_values"),
                 "MllamaModel": ("cross_attention_mask", "cross_attention_states", CACHE),
                 "MllamaTextModel": ("full_text_row_masked_out_mask", "cross_attention_states"),
                 "MllamaCrossAttentionDecoderLayer": (
@@ -342,4 +336,5 @@ class MllamaAdapter(ModelAdapter):
 
         rotates = hasattr(modeling_mllama, "apply_rotary_pos_emb")
         rotary = f"{'has' if rotates else 'lacks'} apply_rotary_pos_emb"
-        return [probe_cache(), *signatures, Probe("modeling_mllama", rotates, rotary)]
+        named = Probe("modeling_mllama", rotates, rotary)
+        return [probe_cache(), probe_generation(), *signatures, named]

@@ -29,7 +29,6 @@ def capture_text(
     cross_layers: Sequence[int],
     mask: Tensor | None,
     *,
-    drafts: int,
     copies: int,
     cached: bool,
 ) -> None:
@@ -41,7 +40,6 @@ def capture_text(
         text: The language model.
         cross_layers: Indices of its cross-attention layers.
         mask: The attention mask of the call.
-        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
         cached: Whether there is a cache.
 
@@ -67,7 +65,7 @@ def capture_text(
         layer = open_text_layer(cache, view.layer_idx) if prunes and cache is not None else None
         manager.after_text(view, layer)
 
-    capture = TextCapture(manager.policy.name, done, modules, mask, drafts, copies, _rotate)
+    capture = TextCapture(manager.policy.name, done, modules, mask, copies, _rotate)
     capture.hook(attachment, set(modules) if prunes else before - {-1}, cached=cached)
 
 

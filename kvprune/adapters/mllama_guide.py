@@ -19,16 +19,13 @@ _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cross_
 _IMAGE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
-def make_prompt(
-    named: Mapping[str, Any], batch: int, length: int, drafts: int, copies: int
-) -> Callable[[Tensor], Prompt]:
+def make_prompt(named: Mapping[str, Any], batch: int, length: int, copies: int) -> Callable[[Tensor], Prompt]:
     """Return a function that makes a guide's prompt from a forward call, given the features of new columns.
 
     Args:
         named: Arguments of the forward call by name.
         batch: Rows B of the call.
         length: Text rows T of the call.
-        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
 
     Raises:
@@ -42,9 +39,7 @@ def make_prompt(
     for name in (*_TEXT, *_IMAGE):
         value = given.get(name)
         if isinstance(value, Tensor):
-            # Cut draft tokens off, in arguments whose second axis counts tokens.
-            ends = drafts if name in _TEXT and value.shape[1] >= length else 0
-            arguments[name] = distinct_rows(value, copies, value.shape[1] - ends if ends else None)
+            arguments[name] = distinct_rows(value, copies)
     return lambda features: Prompt(arguments, features, past)
 
 
@@ -93,7 +88,6 @@ def replay(
     if places is not None:
         further = places[:, -1:] + torch.arange(1, more + 1, device=places.device)
         arguments["position_ids"] = torch.cat([places, further], dim=1)
-    # A tensor, because hooks take a number to mean that the other rows are drafts.
     rows = torch.arange(length - 1, length + more, device=answer.device)
     logits: Tensor = model(**arguments, logits_to_keep=rows).logits
     return logits

@@ -9,10 +9,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from kvprune.cache.shared_rows import SharedRows, share_repeated
 from kvprune.errors import UnsupportedCacheError
-from kvprune.tokens.visibility import Visibility
+from kvprune.tokens.visibility import Visibility, with_last_row
 
-__all__ = ["arriving_tiles", "tiles_of_rows", "visibility_of"]
+__all__ = ["arriving_tiles", "repeated_rows", "tiles_of_rows", "visibility_of"]
 
 
 def arriving_tiles(named: Mapping[str, Any], batch: int, patches: int) -> tuple[Tensor, int]:
@@ -58,12 +59,23 @@ def tiles_of_rows(mask: Tensor, length: int, cache: Any) -> Tensor:
     return (mask == 1).flatten(2)
 
 
+def repeated_rows(repeats: int, named: Mapping[str, Any], source: Tensor) -> SharedRows:
+    """Share the rows of a call that `generate` has made from one sample, unless their inputs differ.
+
+    Args:
+        repeats: Consecutive rows that come from one sample.
+        named: Arguments of the forward call by name.
+        source: Its pixels or encoder states, ``[B, ...]``.
+    """
+    names = "input_ids", "attention_mask", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"
+    return share_repeated(repeats, [named.get(name) for name in names], [source, named.get("inputs_embeds")])
+
+
 def visibility_of(
     rows: Tensor,
     attention_mask: Tensor | None,
     length: int,
     *,
-    drafts: int,
     copies: int,
     patches: int,
     tiles: int,
@@ -74,17 +86,13 @@ def visibility_of(
         rows: bool ``[B, T or 1, U]``, which tiles each text row may attend.
         attention_mask: ``[B, tokens so far]``, zero at padding.
         length: Text rows T of the call.
-        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
         patches: Columns of a tile.
         tiles: Tiles stored for each image.
     """
     live = rows.any(-1).expand(-1, length).clone()  # [B, T]
     if attention_mask is not None and attention_mask.ndim == 2:
-        live &= attention_mask[:, -length:].to(live.device).bool()
-    if drafts:
-        rows = rows[:, : length - drafts] if rows.shape[1] > 1 else rows
-        live = live[:, : length - drafts]
+        live = with_last_row(live & attention_mask[:, -length:].to(live.device).bool(), live)
     units = torch.arange(rows.shape[-1], device=rows.device)
     return Visibility(
         rows=rows[::copies],

@@ -16,10 +16,9 @@ from kvprune.errors import GuideError
 __all__ = ["copied_cache", "decoder_prompt", "distinct_rows", "padding_mask"]
 
 
-def distinct_rows(tensor: Tensor, copies: int, rows: int | None = None) -> Tensor:
-    """Return one of each ``copies`` rows of a batch ``[B, ...]``, cut to the first ``rows`` of axis 1."""
-    tensor = tensor[::copies]
-    return tensor if rows is None else tensor[:, :rows]
+def distinct_rows(tensor: Tensor, copies: int) -> Tensor:
+    """Return one of each ``copies`` rows of a batch ``[B, ...]``."""
+    return tensor[::copies]
 
 
 def padding_mask(mask: Tensor | None, length: int) -> Tensor | None:
@@ -56,15 +55,12 @@ def copied_cache(cache: Any, batch: int, copies: int) -> Any:
     return past
 
 
-def decoder_prompt(
-    named: Mapping[str, Any], length: int, drafts: int, copies: int
-) -> Callable[[Tensor], Prompt]:
+def decoder_prompt(named: Mapping[str, Any], length: int, copies: int) -> Callable[[Tensor], Prompt]:
     """Return a function that makes a guide's prompt from a decoder call, given the features of its columns.
 
     Args:
         named: Arguments of the call by name.
         length: Text rows of the call.
-        drafts: Number of draft rows at the end.
         copies: Consecutive rows of the batch that are equal.
 
     Raises:
@@ -81,7 +77,7 @@ def decoder_prompt(
     for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
         value = mask if name == "attention_mask" else named.get(name)
         if isinstance(value, Tensor):
-            arguments[name] = distinct_rows(value, copies, length - drafts)
+            arguments[name] = distinct_rows(value, copies)
     if isinstance(named.get("encoder_attention_mask"), Tensor):
         arguments["encoder_attention_mask"] = distinct_rows(named["encoder_attention_mask"], copies)
     return lambda features: Prompt(arguments, features)

@@ -36,9 +36,8 @@ class TextCapture:
         policy_name: For messages.
         done: Called after each captured self-attention, with its view and the cache that it updated.
         modules: All self-attention modules of the decoder by layer index, in order.
-        mask: int or bool ``[B, tokens so far]``, zero at padding, drafts included; or ``[B, 1, T, tokens]``
+        mask: int or bool ``[B, tokens so far]``, zero at padding; or ``[B, 1, T, tokens]``
             as it enters attention, boolean or additive; None where there is none.
-        drafts: Number of draft tokens at the end, which views leave out.
         copies: Consecutive rows of the batch that are equal.
         rotate: Rotates queries and keys; None in models without rotary embeddings.
         projections: Attributes of a module that project queries, keys and values.
@@ -48,7 +47,6 @@ class TextCapture:
     done: Callable[[TextView, Cache | None], None]
     modules: Mapping[int, Any]
     mask: Tensor | None
-    drafts: int = 0
     copies: int = 1
     rotate: Rotate | None = None
     projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
@@ -105,12 +103,11 @@ class TextCapture:
             keys, values = fresh, self._projected.pop("values")
         entries, one = keys.shape[2], slice(None, None, self.copies)  # one of each copies rows
         real = self._real(entries, keys)
-        last, end = queries.shape[2] - self.drafts, entries - self.drafts
         return TextView(
-            queries=queries[one, :, :last],
-            keys=keys[one, :, :end],
-            values=values[one, :, :end],
-            real=real[one, :end],
+            queries=queries[one],
+            keys=keys[one],
+            values=values[one],
+            real=real[one],
             scaling=module.scaling,
             layer_idx=layer_idx,
             rank=list(self.modules).index(layer_idx),

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from kvprune.adapters import tiny
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+from kvprune.engine.manager import CrossKVManager
 
 __all__ = ["WhisperAdapter"]
+
+
+class _ConstantColumns(TorchFunctionMode):
+    """Within this context, a standard deviation of 0 is 1.
+
+    Whisper times its words by attention weights: it standardises each column over the text rows. A dropped
+    column has weight 0 in every row, and 0 / 0 would make all times NaN. With 1, it is standardised to 0: it
+    says nothing.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.std, Tensor.std):
+            return torch.where(result == 0, torch.ones_like(result), result)
+        return result
+
+
+def _with_constant_columns(extract: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _ConstantColumns():
+        return extract(*args, **kwargs)
 
 
 class WhisperAdapter(EncoderDecoderAdapter):
@@ -22,6 +51,11 @@ class WhisperAdapter(EncoderDecoderAdapter):
     attention_class = "WhisperAttention"
     self_attention = "self_attn"
     provides = EncoderDecoderAdapter.provides | {"text"}
+
+    def attach(self, manager: CrossKVManager) -> None:
+        """Add the hooks of the family, and time words by the columns that are held."""
+        super().attach(manager)
+        self.around(self.model, "_extract_token_timestamps", _with_constant_columns)
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from kvprune.cache.pools import Pool
+from kvprune.cache.reader import Reader
 from kvprune.cache.shared_rows import SharedRows
+from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.selection import OWN_BITS, Selection
 
 __all__ = ["Arrival", "Contents", "HeldEntries"]
@@ -68,14 +71,16 @@ class HeldEntries(DynamicLayer):
         bias: ``[R, H or 1, K]``, added to the attention logits of each entry; None for no bias.
         ragged: Whether some entries may be invalid; known on the host, without a device transfer.
         shared_rows: Which rows of the batch are held once.
+        reader: Cuts masks to what is held. Once it is released, modules cannot read `keys` and `values` of
+            a pruned layer.
     """
 
-    # Optional in the base class; here they are read only after they are filled.
-    keys: Tensor
-    values: Tensor
+    _keys: Tensor
+    _values: Tensor
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.reader: Reader | None = None
         self.pools: tuple[Pool, ...] = ()
         self._stands_in = True  # keys and values are placeholders
         self.columns = 0
@@ -84,6 +89,43 @@ class HeldEntries(DynamicLayer):
         self.bias: Tensor | None = None
         self.ragged = False
         self.shared_rows = SharedRows()
+
+    # Optional in the base class; here they are read only after they are filled.
+    @property
+    def keys(self) -> Tensor:
+        """Keys of the entries in the layer's own dtype; see the class.
+
+        Raises:
+            UnsupportedCacheError: If a module reads it, entries were dropped, and nobody cuts masks any more.
+        """
+        self._require_reader()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self._keys = keys
+
+    @property
+    def values(self) -> Tensor:
+        """Values of the entries, as `keys`."""
+        self._require_reader()
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._values = values
+
+    def _require_reader(self) -> None:
+        """Raise if a module of a model reads a pruned layer, and nobody cuts its mask; anybody may look."""
+        if self.reader is None or self.reader.is_attached or (self.slots is None and self.is_readable):
+            return
+        # The frame that reads the property: attention is computed in a method of a module.
+        if isinstance(sys._getframe(2).f_locals.get("self"), nn.Module):
+            raise UnsupportedCacheError(
+                f"this cache was pruned under a compression that has ended: {self.width} of {self.columns} "
+                "columns are held, and outside the block no mask is cut to them; continue inside the block "
+                "of kvprune.compress, or inside a new one"
+            )
 
     @property
     def is_filled(self) -> bool:
@@ -116,7 +158,7 @@ class HeldEntries(DynamicLayer):
     @property
     def own(self) -> int:
         """Entries held in the layer's own dtype per row and KV head, K'."""
-        return 0 if self._stands_in else self.keys.shape[-2]
+        return 0 if self._stands_in else self._keys.shape[-2]
 
     @property
     def is_readable(self) -> bool:
@@ -127,7 +169,7 @@ class HeldEntries(DynamicLayer):
         """Return `slots` and `valid`, ``[R, H or 1, K]`` each, even while all columns are held."""
         if self.slots is not None and self.valid is not None:
             return self.slots, self.valid
-        everything = Selection.all(self.keys.shape[0], self.columns, self.keys.device)
+        everything = Selection.all(self._keys.shape[0], self.columns, self._keys.device)
         return everything.indices, everything.valid
 
     def held_columns(self) -> Tensor:
@@ -155,13 +197,13 @@ class HeldEntries(DynamicLayer):
         """Return the bits of each entry, uint8 ``[K]``."""
         widths = [(pool.bits, pool.width) for pool in self.pools] + [(OWN_BITS, self.own)]
         return torch.cat(
-            [torch.full((n,), bits, dtype=torch.uint8, device=self.keys.device) for bits, n in widths]
+            [torch.full((n,), bits, dtype=torch.uint8, device=self._keys.device) for bits, n in widths]
         )
 
     @property
     def _tensors(self) -> list[Tensor]:
         """All tensors that hold keys and values, quantized or not."""
-        own = [self.keys, self.values] if self.own else []
+        own = [self._keys, self._values] if self.own else []
         return own + [tensor for pool in self.pools for tensor in pool.tensors]
 
     @property
@@ -184,7 +226,7 @@ class HeldEntries(DynamicLayer):
 
     def _bytes_of(self, entries: int) -> int:
         """Return the bytes of a number of entries per row and KV head, in the layer's own dtype."""
-        shapes = ((tensor.shape, tensor.element_size()) for tensor in (self.keys, self.values))
+        shapes = ((tensor.shape, tensor.element_size()) for tensor in (self._keys, self._values))
         return entries * sum(shape[0] * shape[1] * shape[-1] * size for shape, size in shapes)
 
     @property
@@ -205,4 +247,4 @@ class HeldEntries(DynamicLayer):
         held = sum(tensor.nbytes for tensor in beside if tensor is not None)
         if not self.is_filled or self.own:
             return held
-        return held + self.keys.element_size() + self.values.element_size()  # the placeholders
+        return held + self._keys.element_size() + self._values.element_size()  # the placeholders

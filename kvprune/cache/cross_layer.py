@@ -109,7 +109,7 @@ class CrossKVLayer(HeldEntries):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.is_filled:  # a later image: no shared rows, new entries at the end
-            own = [(self.keys, self.values)] if self.own else []
+            own = [(self._keys, self._values)] if self.own else []
             sides = zip(*own, (key_states, value_states), strict=True)
             self._hold(*(torch.cat(side, dim=-2) for side in sides))
             keys, values = self.spread()
@@ -149,10 +149,10 @@ class CrossKVLayer(HeldEntries):
         beams); otherwise a copy, which the layer does not keep. Needs no device transfer.
         """
         if not self.pools:
-            return self._spread(self.keys), self._spread(self.values)
+            return self._spread(self._keys), self._spread(self._values)
         read = [pool.dequantize() for pool in self.pools]
         if self.own:
-            read.append((self.keys, self.values))
+            read.append((self._keys, self._values))
         keys, values = (torch.cat(tensors, dim=-2) for tensors in zip(*read, strict=True))
         return self._spread(keys), self._spread(values)
 
@@ -167,7 +167,7 @@ class CrossKVLayer(HeldEntries):
     def separate(self) -> None:
         """Hold a copy for each row of the batch from now on: rows are no longer shared."""
         if self.copies > 1:
-            rows = torch.arange(self.keys.shape[0] * self.copies, device=self.keys.device) // self.copies
+            rows = torch.arange(self._keys.shape[0] * self.copies, device=self._keys.device) // self.copies
             self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
             self.shared_rows = SharedRows()
 
@@ -199,7 +199,7 @@ class CrossKVLayer(HeldEntries):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows of the batch; they are no longer shared."""
         if self.is_filled:
-            rows = torch.arange(self.keys.shape[0] * self.copies, device=indices.device)[indices]
+            rows = torch.arange(self._keys.shape[0] * self.copies, device=indices.device)[indices]
             rows = rows // self.copies
             self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
             self.shared_rows = SharedRows()
@@ -212,7 +212,7 @@ class CrossKVLayer(HeldEntries):
         if dtype is not None:
             self._move(lambda tensor: tensor.to(dtype))
             self.pools = tuple(pool.to(dtype=dtype) for pool in self.pools)
-        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.dtype, self.device = self._keys.dtype, self._keys.device
 
     def _over_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         """Apply an operation on rows or device to every tensor of the layer."""
@@ -225,9 +225,9 @@ class CrossKVLayer(HeldEntries):
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
         """Apply an operation on rows or dtype to `keys` and `values`, or to their placeholders."""
-        self.keys, self.values = move(self.keys), move(self.values)
+        self._keys, self._values = move(self._keys), move(self._values)
         if self._stands_in:  # make them views of one number again
-            self._hold(self.keys[..., :0, :], self.values[..., :0, :])
+            self._hold(self._keys[..., :0, :], self._values[..., :0, :])
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         """Set `keys` and `values`, or placeholders if there are no entries in the layer's own dtype."""
@@ -236,4 +236,4 @@ class CrossKVLayer(HeldEntries):
             keys, values = (
                 side.new_zeros(1).expand(*side.shape[:2], 1, side.shape[-1]) for side in (keys, values)
             )
-        self.keys, self.values = keys, values
+        self._keys, self._values = keys, values

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.reader import Reader
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.errors import UnsupportedCacheError
 
@@ -67,9 +68,11 @@ class OneCrossLayer(EncoderDecoderCache):
         layer_idx: Index of the decoder layer.
         keys: ``[B, Hkv, K, D]``.
         values: ``[B, Hkv, K, D]``.
+        text: The self-attention cache, from which some decoders take the length of the text.
     """
 
-    def __init__(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, layer_idx: int, keys: Tensor, values: Tensor, text: Cache) -> None:
+        self.self_attention_cache = text  # type: ignore[assignment]
         self.cross_attention_cache = OneLayer(layer_idx, keys, values)  # type: ignore[assignment]
         self.is_updated = {layer_idx: True}
 
@@ -93,8 +96,13 @@ def require_cache(cache: object) -> Cache:
     return cache
 
 
-def open_layer(cache: Cache, layer_idx: int) -> CrossKVLayer:
+def open_layer(cache: Cache, layer_idx: int, reader: Reader | None = None) -> CrossKVLayer:
     """Return the `CrossKVLayer` at an index of a cache; replace a layer of transformers if there is none.
+
+    Args:
+        cache: The cache that holds cross-attention.
+        layer_idx: Index of the decoder layer.
+        reader: Who cuts masks to what the layer holds, from now on.
 
     Raises:
         UnsupportedCacheError: If the layer there cannot be replaced (sliding, unknown), or cannot be read (a
@@ -109,6 +117,7 @@ def open_layer(cache: Cache, layer_idx: int) -> CrossKVLayer:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
     if isinstance(layer, CrossKVLayer):
+        layer.reader = reader
         return layer
     if type(layer) is DynamicLayer:
         ours = CrossKVLayer.adopt(layer)
@@ -124,17 +133,21 @@ def open_layer(cache: Cache, layer_idx: int) -> CrossKVLayer:
             f"{type(cache).__name__} holds a {type(layer).__name__} at cross-attention layer {layer_idx}; "
             "kvprune can replace only dynamic, static and quantized layers; generate with the default cache"
         )
+    ours.reader = reader
     cache.layers[layer_idx] = ours
     return ours
 
 
-def open_for_prefill(cache: object, layer_idx: int, warn: Callable[[str], None]) -> CrossKVLayer:
+def open_for_prefill(
+    cache: object, layer_idx: int, warn: Callable[[str], None], reader: Reader | None = None
+) -> CrossKVLayer:
     """Return the `CrossKVLayer` at an index of a cache, before new columns are written to it.
 
     Args:
         cache: The cache that holds cross-attention.
         layer_idx: Index of the decoder layer.
         warn: Called with a warning for the user if a quantized layer is replaced.
+        reader: Who cuts masks to what the layer holds, from now on.
 
     Raises:
         UnsupportedCacheError: See `require_cache` and `open_layer`.
@@ -145,7 +158,7 @@ def open_for_prefill(cache: object, layer_idx: int, warn: Callable[[str], None])
             "quantized cache: text is quantized, kept image tokens are held in the model's own precision "
             "(stock transformers loses the image here)"
         )
-    return open_layer(usable, layer_idx)
+    return open_layer(usable, layer_idx, reader)
 
 
 def open_text_layer(cache: Cache, layer_idx: int) -> TextKVLayer:

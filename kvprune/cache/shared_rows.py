@@ -1,13 +1,13 @@
-"""Finds rows of a batch that are copies of one sample, such as its beams in prefill, to hold them once."""
+"""Rows of a batch that are copies of one sample, such as its beams in prefill, and are held once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["SharedRows", "find_shared_rows"]
+__all__ = ["SharedRows", "may_share", "share_repeated"]
 
 
 class SharedRows:
@@ -40,34 +40,32 @@ class SharedRows:
         return self._answer
 
 
-def find_shared_rows(
-    small: Sequence[Tensor | None],
-    large: Sequence[Tensor | None],
-    most: int | None = None,
+def may_share(decoder: nn.Module) -> bool:
+    """Whether rows of equal inputs stay equal: not with dropout, nor if gradients must flow to each row."""
+    return not torch.is_grad_enabled() and not decoder.training
+
+
+def share_repeated(
+    repeats: int, small: Sequence[Tensor | None], large: Sequence[Tensor | None]
 ) -> SharedRows:
-    """Find the largest number of copies such that the whole batch consists of groups of equal rows.
+    """Share the rows that `generate` has made from one sample, unless their inputs differ by now.
+
+    Rows are never shared because they look alike: equal inputs prove nothing about what a model adds to each
+    row, such as the adapter of its request.
 
     Args:
+        repeats: Consecutive rows of the batch that come from one sample.
         small: Tensors that are cheap to compare, such as token ids and masks, ``[B, ...]``; None is skipped.
         large: Tensors that are compared only where all small ones are equal, such as pixels, ``[B, ...]``.
-        most: Upper limit of copies; None for no limit.
     """
-    cheap = [tensor for tensor in small if tensor is not None]
-    batch = cheap[0].shape[0]
-    if batch == 1 or most == 1:
+    given = [[tensor for tensor in tensors if tensor is not None] for tensors in (small, large)]
+    if repeats == 1 or any(tensor.shape[0] % repeats for tensors in given for tensor in tensors):
         return SharedRows()
-    device = cheap[0].device
-    alike = torch.stack([_like_the_row_before(tensor).to(device) for tensor in cheap]).all(0)  # [B - 1]
-    same: list[bool] = alike.tolist()  # one transfer to the host, in prefill only
-    costly = [tensor for tensor in large if tensor is not None]
-    for row, so_far in enumerate(same):
-        same[row] = so_far and all(torch.equal(tensor[row], tensor[row + 1]) for tensor in costly)
-    for copies in range(min(batch, most or batch), 1, -1):
-        if batch % copies == 0 and all(same[row - 1] for row in range(1, batch) if row % copies):
-            return SharedRows(copies)
-    return SharedRows()
+    alike = all(_are_repeated(tensor, repeats) for tensors in given for tensor in tensors)
+    return SharedRows(repeats) if alike else SharedRows()
 
 
-def _like_the_row_before(tensor: Tensor) -> Tensor:
-    """Return whether each row but the first equals the row before it, bool ``[B - 1]``."""
-    return (tensor[1:] == tensor[:-1]).flatten(1).all(1)
+def _are_repeated(tensor: Tensor, repeats: int) -> bool:
+    """Return whether each group of rows of ``[B, ...]`` holds the same row; one device transfer."""
+    rows = tensor.unflatten(0, (-1, repeats))  # [samples, repeats, ...]
+    return torch.equal(rows[:, 1:], rows[:, :1].expand_as(rows[:, 1:]))

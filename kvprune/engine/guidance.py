@@ -24,7 +24,7 @@ class Prompt:
     C width of features or embeddings.
 
     Args:
-        arguments: Tensor arguments of the call by name, for R rows, without draft tokens.
+        arguments: Tensor arguments of the call by name, for R rows.
         states: ``[R, S, C]``, the target's encoder features; None if its encoder has not run yet.
         past: A copy of the target's cache of earlier turns; None in the first turn.
     """

@@ -116,7 +116,6 @@ class CrossKVManager:
             capture: Returns what the adapter captured of all new columns, for R rows, once the encoder has
                 run; None if it captured nothing.
         """
-        self.report.count_encoder_input()
         first_new = visibility.columns - new_columns
         self._prefill = Prefill(
             visibility,
@@ -173,7 +172,7 @@ class CrossKVManager:
         """Show a self-attention layer to the policy after its attention, and let the policy prune its cache.
 
         Args:
-            view: The layer's attention, for R rows, without draft tokens.
+            view: The layer's attention, for R rows.
             layer: Its cache layer, updated, for each row of the batch; None if text is not pruned.
 
         Raises:
@@ -190,14 +189,13 @@ class CrossKVManager:
         with torch.no_grad(), Stopwatch(view.device) as watch:
             selection = self._calls.select_text(view)
         prefill.text_counts = check_text(selection, view, self.policy.name, prefill.text_counts)
-        drafts = layer.held - view.entries  # the view leaves draft tokens out
         if selection is not None:
             layer.retain(selection.repeat(prefill.shared_rows.copies))
-        tokens = None if layer.slots is None else layer.tokens()[..., : layer.held - drafts]
-        self.kept.add_text(view.layer_idx, tokens, layer.seen - drafts)
+        tokens = None if layer.slots is None else layer.tokens()
+        prefill.kept.add_text(view.layer_idx, tokens, layer.seen)
         available = view.real.sum(-1).clamp(min=1)  # [R], text entries that are no padding
         fraction = torch.ones_like(available) if selection is None else prefill.text_counts / available
-        prefill.record.note_text_decision(view.layer_idx, layer, watch, drafts, fraction)
+        prefill.record.note_text_decision(view.layer_idx, layer, watch, fraction)
 
     def after_layer(
         self,
@@ -216,7 +214,7 @@ class CrossKVManager:
             rank: Index among the cross-attention layers.
             layer: The cache layer, updated.
             scaling: Factor on attention logits.
-            captured: What the adapter captured in the layer, for each row of the batch, draft rows included.
+            captured: What the adapter captured in the layer, for each row of the batch.
             follows_text: Whether a self-attention layer comes before this layer.
 
         Raises:
@@ -252,6 +250,8 @@ class CrossKVManager:
     def end(self, *, completed: bool) -> None:
         """Close a prefill. If it was completed, let a `PrefillPolicy` decide and write the receipts.
 
+        A prefill that raised or was interrupted leaves no trace in the report.
+
         Args:
             completed: Whether the forward call returned; false if it raised an error.
 
@@ -261,9 +261,13 @@ class CrossKVManager:
         prefill, self._prefill = self._prefill, None
         if prefill is None or not completed:
             return
+        self.report.count_encoder_input()
         if prefill.observed and isinstance(self.policy, PrefillPolicy):
             self._conclude(self.policy, prefill)
+        if prefill.guide is not None:
+            self.report.add_guide(prefill.guide)
         if not prefill.record.is_empty:
+            self.kept = prefill.kept
             prefill.record.write(
                 self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
             )
@@ -279,7 +283,7 @@ class CrossKVManager:
             guidance = self.guide(prefill.prompt(features))
             rows, copies = prefill.visibility.batch, prefill.shared_rows.copies
             scores = to_rows(guidance, rows, copies, prefill.new_columns)  # [R, S]
-        self.report.add_guide(guidance.receipt)
+        prefill.guide = guidance.receipt
         prefill.captured = replace(prefill.captured, guidance=scores.to(features.device))
         prefill.prompt = None  # free the inputs that it holds
 
@@ -330,7 +334,7 @@ class CrossKVManager:
         kept = layer.selection()
         merge = with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
         kept = kept.with_merge(merge)
-        self.kept.add(layer_idx, context.attended, kept, layer.copies)
+        prefill.kept.add(layer_idx, context.attended, kept, layer.copies)
         prefill.record.note_decision(layer_idx, layer, watches, visible=prefill.visibility.decode)
 
     def _running(self) -> Prefill:

@@ -110,20 +110,17 @@ class PrefillRecord:
         self._text: list[tuple[TextReceipt, weakref.ref[TextKVLayer], Stopwatch]] = []
         self._text_kept: list[Tensor] = []
 
-    def note_text_decision(
-        self, layer_idx: int, layer: TextKVLayer, watch: Stopwatch, drafts: int, kept: Tensor
-    ) -> None:
+    def note_text_decision(self, layer_idx: int, layer: TextKVLayer, watch: Stopwatch, kept: Tensor) -> None:
         """Measure a self-attention layer after the decision about its text.
 
         Args:
             layer_idx: Index of the decoder layer.
             layer: The cache layer, pruned.
             watch: Around the decision.
-            drafts: Draft tokens at the end, which are not counted.
             kept: float ``[R]``, entries kept / entries before pruning.
         """
-        width, tokens = layer.held - drafts, layer.seen - drafts
-        each = layer.bytes_held // layer.held  # bytes of one entry, over all rows and heads
+        width, tokens = layer.held, layer.seen
+        each = layer.bytes_held // width  # bytes of one entry, over all rows and heads
         receipt = TextReceipt(
             layer_idx=layer_idx,
             tokens=tokens,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.engine.prefill import ObservedLayer, Prefill
+from kvprune.engine.read_only import unchanged
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
@@ -80,14 +81,13 @@ class PolicyCalls:
             rank: Index among the cross-attention layers.
             layer: Its cache layer, updated.
             received: The columns that arrived at the layer; None for all new ones.
-            captured: Captured in this layer, for each row of the batch, draft rows included.
+            captured: Captured in this layer, for each row of the batch.
             scaling: Factor on attention logits.
             follows_text: Whether a self-attention layer comes before this layer.
         """
         arriving = prefill.arriving(received)
         new = layer.own - arriving.columns  # new entries come last; quantized ones belong to earlier images
-        # Queries have draft rows at the end; visibility does not.
-        own = captured.rows(slice(None, None, layer.copies)).first_rows(arriving.live.shape[1])
+        own = captured.rows(slice(None, None, layer.copies))
         return LayerView(
             keys=layer.keys[..., new:, :],  # [R, Hkv, S, D]
             values=layer.values[..., new:, :],  # [R, Hkv, S, D]
@@ -129,7 +129,7 @@ class PolicyCalls:
         """
         views = [layer.context.view for layer in observed]
         statistics = [layer.statistics for layer in observed]
-        decisions = self._call(views[-1], lambda: list(policy.conclude(views, statistics)))
+        decisions = self._call(views[-1], lambda: list(policy.conclude(views, statistics)), views)
         if len(decisions) != len(views):
             raise SelectionError(
                 f"policy {policy.name!r}: conclude returned {len(decisions)} decisions, "
@@ -143,10 +143,22 @@ class PolicyCalls:
                 )
         return decisions
 
-    def _call(self, view: FeatureView | LayerView | TextView, question: Callable[[], _Answer]) -> _Answer:
-        """Call the policy, and turn an unexpected exception into an error that names the policy."""
+    def _call(
+        self,
+        view: FeatureView | LayerView | TextView,
+        question: Callable[[], _Answer],
+        views: Sequence[object] = (),
+    ) -> _Answer:
+        """Call the policy, and turn an unexpected exception into an error that names the policy.
+
+        Args:
+            view: Where the policy is asked, for messages.
+            question: The call.
+            views: What it reads; ``view`` if empty.
+        """
         try:
-            return question()
+            with unchanged(self.policy.name, view.where, views or (view,)):
+                return question()
         except (KVPruneError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
-from kvprune.engine.guidance import Prompt
+from kvprune.engine.guidance import GuideReceipt, Prompt
+from kvprune.engine.kept import KeptSelections
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.policy.captured import Captured
 from kvprune.policy.view import LayerView
@@ -50,6 +51,8 @@ class Prefill:
         is_prepared: Whether the steps before the first layer are done.
         observed: Layers that a `PrefillPolicy` has observed and decides about at the end.
         text_counts: Number of text entries kept for each sample, int64 ``[R]``.
+        kept: What each layer has attended to and kept.
+        guide: Cost of the guide; None if there is none.
     """
 
     visibility: Visibility
@@ -66,6 +69,8 @@ class Prefill:
     is_prepared: bool = False
     observed: list[ObservedLayer] = field(default_factory=list)
     text_counts: Tensor | None = None
+    kept: KeptSelections = field(default_factory=KeptSelections)
+    guide: GuideReceipt | None = None
 
     @functools.cached_property
     def image_tokens(self) -> Tensor:

@@ -79,10 +79,6 @@ class Captured:
         """Return only the named fields; all others are None."""
         return self.without(*(one.name for one in fields(self) if one.name not in needs))
 
-    def first_rows(self, count: int) -> Captured:
-        """Return it with only the first ``count`` text rows; those after them are draft tokens."""
-        return self if self.queries is None else replace(self, queries=self.queries[:, :, :count])
-
     def without(self, *names: str) -> Captured:
         """Return it with the named fields set to None."""
         gone: dict[str, Any] = dict.fromkeys(names)

@@ -89,7 +89,7 @@ class View:
 
     @property
     def live(self) -> Tensor:
-        """Text rows that are neither padding nor drafts and see an image, bool ``[B, T]``."""
+        """Text rows that are no padding and see an image, bool ``[B, T]``."""
         return self.visibility.live
 
     @property

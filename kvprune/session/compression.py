@@ -10,6 +10,7 @@ from torch import nn
 
 from kvprune.adapters.attachment import compressing
 from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.compiled import compiled_part
 from kvprune.engine.guidance import Guidance, Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
@@ -146,15 +147,23 @@ class Compression:
         self._adapter.detach()
 
     def check_ran(self) -> None:
-        """Raise if the model received encoder states under the policy, but the policy never decided.
+        """Raise if the policy did not run, although the model did.
 
         Raises:
-            PolicyNeverRanError: With the number of inputs that were seen.
+            PolicyNeverRanError: If the model received encoder states under the policy, but the policy never
+                decided; or if no call reached the hooks of a model that was compiled before. Says what was
+                seen.
         """
-        if self.report.encoder_inputs and not self.report.prefills:
+        report, model = self.report, self._adapter.model
+        if report.encoder_inputs and not report.prefills:
             raise PolicyNeverRanError(
                 f"policy {self.policy.spec} never ran, although encoder states went through the model "
-                f"{self.report.encoder_inputs} times; no cross-attention layer reached its decision"
+                f"{report.encoder_inputs} times; no cross-attention layer reached its "
+                f"decision{_compiled(model)}"
+            )
+        if not self._adapter.calls and (hint := _compiled(model)):
+            raise PolicyNeverRanError(
+                f"policy {self.policy.spec} never ran: no call of {type(model).__name__} reached it{hint}"
             )
 
     def __enter__(self) -> Self:
@@ -166,6 +175,17 @@ class Compression:
         self.detach()
         if error is None:
             self.check_ran()
+
+
+def _compiled(model: nn.Module) -> str:
+    """Return the end of a message about a model that was compiled; empty if it was not."""
+    part = compiled_part(model)
+    if part is None:
+        return ""
+    return (
+        f". Code was compiled from this model ({part}), and compiled code skips what is attached later: "
+        "compile it inside the block, call torch._dynamo.reset() before the block, or call the model itself"
+    )
 
 
 def _bound(

@@ -89,7 +89,7 @@ def seen_by_row(visibility: Visibility, sample: int, row: int) -> set[int]:
 
 
 def live_rows(visibility: Visibility, sample: int) -> list[int]:
-    """Return the text rows that count: no padding, no draft, and at least one image is seen."""
+    """Return the text rows that count: no padding, and at least one image is seen."""
     return [row for row, flag in enumerate(visibility.live[sample].tolist()) if flag]
 
 

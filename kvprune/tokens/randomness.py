@@ -11,10 +11,11 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint", "generator", "uniform"]
+__all__ = ["fingerprint", "generator", "states_fingerprint", "uniform"]
 
 _STRIDE = 61  # every 61st pixel: a prime that divides no image width, so all rows and channels are sampled
 _STEPS_PER_UNIT = 64
+_PROJECTIONS, _STEPS_PER_DEVIATION = 6, 32
 
 
 def fingerprint(encoder_input: Tensor) -> Tensor:
@@ -31,6 +32,39 @@ def fingerprint(encoder_input: Tensor) -> Tensor:
         flat = (flat[:, ::_STRIDE].float() * _STEPS_PER_UNIT).round()
     weights = torch.arange(1, flat.shape[1] + 1, device=flat.device) * 2654435761 % 2147483647
     return (flat.to(torch.int64) * weights).sum(-1)
+
+
+def states_fingerprint(states: Tensor, visible: Tensor) -> Tensor:
+    """Return a digest of each sample's encoder states, int64 ``[B]``.
+
+    For models whose encoder may have run anywhere: outputs of the encoder that are passed by hand count as
+    the input that they were made from, whatever the encoder has read since. The digest is made of a few
+    random projections, each rounded to 1/32 of its standard deviation. So rounding errors (another batch,
+    another device) hardly ever change it, while half a second of another sound does. Padding does not change
+    it.
+
+    Args:
+        states: ``[B, S, C]``.
+        visible: bool ``[B, S]``, false at padding.
+    """
+    columns, width = states.shape[1:]
+    signs = torch.Generator().manual_seed(0)
+    across = _signs(_PROJECTIONS, width, signs)  # [P, C]
+    along = torch.stack([_signs(1, columns, generator(i))[0] for i in range(_PROJECTIONS)])  # [P, S]
+    digests = []
+    for sample, seen in zip(states, visible.to(states.device), strict=True):  # one float32 copy at a time
+        rows = sample[seen].float()  # [n, C]
+        sums = along.to(rows.device)[:, seen] @ rows  # [P, C]
+        deviation = rows.square().sum().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        steps = (sums * across.to(rows.device)).sum(-1) / deviation * _STEPS_PER_DEVIATION  # [P]
+        digests.append(steps.nan_to_num().round().to(torch.int64))
+    weights = torch.arange(1, _PROJECTIONS + 1, device=states.device) * 2654435761 % 2147483647
+    return (torch.stack(digests) * weights).sum(-1)
+
+
+def _signs(rows: int, length: int, source: torch.Generator) -> Tensor:
+    """Draw +1 and -1, float32 ``[rows, length]``; a longer row begins with the same signs if rows is 1."""
+    return torch.randint(0, 2, (rows, length), generator=source).float() * 2 - 1
 
 
 def generator(*parts: int) -> torch.Generator:

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["Visibility"]
+__all__ = ["Visibility", "with_last_row"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Visibility:
             the columns of unit u. In stock transformers, a row that sees no unit attends to everything.
         units: int64 ``[B or 1, S]``, the unit of each column.
         images: int64 ``[U]``, the image of each unit.
-        live: bool ``[B, T]``, live rows: not padding, not a draft token, and at least one visible unit.
+        live: bool ``[B, T]``, live rows: not padding, and at least one visible unit.
         exists: bool ``[B, S]``, false for columns that pad a ragged batch; None if there is no padding.
 
     Example:
@@ -166,3 +166,15 @@ class Visibility:
             return seen[:, 0]
         last = self.live.shape[1] - 1 - self.live.flip(1).to(torch.uint8).argmax(1)
         return seen.gather(1, last[:, None, None].expand(-1, 1, seen.shape[-1]))[:, 0]
+
+
+def with_last_row(live: Tensor, sees: Tensor) -> Tensor:
+    """Let the last row of a sample that is nothing but padding count, so that something is kept for it.
+
+    Args:
+        live: bool ``[B, T]``, rows that are no padding and see something.
+        sees: bool ``[B, T]``, rows that see something.
+    """
+    empty = ~live.any(-1)  # [B]
+    last = torch.arange(live.shape[1], device=live.device) == live.shape[1] - 1
+    return live | (empty[:, None] & last & sees)

@@ -36,11 +36,6 @@ from kvprune.testing import tiny_bart, tiny_mllama, tiny_whisper
 # A1: self-speculative decoding.
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="A1: self-speculative decoding: the draft's prefill uses up the prompt's length, so drafts vote",
-)
 @on_models
 @pytest.mark.parametrize(
     ("make", "inputs", "spec"),
@@ -76,11 +71,6 @@ def after_an_interrupt(model: Any, inputs: Any, spec: str) -> tuple[list[Any], A
         return generate(model, inputs).tolist(), run
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, KVPruneError),
-    reason="A2: an interrupted prefill leaves its hooks and its open state to the next call in the block",
-)
 @on_models
 @pytest.mark.parametrize(
     "spec", ["norm:keep_ratio=0.3,reach=onward", "trim:keep_ratio=0.3", "norm:keep_ratio=0.3"]
@@ -96,11 +86,6 @@ def test_a2_the_call_after_an_interrupted_prefill_is_as_in_a_fresh_block(spec: s
     assert tokens == expected
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="A2: a text-only call after an interrupted prefill writes a receipt for the aborted image",
-)
 @on_models
 def test_a2_a_text_only_call_after_an_interrupted_prefill_writes_no_receipt() -> None:
     model = tiny_mllama(1, dtype=torch.float64)
@@ -116,11 +101,6 @@ def test_a2_a_text_only_call_after_an_interrupted_prefill_writes_no_receipt() ->
 # A3: rows that only look like copies.
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="A3: rows of equal inputs share one selection, although something else per row tells them apart",
-)
 @on_models
 def test_a3_rows_that_differ_by_more_than_their_inputs_have_selections_of_their_own() -> None:
     model, inputs = tiny_mllama(1, dtype=torch.float64), chats("tt4ttt")
@@ -144,11 +124,6 @@ def test_a3_rows_that_differ_by_more_than_their_inputs_have_selections_of_their_
 # A4: two threads.
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, KVPruneError),
-    reason="A4: two threads on one attached model share the state of a prefill",
-)
 @on_models
 @pytest.mark.parametrize("spec", ["norm:keep_ratio=0.3,reach=onward", "trim:keep_ratio=0.3"])
 def test_a4_a_second_thread_gets_its_own_right_result_or_is_refused_by_name(spec: str) -> None:
@@ -194,11 +169,6 @@ def test_a4_a_second_thread_gets_its_own_right_result_or_is_refused_by_name(spec
 # A5: logits_to_keep in a plain forward call.
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, KVPruneError),
-    reason="A5: in a plain forward call, the last logits_to_keep - 1 rows count as drafts",
-)
 @on_models
 @pytest.mark.parametrize("logits_to_keep", [3, 5, 8, 20])
 def test_a5_logits_to_keep_changes_no_logits(logits_to_keep: int) -> None:
@@ -226,11 +196,6 @@ def drawn(model: Any, *calls: Any) -> list[Any]:
         return list(kept(run).values())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="A6: with encoder_outputs, random policies are seeded by what the encoder read last in the block",
-)
 @on_models
 def test_a6_encoder_outputs_are_pruned_alike_whatever_the_encoder_read_before() -> None:
     model, one, other = tiny_bart(1, dtype=torch.float64), texts(length=12), texts(length=12, seed=1)
@@ -240,11 +205,6 @@ def test_a6_encoder_outputs_are_pruned_alike_whatever_the_encoder_read_before() 
     assert drawn(model, {"input_ids": other}, encoded) == drawn(model, encoded)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="A6: with encoder_outputs, random policies keep other tokens than with its input_ids (KV10)",
-)
 @on_models
 def test_a6_encoder_outputs_are_pruned_as_the_input_ids_that_they_were_made_from() -> None:
     model, ids = tiny_bart(1, dtype=torch.float64), texts(length=12)
@@ -264,11 +224,6 @@ def listener() -> Any:
     return model
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, RuntimeError),
-    reason="A7: weights are as wide as what is kept, and Whisper reads a column's index as its time",
-)
 @on_models
 @pytest.mark.parametrize("spec", ["divprune:keep_ratio=0.5", "trim:keep_ratio=0.5", "norm:keep_ratio=0.5"])
 def test_a7_word_times_are_read_off_weights_at_their_columns_or_refused(spec: str) -> None:
@@ -287,11 +242,6 @@ def test_a7_word_times_are_read_off_weights_at_their_columns_or_refused(spec: st
         assert 0 == times[0] < times[-1] <= 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="A7: output_attentions=True returns weights that are as wide as what is kept",
-)
 @on_models
 @pytest.mark.parametrize("spec", ["divprune:keep_ratio=0.5", "norm:keep_ratio=0.5"])
 def test_a7_returned_weights_stand_at_their_columns_or_are_refused(spec: str) -> None:

@@ -175,11 +175,6 @@ class LateWriter(kvprune.PrefillPolicy):
         return [kvprune.Decision() for _ in views]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=NotRaised,
-    reason="A12: a policy that writes to its view's keys or values changes the cache, and nothing says so",
-)
 @on_models
 @pytest.mark.parametrize("policy", [Writer(writes_to="keys"), Writer(writes_to="values"), LateWriter()])
 def test_a12_a_run_refuses_a_policy_that_writes_to_its_view(policy: kvprune.CrossKVPolicy) -> None:

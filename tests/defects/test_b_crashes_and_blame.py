@@ -30,7 +30,6 @@ from defect_helpers import (
 )
 
 import kvprune
-from kvprune.errors import KVPruneError, PolicyNeverRanError, SelectionError
 from kvprune.testing import tiny_bart, tiny_mllama, tiny_whisper
 
 # B1: a sample that is nothing but padding.
@@ -45,9 +44,6 @@ def require_rows_as_alone(model: Any, batch: Any, rest: Any, rows: list[int], sp
     assert torch.equal(together[rows], apart)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=SelectionError, reason="B1: a sample that is all padding stops the whole batch (KV03)"
-)
 @on_models
 @pytest.mark.parametrize(
     "spec", ["lossless", "norm:keep_ratio=0.5", "trim:keep_ratio=0.5", "divprune:keep_ratio=0.5"]
@@ -60,9 +56,6 @@ def test_b1_a_sample_that_is_all_padding_leaves_the_others_alone(spec: str) -> N
     require_rows_as_alone(model, batch, {"input_ids": ids[:2], "attention_mask": mask[:2]}, [0, 1], spec)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=SelectionError, reason="B1: a sample that is all padding stops the whole batch (KV03)"
-)
 @on_models
 def test_b1_a_chat_that_is_all_padding_leaves_the_others_alone() -> None:
     model, batch = tiny_mllama(1, dtype=torch.float64), chats("tt4ttt", "t1tt", "tt2tttt")
@@ -108,11 +101,6 @@ def held_outside(
     return inside, outside
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="B3: a pruned cache read after its block ends in a raw error of sizes",
-)
 @on_models
 def test_b3_a_pruned_cache_outside_its_block_is_read_rightly_or_refused() -> None:
     inside, outside = held_outside(tiny_mllama(1, dtype=torch.float64), chats("tt4ttt"), mask=True)
@@ -120,11 +108,6 @@ def test_b3_a_pruned_cache_outside_its_block_is_read_rightly_or_refused() -> Non
         assert (outside() - inside).abs().max() <= 1e-6
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B3: without a mask, a ragged pruned cache is read after its block as if padding were entries",
-)
 @on_models
 def test_b3_a_ragged_pruned_cache_outside_its_block_is_read_rightly_or_refused() -> None:
     inside, outside = held_outside(tiny_mllama(1, dtype=torch.float64), chats("tt4ttt", "t1tttt"), mask=False)
@@ -132,11 +115,6 @@ def test_b3_a_ragged_pruned_cache_outside_its_block_is_read_rightly_or_refused()
         assert (outside() - inside).abs().max() <= 1e-6
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(RuntimeError, AssertionError),
-    reason="B3: a pruned cache of BART is read after its block with the whole mask, or with none",
-)
 @on_models
 @pytest.mark.parametrize("masked", [True, False])
 def test_b3_a_pruned_cache_of_bart_outside_its_block_is_read_rightly_or_refused(masked: bool) -> None:
@@ -161,11 +139,6 @@ def test_b3_a_pruned_cache_of_bart_outside_its_block_is_read_rightly_or_refused(
 MODELS = {"mllama": (tiny_mllama, chats("tt4ttt")), "bart": (tiny_bart, {"input_ids": texts()})}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, KVPruneError),
-    reason="B4: a deep copy of an attached model stays pruned, and nobody can release it",
-)
 @on_models
 @pytest.mark.parametrize("family", MODELS)
 def test_b4_a_deep_copy_of_an_attached_model_is_free(family: str) -> None:
@@ -179,11 +152,6 @@ def test_b4_a_deep_copy_of_an_attached_model_is_free(family: str) -> None:
         assert torch.equal(generate(free, inputs, max_new_tokens=8), stock)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AttributeError, pickle.PicklingError),
-    reason='B4: pickling an attached model fails with "Can\'t pickle local object"',
-)
 @on_models
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("save", [pickle.dump, torch.save], ids=["pickle", "torch"])
@@ -225,33 +193,18 @@ def compile_decoder(model: Any) -> Any:
     return model
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, PolicyNeverRanError),
-    reason="B9: a decoder compiled before compress skips our hooks, and the error says nothing of compile",
-)
 @on_models
 def test_b9_a_decoder_compiled_before_is_pruned_or_the_error_says_so() -> None:
     with or_refused(match="compile"):
         assert compiled_before(compile_decoder).report.prefills == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B9: a model compiled as a whole before compress is not pruned, and nothing says so",
-)
 @on_models
 def test_b9_a_model_compiled_before_is_pruned_or_the_error_says_so() -> None:
     with or_refused(match="compile"):
         assert compiled_before(lambda model: torch.compile(model, backend="eager")).report.prefills == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B9: prefill_chunk_size cuts the encoder's mask of BART, and the error blames that mask",
-)
 @on_models
 @pytest.mark.parametrize("spec", ["full", "norm:keep_ratio=0.5"])
 def test_b9_prefill_in_chunks_works_or_the_error_names_the_option(spec: str) -> None:

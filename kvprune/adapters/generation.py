@@ -1,0 +1,130 @@
+"""What `generate` is doing when it calls a model, and how assisted decoding begins.
+
+A forward call does not say whether equal rows are beams of one sample. `generate` knows, and it is still
+running while the model is called, so it is X
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvprune.adapters.probes import Probe
+from kvprune.errors import UnsupportedModelError
+
+__all__ = ["CANDIDATES", "Generation", "probe_generation", "prompt_first", "running_generation"]
+
+CANDIDATES = "_get_candidate_generator"
+"""Method of ``GenerationMixin`` that assisted decoding calls once, before it asks for draft tokens."""
+
+_READ = "self", "generation_config", "input_ids"
+"""Local variables of ``GenerationMixin.generate`` that are read."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` says about the call that runs now.
+
+    Args:
+        repeats: Consecutive rows of the batch that `generate` has made from one sample: its beams or return
+            sequences.
+        chunk: Text rows to which `generate` limits each call of the prefill; None for no limit.
+    """
+
+    repeats: int = 1
+    chunk: int | None = None
+
+    def require_whole_prompt(self, family: str) -> None:
+        """Raise if the prompt arrives in chunks: a policy would see the first one only.
+
+        Raises:
+            UnsupportedModelError: Names the option.
+        """
+        if self.chunk is not None:
+            raise UnsupportedModelError(
+                f"prefill_chunk_size={self.chunk} passes the prompt of {family} in chunks, and only the "
+                "first one comes with encoder states, so a policy would decide without the rest of the "
+                "prompt; leave prefill_chunk_size out"
+            )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def running_generation(model: nn.Module) -> Generation:
+    """Return what the innermost `generate` of a model, or of a model that contains it, says.
+
+    `Generation()` if the model was called by hand.
+    """
+    code = _code()
+    for frame in _callers():
+        if frame.f_code is not code or not _contains(frame.f_locals.get("self"), model):
+            continue
+        options, prompt = frame.f_locals["generation_config"], frame.f_locals["input_ids"]
+        chunk = getattr(options, "prefill_chunk_size", None)
+        return Generation(
+            repeats=max(options.num_beams or 1, options.num_return_sequences or 1),
+            chunk=chunk if chunk is not None and chunk < prompt.shape[1] else None,
+        )
+    return Generation()
+
+
+def prompt_first(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Make a generator of draft tokens whose first drafts are rejected unseen.
+
+    Otherwise assisted decoding verifies them in the prefill, where they attend to tokens that are dropped
+    right afterwards, and it would answer otherwise than greedy decoding.
+
+    Args:
+        make: ``_get_candidate_generator`` of a model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    drafts = make(*args, **kwargs)
+    draft = drafts.get_candidates
+
+    def reject(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        draft(input_ids, *args, **kwargs)  # so that the assistant reads the prompt now, as it expects
+        del drafts.get_candidates  # from now on, that of its class
+        return input_ids, None
+
+    drafts.get_candidates = reject
+    return drafts
+
+
+def probe_generation() -> Probe:
+    """Check that transformers has the methods and local variables that are read."""
+    from transformers import GenerationMixin  # slow to import
+
+    code = _code()
+    missing = [name for name in _READ if name not in code.co_varnames + code.co_cellvars]
+    missing += [name for name in (CANDIDATES,) if not hasattr(GenerationMixin, name)]
+    detail = f"lacks {', '.join(missing)}" if missing else f"has {', '.join((*_READ, CANDIDATES))}"
+    return Probe("GenerationMixin", not missing, detail)
+
+
+def _callers() -> Iterator[FrameType]:
+    """Yield the frames of this thread, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _contains(outer: Any, model: nn.Module) -> bool:
+    return outer is model or (
+        isinstance(outer, nn.Module) and any(module is model for module in outer.modules())
+    )
+
+
+def _code() -> CodeType:
+    """Return the code of `generate`, without its decorators."""
+    from transformers import GenerationMixin  # slow to import
+
+    code: CodeType = inspect.unwrap(GenerationMixin.generate).__code__
+    return code
