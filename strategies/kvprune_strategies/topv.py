@@ -27,7 +27,7 @@ class TopV(FeatureScoringPolicy):
     knows neither the question nor attention, and decides before the first cross-attention layer.
 
     Nobody could check which choices the paper makes, and they decide the result (see Deviations). So they are
-    options. The defaults are those of a public third-party port, except ``last`` and ``recover``.
+    options, and a result of this policy says nothing about the paper. The defaults are those of a public third-party port, except ``last`` and ``recover``.
 
     Args:
         alpha: Weight of the distance between features.
@@ -136,6 +136,12 @@ class TopV(FeatureScoringPolicy):
     and ``last=sources``, for which the costs do not matter, 85. Each other option, changed alone, leaves 85
     to 92. Version 1 of this policy has 31. To repeat it: ``kvprune compare --repetitions 0 --keep-ratios 0.25
     --policy topv --policy topv:steps=1 --policy topv:marginals=free --policy topv:last=sources``.
+
+    A pretrained model ranks the readings the other way round, so neither is the better one. Word error rates
+    of Whisper base on five utterances of read speech at a quarter of the tokens (full cache 0.03): version 1
+    0.03, ``marginals=free`` 0.14, ``last=sources`` 2.1, ``marginals=uniform`` 2.2, the default 3.0,
+    ``steps=1`` 4.1; above 1 are endless repetitions. Version 1 is ``marginals=free``, ``features=unit``,
+    ``square=false``, ``scale=false``, ``diagonal=false``, ``gamma=0.1``.
 
     The defaults follow a public third-party port, except in two things. In the port each iteration ends with
     the sources, so that importance is the length of features; ``preset=port`` does that. And it recovers
