@@ -27,7 +27,8 @@ class TopV(FeatureScoringPolicy):
     knows neither the question nor attention, and decides before the first cross-attention layer.
 
     Nobody could check which choices the paper makes, and they decide the result (see Deviations). So they are
-    options, and a result of this policy says nothing about the paper. The defaults are those of a public third-party port, except ``last`` and ``recover``.
+    options, and a result of this policy says nothing about the paper. The defaults are those of a public
+    third-party port, except ``last`` and ``recover``.
 
     Args:
         alpha: Weight of the distance between features.
