@@ -46,6 +46,9 @@ from kvprune.scoring.similarity import (
     Directions,
     most_alike,
 )
+from kvprune.scoring.transport import (
+    sinkhorn_given,
+)
 from kvprune.tokens.precision import (
     accumulation_dtype,
 )
@@ -78,6 +81,7 @@ __all__ = [
     "rank_within",
     "row_counts",
     "share_evenly",
+    "sinkhorn_given",
     "softmax_",
     "stratum_sizes",
 ]
