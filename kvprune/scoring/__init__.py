@@ -27,6 +27,7 @@ from kvprune.scoring.even_spacing import (
     even_order,
     share_evenly,
 )
+from kvprune.scoring.farthest import farthest_first
 from kvprune.scoring.neighbours import (
     lines,
     pool_neighbours,
@@ -49,6 +50,8 @@ from kvprune.tokens.precision import (
     accumulation_dtype,
 )
 
+from kvprune.scoring.volume import largest_volume
+
 __all__ = [
     "Directions",
     "accumulation_dtype",
@@ -61,7 +64,9 @@ __all__ = [
     "each_stratum",
     "even_order",
     "group_counts",
+    "farthest_first",
     "in_keeping_order",
+    "largest_volume",
     "is_clamped",
     "keep_top",
     "last_rows",

@@ -48,7 +48,7 @@ class CDPruner(BudgetPolicy):
             count = len(columns) if every else int(limit[sample, columns[0]])
             vectors = self._vectors(view, sample)  # [S, C] or [S, Hkv * D]
             weights = _between(relevance[sample, columns], self.floor)  # [n]
-            order = _largest_volume(scoring.Directions(vectors, columns), weights, count)  # [count]
+            order = scoring.largest_volume(vectors, columns, weights, count)  # [count]
             turns = torch.arange(len(order), dtype=places.dtype, device=places.device)
             places[sample, columns[order]] = turns
         return onward_decision(view, scoring.keep_top(-places[:, None], strata, limit, view.visibility))
@@ -92,40 +92,3 @@ def _between(relevance: Tensor, floor: float) -> Tensor:
     share = torch.where(high > low, (relevance - low) / (high - low), 1)
     return floor + (1 - floor) * share
 
-
-def _largest_volume(directions: scoring.Directions, weights: Tensor, count: int) -> Tensor:
-    """Return ``count`` positions in the order in which greedy volume maximisation picks them, ``[count]``.
-
-    A token adds its weight times the length of the part of its direction that is orthogonal to the span of
-    the tokens picked before. So an orthonormal basis of that span takes the place of the Cholesky factor.
-
-    Args:
-        directions: n unit vectors.
-        weights: ``[n]``, positive.
-        count: At most n.
-    """
-    width, device = directions.width, weights.device
-    rank = min(count, width)
-    basis = torch.zeros(rank, width, dtype=directions.dtype, device=device)  # [rank, C]
-    left = directions.nonzero.to(directions.dtype)  # [n], squared length of what is orthogonal to the basis
-    exhausted = 1e-5 if directions.dtype == torch.float32 else 1e-12
-    weights = weights.to(directions.dtype)
-    picked = torch.empty(count, dtype=torch.int64, device=device)
-    taken = torch.zeros_like(directions.nonzero)
-    for place in range(count):
-        spans = left > exhausted  # [n]
-        gain = torch.where(spans, 1 + weights.square() * left, weights).masked_fill(taken, -torch.inf)
-        pick = (gain == gain.amax()).to(torch.uint8).argmax()  # the first of equal ones
-        picked[place] = pick
-        taken[pick] = True
-        if place >= rank:
-            continue
-        new = directions.at(pick)  # [C]
-        for _ in range(2):  # Gram-Schmidt; once would leave rounding errors as large as the result may be
-            new = new - (basis[:place] @ new) @ basis[:place]
-        length = torch.linalg.vector_norm(new)
-        counts = spans.index_select(0, pick.reshape(1)) & (length > 0)  # [1]
-        basis[place] = torch.where(counts, new / length, 0)
-        along = directions.cosines(basis[place : place + 1])[:, 0]  # [n]
-        left = (left - along.square()).clamp(min=0) if place + 1 < width else torch.zeros_like(left)
-    return picked

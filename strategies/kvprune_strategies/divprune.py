@@ -31,7 +31,7 @@ class DivPrune(FeatureScoringPolicy):
         every = view.visibility.has_several_groups  # the best of each group must not depend on the budget
         for sample, columns in scoring.members(strata):  # columns: [n]
             count = len(columns) if every else int(limit[sample, columns[0]])
-            order = _farthest_first(scoring.Directions(view.features[sample], columns), count)  # [count]
+            order = scoring.farthest_first(view.features[sample], columns, count)  # [count]
             places = torch.arange(count, device=view.device, dtype=scores.dtype)
             scores[sample, 0, columns[order]] = -places
         return scores
@@ -55,17 +55,3 @@ class DivPrune(FeatureScoringPolicy):
   archivePrefix = {arXiv},
 }"""
 
-
-def _farthest_first(directions: scoring.Directions, count: int) -> Tensor:
-    """Return the positions of ``count`` vectors in the order in which farthest-point sampling picks them."""
-    nearest = directions.nearest()  # [n], cosine to the nearest token; below, to the nearest picked one
-    picked = torch.empty(count, dtype=torch.int64, device=nearest.device)
-    taken = torch.zeros_like(nearest, dtype=torch.bool)
-    for place in range(count):
-        free = nearest.masked_fill(taken, torch.inf)
-        pick = (free == free.amin()).to(torch.uint8).argmax()  # the first of equal ones
-        picked[place] = pick
-        taken[pick] = True
-        alike = directions.cosines(directions.at(pick)[None])[:, 0]  # [n]
-        nearest = alike if place == 0 else torch.maximum(nearest, alike)
-    return picked
