@@ -46,11 +46,10 @@ from kvprune.scoring.similarity import (
     Directions,
     most_alike,
 )
+from kvprune.scoring.volume import largest_volume
 from kvprune.tokens.precision import (
     accumulation_dtype,
 )
-
-from kvprune.scoring.volume import largest_volume
 
 __all__ = [
     "Directions",
@@ -63,12 +62,12 @@ __all__ = [
     "each",
     "each_stratum",
     "even_order",
-    "group_counts",
     "farthest_first",
+    "group_counts",
     "in_keeping_order",
-    "largest_volume",
     "is_clamped",
     "keep_top",
+    "largest_volume",
     "last_rows",
     "limits",
     "lines",

@@ -120,7 +120,7 @@ def _most_isolated(directions: Directions, slack: float) -> Tensor:
         alike.diagonal().fill_(-1)
         return alike.amax(1).argmin(keepdim=True)
     nearest = _Nearest(directions, slack)
-    likely = nearest.complete(everyone[:: n // 64])
+    likely = nearest.complete(everyone[:: max(1, n // 64)])
     for bound in (likely, torch.inf):  # first what is likely, then what is left
         for others in everyone.split(_AT_ONCE):
             alive = nearest.alive(bound)

@@ -22,7 +22,7 @@ _GRID = 2.0**40
 
 
 def on_grid(numbers: Tensor) -> Tensor:
-    """Round numbers of at most about 1 to multiples of 2^-40, so that rounding errors of float64 break no tie."""
+    """Round numbers of at most 1 to multiples of 2^-40, so that rounding errors of float64 break no tie."""
     return numbers.mul(_GRID).round_().div_(_GRID)
 
 

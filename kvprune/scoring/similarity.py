@@ -114,13 +114,14 @@ class Directions:
         """
         if not bool(self._finite):
             raise ScoreError(
-                "features or keys of some tokens are NaN or infinite, so their directions cannot be compared; "
-                "the model's activations overflow"
+                "features or keys of some tokens are NaN or infinite, so their directions cannot be "
+                "compared; the model's activations overflow"
             )
         some = torch.arange(0, len(self), max(1, len(self) // 32), device=self._columns.device)[:32]
         units = self.exact(some)  # [k, C]
         found = (self.screened(self.at(some), some) - units @ units.mT).abs().amax()
-        return max((4 * math.sqrt(self.width) + 8) * torch.finfo(self.dtype).eps / 2, 8 * float(found))
+        usual = (4 * math.sqrt(self.width) + 8) * torch.finfo(self.dtype).eps / 2
+        return max(usual, 8 * float(found)) + 2.0**-40
 
     def _raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         size = max(1, min(_ELEMENTS_PER_BLOCK // max(self.width, len(self)), len(self)))

@@ -75,7 +75,9 @@ class _Volume(greedy.GreedyRule):
         for some in tokens[self._seen[tokens].argsort()].split(_AT_ONCE):  # similar parts of the basis to see
             seen = self._seen[some]
             first = int(seen[0])
-            along = self._directions.screened(self._basis[first : self._rank].to(self._directions.dtype), some)
+            along = self._directions.screened(
+                self._basis[first : self._rank].to(self._directions.dtype), some
+            )
             known = torch.arange(first, self._rank, device=seen.device) < seen[:, None]  # [k, recent]
             self._left[some] -= along.masked_fill_(known, 0).to(self._left.dtype).square_().sum(1)
         self._seen[tokens] = self._rank
@@ -105,7 +107,9 @@ class _Volume(greedy.GreedyRule):
             basis = self._basis[: self._rank]
             fresh = rehearsal.units[added] - rehearsal.along[added] @ basis  # [r, C]
             fresh = _orthonormal(fresh, factor[added][:, spans])
-            fresh -= (fresh @ basis.mT) @ basis  # once would leave rounding errors as large as the result may be
+            fresh -= (
+                fresh @ basis.mT
+            ) @ basis  # once would leave rounding errors as large as the result may be
             fresh = _orthonormal(fresh, torch.linalg.cholesky(fresh @ fresh.mT))
             self._basis[self._rank : self._rank + len(fresh)] = fresh
             self._rank += len(fresh)
@@ -129,16 +133,17 @@ class _Residues(greedy.Rehearsal):
         taken = torch.zeros_like(left, dtype=torch.bool)
         for step in range(len(gains)):
             place = gains.argmax(keepdim=True)  # [1], the first of equal ones
-            yield place[0], gains[place][0]
-            taken[place] = True
+            gain = gains[place]  # [1]
             length = left[place].sqrt()  # [1]
             row = residues[place][0] - self.factor[:, :step] @ self.factor[place, :step][0]  # [a]
-            row = torch.where(gains[place] > 0, row / length, 0)  # without volume, nothing changes
-            self.factor[:, step] = row
-            left = (left - row.square()).clamp_(min=0)
+            self.factor[:, step] = torch.where(gain > 0, row / length, 0)  # without volume, nothing changes
+            yield place[0], gain[0]
+            taken[place] = True
+            left = (left - self.factor[:, step].square()).clamp_(min=0)
             gains = self._rule.gains(left, self._weights).masked_fill_(taken, -torch.inf)
 
 
 def _orthonormal(rows: Tensor, factor: Tensor) -> Tensor:
     """Return the rows ``[r, C]`` divided by the lower triangular factor of their products ``[r, r]``."""
-    return torch.linalg.solve_triangular(factor, rows, upper=False)
+    quotient: Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
+    return quotient

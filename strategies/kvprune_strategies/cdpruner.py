@@ -19,21 +19,25 @@ class CDPruner(BudgetPolicy):
 
     With the relevance r of each token and the cosine S of each pair, the kernel is diag(r) S diag(r); its
     determinant over a set is a squared volume. Tokens are picked greedily, each time the one that adds the
-    most volume. The first cross-attention layer decides for all. Relevance is the attention that the prompt
-    pays to a token there, scaled to lie between ``floor`` and 1 in each sample.
+    most volume. The first cross-attention layer decides for all. Relevance comes from the attention that the
+    prompt pays to a token there, scaled to lie between ``floor`` and 1 in each sample.
 
     Args:
         of: What cosines are taken of: the projected "features", or the "keys" of the first layer, all heads
             in one vector.
+        relevance: What of attention is scaled: the mass itself ("attention"), its logarithm ("log"), or the
+            number of tokens that receive less ("rank"). A few tokens receive most of the attention, so
+            with "attention" most others are about equally irrelevant.
         floor: Relevance of the least relevant token, in (0, 1]; at 1 all are equally relevant, so only
-            diversity counts.
+            diversity counts, whatever ``relevance`` is.
     """
 
     of: Literal["features", "keys"] = "features"
+    relevance: Literal["attention", "log", "rank"] = "attention"
     floor: float = 0.01
 
     name = "cdpruner"
-    version = 1
+    version = 2
 
     def select(self, view: LayerView) -> Decision:
         """Decide at the first cross-attention layer for all."""
@@ -41,17 +45,25 @@ class CDPruner(BudgetPolicy):
             return Decision()
         strata = view.strata  # [B, S]
         limit = scoring.limits(self.budget, strata)  # [B, S]
-        relevance = view.attention_mass().mean(1)  # [B, S]
-        places = torch.full_like(relevance, float(view.columns))  # [B, S], in the order of picking
+        mass = view.attention_mass().mean(1)  # [B, S]
+        places = torch.full_like(mass, float(view.columns))  # [B, S], in the order of picking
         every = view.visibility.has_several_groups  # the best of each group must not depend on the budget
         for sample, columns in scoring.members(strata):  # columns: [n]
             count = len(columns) if every else int(limit[sample, columns[0]])
             vectors = self._vectors(view, sample)  # [S, C] or [S, Hkv * D]
-            weights = _between(relevance[sample, columns], self.floor)  # [n]
+            weights = _between(self._relevance(mass[sample, columns]), self.floor)  # [n]
             order = scoring.largest_volume(vectors, columns, weights, count)  # [count]
             turns = torch.arange(len(order), dtype=places.dtype, device=places.device)
             places[sample, columns[order]] = turns
         return onward_decision(view, scoring.keep_top(-places[:, None], strata, limit, view.visibility))
+
+    def _relevance(self, mass: Tensor) -> Tensor:
+        """Return what is scaled, from the attention of one stratum, both ``[n]``."""
+        if self.relevance == "log":
+            return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+        if self.relevance == "rank":
+            return torch.searchsorted(mass.sort().values, mass).to(mass.dtype)
+        return mass
 
     def _vectors(self, view: LayerView, sample: int) -> Tensor:
         return view.features[sample] if self.of == "features" else view.keys[sample].mT.flatten(0, 1).mT
@@ -91,4 +103,3 @@ def _between(relevance: Tensor, floor: float) -> Tensor:
     low, high = relevance.aminmax()
     share = torch.where(high > low, (relevance - low) / (high - low), 1)
     return floor + (1 - floor) * share
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class DivPrune(FeatureScoringPolicy):
     """
 
     name = "divprune"
-    version = 1
+    version = 2
+    presets = MappingProxyType({"published": {"keep_ratio": 0.098}})
 
     def score(self, view: FeatureView) -> Tensor:
         """Return minus the place in the order of picking, ``[B, 1, S]``; -S for what is not picked."""
@@ -54,4 +56,3 @@ class DivPrune(FeatureScoringPolicy):
   eprint = {2503.02175},
   archivePrefix = {arXiv},
 }"""
-

@@ -36,11 +36,6 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="D1: greedy selection reads all features once for each pick",
-)
 @pytest.mark.parametrize("name", ["divprune", "cdpruner"])
 def test_d1_greedy_selection_reads_the_features_far_less_often_than_it_picks(name: str) -> None:
     columns, width, picks = 2560, 128, 64
