@@ -82,12 +82,26 @@ class CDPruner(BudgetPolicy):
     paper = "arXiv 2506.10967 (CDPruner)"
     deviations = """
     There is no text encoder beside the vision tower, so attention takes the place of CLIP's image-text
-    cosine (which the original negates). Once the picked vectors span the whole space, the other tokens are
-    ordered by relevance. An image that only earlier rows of a chat see is pruned on its own.
+    cosine (which the original negates), and ``relevance`` and ``floor`` are ours: the original scales its
+    cosine to lie between about 0 and 1, over the whole batch. On the embedded
+    demo, less weight on this relevance is better (right answers at a quarter / a tenth, in per cent):
+    attention 88.5 / 77.1, log 90.1 / 80.7, rank 85.9 / 78.1, none (floor=1) 95.3 / 89.1, with ``kvprune
+    compare --policy cdpruner:floor=1 --keep-ratios 0.25,0.1 --late-tokens 1``. Lengths and gains are computed in
+    float64, lengths rounded to multiples of 2^-40, and equal gains ordered by position. Once the picked
+    vectors span the whole space, the other tokens are ordered by relevance. An image that only earlier rows
+    of a chat see is pruned on its own.
     """
+    differs = (
+        "relevance is attention, its logarithm or rank, not CLIP's negated image-text cosine; floor=0.01"
+    )
+    checked_against = (
+        "same sets as Theia-4869/CDPruner@9541616 (llava_arch.py, encode_images) at floor=0.000001, "
+        "its relevance replaced by attention"
+    )
     cost = (
-        "one product of queries and keys, and S C products for each token kept, one after another; a basis "
-        "of K x C numbers in float32 (50 MiB at half of 6404 features of 4096); one transfer to the host"
+        "one product of queries and keys, and at most S C products for each token kept; a basis of K x C "
+        "numbers in float64 (100 MiB at half of 6404 features of 4096); some transfers to the host for each "
+        "sample"
     )
     bibtex = """@misc{cdpruner2025,
   title = {Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in {MLLMs}},

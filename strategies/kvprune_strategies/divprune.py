@@ -18,7 +18,8 @@ class DivPrune(FeatureScoringPolicy):
     The first token is the one whose nearest neighbour is farthest; each further one is the token whose
     nearest kept token is farthest. The smallest distance between kept tokens is then at least half of what is
     possible. The order of picking is the ranking. It knows neither the question nor attention, and decides
-    before the first cross-attention layer.
+    before the first cross-attention layer. ``preset=published`` keeps 0.098, as the authors'
+    script does.
     """
 
     name = "divprune"
@@ -42,12 +43,19 @@ class DivPrune(FeatureScoringPolicy):
     paper = "arXiv 2503.02175 (DivPrune)"
     deviations = """
     The original prunes a language model's input; this works on the projected features of a cross-attention
-    model, from which keys and values are made. Equal distances are ordered by position. An image of an
+    model, from which keys and values are made. The number of kept tokens is rounded up, where the original
+    rounds to the nearest: 57 of 576 tokens at 0.098, not 56. Cosines are computed in float64 and rounded to
+    multiples of 2^-40; equal distances are ordered by position, and no token is picked twice. An image of an
     interleaved chat that only earlier rows see is pruned on its own.
     """
+    differs = "keep_ratio rounds up where the original rounds; prunes encoder features, not inputs of an LLM"
+    checked_against = (
+        "same sets, in the same order, as vbdi/divprune@799e2d9 (llava_arch.py, DivPrune) at equal counts"
+    )
     cost = (
-        "S^2 C products once and S C for each token kept, one after another; 16 MiB; no attention weights; "
-        "one transfer to the host"
+        "cosines of tokens that may be the most isolated or the next one: on random features about a tenth "
+        "of S^2 C products, at worst S^2 C and S C for each token kept; no attention weights; some transfers "
+        "to the host for each sample"
     )
     bibtex = """@misc{divprune2025,
   title = {{DivPrune}: Diversity-based Visual Token Pruning for Large Multimodal Models},
