@@ -2,7 +2,8 @@
 
 Each test asserts what is wanted, and is expected to fail until the defect is cured.
 
-Of D1, what is left is the time in small models; at 11B dimensions it is below the bound.
+Of D1, what is left is the time: at 11B dimensions about 0.16 of the prefill for divprune and 0.08 for cdpruner,
+and more in smaller models.
 
 Left out: D2 (what trim's scoring costs) gives figures and names nothing that is wrong.
 """
