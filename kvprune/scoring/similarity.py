@@ -18,6 +18,7 @@ from kvprune.tokens.precision import accumulation_dtype
 __all__ = ["Directions", "most_alike"]
 
 _ELEMENTS_PER_BLOCK = 2**20  # 4 MiB of float32
+_ELEMENTS_SCREENED = 2**22  # 16 MiB: large products are faster
 
 
 class Directions:
@@ -85,7 +86,7 @@ class Directions:
         if whole and self._vectors.dtype == self.dtype:
             return (self._vectors @ others) * self._inverse[:, None]
         parts = []
-        for first in range(0, len(columns), size := max(1, _ELEMENTS_PER_BLOCK // self.width)):
+        for first in range(0, len(columns), size := max(1, _ELEMENTS_SCREENED // self.width)):
             rows = slice(first, first + size)
             chosen = self._vectors[rows] if whole else self._vectors[columns[rows]]
             parts.append(chosen.to(self.dtype) @ others)

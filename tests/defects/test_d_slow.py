@@ -2,8 +2,8 @@
 
 Each test asserts what is wanted, and is expected to fail until the defect is cured.
 
-Of D1, what is left is the time: at 11B dimensions about 0.16 of the prefill for divprune and 0.08 for cdpruner,
-and more in smaller models.
+Of D1, what is left is the time: at 11B dimensions about 0.16 of the prefill for divprune and 0.08 for
+cdpruner, one thread and one sample, and more in smaller models.
 
 Left out: D2 (what trim's scoring costs) gives figures and names nothing that is wrong.
 """
