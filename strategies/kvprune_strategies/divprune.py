@@ -53,7 +53,7 @@ class DivPrune(FeatureScoringPolicy):
         "same sets, in the same order, as vbdi/divprune@799e2d9 (llava_arch.py, DivPrune) at equal counts"
     )
     cost = (
-        "cosines of tokens that may be the most isolated or the next one: on random features about a tenth "
+        "cosines of tokens that may be the most isolated or the next one: on random features about a fifth "
         "of S^2 C products, at worst S^2 C and S C for each token kept; no attention weights; some transfers "
         "to the host for each sample"
     )
