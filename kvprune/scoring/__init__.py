@@ -28,6 +28,7 @@ from kvprune.scoring.even_spacing import (
     even_order,
     share_evenly,
 )
+from kvprune.scoring.farthest import farthest_first
 from kvprune.scoring.neighbours import (
     lines,
     pool_neighbours,
@@ -49,6 +50,7 @@ from kvprune.scoring.similarity import (
 from kvprune.scoring.transport import (
     sinkhorn_given,
 )
+from kvprune.scoring.volume import largest_volume
 from kvprune.tokens.precision import (
     accumulation_dtype,
 )
@@ -65,10 +67,12 @@ __all__ = [
     "each",
     "each_stratum",
     "even_order",
+    "farthest_first",
     "group_counts",
     "in_keeping_order",
     "is_clamped",
     "keep_top",
+    "largest_volume",
     "last_rows",
     "limits",
     "lines",

@@ -5,17 +5,20 @@ Features have thousands of channels. Blocks avoid a float32 copy of all features
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from kvprune.errors import ScoreError
 from kvprune.scoring.ranking import members
 from kvprune.tokens.precision import accumulation_dtype
 
 __all__ = ["Directions", "most_alike"]
 
 _ELEMENTS_PER_BLOCK = 2**20  # 4 MiB of float32
+_ELEMENTS_SCREENED = 2**22  # 16 MiB: large products are faster
 
 
 class Directions:
@@ -39,6 +42,7 @@ class Directions:
         self.lengths = torch.cat([torch.linalg.vector_norm(block, dim=-1) for _, block in self._raw_blocks()])
         """Length of each chosen vector, ``[n]``."""
         self._inverse = torch.where(self.lengths > 0, 1 / self.lengths, 0)
+        self._finite = self.lengths.isfinite().all()
 
     def __len__(self) -> int:
         return len(self._columns)
@@ -58,29 +62,68 @@ class Directions:
         for rows, block in self._raw_blocks():
             yield rows, block * self._inverse[rows, None]
 
-    def at(self, position: Tensor) -> Tensor:
-        """Return the unit vector of one chosen column, ``[C]``, without a host transfer.
-
-        Args:
-            position: int64 scalar, the position among the chosen columns.
-        """
-        index = position.reshape(1)
-        vector = self._vectors.index_select(0, self._columns.index_select(0, index)).to(self.dtype)
-        return (vector * self._inverse.index_select(0, index))[0]
-
     def cosines(self, others: Tensor) -> Tensor:
         """Return the cosine of each chosen column with each of m unit vectors, ``[m, C]`` to ``[n, m]``."""
         # Scaling the result saves a pass over the vectors. Greedy methods call this once per kept token.
         return torch.cat([block @ others.mT for _, block in self._raw_blocks()]) * self._inverse[:, None]
 
-    def nearest(self) -> Tensor:
-        """Return each vector's highest cosine with another chosen one, ``[n]``; -1 if there is no other."""
-        found = []
-        for rows, others in self.blocks():
-            alike = self.cosines(others)  # [n, m]
-            alike.diagonal(-rows.start).fill_(-1)  # the vector itself
-            found.append(alike.amax(0))
-        return torch.cat(found)
+    def at(self, positions: Tensor) -> Tensor:
+        """Return unit vectors of some chosen columns, int64 ``[k]`` to ``[k, C]``."""
+        return self._vectors[self._columns[positions]].to(self.dtype) * self._inverse[positions, None]
+
+    def screened(self, others: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return cosines of some chosen columns, or of all, with m unit vectors: fast, and off by `slack`.
+
+        Args:
+            others: ``[m, C]``, unit vectors in `dtype`.
+            positions: int64 ``[k]`` among the chosen columns; None for all of them.
+
+        Returns:
+            ``[k, m]``.
+        """
+        others = others.mT  # [C, m]
+        columns = self._columns if positions is None else self._columns[positions]
+        whole = self._whole and positions is None
+        if whole and self._vectors.dtype == self.dtype:
+            return (self._vectors @ others) * self._inverse[:, None]
+        parts = []
+        for first in range(0, len(columns), size := max(1, _ELEMENTS_SCREENED // self.width)):
+            rows = slice(first, first + size)
+            chosen = self._vectors[rows] if whole else self._vectors[columns[rows]]
+            parts.append(chosen.to(self.dtype) @ others)
+        return torch.cat(parts) * (self._inverse if positions is None else self._inverse[positions])[:, None]
+
+    @property
+    def exactly(self) -> torch.dtype:
+        """The dtype of `exact`: float64, but float32 on devices without it (mps)."""
+        return torch.float32 if self._vectors.device.type == "mps" else torch.float64
+
+    def exact(self, positions: Tensor) -> Tensor:
+        """Return unit vectors of some chosen columns in `exactly`, int64 ``[k]`` to ``[k, C]``."""
+        vectors = self._vectors[self._columns[positions]].to(self.exactly)
+        lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+        return torch.where(lengths > 0, vectors / lengths, 0)
+
+    def slack(self) -> float:
+        """Return how far `screened` may be from the exact cosine.
+
+        The error of a sum of C products grows with the root of C (Higham and Mary, 2019: a bound of 4 roots
+        holds with overwhelming probability). Settings such as TF32 or autocast round more, so some cosines
+        are compared with exact ones, and the bound is at least eight times what was found.
+
+        Raises:
+            ScoreError: If a vector is NaN or infinite, so that nothing can be compared.
+        """
+        if not bool(self._finite):
+            raise ScoreError(
+                "features or keys of some tokens are NaN or infinite, so their directions cannot be "
+                "compared; the model's activations overflow"
+            )
+        some = torch.arange(0, len(self), max(1, len(self) // 32), device=self._columns.device)[:32]
+        units = self.exact(some)  # [k, C]
+        found = (self.screened(self.at(some), some) - units @ units.mT).abs().amax()
+        usual = (4 * math.sqrt(self.width) + 8) * torch.finfo(self.dtype).eps / 2
+        return max(usual, 8 * float(found)) + 2.0**-40
 
     def _raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         size = max(1, min(_ELEMENTS_PER_BLOCK // max(self.width, len(self)), len(self)))

@@ -19,21 +19,25 @@ class CDPruner(BudgetPolicy):
 
     With the relevance r of each token and the cosine S of each pair, the kernel is diag(r) S diag(r); its
     determinant over a set is a squared volume. Tokens are picked greedily, each time the one that adds the
-    most volume. The first cross-attention layer decides for all. Relevance is the attention that the prompt
-    pays to a token there, scaled to lie between ``floor`` and 1 in each sample.
+    most volume. The first cross-attention layer decides for all. Relevance comes from the attention that the
+    prompt pays to a token there, scaled to lie between ``floor`` and 1 in each sample.
 
     Args:
         of: What cosines are taken of: the projected "features", or the "keys" of the first layer, all heads
             in one vector.
+        relevance: What of attention is scaled: the mass itself ("attention"), its logarithm ("log"), or the
+            number of tokens that receive less ("rank"). A few tokens receive most of the attention, so
+            with "attention" most others are about equally irrelevant; "log" did better in what was measured.
         floor: Relevance of the least relevant token, in (0, 1]; at 1 all are equally relevant, so only
-            diversity counts.
+            diversity counts, whatever ``relevance`` is.
     """
 
     of: Literal["features", "keys"] = "features"
+    relevance: Literal["attention", "log", "rank"] = "attention"
     floor: float = 0.01
 
     name = "cdpruner"
-    version = 1
+    version = 2
 
     def select(self, view: LayerView) -> Decision:
         """Decide at the first cross-attention layer for all."""
@@ -41,17 +45,25 @@ class CDPruner(BudgetPolicy):
             return Decision()
         strata = view.strata  # [B, S]
         limit = scoring.limits(self.budget, strata)  # [B, S]
-        relevance = view.attention_mass().mean(1)  # [B, S]
-        places = torch.full_like(relevance, float(view.columns))  # [B, S], in the order of picking
+        mass = view.attention_mass().mean(1)  # [B, S]
+        places = torch.full_like(mass, float(view.columns))  # [B, S], in the order of picking
         every = view.visibility.has_several_groups  # the best of each group must not depend on the budget
         for sample, columns in scoring.members(strata):  # columns: [n]
             count = len(columns) if every else int(limit[sample, columns[0]])
             vectors = self._vectors(view, sample)  # [S, C] or [S, Hkv * D]
-            weights = _between(relevance[sample, columns], self.floor)  # [n]
-            order = _largest_volume(scoring.Directions(vectors, columns), weights, count)  # [count]
+            weights = _between(self._relevance(mass[sample, columns]), self.floor)  # [n]
+            order = scoring.largest_volume(vectors, columns, weights, count)  # [count]
             turns = torch.arange(len(order), dtype=places.dtype, device=places.device)
             places[sample, columns[order]] = turns
         return onward_decision(view, scoring.keep_top(-places[:, None], strata, limit, view.visibility))
+
+    def _relevance(self, mass: Tensor) -> Tensor:
+        """Return what is scaled, from the attention of one stratum, both ``[n]``."""
+        if self.relevance == "log":
+            return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+        if self.relevance == "rank":
+            return torch.searchsorted(mass.sort().values, mass).to(mass.dtype)
+        return mass
 
     def _vectors(self, view: LayerView, sample: int) -> Tensor:
         return view.features[sample] if self.of == "features" else view.keys[sample].mT.flatten(0, 1).mT
@@ -70,12 +82,28 @@ class CDPruner(BudgetPolicy):
     paper = "arXiv 2506.10967 (CDPruner)"
     deviations = """
     There is no text encoder beside the vision tower, so attention takes the place of CLIP's image-text
-    cosine (which the original negates). Once the picked vectors span the whole space, the other tokens are
+    cosine (which the original negates), and ``relevance`` and ``floor`` are ours: the original scales its
+    cosine to lie between about 0 and 1, over the whole batch. What ``relevance`` does was measured. Right
+    answers on the embedded demo at a quarter / a tenth, in per cent (``kvprune compare --policy
+    cdpruner:relevance=log --keep-ratios 0.25,0.1 --late-tokens 1``): attention 88.5 / 77.1, log 90.1 / 80.7,
+    rank 85.9 / 78.1, none (floor=1) 95.3 / 89.1. Word error rate of Whisper base on 71 words of read English
+    at a tenth / a twentieth, the full cache 0.028 (``cdpruner:keep_ratio=0.05,relevance=log`` in
+    `kvprune.compress` around its ``generate``): attention 0.042 / 0.085, log and rank 0.028 / 0.028, none
+    0.028 / 0.535. Lengths and gains are computed in float64, lengths rounded to multiples of 2^-40, and
+    equal gains ordered by position. Once the picked vectors span the whole space, the other tokens are
     ordered by relevance. An image that only earlier rows of a chat see is pruned on its own.
     """
+    differs = (
+        "relevance is attention, its logarithm or rank, not CLIP's negated image-text cosine; floor=0.01"
+    )
+    checked_against = (
+        "same sets as Theia-4869/CDPruner@9541616 (llava_arch.py, encode_images) at floor=0.000001, "
+        "its relevance replaced by attention"
+    )
     cost = (
-        "one product of queries and keys, and S C products for each token kept, one after another; a basis "
-        "of K x C numbers in float32 (50 MiB at half of 6404 features of 4096); one transfer to the host"
+        "one product of queries and keys, and at most S C products for each token kept; a basis of K x C "
+        "numbers in float64 (100 MiB at half of 6404 features of 4096); some transfers to the host for each "
+        "sample"
     )
     bibtex = """@misc{cdpruner2025,
   title = {Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in {MLLMs}},
@@ -91,41 +119,3 @@ def _between(relevance: Tensor, floor: float) -> Tensor:
     low, high = relevance.aminmax()
     share = torch.where(high > low, (relevance - low) / (high - low), 1)
     return floor + (1 - floor) * share
-
-
-def _largest_volume(directions: scoring.Directions, weights: Tensor, count: int) -> Tensor:
-    """Return ``count`` positions in the order in which greedy volume maximisation picks them, ``[count]``.
-
-    A token adds its weight times the length of the part of its direction that is orthogonal to the span of
-    the tokens picked before. So an orthonormal basis of that span takes the place of the Cholesky factor.
-
-    Args:
-        directions: n unit vectors.
-        weights: ``[n]``, positive.
-        count: At most n.
-    """
-    width, device = directions.width, weights.device
-    rank = min(count, width)
-    basis = torch.zeros(rank, width, dtype=directions.dtype, device=device)  # [rank, C]
-    left = directions.nonzero.to(directions.dtype)  # [n], squared length of what is orthogonal to the basis
-    exhausted = 1e-5 if directions.dtype == torch.float32 else 1e-12
-    weights = weights.to(directions.dtype)
-    picked = torch.empty(count, dtype=torch.int64, device=device)
-    taken = torch.zeros_like(directions.nonzero)
-    for place in range(count):
-        spans = left > exhausted  # [n]
-        gain = torch.where(spans, 1 + weights.square() * left, weights).masked_fill(taken, -torch.inf)
-        pick = (gain == gain.amax()).to(torch.uint8).argmax()  # the first of equal ones
-        picked[place] = pick
-        taken[pick] = True
-        if place >= rank:
-            continue
-        new = directions.at(pick)  # [C]
-        for _ in range(2):  # Gram-Schmidt; once would leave rounding errors as large as the result may be
-            new = new - (basis[:place] @ new) @ basis[:place]
-        length = torch.linalg.vector_norm(new)
-        counts = spans.index_select(0, pick.reshape(1)) & (length > 0)  # [1]
-        basis[place] = torch.where(counts, new / length, 0)
-        along = directions.cosines(basis[place : place + 1])[:, 0]  # [n]
-        left = (left - along.square()).clamp(min=0) if place + 1 < width else torch.zeros_like(left)
-    return picked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ class DivPrune(FeatureScoringPolicy):
     The first token is the one whose nearest neighbour is farthest; each further one is the token whose
     nearest kept token is farthest. The smallest distance between kept tokens is then at least half of what is
     possible. The order of picking is the ranking. It knows neither the question nor attention, and decides
-    before the first cross-attention layer.
+    before the first cross-attention layer. ``preset=published`` keeps 0.098, as the authors'
+    script does.
     """
 
     name = "divprune"
-    version = 1
+    version = 2
+    presets = MappingProxyType({"published": {"keep_ratio": 0.098}})
 
     def score(self, view: FeatureView) -> Tensor:
         """Return minus the place in the order of picking, ``[B, 1, S]``; -S for what is not picked."""
@@ -31,7 +34,7 @@ class DivPrune(FeatureScoringPolicy):
         every = view.visibility.has_several_groups  # the best of each group must not depend on the budget
         for sample, columns in scoring.members(strata):  # columns: [n]
             count = len(columns) if every else int(limit[sample, columns[0]])
-            order = _farthest_first(scoring.Directions(view.features[sample], columns), count)  # [count]
+            order = scoring.farthest_first(view.features[sample], columns, count)  # [count]
             places = torch.arange(count, device=view.device, dtype=scores.dtype)
             scores[sample, 0, columns[order]] = -places
         return scores
@@ -40,12 +43,19 @@ class DivPrune(FeatureScoringPolicy):
     paper = "arXiv 2503.02175 (DivPrune)"
     deviations = """
     The original prunes a language model's input; this works on the projected features of a cross-attention
-    model, from which keys and values are made. Equal distances are ordered by position. An image of an
+    model, from which keys and values are made. The number of kept tokens is rounded up, where the original
+    rounds to the nearest: 57 of 576 tokens at 0.098, not 56. Cosines are computed in float64 and rounded to
+    multiples of 2^-40; equal distances are ordered by position, and no token is picked twice. An image of an
     interleaved chat that only earlier rows see is pruned on its own.
     """
+    differs = "keep_ratio rounds up where the original rounds; prunes encoder features, not inputs of an LLM"
+    checked_against = (
+        "same sets, in the same order, as vbdi/divprune@799e2d9 (llava_arch.py, DivPrune) at equal counts"
+    )
     cost = (
-        "S^2 C products once and S C for each token kept, one after another; 16 MiB; no attention weights; "
-        "one transfer to the host"
+        "cosines of tokens that may be the most isolated or the next one: on random features about a fifth "
+        "of S^2 C products, at worst S^2 C and S C for each token kept; no attention weights; some transfers "
+        "to the host for each sample"
     )
     bibtex = """@misc{divprune2025,
   title = {{DivPrune}: Diversity-based Visual Token Pruning for Large Multimodal Models},
@@ -54,18 +64,3 @@ class DivPrune(FeatureScoringPolicy):
   eprint = {2503.02175},
   archivePrefix = {arXiv},
 }"""
-
-
-def _farthest_first(directions: scoring.Directions, count: int) -> Tensor:
-    """Return the positions of ``count`` vectors in the order in which farthest-point sampling picks them."""
-    nearest = directions.nearest()  # [n], cosine to the nearest token; below, to the nearest picked one
-    picked = torch.empty(count, dtype=torch.int64, device=nearest.device)
-    taken = torch.zeros_like(nearest, dtype=torch.bool)
-    for place in range(count):
-        free = nearest.masked_fill(taken, torch.inf)
-        pick = (free == free.amin()).to(torch.uint8).argmax()  # the first of equal ones
-        picked[place] = pick
-        taken[pick] = True
-        alike = directions.cosines(directions.at(pick)[None])[:, 0]  # [n]
-        nearest = alike if place == 0 else torch.maximum(nearest, alike)
-    return picked

@@ -66,7 +66,7 @@ def test_doctor_fails_for_a_broken_plugin(broken_plugin: None) -> None:
 
 def test_show_explains_a_policy() -> None:
     out = kvprune_command("show", "norm")
-    assert "norm, version 1, from plugin builtin (kvprune)" in out
+    assert "norm, version 2, from plugin builtin (kvprune)" in out
     assert "highest (or lowest) L2 norm" in out
     assert "2406.11430" in out
     assert "fidelity: inspired-by" in out

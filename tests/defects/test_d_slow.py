@@ -2,6 +2,9 @@
 
 Each test asserts what is wanted, and is expected to fail until the defect is cured.
 
+Of D1, what is left is the time: at 11B dimensions about 0.16 of the prefill for divprune and 0.08 for
+cdpruner, one thread and one sample, and more in smaller models.
+
 Left out: D2 (what trim's scoring costs) gives figures and names nothing that is wrong.
 """
 
@@ -36,11 +39,6 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="D1: greedy selection reads all features once for each pick",
-)
 @pytest.mark.parametrize("name", ["divprune", "cdpruner"])
 def test_d1_greedy_selection_reads_the_features_far_less_often_than_it_picks(name: str) -> None:
     columns, width, picks = 2560, 128, 64
@@ -103,7 +101,7 @@ def wide_mllama(width: int, side: int) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="D1: greedy selection takes about as long as prefill, or longer",
+    reason="D1: on random features in so small a model, greedy selection takes half of the prefill or more",
 )
 @on_models
 @pytest.mark.parametrize("name", ["divprune", "cdpruner"])

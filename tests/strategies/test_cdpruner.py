@@ -1,6 +1,7 @@
 """`cdpruner` against greedy determinants computed outright."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -29,20 +30,24 @@ def with_features(visibility, *, width=6, seed=0, **fields):
     return make_view(visibility, **({"captured_features": features, "seed": seed} | fields))
 
 
-def slow_relevance(view, sample, floor):
+def slow_relevance(view, sample, floor, relevance="attention"):
     masses = [slow_attention(view, sample, head) for head in range(4)]
     mean = [sum(column) / 4 for column in zip(*masses, strict=True)]
+    if relevance == "log":
+        mean = [math.log(mass) for mass in mean]
+    if relevance == "rank":
+        mean = [sum(other < mass for other in mean) for mass in mean]
     low, high = min(mean), max(mean)
     return [floor + (1 - floor) * ((m - low) / (high - low) if high > low else 1) for m in mean]
 
 
-def slow_kernel(view, sample, floor, of):
+def slow_kernel(view, sample, floor, of, relevance="attention"):
     """diag(r) S diag(r) of all columns of a sample."""
     vectors = view.captured.features[sample]
     if of == "keys":
         vectors = torch.cat([view.keys[sample, 0], view.keys[sample, 1]], dim=-1)
     unit = [vector / vector.norm() for vector in vectors.double()]
-    weights = slow_relevance(view, sample, floor)
+    weights = slow_relevance(view, sample, floor, relevance)
     return torch.tensor(
         [
             [weights[i] * weights[j] * float(unit[i] @ unit[j]) for j in range(len(unit))]
@@ -66,11 +71,27 @@ def slow_greedy(kernel, count):
 
 
 @pytest.mark.parametrize("of", ["features", "keys"])
+@pytest.mark.parametrize("relevance", ["attention", "log", "rank"])
 @given(seed=st.integers(0, 1000), count=st.integers(1, 6), floor=st.sampled_from([0.01, 0.5, 1.0]))
-def test_picking_is_greedy_maximisation_of_the_determinant(of, seed, count, floor):
+def test_picking_is_greedy_maximisation_of_the_determinant(of, relevance, seed, count, floor):
     view = with_features(make_visibility([[[1]]], 12), seed=seed)
-    kept = kept_sets(CDPruner(keep_tokens=count, of=of, floor=floor).select(view).onward)[0][0]
-    assert kept == set(slow_greedy(slow_kernel(view, 0, floor, of), count))
+    policy = CDPruner(keep_tokens=count, of=of, floor=floor, relevance=relevance)
+    kept = kept_sets(policy.select(view).onward)[0][0]
+    assert kept == set(slow_greedy(slow_kernel(view, 0, floor, of, relevance), count))
+
+
+@pytest.mark.parametrize("relevance", ["attention", "log", "rank"])
+def test_equal_attention_is_equal_relevance(relevance):
+    view = with_features(make_visibility([[[1]]], 12), keys=torch.ones(1, 2, 12, 4, dtype=torch.float64))
+    chosen = [CDPruner(keep_tokens=5, relevance=relevance, floor=floor).select(view) for floor in (0.1, 1.0)]
+    assert chosen[0] == chosen[1]
+
+
+def test_attention_of_zero_has_a_logarithm():
+    keys = torch.zeros(1, 2, 12, 4)
+    keys[..., 3, :] = 1e4
+    view = with_features(make_visibility([[[1]]], 12), keys=keys, dtype=torch.float32)
+    assert CDPruner(keep_tokens=5, relevance="log").select(view).onward.counts.tolist() == [[5]]
 
 
 @given(st.integers(0, 1000))

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvprune_strategies import DivPrune
 
+import kvprune
 from kvprune.errors import BudgetError
 
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
@@ -125,3 +126,10 @@ def test_impossible_budgets_are_refused():
         DivPrune(keep_ratio=1.5)
     with pytest.raises(BudgetError, match="either keep_ratio or keep_tokens"):
         DivPrune(keep_ratio=0.5, keep_tokens=3)
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(500, 49), (576, 57)])
+def test_the_published_ratio_is_rounded_up(tokens, kept):
+    policy = kvprune.get_policy("divprune:preset=published")
+    selection = policy.choose(make_features(make_visibility([[[1]]], tokens))).onward
+    assert selection.counts.tolist() == [[kept]]
