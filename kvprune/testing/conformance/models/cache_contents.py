@@ -107,9 +107,10 @@ def require_aligned(
             raise Violation(f"{where} to hold the columns that run.selections names", "other columns")
         if not bool((_by_row(layer.selection().bits_by_column(), layer) == bits).all()):
             raise Violation(f"{where} to hold columns in the bits that run.selections names", "other bits")
-        heads = layer.keys.shape[1]
+        spread = layer.spread()  # keys and values, [rows, Hkv, K, D] each; can be read outside the block
+        heads = spread[0].shape[1]
         index, flags = slots.expand(-1, heads, -1)[..., None], valid.expand(-1, heads, -1)
-        for name, held in zip(("keys", "values"), layer.spread(), strict=True):  # [rows, Hkv, K, D]
+        for name, held in zip(("keys", "values"), spread, strict=True):
             full = _quantized(getattr(reference[layer_idx], name)[held_samples], bits)  # [rows, Hkv, S, D]
             wanted = full.gather(-2, index.expand(-1, -1, -1, full.shape[-1]))
             apart = (wanted - held).abs().amax(-1)[flags].max()
