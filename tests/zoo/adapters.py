@@ -96,9 +96,10 @@ class LeavesAHook(BartAdapter):
 class LeavesIsCausal(MllamaAdapter):
     caught_by = ("KV12",)
 
-    def override(self, module, attribute, value):
-        super().override(module, attribute, value)
-        self._restore.pop()
+    def attach(self, manager):
+        super().attach(manager)
+        for site in self.sites:
+            site.module.is_causal = False
 
 
 class StaysAfterAnException(MllamaAdapter):
@@ -124,12 +125,12 @@ class ForgetsHooksWhenAttachFails(BartAdapter):
     def attach(self, manager):
         self._manager = manager
         handles = [
-            self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True),
             self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
         ]
         for site in self.sites:
             handles.append(site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+            handles.append(site.module.register_forward_hook(self._spread_weights, with_kwargs=True))
         self._handles += handles
 
 
@@ -251,9 +252,18 @@ class SharesRowsThatDiffer(MllamaAdapter):
 
     caught_by = ("KV11", "KV13")
 
-    @staticmethod
-    def _shared_rows(named, source):
-        return SharedRows(len(source))
+    def _begin(self, call, named, batch, length):
+        begin = self._manager.begin
+
+        def share(visibility, *args, **kwargs):
+            first = dataclasses.replace(visibility, rows=visibility.rows[:1], live=visibility.live[:1])
+            begin(first, *args, **{**kwargs, "shared_rows": SharedRows(batch)})
+
+        self._manager.begin = share
+        try:
+            super()._begin(call, named, batch, length)
+        finally:
+            del self._manager.begin
 
 
 class LeavesSlotsBehind(BartAdapter):
@@ -265,12 +275,24 @@ class LeavesSlotsBehind(BartAdapter):
         def batch_select_indices(self, indices):
             slots, valid = self.slots, self.valid
             super().batch_select_indices(indices)
-            if slots is not None and len(self.keys) <= len(slots):
-                self.slots, self.valid = slots[: len(self.keys)], valid[: len(self.keys)]
+            rows = len(self.spread()[0])
+            if slots is not None and rows <= len(slots):
+                self.slots, self.valid = slots[:rows], valid[:rows]
 
     def _after_attention(self, module, args, kwargs, output):
         super()._after_attention(module, args, kwargs, output)
         cache_of(kwargs).cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
+
+
+class RollsKeptValues(BartAdapter):
+    """Stores each kept value at the place of another."""
+
+    caught_by = ("KV11",)
+
+    def _after_attention(self, module, args, kwargs, output):
+        super()._after_attention(module, args, kwargs, output)
+        layer = cache_of(kwargs).cross_attention_cache.layers[module.layer_idx]
+        layer.values = layer.values.roll(1, dims=2)
 
 
 class ForgetsWhileDecoding(BartAdapter):
@@ -308,9 +330,11 @@ class RandomEachTime(BartAdapter):
     caught_by = ("KV10",)
     _calls = 0
 
-    def _sample_fingerprints(self, states, batch):
+    def _begin(self, call, named, states):
+        super()._begin(call, named, states)
         type(self)._calls += 1
-        return torch.full((batch,), self._calls)
+        drawn = torch.full((call.manager._prefill.visibility.batch,), self._calls)
+        call.manager._prefill.fingerprints = lambda: drawn
 
 
 class RoundsTheCache(MllamaAdapter):

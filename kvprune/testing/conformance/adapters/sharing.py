@@ -9,7 +9,6 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,23 +29,33 @@ def check_copies(policy: CrossKVPolicy, scenario: Scenario) -> None:
     _, expected = scenario.run(policy)
     model = scenario.model
     with scenario.compress(policy) as run:
-        copies = {"a copy (copy.deepcopy)": copy.deepcopy(model)}
-        if _can_be_pickled(scenario.pristine):
-            with suppress(KVPruneError):  # a pickle may be refused by name
-                copies["a pickle"] = pickle.loads(pickle.dumps(model))
-        for what, free in copies.items():
-            generated = scenario.generate(free)
-            require_close(
-                f"{what} of the model to be free of the policy", generated, scenario.stock, scenario
-            )
+        free = copy.deepcopy(model)
+        _require_free("a copy (copy.deepcopy)", free, scenario)
+        if _can_be_pickled(scenario.pristine) and (pickled := _pickled(model)) is not None:
+            _require_free("a pickle", pickle.loads(pickled), scenario)
         if run.report.prefills:
-            raise Violation(
-                "copies of the model to leave its report alone", f"{run.report.prefills} prefills"
-            )
+            raise Violation("calls of copies not to be reported", f"{run.report.prefills} prefills")
         generated = scenario.generate(model)
     require_close("the model itself to stay under its policy", generated, expected, scenario)
-    again = scenario.generate(copies["a copy (copy.deepcopy)"])
-    require_close("a copy to stay free after the block", again, scenario.stock, scenario)
+    _require_free("a copy, after the block", free, scenario)
+
+
+def _require_free(what: str, model: Any, scenario: Scenario) -> None:
+    """Raise unless a model generates what the untouched one does."""
+    require_close(f"{what} to be free of the policy", scenario.generate(model), scenario.stock, scenario)
+
+
+def _pickled(model: Any) -> bytes | None:
+    """Return a pickle of a model under compression; None if an error of kvprune refuses it."""
+    try:
+        return pickle.dumps(model)
+    except KVPruneError:
+        return None
+    except Exception as error:
+        raise Violation(
+            "a model under compression that can be pickled, or an error of kvprune that refuses it",
+            f"{type(error).__name__}: {error}",
+        ) from error
 
 
 def _can_be_pickled(model: Any) -> bool:
@@ -113,7 +122,7 @@ def _require_right(name: str, results: dict[str, Any], expected: dict[str, Any])
     wanted += "" if name == "first" else ", or an error of kvprune"
     result = results.get(name)
     if not isinstance(result, torch.Tensor):
-        raise Violation(wanted, f"{type(result).__name__}: {result}"[:500])
+        raise Violation(wanted, f"{type(result).__name__} ({result})"[:500])
     same = result.shape == expected[name].shape
     apart = float((result - expected[name]).abs().max()) if same else float("inf")
     if not apart <= 1e-5:

@@ -109,7 +109,7 @@ def _watched(policy: CrossKVPolicy, changed: list[Violation]) -> CrossKVPolicy:
             views = shown if isinstance(shown, Sequence) else [shown]
             tensors = [pair for view in views for pair in _tensors(view, "view")]
             before = [tensor.clone() for _, tensor in tensors]
-            answer = getattr(super(watched, self), name)(shown, *more)  # type: ignore[misc]
+            answer = getattr(super(watched, self), name)(shown, *more)
             for (where, tensor), clone in zip(tensors, before, strict=True):
                 if not _equal(tensor, clone):
                     changed.append(Violation(f"{where} unchanged by {name} in a run", "other contents"))
