@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from kvprune.cache.pools import Pool
@@ -70,7 +71,8 @@ class HeldEntries(DynamicLayer):
         bias: ``[R, H or 1, K]``, added to the attention logits of each entry; None for no bias.
         ragged: Whether some entries may be invalid; known on the host, without a device transfer.
         shared_rows: Which rows of the batch are held once.
-        reader: Cuts masks to what is held. Once it is released, `keys` and `values` of a pruned layer raise.
+        reader: Cuts masks to what is held. Once it is released, modules cannot read `keys` and `values` of
+            a pruned layer.
     """
 
     _keys: Tensor
@@ -94,7 +96,7 @@ class HeldEntries(DynamicLayer):
         """Keys of the entries in the layer's own dtype; see the class.
 
         Raises:
-            UnsupportedCacheError: If entries were dropped, and nobody cuts masks to what is left.
+            UnsupportedCacheError: If a module reads it, entries were dropped, and nobody cuts masks any more.
         """
         self._require_reader()
         return self._keys
@@ -114,13 +116,15 @@ class HeldEntries(DynamicLayer):
         self._values = values
 
     def _require_reader(self) -> None:
-        if self.reader is None or self.reader.is_attached:
+        """Raise if a module of a model reads a pruned layer, and nobody cuts its mask; anybody may look."""
+        if self.reader is None or self.reader.is_attached or (self.slots is None and self.is_readable):
             return
-        if self.slots is not None or not self.is_readable:
+        # The frame that reads the property: attention is computed in a method of a module.
+        if isinstance(sys._getframe(2).f_locals.get("self"), nn.Module):
             raise UnsupportedCacheError(
                 f"this cache was pruned under a compression that has ended: {self.width} of {self.columns} "
-                "columns are held, and outside the block no mask is cut to them. Continue inside the block "
-                "of kvprune.compress, or of a new one; layer.spread() returns what is held"
+                "columns are held, and outside the block no mask is cut to them; continue inside the block "
+                "of kvprune.compress, or inside a new one"
             )
 
     @property

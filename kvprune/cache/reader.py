@@ -1,7 +1,8 @@
 """Who may read a pruned cache layer: a model under compression, until it is released.
 
 A pruned layer holds fewer entries than transformers' masks cover. Hooks of the model under compression cut
-the masks; nobody else does. So a layer knows its reader, and refuses to be read once the reader is released.
+the masks; nobody else does. So a layer knows its reader, and no module can read it once the reader is
+released.
 """
 
 from __future__ import annotations

@@ -205,19 +205,21 @@ def test_ragged_unions_without_a_mask_are_masked():
             assert (logits - together[sample : sample + 1]).abs().max() < 1e-4
 
 
-def test_the_draft_rows_of_assisted_decoding_do_not_vote():
-    model, inputs = mllama(), mllama_inputs(("tt4tttttt",))
-    prompt = {
-        name: tensor[:, :6] if name in ("input_ids", "attention_mask", "cross_attention_mask") else tensor
-        for name, tensor in inputs.items()
-    }
-    with kvprune.compress(model, "trim:k_ratio=0.1") as run, torch.no_grad():
-        model(**prompt, use_cache=True)
+def test_the_drafts_of_assisted_decoding_come_after_the_prefill():
+    model, inputs = mllama(), mllama_inputs(("tt4tttt",))
+    inputs["input_ids"][0, 3:] = torch.tensor([7, 8, 7, 8])  # so that prompt lookup finds drafts at once
+    rows = []
+    with kvprune.compress(model, "trim:k_ratio=0.1") as run:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
         expected = run.selections
-        model(**inputs, use_cache=True, logits_to_keep=4)
-        assert run.selections == expected
-        model(**inputs, use_cache=True)
-        assert run.selections != expected
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        model.generate(**inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+        hook.remove()
+    assert run.selections == expected
+    assert rows[0] == 7
+    assert max(rows[1:]) > 1  # later calls verify drafts
 
 
 @pytest.mark.parametrize("spec", ["full", "trim:k_ratio=0.1"])

@@ -65,11 +65,6 @@ def test_rows_are_taken_of_tensors_and_text_stays():
     assert EVERYTHING.rows(slice(None, None, 1)) is EVERYTHING
 
 
-def test_draft_rows_are_cut_from_queries():
-    assert torch.equal(EVERYTHING.first_rows(2).queries, EVERYTHING.queries[:, :, :2])
-    assert Captured().first_rows(2).queries is None
-
-
 def test_joining_adds_what_is_missing_and_keeps_what_is_there():
     own = Captured(queries=EVERYTHING.queries)
     joined = own.joined(EVERYTHING, torch.device("cpu"))
