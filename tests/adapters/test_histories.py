@@ -144,9 +144,13 @@ def rows_told_apart(model, rows):
         handle.remove()
 
 
-@families
+SEQUENCES = {"num_return_sequences": 2, "do_sample": True}
+
+
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=["beams", "sequences"]
+    ("adapter", "options"),
+    # Whisper repeats samples itself before it generates, so its return sequences share nothing.
+    [*((adapter, {"num_beams": 2}) for adapter in ADAPTERS), *((cls, SEQUENCES) for cls in ADAPTERS[:2])],
 )
 def test_copies_of_a_sample_that_a_hook_tells_apart_are_refused_by_name(adapter, options):
     model, inputs = adapter.example(torch.float64)
@@ -168,24 +172,30 @@ def test_samples_that_a_hook_tells_apart_are_not_refused(adapter):
     assert not torch.equal(kept[0], kept[1])
 
 
-@families
-def test_a_prompt_in_chunks_is_refused_by_the_name_of_the_option(adapter):
+@encoder_decoders  # transformers itself refuses to split the pixels of an Mllama
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_prompt_in_chunks_is_refused_by_the_name_of_the_option(adapter, chunk):
     model, inputs = adapter.example(torch.float64)
-    if adapter is not MllamaAdapter:
-        inputs["decoder_input_ids"] = torch.tensor([[3, 5, 6, 7]] * len(next(iter(inputs.values()))))
+    inputs["decoder_input_ids"] = torch.tensor([[3, 5, 6, 7]] * len(next(iter(inputs.values()))))
     with (
         kvprune.compress(model, "norm:keep_ratio=0.3"),
-        pytest.raises(UnsupportedModelError, match=r"prefill_chunk_size=2 passes the prompt"),
+        pytest.raises(UnsupportedModelError, match=rf"prefill_chunk_size={chunk} passes the prompt"),
     ):
-        generate(model, inputs, prefill_chunk_size=2)
+        generate(model, inputs, prefill_chunk_size=chunk)
 
 
-def test_a_chunk_that_holds_the_whole_prompt_is_no_chunk():
+@pytest.mark.parametrize("chunk", [4, 9])
+def test_one_chunk_for_the_whole_prompt_is_right_unless_transformers_cuts_the_mask_of_the_encoder(chunk):
     model, inputs = BartAdapter.example(torch.float64)
-    inputs["decoder_input_ids"] = torch.tensor([[2, 5, 6, 7]] * 3)
-    spec = "norm:keep_ratio=0.3"
-    whole = in_a_fresh_block(model, inputs, spec, prefill_chunk_size=4)
-    assert whole == in_a_fresh_block(model, inputs, spec)
+    spec, inputs["decoder_input_ids"] = "norm:keep_ratio=0.3", torch.tensor([[2, 5, 6, 7]] * 3)
+    short = {name: tensor[:, :4].contiguous() for name, tensor in inputs.items()}  # as long as the prompt
+    whole = in_a_fresh_block(model, short, spec, prefill_chunk_size=chunk)
+    assert whole == in_a_fresh_block(model, short, spec)
+    with (
+        kvprune.compress(model, spec),
+        pytest.raises(UnsupportedModelError, match=rf"prefill_chunk_size={chunk} .* mask is cut"),
+    ):
+        generate(model, inputs, prefill_chunk_size=chunk)
 
 
 @encoder_decoders
@@ -196,6 +206,8 @@ def test_a_chunk_that_holds_the_whole_prompt_is_no_chunk():
     ids=["greedy", "beams", "two"],
 )
 def test_encoder_outputs_by_hand_generate_what_their_input_does(adapter, spec, options):
+    if adapter is WhisperAdapter and "num_return_sequences" in options:
+        pytest.skip("transformers itself repeats the features of Whisper, which are not given here")
     model, inputs = adapter.example(torch.float64)
     expected = in_a_fresh_block(model, inputs, spec, **options)
     name = model.main_input_name
