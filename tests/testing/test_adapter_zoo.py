@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from zoo import adapter_caches as caches
 from zoo import adapters as zoo
 from zoo import adapters_in_runs as runs
 
@@ -13,7 +14,7 @@ from kvprune.testing import check_adapter
 from kvprune.testing.conformance import ADAPTER_INVARIANTS
 from kvprune.testing.conformance.adapters.runner import AdapterRunner
 
-ADAPTERS = [*zoo.ADAPTERS, *runs.ADAPTERS_IN_RUNS]
+ADAPTERS = [*zoo.ADAPTERS, *caches.ADAPTERS_WITH_CACHES, *runs.ADAPTERS_IN_RUNS]
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
@@ -41,7 +42,7 @@ ALONE = {
     "check_layer_indices": zoo.SkipsTheLastLayer,
     "check_every_layer_decides": zoo.DecidesOnlyOnce,
     "check_view": zoo.SwapsQueries,
-    "check_columns": zoo.UnsortedSlots,
+    "check_columns": caches.UnsortedSlots,
     "check_counts": zoo.SeesPadding,
     "check_images": zoo.HidesTheFirstTile,
     "check_padding": zoo.SeesPadding,
@@ -52,9 +53,9 @@ ALONE = {
     "check_storage_order": zoo.RemembersTheMask,
     "check_repeatable": zoo.RandomEachTime,
     "check_alone_in_model": zoo.SeesPadding,
-    "check_alignment": zoo.RollsKeptValues,
-    "check_cache_operations": zoo.LeavesSlotsBehind,
-    "check_turns": zoo.ForgetsWhileDecoding,
+    "check_alignment": caches.RollsKeptValues,
+    "check_cache_operations": caches.LeavesSlotsBehind,
+    "check_turns": caches.ForgetsWhileDecoding,
     "check_clean_exit": zoo.LeavesIsCausal,
     "check_failed_policy": zoo.StaysAfterAnException,
     "check_failed_attach": zoo.ForgetsHooksWhenAttachFails,
