@@ -107,7 +107,6 @@ class Attachment:
     def __init__(self, model: nn.Module, label: str) -> None:
         self.model = model
         self.label = label
-        self.is_paused = False
         self.reader = Reader()
         self.calls = 0
         self._handles: list[RemovableHandle] = []
@@ -115,6 +114,7 @@ class Attachment:
         self._restore: list[Callable[[], None]] = []
         self._caller: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._paused_by: int | None = None  # identity of a thread
 
     def detach(self) -> None:
         """Remove all hooks and restore all attributes; does nothing if nothing is attached."""
@@ -127,14 +127,22 @@ class Attachment:
         while self._restore:
             self._restore.pop()()
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether hooks do nothing in this thread now."""
+        return self._paused_by is not None and self._paused_by == threading.get_ident()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pause all hooks in a block: the model runs as if nothing were attached, and others may attach."""
-        self.is_paused = True
+        """Pause all hooks in a block: the model runs as if nothing were attached, and others may attach.
+
+        Only for this thread; others are refused, as in the middle of any call.
+        """
+        before, self._paused_by = self._paused_by, threading.get_ident()
         try:
             yield
         finally:
-            self.is_paused = False
+            self._paused_by = before
 
     def open_call(self) -> None:
         """Start a forward call of the model: every adapter calls this first, and `close_call` at the end.

@@ -21,7 +21,7 @@ def unchanged(policy: str, where: str, views: Sequence[object]) -> Iterator[None
     """Raise if a tensor of a view changes in this block.
 
     Compares version counters, which every operation in place raises. Tensors made in inference mode have
-    none; the sum of their bits is compared instead.
+    none; a weighted sum of their bits is compared instead.
 
     Args:
         policy: Name of the policy that reads the views.
@@ -65,5 +65,11 @@ def _state(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor, as whole numbers, summed with weights by row and column, int64 ``[]``."""
     whole = tensor if tensor.dtype == torch.bool else tensor.view(_WHOLE_NUMBERS[tensor.element_size()])
-    return whole.sum(dtype=torch.int64)
+    table = whole.reshape(-1, whole.shape[-1] if whole.ndim else 1)  # [N, D]
+    return _weighted(table.sum(0, dtype=torch.int64)) + 3 * _weighted(table.sum(1, dtype=torch.int64))
+
+
+def _weighted(sums: Tensor) -> Tensor:
+    return (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()

@@ -21,6 +21,7 @@ def apportion(urgency: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Te
     Ties between equally urgent tokens are broken by their rank in the row, and then by row. So rows with
     equal urgencies keep equal numbers, or the first of them one more. Urgencies that agree to five digits
     count as equal, because rounding errors depend on the batch and the device and must not decide.
+    So give the part that is left rather than minus the part that is taken: close to 1, five digits are few.
 
     Args:
         urgency: ``[B, R, S]``, urgency of the i-th best token of each row, finite. A token cannot be more

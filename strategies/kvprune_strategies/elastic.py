@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -30,7 +31,10 @@ class Elastic(BudgetPolicy):
         renormalize_keys: Whether merged keys are scaled to the mean length of their members. Mllama caches
             keys after an RMS norm. Their mean is shorter, so it receives less attention than any of them did.
         size_bias: Whether the logarithm of a bucket's size is added to its logits in decode, so that a bucket
-            receives attention in proportion to its number of tokens.
+            receives attention in proportion to its number of tokens. This matters where few tokens stay. On
+            read speech with Whisper base (71 words), the word error rate is 1.61 without and 0.23 with it at
+            a tenth of the cache, and 0.01 either way at a quarter, a half and all of it. On the embedded demo
+            it makes no difference (see docs/policies.md).
     """
 
     borders: Literal["tile", "image"] = "tile"
@@ -40,6 +44,7 @@ class Elastic(BudgetPolicy):
 
     name = "elastic"
     version = 1
+    presets = MappingProxyType({"published": {"borders": "image"}})
     needs = frozenset({"queries"})
 
     def select(self, view: LayerView) -> Decision:
@@ -75,13 +80,25 @@ class Elastic(BudgetPolicy):
     fidelity = "adapted"
     paper = "arXiv 2407.18121 (Elastic Cache)"
     deviations = """
-    In decode, the paper removes an entry at a fixed place whenever text grows past the budget; a
-    cross-attention cache does not grow, so nothing is removed here. First and most recent tokens are not
-    protected, because image tokens have no such order. Rows that see no image do not vote. The paper has one
-    sequence; here buckets end at images, and by default at tiles. The best token of each image is always an
-    anchor. (In a sample whose text sees no image, an image may have no anchor and is dropped.)
-    renormalize_keys and size_bias are not in the paper.
+    This is the rule of the paper. The released code (liuzuyan/ElasticCache@3138e03) has another: it takes the
+    order of scores for their ranks, so it keeps no better tokens than chance. (Of random scores, 23.9 of the
+    49 tokens that it keeps of 100 are among the best 49; chance is 24.0.) With its start_size of 1, it also
+    merges the tokens before those that it drops. So the published results are not those of this rule. In
+    decode, the paper removes an entry at a fixed place whenever text grows past the budget; a cross-attention
+    cache does not grow, so nothing is removed here. First and most recent tokens are not protected, because
+    image tokens have no such order. Rows that see no image do not vote. The paper has one sequence, as
+    borders=image has here (preset=published). The best token of each image is always an anchor. (In a sample
+    whose text sees no image, an image may have no anchor and is dropped.) renormalize_keys and size_bias are
+    not in the paper.
     """
+    differs = (
+        "the prefill half of the paper's rule; buckets end at tiles by default; the released code, and so "
+        "its results, select other tokens, at chance level"
+    )
+    checked_against = (
+        "preset=published: same anchors and buckets as liuzuyan/ElasticCache@3138e03 "
+        "(kv_cache.py:ElasticCache) for scores with which its selection is right"
+    )
     cost = (
         "one product of queries and keys in each layer, 64 rows at a time, and one pass over keys and "
         "values, a few heads at a time in float32; with size_bias, decoding adds one number to each logit"

@@ -37,10 +37,20 @@ class KeyDiff(ScoringPolicy):
     fidelity = "adapted"
     paper = "arXiv 2504.15364 (KeyDiff)"
     deviations = """
-    All tokens arrive at once, so there is one pass over all of them; the original evicts block by block. The
-    mean is over what decoding can see; an image of an interleaved chat that only earlier rows see has an
-    anchor of its own.
+    All tokens arrive at once, so there is one pass over all of them. The original evicts in blocks of the
+    prompt, and compares keys with those that are left; kvpress has blocks of 128 tokens. On the keys of
+    Whisper base (1500 tokens), these blocks and one pass share 0.71, 0.72 and 0.68 of the tokens that either
+    keeps, at a half, a quarter and a tenth. The mean is over what decoding can see; an image of an
+    interleaved chat that only earlier rows see has an anchor of its own.
     """
+    differs = (
+        "one pass over all tokens; the original evicts block by block, which keeps other tokens where "
+        "several blocks evict"
+    )
+    checked_against = (
+        "same sets as NVIDIA/kvpress@8bb29b9 (KeyDiffPress), a port: the authors' code was not found; "
+        "with its blocks only where one block evicts"
+    )
     cost = (
         "two passes over keys and one float32 copy of one sample's; no attention weights; one host "
         "synchronisation for each sample and image"

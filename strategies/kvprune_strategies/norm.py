@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvprune import LayerView, ScoringPolicy
+from kvprune import LayerView, ScoringPolicy, scoring
 from kvprune.policy import Need
 
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(ScoringPolicy):
     """Keep the tokens whose values (or keys) have the highest (or lowest) L2 norm.
+
+    By default these are long values, which is our rule. The published method keeps short keys:
+    ``preset=published``. Each KV head ranks its own tokens.
 
     Args:
         of: "values"; "keys" as they are cached; "raw_keys" as they were before ``k_norm``. Mllama caches
@@ -28,12 +32,14 @@ class Norm(ScoringPolicy):
     keep: Literal["high", "low"] = "high"
 
     name = "norm"
-    version = 1
+    version = 2  # 1 measured float64 vectors in float32
+    presets = MappingProxyType({"published": {"of": "keys", "keep": "low"}})
 
     def score(self, view: LayerView) -> Tensor:
         """Return signed norms ``[B, Hkv, S]``."""
         vectors: Tensor = getattr(view, self.of)  # [B, Hkv, S, D]
-        norms: Tensor = torch.linalg.vector_norm(vectors.float(), dim=-1)  # [B, Hkv, S]
+        dtype = scoring.accumulation_dtype(vectors)
+        norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)  # [B, Hkv, S]
         return norms if self.keep == "high" else -norms
 
     @property
@@ -43,6 +49,21 @@ class Norm(ScoringPolicy):
 
     fidelity = "inspired-by"
     paper = "arXiv 2406.11430 (lowest key norm, in self-attention)"
+    deviations = """
+    The paper keeps the tokens whose keys are shortest (preset=published); long values, the default, are our
+    rule. The authors' scripts leave the first layer, or the first two, whole; here all cross-attention layers
+    are pruned. They prune again while text is generated; here no image tokens are added, so nothing is pruned
+    again. Mllama caches keys after an RMS norm, which takes most of what their lengths say: of=raw_keys has
+    the lengths before that norm.
+    """
+    differs = (
+        "the default, long values, is our rule; the paper keeps short keys (preset=published), and its "
+        "scripts leave layers 0 and 1 whole"
+    )
+    checked_against = (
+        "preset=published: same sets as alessiodevoto/l2compress@f93d6ca (cache.py:l2_compress) and "
+        "NVIDIA/kvpress@8bb29b9 (KnormPress); the default: nothing published"
+    )
     cost = "one pass over values or keys, no attention weights"
     bibtex = """
 @article{norm2024,

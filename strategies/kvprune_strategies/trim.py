@@ -52,13 +52,24 @@ class Trim(BudgetPolicy):
             kept = union[:, None] | one_per_group
         return onward_decision(view, kept, crop_here=self.crop_first)
 
-    fidelity = "faithful"
+    fidelity = "adapted"
     paper = "arXiv 2504.00557 (Trimmed Llama)"
     deviations = """
-    k is a fraction of visible tokens, without padding tiles (the paper does not say). Rows that see no image
-    do not vote. An image of an interleaved chat that only earlier rows see is pruned on its own, by the same
-    rule. The best token of each image always stays.
+    No code was published, and only the abstract and the opening of the paper could be read. They say that the
+    first cross-attention layer decides, that each head takes its top k, and that later layers receive the
+    union. Unverified is what else was needed to run it: a token's attention is summed over text rows, k is a
+    fraction of visible tokens (without padding tiles) and rounded up, and the first layer's own cache is
+    cropped, too. keep_ratio, its default, and the order of tokens of equal best rank are our extension. Rows
+    that see no image do not vote. An image of an interleaved chat that only earlier rows see is pruned on its
+    own, by the same rule. The best token of each image always stays.
     """
+    differs = (
+        "only abstract and opening of the paper were read: summing rows, what k counts and cropping the "
+        "first layer are our reading; keep_ratio is our extension"
+    )
+    checked_against = (
+        "unverified: no code was published; with k_ratio, same sets as a transcription of the paper's opening"
+    )
     cost = "one product of queries and keys in one layer, 64 rows at a time"
     bibtex = """
 @article{trim2025,

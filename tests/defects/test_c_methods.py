@@ -100,11 +100,6 @@ def test_c10_policies_see_the_real_end_of_a_prompt_whose_last_token_is_decoded_l
 # C11: precision of norms.
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="C11: norm casts float64 to float32, so lengths that differ by less than that are taken for equal",
-)
 def test_c11_norm_ranks_float64_in_float64() -> None:
     view = lengths([[1, 1 + 1e-10, 1 - 1e-10, 1], [2, 2 - 1e-10, 2, 2 + 1e-10]])
     assert kept_sets(Norm(keep_tokens=1).select(view).cache) == [[{1}, {3}]]

@@ -123,6 +123,10 @@ def test_equal_importance_and_equal_distance_go_to_the_lower_column():
     assert buckets(Elastic(keep_tokens=2).select(pulled).cache, 0) == {1: [0, 1, 2, 3], 5: [4, 5, 6]}
 
 
+def test_the_published_buckets_end_at_images_only():
+    assert kvprune.get_policy("elastic:preset=published") == Elastic(borders="image")
+
+
 def test_buckets_end_at_tiles_and_images_or_at_images_only():
     # Tiles of two columns: three in the first image, one in the second. Anchors: 2 and 7.
     view = make_view(make_visibility([[[1, 1, 1, 1]]], 2, images=[0, 0, 0, 1]))

@@ -37,6 +37,10 @@ def test_the_defaults_are_long_values():
     assert Norm().select(view) == Norm(of="values", keep="high").select(view)
 
 
+def test_the_published_rule_keeps_short_keys():
+    assert kvprune.get_policy("norm:preset=published") == Norm(of="keys", keep="low")
+
+
 def test_the_six_combinations_keep_different_tokens():
     view = make_view(make_visibility([[[1]]], 24))
     found = {
@@ -85,6 +89,7 @@ def test_norms_of_half_precision_are_taken_in_float32():
     scores = Norm().score(huge)
     assert scores.dtype == torch.float32
     assert bool(scores.isfinite().all())
+    assert Norm().score(make_view(make_visibility([[[1]]], 8), dtype=torch.float64)).dtype == torch.float64
 
 
 @given(conversations(), ratios, st.sampled_from(["layer", "onward"]))

@@ -75,6 +75,18 @@ def test_a_token_counts_by_what_the_better_ones_hold_and_not_by_its_own():
     assert counts.tolist() == [[1, 2]]
 
 
+def test_small_remainders_are_told_apart():
+    """Both layers give nearly all to their best token; only what is left says where tokens are wanted."""
+    left = torch.tensor([[1e-12, 1e-12, 1e-12], [4e-12, 1e-13, 1e-14]], dtype=torch.float64)
+    measured = torch.cat([1 - left.sum(-1, keepdim=True), left], dim=-1)[None]  # [1, 2, 4]
+    urgency = PrefixKV().urgency(measured, torch.tensor([[4, 4]]), 4)
+    torch.testing.assert_close(urgency[0, 0, 1:], torch.tensor([3e-12, 2e-12, 1e-12], dtype=torch.float64))
+    torch.testing.assert_close(urgency[0, 1, 1], torch.tensor(4.11e-12, dtype=torch.float64))
+    one, all_ = torch.tensor([[1, 1]]), torch.tensor([[4, 4]])
+    found = [apportion(urgency, one, all_, torch.tensor([total]))[0].tolist() for total in range(2, 9)]
+    assert found == [[1, 1], [1, 2], [2, 2], [3, 2], [4, 2], [4, 3], [4, 4]]
+
+
 def test_equal_layers_keep_equally_many_and_the_total_is_exact():
     view = make_view(make_visibility([[[1]] * 3], 30))
     for tokens in (1, 7, 12, 30):
@@ -134,6 +146,35 @@ def test_nothing_is_noted_and_queries_are_needed():
     assert [decision.note for decision in concluded(PrefixKV(), views)] == [""] * 3
     assert PrefixKV().needs == {"queries"}
     assert PrefixKV(scorer=Norm(of="raw_keys")).needs == {"queries", "raw_keys"}
+
+
+@given(conversations(), ratios, st.integers(0, 2))
+def test_given_shares_replace_what_a_sample_measures(visibility, ratio, seed):
+    views = layers_over(visibility, seed)
+    shares = (0.6, 0.3, 0.1)
+    kept = kept_by_layer(kvprune.get_policy(f"prefixkv:shares=0.6/0.3/0.1,keep_ratio={ratio}"), views)
+    for sample in range(visibility.batch):
+        visible = visible_of(visibility, sample)
+        most, even = [len(visible)] * 3, exact_budget(ratio, len(visible))
+        counts = share_out(lambda layer, place: shares[layer] / (place + 0.5), [1] * 3, most, 3 * even)
+        for layer, count in enumerate(counts):
+            assert kept[layer][sample] == [best_of(slow_mass(views[layer], sample), visible, count)]
+
+
+@pytest.mark.parametrize("shares", ["x", "1/x", "-1/2", "0/0", "1//2", "nan/1", "inf/1", "/"])
+def test_shares_that_are_no_numbers_are_refused(shares):
+    with pytest.raises(
+        PolicyOptionError, match="shares of policy 'prefixkv' are numbers that are not negative"
+    ):
+        PrefixKV(shares=shares)
+
+
+def test_shares_for_another_number_of_layers_are_refused():
+    views = layers_over(make_visibility([[[1]]], 9))
+    with pytest.raises(
+        PolicyOptionError, match=r"one number for each .* this model has 3, got 2: '0\.5/0\.5'"
+    ):
+        concluded(PrefixKV(shares="0.5/0.5"), views)
 
 
 def test_bad_options_are_refused():

@@ -52,6 +52,17 @@ def test_layers_keep_the_best_of_their_share_by_density(visibility, ratio, thres
             assert kept[layer][sample] == [best_of(of, visible, counts[layer]) for of in norms]
 
 
+def test_heads_can_share_what_all_of_them_rank_highest():
+    views = layers_over(make_visibility([[[1]] * 3], 20))
+    separate, shared = (
+        kept_by_layer(VLCache(keep_ratio=0.25, heads=of), views) for of in ("separate", "shared")
+    )
+    assert kvprune.get_policy("vlcache:preset=effivlm") == VLCache(heads="shared")
+    for view, by_head, together in zip(views, separate, shared, strict=True):
+        mass = view.attention_mass()[0].sum(0).tolist()
+        assert together[0] == [best_of(mass, range(20), len(by_head[0][0]))]  # as many, one set for all heads
+
+
 def densities(*scales, rows=3, columns=300, **options):
     """Views of layers with sharper and flatter attention."""
     visibility = make_visibility([[[1]] * rows], columns)

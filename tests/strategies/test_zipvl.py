@@ -120,6 +120,46 @@ def test_the_count_is_the_smallest_that_reaches_tau_and_grows_with_it(visibility
             assert before[sample] == slow_decode(visibility, sample)
 
 
+def slow_separate(view, sample, tau):
+    """The important columns of each KV head of a sample that sees an image, by its own attention."""
+    visible = sorted(slow_decode(view.visibility, sample))
+    _, readers = averages(view, sample)
+    group = view.captured.queries.shape[1] // view.keys.shape[1]
+    found = []
+    for kv_head in range(view.keys.shape[1]):
+        by_head = [slow_attention(view, sample, kv_head * group + head) for head in range(group)]
+        mass = [math.fsum(column) / group for column in zip(*by_head, strict=True)]
+        falling = sorted((mass[column] for column in visible), reverse=True)
+        goal = tau * math.fsum(falling) - 1e-12
+        count = next(p for p in range(1, len(falling) + 1) if math.fsum(falling[:p]) >= goal)
+        order = sorted(visible, key=lambda column, m=mass: (-m[column] / readers[column], column))
+        groups = [group & set(visible) for group in slow_groups(view.visibility, sample)]
+        first = [next(c for c in order if c in group) for group in groups if group]
+        rest = [column for column in order if column not in first]
+        found.append(set(first) | set(rest[: max(0, count - len(first))]))
+    return found
+
+
+@few
+@given(conversations(), taus, st.integers(0, 99))
+def test_separate_heads_find_their_own_tokens_and_numbers(visibility, tau, seed):
+    view = make_view(visibility, seed=seed)
+    kept = kept_sets(zipvl(tau=tau, heads="separate").select(view).cache)
+    for sample in range(visibility.batch):
+        if live_rows(visibility, sample):
+            assert kept[sample] == slow_separate(view, sample, tau)
+
+
+def test_separate_heads_hold_their_own_tokens_in_more_bits():
+    view = make_view(make_visibility([[[1]] * 3], 10))
+    mixed = kvprune.get_policy("zipvl:preset=zipcache,high_ratio=0.3").select(view).cache
+    dropping = zipvl(keep_ratio=0.3, heads="separate").select(view).cache
+    assert dropping.counts.tolist() == [[3, 3]]
+    assert mixed.counts.tolist() == [[10, 10]]
+    assert torch.equal(mixed.bits == 4, dropping.to_mask())
+    assert set(mixed.bits.flatten().tolist()) == {2, 4}
+
+
 def test_flat_attention_keeps_tau_of_the_tokens_and_peaked_attention_one():
     visibility = make_visibility([[[1]] * 3], 40)
     flat = make_view(visibility, captured_queries=torch.zeros(1, 4, 3, 4, dtype=torch.float64))

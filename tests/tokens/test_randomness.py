@@ -134,3 +134,44 @@ def test_a_fingerprint_does_not_depend_on_memory_layout():
     strided = pixels.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert not strided.is_contiguous()
     assert torch.equal(randomness.fingerprint(pixels), randomness.fingerprint(strided))
+
+
+def states(batch=4, columns=50, width=16, seed=0):
+    return torch.randn(
+        batch, columns, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+def seen(*lengths, columns=50):
+    return torch.arange(columns) < torch.tensor(lengths)[:, None]
+
+
+def test_states_of_other_samples_have_other_digests():
+    digests = randomness.states_fingerprint(states(100), seen(*[50] * 100))
+    assert digests.unique().numel() >= 99  # six projections, about 200 steps each
+
+
+def test_states_of_a_sample_have_one_digest_alone_in_a_batch_and_in_any_dtype_but_the_shortest():
+    every, lengths = states(), seen(50, 20, 7, 1)
+    together = randomness.states_fingerprint(every, lengths)
+    for row, length in enumerate((50, 20, 7, 1)):
+        alone = randomness.states_fingerprint(every[row : row + 1, :length], seen(length, columns=length))
+        assert alone == together[row]
+    assert torch.equal(randomness.states_fingerprint(every.float(), lengths), together)
+
+
+def test_rounding_hardly_ever_changes_the_digest_of_states():
+    every, lengths = states(200), seen(*[50] * 200)
+    noise = 1e-6 * torch.randn(every.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    changed = randomness.states_fingerprint(every, lengths) != randomness.states_fingerprint(
+        every + noise, lengths
+    )
+    assert changed.sum() <= 1
+
+
+def test_what_padding_holds_and_samples_of_nothing_else_are_no_trouble():
+    every, lengths = states(2), seen(20, 0)
+    before = randomness.states_fingerprint(every, lengths)
+    every[:, 20:] = torch.nan
+    assert torch.equal(randomness.states_fingerprint(every, lengths), before)
+    assert before[1] == 0
