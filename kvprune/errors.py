@@ -5,6 +5,7 @@ Each message says what was wrong, shows the value that was given, and says what 
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 __all__ = [
@@ -36,7 +37,22 @@ __all__ = [
 
 
 class KVPruneError(Exception):
-    """Base class of all exceptions that kvprune raises on purpose."""
+    """Base class of all exceptions that kvprune raises on purpose.
+
+    As text, a message is printable: names, paths and errors of others in it may hold escape sequences, which
+    a terminal would obey wherever the message or a traceback is printed.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(  # as `kvprune.text.printable`, which this file, the lowest of all, does not import
+            char
+            if char == "\n" or char.isprintable() or unicodedata.category(char) == "Zs"
+            else char.encode("unicode_escape").decode()
+            for char in text
+        )
 
 
 class SpecError(KVPruneError):
@@ -112,7 +128,7 @@ class ResultsError(KVPruneError):
 
 
 class PolicyFailedError(KVPruneError):
-    """A policy raised an exception while it decided; that exception is the ``__cause__``."""
+    """A policy raised an exception, which is the ``__cause__``, or says something impossible about itself."""
 
 
 class GuideError(KVPruneError):

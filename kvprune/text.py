@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
+import re
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["docstring", "error_line", "printable", "shown", "suggestion"]
+__all__ = ["docstring", "error_line", "is_printable", "printable", "printable_json", "shown", "suggestion"]
 
 _LONGEST_NAME = 64  # of names that get a suggestion; comparing longer ones takes long
 
@@ -21,7 +23,9 @@ def printable(text: str, limit: int | None = None, *, newlines: bool = False) ->
 
     Args:
         text: Any text.
-        limit: Longest text that is returned whole; a longer one is cut in the middle.
+        limit: A longer text is cut in the middle, and a note says how much was left out. With the note it is
+            not longer than the limit, or if the limit is shorter than 60, than the limit and 30 more. A text
+            that would not become shorter is returned whole.
         newlines: Whether to keep newlines as they are.
 
     Example:
@@ -31,14 +35,44 @@ def printable(text: str, limit: int | None = None, *, newlines: bool = False) ->
     if not text.isprintable():
         text = "".join(
             char
-            if char.isprintable() or (newlines and char == "\n") or unicodedata.category(char) == "Zs"
+            if is_printable(char) or (newlines and char == "\n")
             else char.encode("unicode_escape").decode()
             for char in text
         )
     if limit is None or len(text) <= limit:
         return text
-    head, tail = limit * 2 // 3, len(text) - limit // 3
-    return f"{text[:head]}...({tail - head} characters left out)...{text[tail:]}"
+    note = len(_elision(len(text)))
+    room = limit - note if limit >= 2 * note else limit  # a short limit counts the text alone
+    head, tail = room * 2 // 3, room // 3
+    cut = text[:head] + _elision(len(text) - head - tail) + text[len(text) - tail :]
+    return cut if len(cut) < len(text) else text
+
+
+def is_printable(text: str) -> bool:
+    r"""Return whether a terminal shows a text as it is; blanks of any width count as printable.
+
+    Example:
+        >>> is_printable("a b"), is_printable("a\nb"), is_printable("\x1b[2J")
+        (True, False, False)
+    """
+    return text.isprintable() or all(
+        char.isprintable() or unicodedata.category(char) == "Zs" for char in text
+    )
+
+
+def printable_json(value: object) -> str:
+    r"""Return a value as indented JSON for a terminal; what does not print is escaped as JSON escapes it.
+
+    Example:
+        >>> print(printable_json("Straße \u009b2J"))
+        "Straße \u009b2J"
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return "".join(char if char == "\n" or is_printable(char) else json.dumps(char)[1:-1] for char in text)
+
+
+def _elision(count: int) -> str:
+    return f"...({count} characters left out)..."
 
 
 def shown(value: object, limit: int = 200) -> str:
@@ -97,6 +131,6 @@ def docstring(cls: type) -> str:
     The signature that `dataclasses.dataclass` writes into classes without a docstring does not count.
     """
     text = getattr(cls, "__doc__", None)
-    if not isinstance(text, str) or text.startswith(f"{cls.__name__}("):
+    if not isinstance(text, str) or re.fullmatch(rf"{re.escape(cls.__name__)}\(.*\)", text):
         return ""
     return inspect.cleandoc(text)

@@ -130,7 +130,7 @@ class MllamaAdapter(ModelAdapter):
         if tokens is None:
             return args, kwargs  # the model itself raises an error
         batch, length = tokens.shape[:2]
-        text_mask = fit_text_mask(cache, named.get("attention_mask"), batch, length)
+        text_mask = fit_text_mask(cache, named.get("attention_mask"), batch, length, self.reader)
         named = {**named, "attention_mask": text_mask}
         rows = None if mask is None else tiles_of_rows(mask, length, cache)
         # The dtype of one weight: asking the model for its dtype walks over all of them.

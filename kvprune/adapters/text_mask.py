@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.cache.reader import Reader
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.errors import UnsupportedCacheError
 
 __all__ = ["fit_text_mask"]
 
 
-def fit_text_mask(cache: Any, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+def fit_text_mask(cache: Any, mask: Tensor | None, batch: int, length: int, reader: Reader) -> Tensor | None:
     """Return the text mask with its part over pruned text replaced, and tell the cache layers about it.
 
     Transformers treats held entries as the last tokens before the next one, and slices their part out of the
@@ -24,13 +25,14 @@ def fit_text_mask(cache: Any, mask: Tensor | None, batch: int, length: int) -> T
         mask: ``[B, tokens so far]``, zero at padding; None without padding.
         batch: Rows B of the call.
         length: Text rows T of the call.
+        reader: Who fits the mask.
 
     Raises:
         UnsupportedCacheError: If text was pruned, and the mask does not cover the whole conversation.
     """
     layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, TextKVLayer)]
     for layer in layers:
-        layer.announce()
+        layer.announce(reader)
     pruned = next((layer for layer in layers if layer.slots is not None), None)
     if pruned is None or pruned.valid is None:
         return mask

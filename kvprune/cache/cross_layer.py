@@ -103,8 +103,8 @@ class CrossKVLayer(HeldEntries):
         expected = arrival.columns if arrival.received is None else arrival.received.indices.shape[-1]
         if key_states.shape[-2] != expected:
             raise UnsupportedCacheError(
-                f"keys of {key_states.shape[-2]} columns reached a cache layer that expected {expected}; "
-                "the text and the encoder states of a call must have the same batch"
+                "the text and the encoder states of a call must have the same batch: keys of "
+                f"{key_states.shape[-2]} columns reached a cache layer that expected {expected}"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from kvprune.cache.reader import Reader
 from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.selection import Selection
 
@@ -45,7 +46,7 @@ class TextKVLayer(DynamicLayer):
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
         self.ragged = False
-        self._announced = False
+        self._announced: Reader | None = None
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> Self:
@@ -109,9 +110,9 @@ class TextKVLayer(DynamicLayer):
         self.slots, self.valid = slots, (place >= 0).to(self.keys.device)
         self.ragged = not bool(self.valid.all())
 
-    def announce(self) -> None:
-        """Note that the mask of the next forward call was fitted to the held entries (`fit_text_mask`)."""
-        self._announced = True
+    def announce(self, reader: Reader) -> None:
+        """Note that a reader has fitted the mask of the next call to the held entries (`fit_text_mask`)."""
+        self._announced = reader
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -121,12 +122,12 @@ class TextKVLayer(DynamicLayer):
         Raises:
             UnsupportedCacheError: If text was pruned, but the mask was not fitted to it (see `announce`).
         """
-        if self.slots is not None and not self._announced:
+        if self.slots is not None and not (self._announced and self._announced.is_attached):
             raise UnsupportedCacheError(
                 "this cache holds pruned text, but the model runs without kvprune, which must fit the "
                 "mask; stay inside the `with kvprune.compress(...)` block, or start with a new cache"
             )
-        self._announced = False
+        self._announced = None
         self.seen += key_states.shape[-2]
         both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         return both

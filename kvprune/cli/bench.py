@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 
 from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
 from kvprune.errors import KVPruneError
-from kvprune.text import printable
+from kvprune.text import printable, printable_json
 
 if TYPE_CHECKING:
     from kvprune.policy.base import CrossKVPolicy
@@ -64,7 +63,7 @@ def memory(
                 on_progress=lambda done, total: bar(Progress("measuring", done, total)),
             )
     if json_output:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(printable_json(report.to_dict()))
     else:
         _print(report)
 
@@ -76,7 +75,7 @@ def _installed(found: Registry) -> list[CrossKVPolicy]:
         try:
             policies.append(found.get_policy(name))
         except KVPruneError as error:
-            say(f"left out: {printable(str(error), 400)}")
+            say(printable(f"left out: {error}", 400))
     return policies
 
 
@@ -92,7 +91,7 @@ def _print(report: MemoryReport) -> None:
         cells = [f"{one.peak_bytes / _MIB:.1f}" for one in row] + [
             "-" if one.seconds is None else f"{one.seconds:.3f}" for one in row
         ]
-        table.add_row(spec, *cells)
+        table.add_row(printable(spec), *cells)
     make_console().print(table)
     size = report.dimensions
     print(

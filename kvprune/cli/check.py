@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from kvprune.cli.common import Debug, hide_warnings, make_console, make_table, one_line_errors
 from kvprune.errors import ConformanceError, UnknownInvariantError
+from kvprune.text import printable_json
 
 __all__ = ["check"]
 
@@ -57,7 +57,7 @@ def check(
         except ConformanceError as failure:
             report = failure.report
     if json_output:
-        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        print(printable_json(report.to_dict()))
     else:
         table = make_table("id", "what", "outcome", "problems", "seconds")
         for result in report.results:

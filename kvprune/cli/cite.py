@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvprune.cli.common import Debug, load_quietly, one_line_errors
+from kvprune.cli.facts import Facts, known_facts
 from kvprune.errors import CitationError
 from kvprune.text import printable
-
-if TYPE_CHECKING:
-    from kvprune.policy.base import CrossKVPolicy
 
 __all__ = ["FRAMEWORK", "cite", "own_bibtex"]
 
@@ -37,11 +36,9 @@ def cite(
 ) -> None:
     """Print BibTeX entries of policies' papers, or of kvprune itself."""
     with one_line_errors(debug):
-        found = load_quietly()
-        entries = [
-            own_bibtex() if name == FRAMEWORK else _bibtex(found.policy_class(name))
-            for name in dict.fromkeys(names)
-        ]
+        wanted = dict.fromkeys(names)
+        known = known_facts()[0] if {*wanted} - {FRAMEWORK} else {}
+        entries = [own_bibtex() if name == FRAMEWORK else _bibtex(name, known) for name in wanted]
         print(printable("\n\n".join(dict.fromkeys(entries)), newlines=True))
 
 
@@ -50,12 +47,17 @@ def own_bibtex() -> str:
     return _OWN.format(version=metadata.version("kvprune"))
 
 
-def _bibtex(policy: type[CrossKVPolicy]) -> str:
+def _bibtex(name: str, known: Mapping[str, Facts]) -> str:
     """Return a policy's BibTeX entry.
 
     Raises:
         CitationError: If the policy has no entry; says what to cite instead.
+        KVPruneError: If there is no such policy; see `Registry.entry`.
     """
+    policy = known.get(name)
+    if policy is None:
+        load_quietly().entry(name)  # raises, and says which names there are
+        raise CitationError(f"policy {name!r} was installed a moment ago; run the command again")
     if policy.bibtex.strip():
         return policy.bibtex.strip()
     own = f"cite kvprune itself (kvprune cite {FRAMEWORK})"

@@ -59,7 +59,7 @@ def one_line_errors(debug: bool, *, resumes: bool = False) -> Iterator[None]:
     except (KVPruneError, ModuleNotFoundError) as error:
         if debug:
             raise
-        say(f"error: {printable(str(error), newlines=True)}")
+        say(f"error: {error}")
         raise typer.Exit(2) from None
 
 
@@ -113,5 +113,5 @@ def make_console() -> Console:
 
 
 def say(text: str) -> None:
-    """Print a message on standard error, apart from a command's result."""
-    print(f"kvprune: {text}", file=sys.stderr)
+    """Print a message on standard error, apart from a command's result; what does not print is escaped."""
+    print(f"kvprune: {printable(text, newlines=True)}", file=sys.stderr)

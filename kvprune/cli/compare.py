@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from kvprune.cli.common import (
     say,
 )
 from kvprune.errors import PolicyOptionError
+from kvprune.text import printable_json
 
 __all__ = ["compare"]
 
@@ -76,7 +76,7 @@ def compare(
         with redirect_stdout(sys.stderr), progress_bar() as on_progress:  # plugins may print
             summary = run(policies, ratios, settings, on_progress)
         if json_output:
-            print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
+            print(printable_json(summary.to_dict()))
         else:
             show_summary(summary, output, make_console(), ranked=every)
 

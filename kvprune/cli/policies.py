@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
+from kvprune.cli.facts import known_facts
 from kvprune.errors import PluginError
 from kvprune.text import docstring, error_line, printable
 
@@ -18,19 +19,22 @@ if TYPE_CHECKING:
 
 __all__ = ["list_policies", "read_docstrings", "show"]
 
+_LONGEST_CLAIM = 400
+_LONGEST = 20_000
+"""What an author wrote about a policy is printed whole, unless it is far longer than anybody would read."""
+
 
 def list_policies(debug: Debug = False) -> None:
     """List the installed policies, and the plugins that failed to load."""
     with one_line_errors(debug):
-        found = load_quietly()
+        policies, broken = known_facts()
         table = make_table("policy", "version", "plugin (distribution)", "what it does")
-        for entry in found.policies.values():
-            claim = " ".join(docstring(entry.cls).partition("\n\n")[0].split())
-            plugin = f"{entry.plugin} ({entry.distribution})"
-            table.add_row(entry.name, str(entry.version), plugin, printable(claim, 400))
+        for facts in policies.values():
+            claim = printable(" ".join(facts.text.partition("\n\n")[0].split()), _LONGEST_CLAIM)
+            table.add_row(facts.name, str(facts.version), facts.origin, claim)
         make_console().print(table)
-        for broken in found.broken:
-            say(f"broken plugin {broken.name} ({broken.distribution}): {broken.problem}")
+        for problem in broken:
+            say(problem)
 
 
 def show(
@@ -61,21 +65,24 @@ def _describe(entry: PolicyEntry) -> None:
     policy = entry.cls
     text, meanings = read_docstrings(policy)
     print(f"{entry.name}, version {entry.version}, from plugin {entry.plugin} ({entry.distribution})\n")
-    print(printable(text, 20_000, newlines=True) + "\n")
+    print(printable(text, _LONGEST, newlines=True) + "\n")
     facts = {"paper": policy.paper, "fidelity": policy.fidelity, "differs": policy.differs}
     facts |= {"checked": policy.checked_against, "cost": policy.cost}
     for fact, said in facts.items():
-        print(f"{fact + ':':<10}{printable(said, 400) or '-'}")
+        print(f"{fact + ':':<10}{printable(said, _LONGEST) or '-'}")
     for preset, options in policy.presets.items():
-        print(f"{'preset:':<10}{printable(str(PolicySpec(entry.name, {'preset': preset})), 400)} = ", end="")
-        print(printable(str(PolicySpec(entry.name, options)), 400))
+        print(
+            f"{'preset:':<10}{printable(str(PolicySpec(entry.name, {'preset': preset})), _LONGEST)} = ",
+            end="",
+        )
+        print(printable(str(PolicySpec(entry.name, options)), _LONGEST))
     if policy.bibtex:
         print(f"{'cite:':<10}kvprune cite {entry.name}")
     types = policy.option_types()
     table = make_table("option", "type", "default", "meaning")
     for option in dataclasses.fields(policy):
         row = option.name, describe_type(types[option.name]), _default(option), meanings.get(option.name, "-")
-        table.add_row(*(printable(cell, 400) for cell in row))
+        table.add_row(*(printable(cell, _LONGEST) for cell in row))
     print()
     if types:
         make_console().print(table)

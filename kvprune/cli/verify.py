@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kvprune.cli.common import Debug, TrustRemoteCode, hide_progress_bars, one_line_errors
+from kvprune.text import printable_json
 
 __all__ = ["verify"]
 
@@ -43,5 +43,5 @@ def verify(
                 trust_remote_code=trust_remote_code,
                 on_progress=on_progress,
             )
-    print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json_output else found)
+    print(printable_json(found.to_dict()) if json_output else found)
     raise typer.Exit(0 if found.reproduces else 1)

@@ -147,8 +147,8 @@ def require_onward(decision: Decision, policy: CrossKVPolicy, layer_idx: int) ->
         raise UnsupportedCacheError(
             f"policy {policy.spec} prunes the cache of layer {layer_idx} after its attention, but "
             "the model was called without a cache (use_cache=False, or gradient checkpointing), so "
-            "nothing would be pruned; call it with use_cache=True, or choose a policy that decides "
-            "onward (trim, or reach=onward)"
+            "nothing would be pruned; call it with use_cache=True (labels= turns the cache off: pass "
+            "decoder_input_ids instead), or choose a policy that decides onward (trim, or reach=onward)"
         )
     if decision.cache is not None and decision.cache.quantizes:
         raise UnsupportedCacheError(

@@ -18,6 +18,7 @@ from kvprune.engine.live_check import check_layers, check_text_layers
 from kvprune.engine.receipts import LayerReceipt, TextReceipt
 from kvprune.errors import ReceiptError
 from kvprune.policy.spec import PolicySpec
+from kvprune.text import printable
 
 __all__ = ["SCHEMA", "CompressionReport"]
 
@@ -234,7 +235,8 @@ class CompressionReport:
 
     def __str__(self) -> str:
         if not self.prefills:
-            return f"{self.policy}: nothing compressed yet ({self.encoder_inputs} encoder inputs seen)"
+            seen = f"{self.encoder_inputs} encoder inputs seen"
+            return printable(f"{self.policy}: nothing compressed yet ({seen})")
         held, full = self.bytes_held / _MIB, self.bytes_full / _MIB
         share = f" ({held / full:.1%})" if full else ""
         asked = ", ".join(f"{name} {value}" for name, value in self.requested.items()) or "no budget"
@@ -261,7 +263,8 @@ class CompressionReport:
         lines.append(f"deciding took {self.seconds:.3g} s")
         if self.guide is not None:
             lines.append(str(self.guide))
-        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+        # A spec may hold text of others, and so may what a policy says it requested.
+        return "\n".join(printable(line) for line in [*lines, *(f"warning: {w}" for w in self.warnings)])
 
 
 def _by_bits(layer: LayerReceipt) -> str:

@@ -148,9 +148,15 @@ class ScoringPolicy(BudgetPolicy):
     def score(self, view: LayerView) -> Tensor:
         """Return scores ``[B, Hkv, S]`` or ``[B, 1, S]``, higher = keep; unseen columns do not matter."""
 
+    def spares(self, view: LayerView) -> bool:
+        """Whether a layer keeps everything. A class that spares layers has no ``exact_budget``."""
+        return False
+
     @typing.final
     def select(self, view: LayerView) -> Decision:
         """Keep the columns with the highest scores (KV02: exactly the budget, for each sample and head)."""
+        if self.spares(view):
+            return Decision()
         if self.reach == "onward":
             if view.rank > 0:
                 return Decision()

@@ -184,7 +184,10 @@ def check_scores(scores: object, view: View, strata: Tensor, policy: str) -> Ten
     if not isinstance(scores, Tensor):
         raise ScoreError(f"{where}: score returned {type(scores).__name__}, expected a tensor {expected}")
     if scores.shape not in ((batch, heads, columns), (batch, 1, columns)):
-        raise ScoreError(f"{where}: score returned shape {list(scores.shape)}, expected {expected}")
+        raise ScoreError(
+            f"{where}: score returned shape {list(scores.shape)}, expected {expected}"
+            f"{_shape_hint(scores, batch, heads, columns)}"
+        )
     # Checked after the shape: an expanded view of one number can have any shape without using memory.
     if scores.layout != torch.strided or scores.device != view.device:
         raise ScoreError(
@@ -204,3 +207,16 @@ def check_scores(scores: object, view: View, strata: Tensor, policy: str) -> Ten
         )
     # Finite, so that averages over heads cannot compute inf - inf.
     return scores.clamp(torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max)
+
+
+def _shape_hint(scores: Tensor, batch: int, heads: int, columns: int) -> str:
+    """Return how scores of another common shape become scores of the right one, or ""."""
+    if scores.shape == (batch, columns):
+        return "; if all heads share them, write scores[:, None]"
+    grouped = scores.ndim == 3 and scores.shape[1] > heads and scores.shape[1] % heads == 0
+    if grouped and scores.shape[::2] == (batch, columns):
+        return (
+            "; scores by query head become scores by KV head with "
+            "kvprune.scoring.by_kv_head(scores, view.heads)"
+        )
+    return ""

@@ -19,7 +19,7 @@ from kvprune.text import shown
 
 __all__ = ["make_nested", "parts", "require_scorer"]
 
-_OUTER = ("keep_ratio", "keep_tokens", "reach")
+_OUTER = ("keep_ratio", "keep_tokens", "reach", "whole_layers")
 """Options of a scorer that the outer policy decides."""
 
 

@@ -16,6 +16,7 @@ from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
 from kvprune.errors import CompressionStateError, GuideError, NestedCompressionError, PolicyNeverRanError
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
+from kvprune.policy.declarations import require_declarations
 from kvprune.policy.spec import PolicySpec
 from kvprune.session.guide import BoundGuide, Guide
 from kvprune.session.registry import load
@@ -53,6 +54,7 @@ def compress(
             cannot capture what the policy needs.
         IncompatibleTransformersError: If transformers lacks something that the adapter relies on.
         GuideError: If the guide cannot guide this model, or the policy does not use a guide.
+        PolicyFailedError: If the policy cannot say what it needs or requests, or says something impossible.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
 
     Example:
@@ -83,6 +85,7 @@ class Compression:
         seed: int,
         guide: nn.Module | Guide | Guidance | None = None,
     ) -> None:
+        require_declarations(policy)
         adapter.require_needs(policy)
         self.policy = policy
         self._adapter = adapter

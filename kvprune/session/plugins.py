@@ -22,6 +22,7 @@ from torch.nn.modules import module as torch_module
 from kvprune.adapters.base import ModelAdapter
 from kvprune.errors import NameClashError, PluginError
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
+from kvprune.policy.declarations import NEEDS
 from kvprune.session import hookspecs
 from kvprune.text import error_line, printable, shown, suggestion
 
@@ -242,6 +243,18 @@ def _check_adapter(cls: type[ModelAdapter]) -> None:
             f"{where} has the model_classes {shown(classes)}; write a tuple of class names, "
             'such as ("MllamaModel",)'
         )
+    provides = getattr(cls, "provides", None)
+    if not isinstance(provides, frozenset | set) or not all(need in NEEDS for need in provides):
+        hint = next((suggestion(need, NEEDS) for need in _listed(provides) if need not in NEEDS), "")
+        raise TypeError(
+            f"{where} provides {shown(provides)}; write a frozenset of some of "
+            f"{', '.join(map(repr, NEEDS))}{hint}"
+        )
+
+
+def _listed(value: object) -> list[Any]:
+    """Return what is in a collection, or the value itself, for a suggestion."""
+    return list(value) if isinstance(value, frozenset | set | list | tuple) else [value]
 
 
 def global_hooks() -> Iterator[tuple[tuple[str, int], object]]:

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kvprune.adapters.arguments import cache_of
+from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle_arithmetic import as_held, logit_bias, merged_features, with_merges
 from kvprune.tokens.selection import Selection
@@ -45,11 +47,11 @@ def masked_oracle(
     therefore agree as closely as they do without merging.
 
     Args:
-        model: A model that is not compressed: Mllama, or an encoder-decoder model.
+        model: A model that is not compressed: Mllama, or one with an ``EncoderDecoderCache``.
         selections: What decoding may attend to, by layer index (``run.selections``).
         prefill_selections: What prefill may attend to; None for everything (``run.prefill_selections``).
-        adapter: An `EncoderDecoderAdapter`, whose names of modules and arguments are used; those of BART by
-            default.
+        adapter: The model's adapter, whose `sites` are used; that of Mllama or, for an encoder-decoder model,
+            that of BART by default.
         text_selections: Text tokens that decoding may attend to, by layer index (``run.text_selections``).
             Tokens that come later are attended to as well. Mllama only.
         prefill_text_selections: The same for a call that brings an image: what an earlier turn kept.
@@ -83,15 +85,10 @@ def _hooks(
 
 def _sites(model: Any, adapter: type[ModelAdapter] | None) -> Iterator[tuple[int, Any, str, str]]:
     """Yield layer index, module, and the names of its arguments for states and mask, of each cross layer."""
-    if model.config.is_encoder_decoder:
-        for layer_idx, layer in enumerate(model.get_decoder().layers):
-            attention = getattr(layer, getattr(adapter, "attention", "encoder_attn"))
-            states = getattr(adapter, "states", "key_value_states")
-            yield layer_idx, attention, states, getattr(adapter, "mask", "attention_mask")
-        return
-    text = _text_model(model)
-    for layer_idx in text.config.cross_attention_layers:
-        yield layer_idx, text.layers[layer_idx], "cross_attention_states", "cross_attention_mask"
+    if adapter is None:
+        adapter = BartAdapter if model.config.is_encoder_decoder else MllamaAdapter
+    for site in adapter(model).sites:
+        yield site.layer_idx, site.module, site.states, site.mask
 
 
 def _text_model(model: Any) -> Any:
@@ -210,7 +207,7 @@ class _MaskedText:
 
 def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, module: Any) -> Tensor:
     """Return an additive mask with the dropped columns at the minimum of the dtype."""
-    heads = getattr(module, "num_heads", None) or module.cross_attn.num_heads
+    heads = getattr(module, "num_heads", None) or module.config.num_attention_heads
     if mask is None:
         shape = (hidden.shape[0], 1, hidden.shape[1], selection.columns)
         mask = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)

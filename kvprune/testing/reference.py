@@ -131,12 +131,16 @@ def visibility_of(inputs: dict[str, Any], columns: int) -> Visibility:
 
     Args:
         inputs: Inputs of an Mllama, with ``cross_attention_mask``; or of an encoder-decoder model, whose
-            ``attention_mask`` counts if it is as wide as the encoder's output.
+            ``attention_mask``, if there is one, is as wide as the encoder's output.
         columns: Number of encoder tokens S in the model's cross-attention cache.
     """
     if "cross_attention_mask" not in inputs:
         mask = inputs.get("attention_mask")
-        if mask is None or mask.shape[-1] != columns:
+        if mask is not None and mask.shape[-1] != columns:
+            raise ValueError(
+                f"a mask of width {mask.shape[-1]} does not say which of {columns} columns are seen"
+            )
+        if mask is None:
             mask = torch.ones(len(next(iter(inputs.values()))), columns, dtype=torch.int64)
         return Visibility(
             rows=torch.tensor([[[True, False]]]).expand(len(mask), -1, -1),

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvprune import LayerView, ScoringPolicy, scoring
+from kvprune import Budget, LayerView, ScoringPolicy, scoring
+from kvprune.errors import PolicyOptionError
 from kvprune.policy import Need
 
 
@@ -24,16 +25,24 @@ class Norm(ScoringPolicy):
         of: "values"; "keys" as they are cached; "raw_keys" as they were before ``k_norm``. Mllama caches
             keys after an RMS norm per head, so their lengths differ little.
         keep: Whether the "high" or the "low" norms stay.
+        whole_layers: Number of first cross-attention layers that keep everything, with ``reach=layer``. The
+            authors' script for language modeling leaves two layers whole: ``preset=script``.
 
     No combination did better than the defaults on the embedded demo (see docs/policies.md).
     """
 
     of: Literal["values", "keys", "raw_keys"] = "values"
     keep: Literal["high", "low"] = "high"
+    whole_layers: int = 0
 
     name = "norm"
     version = 2  # 1 measured float64 vectors in float32
-    presets = MappingProxyType({"published": {"of": "keys", "keep": "low"}})
+    presets = MappingProxyType(
+        {
+            "published": {"of": "keys", "keep": "low"},
+            "script": {"of": "keys", "keep": "low", "whole_layers": 2},
+        }
+    )
 
     def score(self, view: LayerView) -> Tensor:
         """Return signed norms ``[B, Hkv, S]``."""
@@ -41,6 +50,23 @@ class Norm(ScoringPolicy):
         dtype = scoring.accumulation_dtype(vectors)
         norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)  # [B, Hkv, S]
         return norms if self.keep == "high" else -norms
+
+    def spares(self, view: LayerView) -> bool:
+        """Whether this is one of the layers that stay whole."""
+        return view.rank < self.whole_layers
+
+    @property
+    def exact_budget(self) -> Budget | None:
+        """The budget of each head; None if some layers stay whole."""
+        return None if self.whole_layers else super().exact_budget
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.whole_layers < 0 or (self.whole_layers and self.reach == "onward"):
+            raise PolicyOptionError(
+                f"whole_layers of policy {self.name!r} is a number of first layers that keep everything, "
+                f"with reach=layer, got whole_layers={self.whole_layers}, reach={self.reach}"
+            )
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -51,18 +77,17 @@ class Norm(ScoringPolicy):
     paper = "arXiv 2406.11430 (lowest key norm, in self-attention)"
     deviations = """
     The paper keeps the tokens whose keys are shortest (preset=published); long values, the default, are our
-    rule. The authors' scripts leave the first layer, or the first two, whole; here all cross-attention layers
-    are pruned. They prune again while text is generated; here no image tokens are added, so nothing is pruned
-    again. Mllama caches keys after an RMS norm, which takes most of what their lengths say: of=raw_keys has
-    the lengths before that norm.
+    rule. The authors' scripts leave the first layer, or the first two, whole (preset=script). They prune
+    again while text is generated; here no image tokens are added, so nothing is pruned again. Mllama caches
+    keys after an RMS norm, which takes most of what lengths say: of=raw_keys has those before that norm.
     """
     differs = (
         "the default, long values, is our rule; the paper keeps short keys (preset=published), and its "
-        "scripts leave layers 0 and 1 whole"
+        "script leaves two layers whole (preset=script)"
     )
     checked_against = (
-        "preset=published: same sets as alessiodevoto/l2compress@f93d6ca (cache.py:l2_compress) and "
-        "NVIDIA/kvpress@8bb29b9 (KnormPress); the default: nothing published"
+        "preset=published and script: same sets as alessiodevoto/l2compress@f93d6ca (cache.py:l2_compress) "
+        "and NVIDIA/kvpress@8bb29b9 (KnormPress); the default: nothing published"
     )
     cost = "one pass over values or keys, no attention weights"
     bibtex = """

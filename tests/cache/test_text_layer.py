@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from kvprune import Selection
+from kvprune.cache.reader import Reader
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.errors import UnsupportedCacheError
 
@@ -82,7 +83,7 @@ def test_positions_go_on_from_what_was_seen():
     layer = pruned()
     assert layer.get_seq_length() == 7
     assert layer.get_mask_sizes(1) == (4, 4)
-    layer.announce()
+    layer.announce(Reader())
     new = torch.full((2, 2, 2, 3), 7.0).double()
     new[:, :, 1] = 8
     keys, values = layer.update(new, new + 0.5)
@@ -115,7 +116,7 @@ def test_draft_tokens_stay_and_can_be_taken_back():
 
 def test_pruning_again_keeps_the_original_tokens():
     layer = pruned()
-    layer.announce()
+    layer.announce(Reader())
     layer.update(numbered(9)[:, :, 7:], numbered(9)[:, :, 7:] + 0.5)
     layer.retain(chosen([(1, 4)], [(2, 4)], columns=5))  # entries, not tokens; shared by heads
     assert layer.tokens().tolist() == [[[2, 8], [5, 8]], [[6, 8], [6, 8]]]
@@ -150,7 +151,12 @@ def test_pruned_text_is_refused_where_nobody_sees_to_the_mask():
     layer = pruned()
     with pytest.raises(UnsupportedCacheError, match="the model runs without kvprune"):
         layer.update(numbered(1), numbered(1))
-    layer.announce()
+    reader = Reader()
+    layer.announce(reader)
     layer.update(numbered(1), numbered(1))
+    with pytest.raises(UnsupportedCacheError, match="the model runs without kvprune"):
+        layer.update(numbered(1), numbered(1))
+    layer.announce(reader)  # for a call that an interrupt ended before it came here
+    reader.release()
     with pytest.raises(UnsupportedCacheError, match="the model runs without kvprune"):
         layer.update(numbered(1), numbered(1))

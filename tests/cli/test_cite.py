@@ -74,6 +74,7 @@ def test_policies_without_a_paper_say_what_to_cite() -> None:
 
 def test_a_paper_without_an_entry_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(POLICIES["trim"].cls, "bibtex", " ")
+    monkeypatch.setattr("kvprune.cli.facts.read_sources", lambda: None)  # or it would read the file
     done = cite("trim")
     assert done.exit_code == 2
     assert "brings no BibTeX entry; cite its paper by hand: arXiv 2504.00557" in done.stderr

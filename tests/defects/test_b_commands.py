@@ -44,11 +44,6 @@ def compared(folder: Path, **changes: str) -> Any:
     return CliRunner().invoke(cli.app, ["compare", *arguments, *plain], env={"COLUMNS": "200"})
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B6: a task's name is read as markup of the table, which fails after all answers are computed",
-)
 @on_models
 def test_b6_a_task_named_as_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     done = compared(tmp_path, task="[/nope]")
@@ -56,11 +51,6 @@ def test_b6_a_task_named_as_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     assert "[/nope]" in done.stdout
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="B6: a question that contains the image token ends in a raw ValueError of the processor",
-)
 @on_models
 def test_b6_a_question_with_the_image_token_is_asked_or_refused(tmp_path: Path) -> None:
     data = data_file(tmp_path, question="what is <|image|>?")
@@ -69,11 +59,6 @@ def test_b6_a_question_with_the_image_token_is_asked_or_refused(tmp_path: Path) 
         compare(["lossless"], [], settings)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B6: names of tasks reach the terminal raw, escape sequences and marks of direction included",
-)
 @on_models
 def test_b6_names_of_tasks_are_made_printable(tmp_path: Path) -> None:
     done = compared(tmp_path, task="\x1b]0;owned\x07\u202e")
@@ -84,21 +69,11 @@ def test_b6_names_of_tasks_are_made_printable(tmp_path: Path) -> None:
 # B8: what show and doctor print.
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B8: the note that stands for what is left out is longer than that",
-)
 @pytest.mark.parametrize("length", [401, 412])
 def test_b8_an_elision_makes_a_text_shorter(length: int) -> None:
     assert len(printable("x" * length, 400)) <= length
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B8: `kvprune show` leaves letters out of the middle of a word",
-)
 def test_b8_show_prints_the_meaning_of_an_option_as_it_is() -> None:
     shown = CliRunner().invoke(cli.app, ["show", "aircache"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
@@ -108,7 +83,7 @@ def test_b8_show_prints_the_meaning_of_an_option_as_it_is() -> None:
 WITHOUT_THE_EXTRA = """
 import importlib.machinery
 find = importlib.machinery.PathFinder.find_spec
-extra = {"typer", "rich", "matplotlib", "scipy", "sklearn", "PIL"}
+extra = {"matplotlib", "scipy", "sklearn", "PIL"}
 def find_spec(name, *where):
     return None if name.partition(".")[0] in extra else find(name, *where)
 importlib.machinery.PathFinder.find_spec = find_spec
@@ -119,11 +94,6 @@ for check in examine():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B8: doctor says FAIL where only what the extra brings is missing",
-)
 def test_b8_doctor_fails_nothing_where_only_the_extra_is_missing() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_EXTRA], cwd=ROOT, capture_output=True, text=True, check=False
@@ -168,11 +138,6 @@ def started() -> dict[str, str]:
     return {command.strip(): f"[{modules}" for command, _, modules in words}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B11: help, list, cite and a bare import load torch and transformers, which they do not need",
-)
 @pytest.mark.parametrize("command", ["cite trim", "list"])
 def test_b11_what_computes_nothing_loads_neither_torch_nor_transformers(
     started: dict[str, str], command: str

@@ -15,7 +15,7 @@ from defect_helpers import chats, generate, on_models
 import kvprune
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.cache.placement import OneCrossLayer
-from kvprune.errors import ConformanceError, KVPruneError
+from kvprune.errors import KVPruneError
 from kvprune.testing import check_adapter, enliven, tiny_mllama
 
 # B5: policies that do not say rightly what they need, or cannot say what they are.
@@ -42,11 +42,6 @@ def run_once(policy: kvprune.CrossKVPolicy) -> None:
         generate(model, chats("tt4ttt"))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TypeError,
-    reason="B5: `needs` that is no set of strings ends in a raw TypeError",
-)
 @on_models
 @pytest.mark.parametrize("needs", ["queries", None, ["queries"]], ids=repr)
 def test_b5_needs_that_is_no_set_of_strings_is_refused_by_name(needs: Any) -> None:
@@ -54,11 +49,6 @@ def test_b5_needs_that_is_no_set_of_strings_is_refused_by_name(needs: Any) -> No
         run_once(needy(needs))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason='B5: an unknown need ("query") is answered with "use another model"',
-)
 @on_models
 def test_b5_an_unknown_need_is_answered_with_the_closest_one() -> None:
     with pytest.raises(KVPruneError, match="'needy'") as refusal:
@@ -79,11 +69,6 @@ class Raising:
         raise ZeroDivisionError("within the policy")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ZeroDivisionError,
-    reason="B5: what a plugin's policy raises in one of its properties is neither typed nor named after it",
-)
 @on_models
 @pytest.mark.parametrize("attribute", ["needs", "requested", "exact_budget", "spec", "name"])
 def test_b5_a_property_that_raises_is_named_after_its_policy(attribute: str) -> None:
@@ -130,11 +115,6 @@ class ByQueryHead(kvprune.ScoringPolicy):
         return view.attention_mass()  # type: ignore[no-any-return]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="B8: scores by query head are refused without the name of the helper that groups them",
-)
 @on_models
 def test_b8_scores_by_query_head_are_refused_with_the_helper_that_groups_them() -> None:
     with pytest.raises(KVPruneError, match="by-query-head") as refusal:
@@ -191,11 +171,6 @@ def frames(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"input_features": features.to(dtype), "attention_mask": mask}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ConformanceError,
-    reason="B12: KV02 takes a mask of another width than the encoder's columns as all visible",
-)
 @on_models
 def test_b12_a_family_that_shortens_its_mask_passes_kv02() -> None:
     check_adapter(Speech2TextAdapter, tiny_speech, frames, only=["KV02"])

@@ -6,6 +6,7 @@ import pytest
 
 import kvprune
 from kvprune import errors
+from kvprune.text import printable
 
 
 def test_all_lists_every_exception_and_nothing_else():
@@ -57,3 +58,10 @@ def test_special_cases_are_caught_by_their_general_error(special, general):
 def test_one_except_clause_catches_what_a_wrong_spec_can_cause(failing):
     with pytest.raises(kvprune.KVPruneError, match=r"[Nn]o.?[Ss]uch|2\.0|got 0"):
         failing()
+
+
+def test_messages_are_printable_as_text_of_others_is():
+    for text in ("plain", "two\nlines", "\x1b[2J\x9b\u202e\t", "a\u00a0b", "\ud800"):
+        assert str(errors.DataError(text)) == printable(text, newlines=True)
+    assert errors.DataError("\x1b").args == ("\x1b",)
+    assert str(errors.DataError()) == ""

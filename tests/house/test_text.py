@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from kvprune.policy.options import required_options
-from kvprune.text import docstring, suggestion
+from kvprune.text import docstring, printable, suggestion
 
 
 class Documented:
@@ -31,11 +31,27 @@ class Odd:
     __doc__ = 7
 
 
+class Norm:
+    """Norm(values) ranks the tokens."""
+
+
 def test_the_docstring_of_a_class_is_its_authors_own():
     assert docstring(Documented) == "One line.\n\nArgs:\n    size: A number."
     assert Undocumented.__doc__ == "Undocumented(size: int, step: int = 1, names: list = <factory>)"
     for cls in (Undocumented, Inheriting, Odd):
         assert docstring(cls) == ""
+
+
+def test_a_docstring_that_begins_with_the_name_of_its_class_is_its_authors_own():
+    assert docstring(Norm) == "Norm(values) ranks the tokens."
+
+
+@pytest.mark.parametrize("limit", [0, 1, 10, 57, 58, 59, 60, 61, 400])
+def test_what_is_cut_is_never_longer_than_it_was(limit):
+    for length in (limit, limit + 1, limit + 9, limit + 12, limit + 1000, 10**6):
+        text = printable("x" * length, limit)
+        assert len(text) <= min(length, limit if limit > 70 else limit + 40)
+        assert text == "x" * length or f"...({length - text.count('x')} characters left out)..." in text
 
 
 def test_required_options_have_neither_default_nor_factory():

@@ -70,5 +70,8 @@ def selections(policy: CrossKVPolicy, layers: list[LayerView]) -> list[list[list
         decisions = policy.conclude(layers, [policy.observe(view) for view in layers])
     else:
         decisions = [policy.select(view) for view in layers]
-    masks = [decision.cache.to_mask()[0] for decision in decisions]  # each [H, S]
+    masks = []  # each [H, S]
+    for view, decision in zip(layers, decisions, strict=True):
+        whole = torch.ones(view.heads, view.columns, dtype=torch.bool)
+        masks.append(whole if decision.cache is None else decision.cache.to_mask()[0])
     return [[head.nonzero().squeeze(1).tolist() for head in mask] for mask in masks]

@@ -215,6 +215,15 @@ BAD = {
         "has the model_classes 'OddModel'; write a tuple of class names",
     ),
     "adapter has no models": (adapter("model_classes = ()"), "has the model_classes (); write a tuple"),
+    "adapter provides a string": (
+        adapter("provides = 'queries'"),
+        "provides 'queries'; write a frozenset of some of 'queries', 'raw_keys'",
+    ),
+    "adapter provides what nobody needs": (
+        adapter("provides = frozenset({'query'})"),
+        "did you mean 'queries'?",
+    ),
+    "adapter provides nothing at all": (adapter("provides = None"), "provides None; write a frozenset"),
     "adapter lists numbers": (adapter("model_classes = (1,)"), "has the model_classes (1,)"),
     "adapter has no family": (adapter("family = None"), "has the family None"),
     "object that cannot be looked at": (

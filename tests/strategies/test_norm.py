@@ -107,3 +107,24 @@ def test_a_larger_budget_keeps_a_superset(visibility, one, other, reach):
         Norm(keep_ratio=ratio, reach=reach).select(view).cache.to_mask() for ratio in sorted([one, other])
     )
     assert not bool((few & ~many).any())
+
+
+def test_first_layers_stay_whole():
+    policy = kvprune.get_policy("norm:whole_layers=2,keep_ratio=0.5")
+    visibility = make_visibility([[[1]]], 8)
+    assert policy.exact_budget is None
+    assert policy.requested == {"keep_ratio": 0.5}
+    for rank in range(4):
+        decision = policy.select(make_view(visibility, rank=rank))
+        assert (decision.cache is None) == (rank < 2)
+
+
+@pytest.mark.parametrize("options", ["whole_layers=-1", "whole_layers=1,reach=onward"])
+def test_whole_layers_are_a_number_and_need_decisions_by_layer(options):
+    with pytest.raises(PolicyOptionError, match="first layers that keep everything, with reach=layer"):
+        kvprune.get_policy(f"norm:{options}")
+
+
+def test_a_scorer_of_another_policy_spares_no_layers():
+    with pytest.raises(PolicyOptionError, match="sets whole_layers, which would be ignored"):
+        kvprune.get_policy("adakv:scorer=norm(whole_layers=1)")

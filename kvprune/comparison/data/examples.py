@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kvprune.comparison.data.pictures import read_picture
 from kvprune.comparison.data.safe_json import parse
 from kvprune.errors import DataError
 from kvprune.text import suggestion
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 DEFAULT_TASK = "all"
 """Task of a row that names no task."""
-
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Formats of pictures that are plain data. Pillow would also open EPS, a program that Ghostscript runs."""
 
 _ROW = '{"image": "picture.png", "question": "...", "answers": ["..."]}'
 """A good row, for messages."""
@@ -141,31 +135,6 @@ def normalise(text: str) -> str:
 def is_correct(answer: str, answers: Sequence[str]) -> bool:
     """Whether `answer` equals one of `answers` after `normalise`."""
     return normalise(answer) in {normalise(right) for right in answers}
-
-
-def read_picture(path: Path) -> tuple[Image.Image, bytes]:
-    """Return a picture, decoded and in RGB, and the bytes of its file.
-
-    Raises:
-        DataError: If there is no such file, or it is not a plain file, of another format, cut off, damaged,
-            or has more pixels than Pillow allows.
-    """
-    from PIL import Image
-
-    try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path} is not a plain file")
-        content = path.read_bytes()
-        Image.init()
-        formats = [name for name in _FORMATS if name in Image.OPEN]
-        with Image.open(io.BytesIO(content), formats=formats) as picture:
-            return picture.convert("RGB"), content
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"no file at {path}; paths are relative to {path.parent}") from None
-    except Exception as error:  # Pillow raises errors of many classes for damaged pictures
-        raise DataError(f"{path} is not a readable picture ({error or type(error).__name__})") from error
 
 
 def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from kvprune.comparison.display.notes import notes
 from kvprune.comparison.display.table import table
 from kvprune.comparison.plan.settings import Progress
 from kvprune.comparison.statistics.summary import Summary
+from kvprune.text import printable
 
 __all__ = ["progress_bar", "show_summary"]
 
@@ -30,11 +32,9 @@ def show_summary(summary: Summary, output: Path, console: Console, *, ranked: bo
     console.print(table(summary, console.width, ranked=ranked))
     console.print()
     for note in notes(summary, ranked=ranked):
-        console.print(note, highlight=False, markup=False)
-    console.print(
-        f"Everything is in {output}: results.jsonl, summary.json, manifest.json, accuracy_vs_kept.png.",
-        soft_wrap=True,
-    )
+        console.print(Text(note))  # no markup and no :emoji:, whatever a task is called
+    files = "results.jsonl, summary.json, manifest.json, accuracy_vs_kept.png"
+    console.print(Text(f"Everything is in {printable(str(output))}: {files}."), soft_wrap=True)
 
 
 @contextmanager

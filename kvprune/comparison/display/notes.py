@@ -7,21 +7,25 @@ import statistics
 from kvprune.comparison.statistics.speed import Ratio
 from kvprune.comparison.statistics.summary import BASELINE, Summary
 from kvprune.comparison.storage.timings import TIMED_TOKENS
+from kvprune.text import printable
 
-__all__ = ["notes", "times"]
+__all__ = ["LONGEST_TASK", "notes", "times"]
+
+LONGEST_TASK = 60
+"""Longer names of tasks are shortened where they are shown."""
 
 _TOLERANCE = 0.03
 """Kept fractions farther from the requested one get a note. In small images rounding up may add 0.02."""
 
 
 def notes(summary: Summary, *, ranked: bool = False) -> list[str]:
-    """Return the sentences under the table: what was measured, and what to be careful about.
+    """Return the sentences under the table, printable: what was measured, what to be careful about.
 
     Args:
         summary: What the table shows.
         ranked: Whether the table is ranked; see `table`.
     """
-    return [
+    said = [
         _examples_note(summary, ranked),
         _constant_answer_note(summary),
         *_late_note(summary),
@@ -31,12 +35,14 @@ def notes(summary: Summary, *, ranked: bool = False) -> list[str]:
         *_budget_notes(summary),
         *_reach_note(summary),
     ]
+    return [printable(note) for note in said]
 
 
 def _examples_note(summary: Summary, ranked: bool) -> str:
     asked = f"{summary.examples} examples"
     if len(summary.tasks) > 1:
-        asked += f" ({', '.join(f'{task} {summary.reference.tasks[task].total}' for task in summary.tasks)})"
+        totals = (f"{_named(task)} {summary.reference.tasks[task].total}" for task in summary.tasks)
+        asked += f" ({', '.join(totals)})"
     memory = "MiB is" if ranked else "MiB/stock is"
     stock = "" if ranked else ", with the policy and in stock transformers"
     return (
@@ -45,8 +51,12 @@ def _examples_note(summary: Summary, ranked: bool) -> str:
     )
 
 
+def _named(task: str) -> str:
+    return printable(task, LONGEST_TASK)
+
+
 def _constant_answer_note(summary: Summary) -> str:
-    shares = (f"{task} {100 * share:.0f} %" for task, share in summary.constant_answer.items())
+    shares = (f"{_named(task)} {100 * share:.0f} %" for task, share in summary.constant_answer.items())
     return f"Right if always giving a task's most frequent answer: {', '.join(shares)}."
 
 

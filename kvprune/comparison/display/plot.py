@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvprune.comparison.statistics.rates import Rate
 from kvprune.comparison.statistics.summary import Row, Summary
+from kvprune.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ _SHIFT = 0.03
 """Points of equal kept fraction are shifted sideways, curve by curve, by this share of the fraction."""
 _WIDEST = 0.24
 """The shifts of all curves together span at most this share, so that budgets stay apart."""
+_LONGEST_TITLE = 40
 _FEW = 9
 """With more curves than this, intervals are left out and the legend stands beside the figure, best first."""
 
@@ -64,7 +66,9 @@ def render(summary: Summary) -> bytes:
     place: dict[str, Any] = (
         {"loc": "outside right upper"} if many else {"loc": "outside lower center", "ncols": 3}
     )
-    figure.legend(handles=handles, frameon=False, fontsize=9, handlelength=3.2, **place)
+    legend = figure.legend(handles=handles, frameon=False, fontsize=9, handlelength=3.2, **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     target = io.BytesIO()
     figure.savefig(target, format="png")
     return target.getvalue()
@@ -110,7 +114,9 @@ def _panel(axis: Axes, summary: Summary, curves: dict[str, list[Row]], task: str
     axis.axhline(_rate(summary.reference, task).value, color="0.35", linestyle="--", linewidth=1.2, zorder=1)
     if task is not None:
         axis.axhline(summary.constant_answer[task], color="0.6", linestyle=":", linewidth=1.2, zorder=1)
-    axis.set_title(task or "overall", fontsize=10)
+    # A name with two "$" would be read as a formula, and most names are none.
+    title = "overall" if task is None else printable(task, _LONGEST_TITLE)
+    axis.set_title(title, fontsize=10, parse_math=False)
     _scales(axis, summary)
 
 

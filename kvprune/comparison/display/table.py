@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvprune.comparison.display.notes import times
+from kvprune.comparison.display.notes import LONGEST_TASK, times
 from kvprune.comparison.statistics.rates import Rate
 from kvprune.comparison.statistics.summary import BASELINE, Row, Summary
+from kvprune.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 __all__ = ["groups", "ranking", "table"]
 
@@ -47,8 +49,9 @@ def _build(summary: Summary, tasks: Sequence[str], ranked: bool) -> Table:
     shown.add_column("budget", no_wrap=True)
     versus = [f"- {BASELINE} [95 %]"] if ranked else []
     memory = "MiB" if ranked else "MiB/stock"  # ranked tables have more columns; full holds what stock does
-    for heading in ("kept %", memory, "right % [95 %]", *versus, *tasks, "= full %"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    names = [printable(task, LONGEST_TASK) for task in tasks]
+    for heading in ("kept %", memory, "right % [95 %]", *versus, *names, "= full %"):
+        shown.add_column(_plain(heading), justify="right", no_wrap=True)
     if summary.stock is not None:
         shown.add_column("prefill", justify="right", no_wrap=True)
         shown.add_column("token", justify="right", no_wrap=True)
@@ -58,9 +61,16 @@ def _build(summary: Summary, tasks: Sequence[str], ranked: bool) -> Table:
             if ranked:
                 held = _mebibytes(row.bytes_held)
                 cells = [_place(row, group), *cells[:3], held, cells[4], _difference(row), *cells[5:]]
-            shown.add_row(*cells)
+            shown.add_row(*map(_plain, cells))
         shown.add_section()
     return shown
+
+
+def _plain(text: str) -> Text:
+    """Return text that any console prints as it is: names of tasks are no markup and no :emoji:."""
+    from rich.text import Text
+
+    return Text(printable(text))
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from kvprune.adapters.arguments import cache_argument, returned_cache
-from kvprune.comparison.data.examples import Example, read_picture
+from kvprune.comparison.data.examples import Example
+from kvprune.comparison.data.pictures import read_picture
 from kvprune.comparison.execution.late_tokens import divide
 from kvprune.comparison.execution.loading import load_model
 from kvprune.errors import DataError, UnsupportedModelError
+from kvprune.text import error_line, shown
 
 __all__ = ["Generator"]
 
@@ -81,11 +83,30 @@ class Generator:
             model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens, late_tokens=late_tokens
         )
 
+    def check_questions(self, examples: Sequence[Example]) -> None:
+        """Raise unless every question is plain text for the model: it holds none of its special tokens.
+
+        A question with the token that stands for a picture cannot be encoded, and one with the token that
+        ends a turn would change the prompt that the chat template makes.
+
+        Raises:
+            DataError: With the example and the token.
+        """
+        special = _special_tokens(self.processor)
+        for example in examples:
+            found = [token for token in special if token in example.question]
+            if found:
+                raise DataError(
+                    f"the question of example {shown(example.id, 80)} contains {shown(max(found, key=len))}, "
+                    "which this model reads as a special token and not as text; write the question without it"
+                )
+
     def encode(self, examples: Sequence[Example]) -> Mapping[str, Any]:
         """Return the model's inputs for a batch of prompts, each one user turn: a picture, then its question.
 
         Raises:
-            DataError: If a picture cannot be read, or the processor pads on the right.
+            DataError: If a picture cannot be read, the processor cannot encode a prompt, or it pads on the
+                right.
         """
         images, prompts = [], []
         for example in examples:
@@ -93,14 +114,21 @@ class Generator:
             content = [{"type": "image"}, {"type": "text", "text": example.question}]
             turn = [{"role": "user", "content": content}]
             prompts.append(self.processor.apply_chat_template(turn, add_generation_prompt=True))
-        inputs = self.processor(
-            images=images,
-            text=prompts,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,  # the chat template has added them
-            return_tensors="pt",
-        )
+        try:
+            inputs = self.processor(
+                images=images,
+                text=prompts,
+                padding=True,
+                padding_side="left",
+                add_special_tokens=False,  # the chat template has added them
+                return_tensors="pt",
+            )
+        except (TypeError, ValueError, IndexError) as error:  # how processors refuse what they are given
+            ids = ", ".join(shown(example.id, 80) for example in examples[:4])
+            raise DataError(
+                f"the processor cannot encode the questions and pictures of the examples {ids}"
+                f"{', ...' if len(examples) > 4 else ''}: {error_line(error)}"
+            ) from error
         inputs = inputs.to(self.model.device, self.model.dtype)
         used = inputs["attention_mask"]
         if not bool(used[:, -1].all()):
@@ -159,3 +187,13 @@ class Generator:
         ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=new.device)
         done: list[bool] = torch.isin(new, ends).any(-1).tolist()
         return done
+
+
+def _special_tokens(processor: Any) -> list[str]:
+    """Return the texts that a processor's tokenizer reads as special tokens, wherever they stand."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {str(token) for token in added if getattr(token, "special", False)}
+    found |= {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
+    found |= {token for token in (getattr(processor, "image_token", None),) if isinstance(token, str)}
+    return sorted(found - {""})

@@ -118,7 +118,9 @@ class Run:
     def _model(self) -> Generator:
         """Return the model; loads it at the first call, so that a finished comparison never does."""
         if self._generator is None:
-            self._generator = load_generator(self._settings)
+            generator = load_generator(self._settings)
+            generator.check_questions(self._examples)  # before anything is computed
+            self._generator = generator
         return self._generator
 
     def _lap(self) -> None:

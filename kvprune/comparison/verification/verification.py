@@ -25,6 +25,7 @@ from kvprune.comparison.verification.consistency import (
     compare_values,
 )
 from kvprune.errors import KVPruneError, ResultsError
+from kvprune.text import printable
 
 __all__ = ["DEFAULT_SAMPLE", "Verification", "verify"]
 
@@ -79,7 +80,7 @@ class Verification:
         lines += [f"  {one.where}: {one.what}" for one in self.differences[:_SHOWN]]
         if len(self.differences) > _SHOWN:
             lines.append(f"  and {len(self.differences) - _SHOWN} more; --json lists them all")
-        return "\n".join(lines)
+        return "\n".join(printable(line) for line in lines)  # ids and specs are others' text
 
 
 def verify(

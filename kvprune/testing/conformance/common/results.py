@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kvprune.errors import ConformanceError
+from kvprune.text import printable
 
 __all__ = [
     "SUITE_VERSION",
@@ -115,7 +116,7 @@ class ConformanceReport:
             counts[result.outcome] = counts.get(result.outcome, 0) + 1
         listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         return (
-            f"{self.subject} {'passed' if self.passed else 'FAILED'}: {listed} "
+            f"{printable(self.subject)} {'passed' if self.passed else 'FAILED'}: {listed} "
             f"({sum(result.problems for result in self.results)} problems, {self.seconds:.1f} s, "
             f"suite version {self.suite_version}, seed {self.seed})"
         )
@@ -153,7 +154,7 @@ class ConformanceReport:
             if result.reproducer:
                 lines += ["  reproduce with:", *textwrap.indent(result.reproducer, "    ").splitlines()]
         lines += [line for warning in self.warnings for line in ("", f"warning: {warning}")]
-        return lines
+        return [printable(line) for line in lines]  # what a policy raised is its author's text
 
     def __str__(self) -> str:
         lines = [f"{'id':<7} {'what':<42} {'outcome':<20} {'problems':>8} {'seconds':>8}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -124,7 +125,7 @@ def check_references(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     view = pose(policy, problem)
     watched: dict[str, Callable[[], bool]] = {}
     for name, tensor in _tensors(view).items():
-        if not name.startswith("visibility"):
+        if not name.startswith("visibility."):
             watched[name] = StorageWeakRef(tensor.untyped_storage()).expired
     reference = weakref.ref(view)
     watched["itself"] = lambda: reference() is None
@@ -143,19 +144,39 @@ def check_instance(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     before = _held_by(policy)
     answer(policy, pose(policy, problem))
     after = _held_by(policy)
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    changed = sorted(
+        name for name in before.keys() | after.keys() if not _is_same(before.get(name), after.get(name))
+    )
     if changed:
         raise Violation("a policy that holds its options and nothing else", f"changed: {', '.join(changed)}")
 
 
-def _held_by(policy: CrossKVPolicy) -> dict[str, object]:
-    held: dict[str, object] = {f"instance attribute {name}": repr(v) for name, v in vars(policy).items()}
-    for cls in type(policy).__mro__:
-        if not cls.__module__.startswith(("kvprune.policy", "abc", "builtins")):
-            for name, value in vars(cls).items():
-                mutable = isinstance(value, list | dict | set)
-                held[f"class attribute {cls.__name__}.{name}"] = repr(value) if mutable else id(value)
-    return held
+def _held_by(policy: CrossKVPolicy) -> dict[str, tuple[object, object]]:
+    """Return what a policy and its classes hold by name: each object, and its contents if these can change.
+
+    Our own base classes are looked at as well: a policy could write to these, and the name of a class's
+    module says nothing about who wrote the class. The objects themselves are kept, because the number that
+    `id` returns may belong to a new object as soon as the old one is gone.
+    """
+    held = {f"instance attribute {name}": (None, repr(value)) for name, value in vars(policy).items()}
+    return held | {
+        f"class attribute {cls.__name__}.{name}": (value, _contents(value))
+        for cls in type(policy).__mro__
+        for name, value in vars(cls).items()
+    }
+
+
+def _contents(value: object) -> object:
+    """Return what is in a container or a tensor, in a form that does not change with it; else None."""
+    if isinstance(value, torch.Tensor):
+        return value._version
+    return repr(value) if isinstance(value, list | dict | set | deque | bytearray) else None
+
+
+def _is_same(before: tuple[object, object] | None, after: tuple[object, object] | None) -> bool:
+    if before is None or after is None:
+        return before is after
+    return before[0] is after[0] and before[1] == after[1]
 
 
 def check_alone(policy: CrossKVPolicy, problem: LayerProblem) -> None:

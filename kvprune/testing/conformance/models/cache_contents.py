@@ -107,7 +107,7 @@ def require_aligned(
             raise Violation(f"{where} to hold the columns that run.selections names", "other columns")
         if not bool((_by_row(layer.selection().bits_by_column(), layer) == bits).all()):
             raise Violation(f"{where} to hold columns in the bits that run.selections names", "other bits")
-        spread = layer.spread()  # keys and values, [rows, Hkv, K, D] each; can be read outside the block
+        spread = layer.spread()  # keys and values, [rows, Hkv, K, D], also when the block has ended
         heads = spread[0].shape[1]
         index, flags = slots.expand(-1, heads, -1)[..., None], valid.expand(-1, heads, -1)
         for name, held in zip(("keys", "values"), spread, strict=True):

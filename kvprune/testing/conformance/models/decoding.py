@@ -119,7 +119,7 @@ def _require_full_precision_in_prefill(
     """
     first, stock = generated.logits[0], scenario.stock.logits[0]
     apart = float((first - stock).abs().max()) if first.shape == stock.shape else float("inf")
-    if not apart <= scenario.tolerance:
+    if not scenario.are_close(apart):
         raise Violation(
             f"prefill under {policy.spec} to attend in full precision", f"logits that differ by {apart:.2e}"
         )
@@ -199,7 +199,7 @@ def check_oracle(policy: CrossKVPolicy, scenario: Scenario) -> None:
 def require_close(what: str, got: Generated, expected: Generated, scenario: Scenario) -> None:
     """Raise unless logits are equal up to rounding, and tokens are equal."""
     apart = difference(got, expected)
-    if not apart <= scenario.tolerance:
-        raise Violation(f"{what}, to {scenario.tolerance:g}", f"logits that differ by {apart:.2e}")
+    if not scenario.are_close(apart):
+        raise Violation(f"{what}, to {scenario.logit_tolerance:g}", f"logits that differ by {apart:.2e}")
     if not torch.equal(got.sequences, expected.sequences):
         raise Violation(what, f"tokens {got.sequences.tolist()} instead of {expected.sequences.tolist()}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from typing import get_args
 
-from kvprune.policy.base import CrossKVPolicy, Need
+from kvprune.errors import PolicyFailedError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.declarations import require_declarations
 from kvprune.policy.nesting import make_nested, parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.testing.conformance.common.budgets import variants
@@ -31,14 +32,22 @@ def check_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> None:
             raise Violation(f"the spec {as_json} to make the same policy again", f"{again!r}")
         if hash(copy.deepcopy(policy)) != hash(policy):
             raise Violation("a policy with the same hash as its copy", f"different hashes for {written}")
-        known = frozenset(get_args(Need))
-        if not isinstance(policy.needs, frozenset) or not policy.needs <= known:
-            raise Violation(f"needs to be a frozenset of some of {sorted(known)}", f"{policy.needs!r}")
+        _check_declarations(policy)
         try:
             pickle.dumps(policy)
         except (pickle.PicklingError, AttributeError) as error:
             if "<locals>" not in cls.__qualname__:
                 raise Violation("a policy that can be pickled", f"{error}") from error
+
+
+def _check_declarations(policy: CrossKVPolicy) -> None:
+    """Check what the policy says about itself; a run would refuse the same."""
+    try:
+        require_declarations(policy)
+    except PolicyFailedError as error:
+        raise Violation("a policy that says what it is and what it needs", str(error)) from error
+    if not isinstance(policy.needs, frozenset):  # a set that somebody else holds could change
+        raise Violation("needs to be a frozenset", f"{policy.needs!r}")
 
 
 def _made_again(cls: type[CrossKVPolicy], policy: CrossKVPolicy, spec: PolicySpec) -> CrossKVPolicy:
