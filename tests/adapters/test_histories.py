@@ -60,7 +60,7 @@ def leaf_calls(model, inputs):
 
 
 @families
-@pytest.mark.parametrize("spec", [ONWARD, pytest.param("trim:keep_ratio=0.3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spec", [ONWARD, "trim:keep_ratio=0.3"])
 def test_after_each_of_20_random_interrupts_the_next_answer_is_that_of_a_fresh_block(adapter, spec):
     """The interrupt comes in the encoder, in the prefill, or in a decode step."""
     model, inputs = adapter.example(torch.float64)

@@ -154,12 +154,11 @@ class HooksSurviveCopies(BartAdapter):
         handles.append(module.register_forward_pre_hook(plainly(hook), with_kwargs=True))
 
     def after(self, module, hook, *, for_one_call=False, always=False, first=False):
+        if for_one_call and hook == self._after_attention:
+            return  # the hooks of `attach` are enough
         handles, _ = self._kind(for_one_call)
         options = {"with_kwargs": True, "always_call": always, "prepend": first}
         handles.append(module.register_forward_hook(plainly(hook), **options))
-
-    def _hook_layers(self, call, *, cached):
-        pass  # the hooks of `attach` are enough
 
     def _after_any_attention(self, module, args, kwargs, output):
         if self._manager.in_prefill:
