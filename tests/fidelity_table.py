@@ -23,8 +23,8 @@ Where the authors' code could be had, their own functions ran, outside this repo
 recorded in `tests/published/data` with repository, commit, function and settings, and a test compares it with
 the policy. Where there is no code, another implementation was run, or the published text was transcribed.
 
-* **whole**: the published procedure as it is run, settings included. **part**: a part of it; the case says
-  which.
+* **whole**: the published procedure as it is run, settings included, up to the tokens that it keeps. **part**: a
+  part of it; the case says which.
 * **faithful**: the published text or code was read, and the sets agree for the whole procedure. **adapted**:
   the rule is the published one, but something must differ in cross-attention. **inspired-by**: no more.
 * A preset is a published setting by name: `snapkv:preset=published`. `kvprune show NAME` lists presets, the

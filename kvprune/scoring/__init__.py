@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kvprune.scoring.apportionment import (
     apportion,
+    blended,
     each,
     is_clamped,
     proportional,
@@ -45,6 +46,9 @@ from kvprune.scoring.similarity import (
     Directions,
     most_alike,
 )
+from kvprune.scoring.transport import (
+    sinkhorn_given,
+)
 from kvprune.tokens.precision import (
     accumulation_dtype,
 )
@@ -56,6 +60,7 @@ __all__ = [
     "attention_density",
     "attention_logits",
     "attention_mass",
+    "blended",
     "by_kv_head",
     "each",
     "each_stratum",
@@ -76,6 +81,7 @@ __all__ = [
     "rank_within",
     "row_counts",
     "share_evenly",
+    "sinkhorn_given",
     "softmax_",
     "stratum_sizes",
 ]

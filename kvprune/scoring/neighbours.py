@@ -1,7 +1,7 @@
 """Pools scores over neighbouring tokens, so that policies keep regions and not scattered tokens.
 
 Neighbours belong to the same image, and only counted columns are neighbours: at a border, the mean is over
-fewer tokens and is not lowered by zeros.
+fewer tokens and is not lowered by zeros, unless a divisor is given.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def pool_neighbours(
     counted: Tensor,
     kernel: int,
     reduction: Literal["avg", "max"] = "avg",
+    divisor: int | None = None,
 ) -> Tensor:
     """Replace each score by the mean or maximum of the scores in a window around its column.
 
@@ -36,6 +37,8 @@ def pool_neighbours(
         counted: bool ``[B, S]``, columns that take part.
         kernel: Width and height of the window, odd.
         reduction: "avg" (the mean of the neighbours that exist) or "max".
+        divisor: "avg" divides by this number in place of the number of neighbours that exist. The size of a
+            whole window, for example, counts zeros beyond a border.
 
     Returns:
         ``[B, H, S]`` in the dtype of ``scores``. Columns that are not counted, or have no place (-1), keep
@@ -64,12 +67,12 @@ def pool_neighbours(
             grid = scores.new_zeros(scores.shape[1] + 1, height * width, dtype=torch.float64)
             grid[:-1, cells] = scores[sample][:, columns].double()
             grid[-1, cells] = 1  # marks the cells that have a column
-            grid = _pool(grid.view(-1, height, width), kernel, reduction).flatten(1)
+            grid = _pool(grid.view(-1, height, width), kernel, reduction, divisor).flatten(1)
             pooled[sample][:, columns] = grid[:, cells].to(scores.dtype)
     return pooled
 
 
-def _pool(grid: Tensor, kernel: int, reduction: str) -> Tensor:
+def _pool(grid: Tensor, kernel: int, reduction: str, divisor: int | None) -> Tensor:
     """Pool ``[H + 1, height, width]``, whose last plane marks the cells that have a column, to H planes."""
     height, width = grid.shape[1:]
     # A window need not be larger than the image in either direction; a line has only one row.
@@ -79,7 +82,7 @@ def _pool(grid: Tensor, kernel: int, reduction: str) -> Tensor:
         grid = grid[:-1].masked_fill(grid[-1:] == 0, -torch.inf)
         return F.max_pool2d(grid[None], size, stride=1, padding=reach)[0]
     sums = F.avg_pool2d(grid[None], size, stride=1, padding=reach, divisor_override=1)[0]
-    return sums[:-1] / sums[-1:].clamp(min=1)
+    return sums[:-1] / (sums[-1:].clamp(min=1) if divisor is None else divisor)
 
 
 def lines(visibility: Visibility, counted: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,9 @@ class Directions:
         self._vectors, self._columns = vectors, columns
         self._whole = len(columns) == len(vectors)  # all columns, in order: no need to gather
         self.dtype = accumulation_dtype(vectors)
-        lengths = torch.cat([torch.linalg.vector_norm(block, dim=-1) for _, block in self._raw_blocks()])
-        self._inverse = torch.where(lengths > 0, 1 / lengths, 0)
+        self.lengths = torch.cat([torch.linalg.vector_norm(block, dim=-1) for _, block in self._raw_blocks()])
+        """Length of each chosen vector, ``[n]``."""
+        self._inverse = torch.where(self.lengths > 0, 1 / self.lengths, 0)
 
     def __len__(self) -> int:
         return len(self._columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class GuidedAnswers:
     Args:
         answers: New tokens of each sample, int64 ``[n]``, up to the first end-of-sequence token.
         by_guide: For each sample, whether the guide's answer was taken.
-        scores: Decision score of each sample: the mean of its confidence and its consistency.
+        scores: Decision score of each sample: the mean, or product, of its confidence and its consistency.
         confidence: Geometric mean of the guide's highest probability at each token of its answer.
         consistency: Probability that the guide gives its answer when it receives few of the encoder tokens.
         guide: What the guide cost, for all samples together.
@@ -68,6 +68,7 @@ def guided_generate(
     max_new_tokens: int,
     consistency_ratio: float = 0.05,
     length_normalised: bool = True,
+    combine: Literal["mean", "product"] = "mean",
     seed: int = 0,
 ) -> GuidedAnswers:
     """Let a guide answer; call the target, under the guide's ranking, where the guide is not confident.
@@ -75,7 +76,14 @@ def guided_generate(
     The guide generates greedily. Its confidence is ``(prod_t max_v p_t(v)) ** (1 / n)`` over the n tokens of
     its answer. Its consistency is the probability of the same answer, ``(prod_t p'_t(y_t)) ** (1 / n)``, when
     only ``consistency_ratio`` of the visible tokens, the most important ones, reach the guide's first
-    cross-attention layer. The target is called for samples whose mean of the two is below the threshold.
+    cross-attention layer. The target is called for samples whose score, made of the two, is below the
+    threshold.
+
+    The released code of SGL (arXiv 2412.03324) computes both numbers, but decides nothing by them: it always
+    calls both models. Its consistency is the product over the answer (``length_normalised=False``). The
+    geometric mean is our choice, because products go to zero for long answers. How the two make one score
+    stands there only in lines that are commented out, as their mean and as their product (``combine``). No
+    code or text that we could read names a threshold.
 
     Args:
         target: A supported model that can generate.
@@ -88,15 +96,19 @@ def guided_generate(
             than 1 never.
         max_new_tokens: Most new tokens of an answer.
         consistency_ratio: Fraction of visible tokens that the guide receives for its consistency, in (0, 1].
-        length_normalised: False takes the product over the answer instead of the geometric mean. The product
-            goes to zero for long answers.
+        length_normalised: Whether the consistency is the geometric mean over the answer's tokens. False
+            takes their product, as the released code does.
+        combine: The score is the "mean" or the "product" of confidence and consistency.
         seed: Seed of policies that draw random numbers.
 
     Raises:
-        GuideError: If the guide cannot guide the target or cannot answer, or the policy does not use it.
+        GuideError: If the guide cannot guide the target or cannot answer, the policy does not use it, or an
+            option has a wrong value.
         BudgetError: If ``consistency_ratio`` is no fraction in (0, 1].
     """
     _require_limits(max_new_tokens, threshold)
+    if combine not in ("mean", "product"):
+        raise GuideError(f"combine is 'mean' or 'product', got {shown(combine)}")
     options = _answering(guide, max_new_tokens)
     chosen = get_policy(policy)
     compress(target, chosen, seed=seed, guide=options)  # raises here, before the guide spends time
@@ -106,7 +118,8 @@ def guided_generate(
         prompt, consistency_ratio=consistency_ratio, length_normalised=length_normalised
     )
     answers, confidence, consistency = _rated(guidance)
-    scores = (confidence + consistency) / 2  # [B]
+    both = torch.stack([confidence, consistency])  # [2, B]
+    scores = both.mean(0) if combine == "mean" else both.prod(0)  # [B]
     by_guide: list[bool] = (scores >= threshold).tolist()
     asked = [sample for sample, taken in enumerate(by_guide) if not taken]
     report = None

@@ -39,6 +39,10 @@ class Guide:
     prompt that see the token's image, and the rows of the guide's own answer. The other samples of a batch do
     not change the ranking of a sample.
 
+    The published code (SGL, arXiv 2412.03324) always lets the guide answer first and adds up the rows of
+    prompt and answer: ``max_new_tokens`` as large as answers need, and ``row_mean=False``. With 0, which is
+    the default here, the guide reads the prompt once. That costs less, and is not the published method.
+
     Args:
         model: A supported model with the target's vision geometry; None for the target itself.
         max_new_tokens: Most tokens of the guide's answer, decoded greedily. With 0, only the rows of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class CSP(BudgetPolicy):
     neither crowds out the other. A score is the sum of softmax weights over the window's rows, where each
     softmax has null keys of logit zero as well ("n-softmax"). Scores only choose; attention does not change.
 
+    The published runs prune both (preset=published: total_ratio=0.2, cross_share=0.25). The defaults leave
+    text whole, because no other policy prunes it and not all models allow it; they keep what
+    `snapkv:pool=none,window=16` keeps, except that null keys give rows of low logits less weight.
+
     Args:
         keep_ratio: Fraction of visible image tokens kept, in (0, 1]; 0.5 if no budget is given. It does not
             count text, as in every other policy, so policies are comparable at one keep_ratio.
@@ -29,10 +34,12 @@ class CSP(BudgetPolicy):
         text_keep: Fraction of text entries kept, in (0, 1]; all of them by default.
         total_ratio: One budget for images and text, instead of the three above: this fraction of all their
             entries, over all layers.
-        cross_share: Which part of total_ratio goes to images, in [0, 1]; 0.5 in most of the published
-            settings. What one of the two cannot hold goes to the other, and a warning says so.
-        window: Number of last text rows that count.
-        recent: Number of last text entries that stay whatever their scores, at least 1.
+        cross_share: Which part of total_ratio goes to images, in [0, 1]. What one of the two cannot hold goes
+            to the other, and a warning says so. The published cross_ratio c is a part of what the recent
+            entries leave, which is half of the budget there: c = 0.5, in most of its settings, is 0.25 here.
+        window: Number of last text rows that count; a tenth of the prompt in the published runs.
+        recent: Number of last text entries that stay whatever their scores, at least 1; a tenth of the prompt
+            in the published runs.
         null_keys: Number n of null keys in each row of the n-softmax; 0 is plain softmax.
     """
 
@@ -46,6 +53,7 @@ class CSP(BudgetPolicy):
     name = "csp"
     version = 1
     budget_alternatives = ("total_ratio",)
+    presets = MappingProxyType({"published": {"total_ratio": 0.2, "cross_share": 0.25}})
 
     def select(self, view: LayerView) -> Decision:
         """Keep the image tokens with the highest scores in each KV head."""
@@ -169,11 +177,20 @@ class CSP(BudgetPolicy):
     paper = "arXiv 2412.04652 (Cross-Self Pruning)"
     deviations = """
     The queries of cross-attention are text, so all rows of the window are text. The published window and
-    recent part are fractions of a prompt that contains the image's tokens; here they are numbers. The
-    published code stores what both quotas choose twice; here there are two different caches. Budgets are
-    rounded exactly. Each quota keeps at least one entry in each layer. Query heads that share a KV head are
-    summed. Prompts without an image are not compressed; in a batch with other prompts, their text is.
+    recent part are fractions of a prompt that contains the image's tokens; here they are numbers, also at
+    preset=published. Text and image have a softmax each here, and share one there. The published code stores
+    what both quotas choose twice; here there are two different caches. At cross_ratio 0 the published code
+    keeps 1 image token and 308 text tokens, whatever the budget. Budgets are rounded exactly. Each quota
+    keeps at least one entry in each layer. Query heads that share a KV head are summed. Prompts without an
+    image are not compressed; in a batch with other prompts, their text is.
     """
+    differs = (
+        "by default the text half is off (as snapkv:pool=none,window=16); the window and recent are numbers"
+    )
+    checked_against = (
+        "same sets as TerryPei/CSP@1c52eef (New_LayerWise), image and text, at preset=published with the "
+        "window and recent part of its prompts"
+    )
     cost = (
         "the window's product of queries and keys in each cross-attention layer, and in each self-attention "
         "layer if text is pruned; at most 16 MiB alive; a few host synchronisations for each layer and sample"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ class H2O(ScoringPolicy):
     The score of a token is the attention that it receives from all live rows, averaged over the query heads
     of a KV head. Also known as observed attention.
 
+    The authors' code does not divide (preset=published). Its scripts keep a tenth of the prompt by score, and
+    the last tenth whatever its scores.
+
     Args:
         normalize: Whether a token's sum is divided by the number of live rows that may attend to it. If not,
             earlier images of a prompt score higher, because more rows see them.
@@ -26,6 +30,7 @@ class H2O(ScoringPolicy):
     name = "h2o"
     version = 1
     needs = frozenset({"queries"})
+    presets = MappingProxyType({"published": {"normalize": False}})
 
     def score(self, view: LayerView) -> Tensor:
         """Return the attention of live rows by KV head ``[B, Hkv, S]``."""
@@ -41,8 +46,16 @@ class H2O(ScoringPolicy):
     Scores are those of the prompt. The original also adds up attention and evicts at each decode step; a
     policy here cannot do that yet. No part of the budget goes to recent tokens, because decoding adds no
     image tokens. The original does not divide; dividing changes the order only where one row sees more images
-    than another.
+    than another. The original keeps tokens by query head; here, as in KVCache-Factory (kv_head), a KV head's
+    query heads are averaged.
     """
+    differs = (
+        "scores of the prompt only, where the original also evicts at each decode step; sums are divided"
+    )
+    checked_against = (
+        "same sets after the prefill as FMInference/H2O@ac75c2a and Zefan-Cai/KVCache-Factory@c97f9d7 at "
+        "preset=published"
+    )
     cost = (
         "one product of queries and keys in each layer that decides, 64 rows at a time; one host "
         "synchronisation for each sample"

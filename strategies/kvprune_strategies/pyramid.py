@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvprune import ScoringPolicy
+from kvprune import PolicySpec, ScoringPolicy
 from kvprune.errors import PolicyOptionError
 from kvprune.policy import LayerAllocator
 from kvprune_strategies.snapkv import SnapKV
@@ -22,8 +23,11 @@ class Pyramid(LayerAllocator):
     between lie on the line. If the first layer has not that many, it keeps all its V visible tokens, and the
     last layer keeps 2 C - V. Only cross-attention layers count.
 
+    The authors' runs on LongBench score with a window of 8 rows and the maximum over 7 tokens
+    (preset=published), as `snapkv:preset=kvcache-factory` does.
+
     Args:
-        beta: How steep the line is, at least 1; at 1 all layers keep the same.
+        beta: How steep the line is, at least 1; at 1 all layers keep the same. The published code has 20.
         shape: "inverted" gives the last layer what "pyramid" gives the first. Which cross-attention layers
             deserve more is an open question.
         scorer: See `kvprune.policy.LayerAllocator`, also for keep_ratio and keep_tokens.
@@ -34,7 +38,10 @@ class Pyramid(LayerAllocator):
     shape: Literal["pyramid", "inverted"] = "pyramid"
 
     name = "pyramid"
-    version = 1
+    version = 2
+    presets = MappingProxyType(
+        {"published": {"beta": 20, "scorer": PolicySpec("snapkv", {"preset": "kvcache-factory"})}}
+    )
 
     def urgency(self, measured: Tensor, visible: Tensor, columns: int) -> Tensor:
         """Return minus the mean budget C at which a layer's share reaches its i-th token (i + 1/2)."""
@@ -63,10 +70,18 @@ class Pyramid(LayerAllocator):
     fidelity = "adapted"
     paper = "arXiv 2406.02069 (PyramidKV)"
     deviations = """
-    The original adds a window of recent tokens to each layer; here the window is text and the cache holds
-    images. The original rounds the step of the line down, so its total drifts; here all layers together keep
-    exactly L * C, rounded where their shares are nearest to a whole number.
+    The published code keeps the same number in all layers as soon as the prompt is shorter than 2 C, so above
+    half of the tokens; here the line only turns about the first layer, which keeps all. With the jump of the
+    published code, a larger budget would take tokens from the first layers. The published code rounds the
+    last layer's share and the step of the line down, so its total drifts; here all layers together keep
+    exactly L * C, rounded where their shares are nearest to a whole number. The original adds a window of
+    recent tokens to each layer; here the window is text and the cache holds images.
     """
+    differs = "above half of the tokens the line turns (published: all layers alike); the total is exact"
+    checked_against = (
+        "same sets as Zefan-Cai/KVCache-Factory@c97f9d7 (PyramidKVCluster) at preset=published, up to half "
+        "of the tokens and where its steps are whole numbers"
+    )
     cost = (
         "that of the scorer in each layer, its scores of all layers until the last has attended, and then a "
         "sort of L * S numbers; all layers hold all tokens until then"

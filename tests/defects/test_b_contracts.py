@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from defect_helpers import chats, generate, on_models
+from transformers import DynamicCache
 
 import kvprune
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
@@ -88,14 +89,11 @@ def test_b5_a_property_that_raises_is_named_after_its_policy(attribute: str) -> 
 # B7: the cache that stands in for one call.
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AttributeError,
-    reason="B7: OneCrossLayer lacks self_attention_cache; T5-like decoders call get_seq_length(layer_idx)",
-)
 def test_b7_the_cache_of_one_layer_can_be_asked_for_its_length() -> None:
     keys = torch.zeros(1, 2, 5, 4)
-    assert isinstance(OneCrossLayer(1, keys, keys).get_seq_length(1), int)
+    text = DynamicCache()
+    text.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
+    assert OneCrossLayer(1, keys, keys, text).get_seq_length(1) == 3
 
 
 # B8: scores by query head.

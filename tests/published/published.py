@@ -7,7 +7,8 @@
     ``source``: ``kind`` ("authors' code", "third-party port" or "transcription"), ``repository`` (owner/name,
         or the paper for a transcription), ``commit`` (or ""), ``where`` (file and function), ``date``;
     ``procedure``: one sentence that says what was run, from which input to which output, with its settings;
-    ``whole``: whether this is the whole published procedure at its published settings, or a part of it;
+    ``whole``: whether this is the whole published procedure at its published settings, up to the tokens
+        that it keeps, or a part of it;
     ``spec``: the policy that must select the same, for example ``snapkv:preset=published,keep_tokens=8``;
     ``problem``: numbers from which the test draws the same tensors again (seed, shapes);
     ``kept``: what was selected.

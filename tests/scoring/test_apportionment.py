@@ -1,6 +1,7 @@
 """Sharing a budget out: exact totals, monotone, against an apportionment that takes one token at a time."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import scoring
-from kvprune.scoring.apportionment import apportion, each, is_clamped, proportional
+from kvprune.scoring.apportionment import apportion, blended, each, is_clamped, proportional
 
 COLUMNS = 6
 anything = conversations() | visibilities()
@@ -217,3 +218,30 @@ def test_one_column_of_each_group_is_what_must_stay(visibility):
         counted = slow_strata(visibility, sample)[0]
         groups = sum(bool(group & counted) for group in slow_groups(visibility, sample))
         assert counts[sample] == (max(1, groups) if counted else 0)
+
+
+@given(claims(), st.sampled_from([0, 0.2, 0.25, 0.5, 0.9, 1]))
+def test_a_blended_token_is_due_when_the_rounded_share_of_its_row_first_counts_it(drawn, alpha):
+    urgency, _, most = drawn
+    rows = range(len(most))
+    taken = sorted((-urgency[row][i], i, row) for row in rows for i in range(most[row]))
+    hits, due = [0] * len(most), [[] for _ in rows]
+    for total in range(1, COLUMNS * len(most) + 1):  # beyond what there is, rows win nothing more
+        if total <= len(taken):
+            hits[taken[total - 1][2]] += 1
+        even = Fraction(str(alpha)) * Fraction(total, len(most))
+        for row in rows:
+            share = (1 - Fraction(str(alpha))) * hits[row] + even
+            due[row] += [total] * (math.floor(share + Fraction(1, 2)) - len(due[row]))
+    got = blended(torch.tensor([urgency], dtype=torch.float64), torch.tensor([most]), alpha)[0]
+    for row in rows:
+        assert (-got[row, : most[row]]).tolist() == due[row][: most[row]]
+
+
+@pytest.mark.parametrize(
+    ("total", "counts"), [(0, [0, 0]), (1, [1, 0]), (4, [3, 1]), (5, [3, 2]), (8, [4, 4])]
+)
+def test_a_blend_lies_between_what_rows_win_and_an_even_share(total, counts):
+    urgency = torch.tensor([[[9.0, 8.0, 7.0, 6.0], [5.0, 4.0, 3.0, 2.0]]])
+    most, least = torch.tensor([[4, 4]]), torch.tensor([[0, 0]])
+    assert apportion(blended(urgency, most, 0.5), least, most, torch.tensor([total])).tolist() == [counts]

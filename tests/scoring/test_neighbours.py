@@ -30,7 +30,7 @@ def pictures(draw):
     return scores, places, images, counted
 
 
-def slow_pool(scores, places, images, counted, kernel, reduction):
+def slow_pool(scores, places, images, counted, kernel, reduction, divisor=None):
     batch, heads, columns = scores.shape
     pooled = scores.clone()
     for b in range(batch):
@@ -49,14 +49,16 @@ def slow_pool(scores, places, images, counted, kernel, reduction):
             ]
             for h in range(heads):
                 values = [float(scores[b, h, n]) for n in near]
-                pooled[b, h, s] = max(values) if reduction == "max" else math.fsum(values) / len(values)
+                mean = math.fsum(values) / (divisor or len(values))
+                pooled[b, h, s] = max(values) if reduction == "max" else mean
     return pooled
 
 
-@given(pictures(), kernels, reductions)
-def test_pooling_is_over_the_counted_neighbours_of_the_same_image(picture, kernel, reduction):
-    expected = slow_pool(*picture, kernel, reduction)
-    torch.testing.assert_close(pool_neighbours(*picture, kernel, reduction), expected, rtol=1e-12, atol=1e-14)
+@given(pictures(), kernels, reductions, st.sampled_from([None, 5, 9]))
+def test_pooling_is_over_the_counted_neighbours_of_the_same_image(picture, kernel, reduction, divisor):
+    expected = slow_pool(*picture, kernel, reduction, divisor)
+    pooled = pool_neighbours(*picture, kernel, reduction, divisor)
+    torch.testing.assert_close(pooled, expected, rtol=1e-12, atol=1e-14)
 
 
 @given(pictures(), kernels, reductions, st.floats(0.125, 9, width=32))

@@ -180,6 +180,18 @@ def test_scores_of_a_sample_are_the_same_alone(layouts):
         assert rows(one) == [rows(together)[sample]]
 
 
+def test_the_score_is_the_mean_or_the_product_of_both():
+    mean, product = (run(0.0, combine=how) for how in ("mean", "product"))
+    assert mean.confidence == product.confidence
+    pairs = list(zip(mean.confidence, mean.consistency, strict=True))
+    assert mean.scores == pytest.approx([(a + b) / 2 for a, b in pairs])
+    assert product.scores == pytest.approx([a * b for a, b in pairs])
+    between = (max(product.scores) + min(mean.scores)) / 2
+    assert max(product.scores) < between < min(mean.scores)
+    assert run(between, combine="mean").by_guide == (True,) * 3
+    assert run(between, combine="product").by_guide == (False,) * 3
+
+
 def test_a_model_may_guide_itself():
     out = run(0.0, guide=kvprune.Guide())
     assert out.guide.is_target
@@ -202,6 +214,7 @@ def test_the_result_is_json():
         ({"max_new_tokens": 0}, GuideError, "max_new_tokens is a whole number, 1 or more, got 0"),
         ({"threshold": float("nan")}, GuideError, "threshold is a number"),
         ({"threshold": "0.5"}, GuideError, "threshold is a number"),
+        ({"combine": "max"}, GuideError, "combine is 'mean' or 'product', got 'max'"),
         ({"guide": bart()}, GuideError, "takes no part"),
         ({"consistency_ratio": 0.0}, BudgetError, "got 0.0"),
     ],

@@ -12,7 +12,7 @@ from generation import TOLERANCE, bart, generate, mllama
 from helpers import exact_budget, kept_sets, live_rows, seen_by_row, slow_decode, slow_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvprune_strategies import CSP
+from kvprune_strategies import CSP, SnapKV
 
 import kvprune
 from kvprune.errors import BudgetError, PolicyOptionError, UnsupportedModelError
@@ -212,6 +212,20 @@ def test_ties_go_to_the_first():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         CSP(**options)
+
+
+def test_the_preset_is_the_published_budget():
+    assert kvprune.get_policy("csp:preset=published") == CSP(total_ratio=0.2, cross_share=0.25)
+    assert set(CSP.presets) == {"published"}
+
+
+@settings(deadline=None, max_examples=20)
+@given(problems, st.sampled_from([0.1, 0.5]))
+def test_without_null_keys_the_defaults_are_snapkv_without_pooling(problem, ratio):
+    """Its text half is off, unless an option turns it on."""
+    view = problem.view()
+    plain = CSP(keep_ratio=ratio, null_keys=0.0).select(view).cache
+    assert plain == SnapKV(keep_ratio=ratio, pool="none", window=16).select(view).cache
 
 
 def test_what_it_needs_and_asks():

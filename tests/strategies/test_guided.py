@@ -8,7 +8,15 @@ import pytest
 import torch
 from generation import bart, difference_to_oracle, generate, mllama, whisper
 from guidance import Watched, live_rows_of, slow_sum, small
-from helpers import conversations, exact_budget, kept_sets, make_view, slow_groups, slow_strata
+from helpers import (
+    conversations,
+    exact_budget,
+    kept_sets,
+    make_view,
+    make_visibility,
+    slow_groups,
+    slow_strata,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvprune_strategies import Guided
@@ -174,6 +182,19 @@ def test_what_is_dropped_is_projected_by_no_later_layer(ratio, start):
     assert widths == {index: 20 if rank < start else kept for rank, index in enumerate((1, 3, 5))}
 
 
+@pytest.mark.parametrize(("layers", "whole"), [(8, 2), (3, 0), (4, 1)])
+def test_a_fraction_of_the_layers_is_rounded_down(layers, whole):
+    before, layer = guided_views(make_visibility([[[1]] * 2], 9))
+    policy = kvprune.get_policy("guided:preset=published")
+    assert policy == Guided(start=0.3, keep_ratio=0.3)
+    assert (policy.choose(dataclasses.replace(before, num_layers=layers)).onward is not None) == (whole == 0)
+    for rank in range(layers):
+        decision = policy.select(dataclasses.replace(layer, rank=rank, num_layers=layers))
+        assert (decision.onward is not None) == (rank == whole - 1)
+    with pytest.raises(PolicyOptionError, match=r"a fraction of the .* layers below 1.*got 1\.5"):
+        Guided(start=1.5)
+
+
 def test_options():
     assert Guided().exact_budget == kvprune.Budget(keep_ratio=0.5)
     assert Guided(keep_tokens=3).exact_budget == kvprune.Budget(keep_tokens=3)
@@ -184,7 +205,7 @@ def test_options():
     with pytest.raises(PolicyOptionError, match="0 or more, got -1"):
         Guided(start=-1)
     with pytest.raises(PolicyOptionError, match="start"):
-        kvprune.get_policy("guided:start=0.5")
+        kvprune.get_policy("guided:start=half")
     with pytest.raises(BudgetError, match="got 0"):
         Guided(keep_ratio=0.0)
 

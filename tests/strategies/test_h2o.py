@@ -82,6 +82,7 @@ def test_dividing_helps_the_later_image_that_fewer_rows_saw():
 
 def test_options_and_needs():
     assert kvprune.get_policy("h2o") == H2O(keep_ratio=0.5, normalize=True)
+    assert kvprune.get_policy("h2o:preset=published") == H2O(normalize=False)
     assert H2O().needs == {"queries"}
     with pytest.raises(PolicyOptionError, match="must be true or false, got 'maybe'"):
         kvprune.get_policy("h2o:normalize=maybe")

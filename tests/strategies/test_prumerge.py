@@ -56,6 +56,13 @@ def expected(policy, view, sample):
             low, high = quartile(values, 0.25), quartile(values, 0.75)
             fence = high + policy.fence * (high - low)
         outliers = max(1, sum(value > fence for value in values))
+        if policy.spacing == "stride":
+            besides = len(group & classes) if policy.class_tokens == "keep" else 0
+            kept |= choose_from(group, [group], paid, min(len(group), outliers + besides), 0)[0]
+            patches = sorted(group - classes)
+            step = max(1, len(patches) // outliers // 3)
+            kept |= set(patches[: max(0, len(patches) - 1) : step])
+            continue
         back = math.floor(outliers * share / (1 - share))
         besides = len(group & classes) if policy.class_tokens == "keep" else 0
         kept |= choose_from(group, [group], paid, min(len(group), outliers + besides + back), back)[0]
@@ -86,6 +93,20 @@ def require_definition(policy, view):
             continue
         for anchor, bucket in members.items():
             assert bucket == pytest.approx(weights_of(policy, view, sample, anchor, bucket))
+
+
+@given(conversations(), choices, st.sampled_from([0.0, 0.4, 1.5]), st.booleans(), st.integers(0, 3))
+def test_the_published_stride_is_that_of_the_definition(visibility, class_option, fence, classes, seed):
+    view = make_seen(visibility, seed=seed, classes=classes)
+    policy = PruMerge(plus=True, spacing="stride", class_tokens=class_option, fence=fence)
+    require_definition(policy, view)
+
+
+def test_the_published_stride_in_large_images_too():
+    policy = get_policy("prumerge:preset=published")
+    for seed in range(4):
+        require_definition(policy, make_seen(large(), seed=seed, classes=True))
+        require_definition(policy, make_seen(make_visibility([[[1]]], 577), seed=seed, classes=True))
 
 
 @given(
@@ -156,6 +177,12 @@ def test_what_is_asked_for():
     assert PruMerge().requested == {}
     assert PruMerge(keep_tokens=7).requested == {"keep_tokens": 7}
     assert get_policy("prumerge:keep_ratio=0.25,plus=true") == PruMerge(keep_ratio=0.25, plus=True)
+
+
+def test_the_published_stride_takes_no_budget():
+    for options in ({"plus": False}, {"plus": True, "keep_ratio": 0.5}):
+        with pytest.raises(PolicyOptionError, match=f"and no budget, got plus={options['plus']}"):
+            PruMerge(spacing="stride", **options)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,12 @@ def test_it_ranks_as_snapkv_does_and_needs_what_that_needs():
     assert [decision.note for decision in concluded(Pyramid(), views)] == [""] * 3
 
 
+def test_the_preset_is_the_published_setting():
+    scorer = SnapKV(window=8, kernel=7, reduction="max")
+    assert kvprune.get_policy("pyramid:preset=published") == Pyramid(beta=20, scorer=scorer)
+    assert set(Pyramid.presets) == {"published"}
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

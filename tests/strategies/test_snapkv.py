@@ -1,4 +1,4 @@
-"""`snapkv`: attention of the last rows, pooled over neighbours by query head, averaged by KV head."""
+"""`snapkv`: attention of the last rows, averaged by KV head, pooled over neighbours."""
 
 import dataclasses
 import math
@@ -50,22 +50,30 @@ def near(view, pool, kernel, one, other):
     return same_image and max(abs(a[0] - b[0]), abs(a[1] - b[1])) <= kernel // 2
 
 
-def slow_scores(view, sample, window, kernel, pool, reduction):
+def slow_scores(view, sample, policy):
     see = view.visibility
+    pool, kernel = policy.pool, policy.kernel
     scores = [[0.0] * see.columns for _ in range(2)]
     for stratum in slow_strata(see, sample):
-        voters = [r for r in live_rows(see, sample) if seen_by_row(see, sample, r) & stratum][-window:]
+        voters = [r for r in live_rows(see, sample) if seen_by_row(see, sample, r) & stratum][
+            -policy.window :
+        ]
         counted = [[b == sample and r in voters for r in range(see.live.shape[1])] for b in range(see.batch)]
-        for head in range(4):
-            mass = slow_attention(view, sample, head, counted)
+        by_head = [slow_attention(view, sample, head, counted) for head in range(4)]
+        for kv_head in range(2):
+            mass = [(one + other) / 2 for one, other in zip(*by_head[2 * kv_head :][:2], strict=True)]
             for column in stratum:
                 values = [
                     mass[c]
                     for c in stratum
                     if c == column or (pool != "none" and near(view, pool, kernel, column, c))
                 ]
-                pooled = max(values) if reduction == "max" else math.fsum(values) / len(values)
-                scores[head // 2][column] += pooled / 2
+                size = len(values)
+                alone_in_its_window = pool == "2d" and column % PATCHES == 0  # a class token
+                if policy.border == "zeros" and pool != "none" and not alone_in_its_window:
+                    size = kernel if pool == "1d" else kernel**2
+                pooled = max(values) if policy.reduction == "max" else math.fsum(values) / size
+                scores[kv_head][column] = pooled
     return scores
 
 
@@ -75,11 +83,12 @@ def slow_scores(view, sample, window, kernel, pool, reduction):
     st.sampled_from([1, 3, 5]),
     st.sampled_from(["1d", "2d", "none"]),
     st.sampled_from(["avg", "max"]),
+    st.sampled_from(["exists", "zeros"]),
 )
-def test_scores_are_the_pooled_attention_of_the_window(visibility, window, kernel, pool, reduction):
+def test_scores_are_the_pooled_attention_of_the_window(visibility, window, kernel, pool, reduction, border):
     view = tiled_view(visibility)
-    policy = SnapKV(window=window, kernel=kernel, pool=pool, reduction=reduction)
-    expected = [slow_scores(view, b, window, kernel, pool, reduction) for b in range(visibility.batch)]
+    policy = SnapKV(window=window, kernel=kernel, pool=pool, reduction=reduction, border=border)
+    expected = [slow_scores(view, b, policy) for b in range(visibility.batch)]
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(policy.score(view), expected, rtol=1e-10, atol=1e-12)
 
@@ -118,11 +127,24 @@ def test_only_two_dimensions_need_to_know_where_tokens_lie():
         ("snapkv:kernel=-1", "odd number of tokens, such as 3 or 5, got -1"),
         ("snapkv:pool=3d", r"must be 1d \| 2d \| none, got '3d'"),
         ("snapkv:reduction=min", r"must be avg \| max, got 'min'"),
+        ("snapkv:border=ones", r"must be exists \| zeros, got 'ones'"),
     ],
 )
 def test_wrong_options_are_refused(spec, message):
     with pytest.raises(PolicyOptionError, match=message):
         kvprune.get_policy(spec)
+
+
+def test_presets_are_the_published_settings():
+    """Window, kernel, pooling and borders; the budget is the user's."""
+    settings = {
+        "published": SnapKV(window=32, kernel=7, reduction="max"),
+        "kvcache-factory": SnapKV(window=8, kernel=7, reduction="max"),
+        "kvpress": SnapKV(window=64, kernel=5, reduction="avg", border="zeros"),
+    }
+    assert set(settings) == set(SnapKV.presets)
+    for preset, policy in settings.items():
+        assert kvprune.get_policy(f"snapkv:preset={preset}") == policy
 
 
 def test_equal_scores_keep_the_first_tokens():

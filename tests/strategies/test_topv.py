@@ -18,70 +18,132 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvprune_strategies import TopV
 
+import kvprune
 from kvprune import Layout
 from kvprune.errors import BudgetError, PolicyOptionError
 
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
 
 
-def slow_importance(policy, view, sample, columns):
-    """What each source gives, by column, if the columns are those of one image."""
+def slow_costs(policy, view, sample, columns):
+    """The cost of each pair of source and target if the columns are those of one image."""
     places = view.places[0 if len(view.places) == 1 else sample].tolist()
-    unit = {}
-    for column in columns:
-        vector = view.features[sample, column].double()
-        unit[column] = vector / vector.norm() if vector.norm() > 0 else vector
+    vectors = {column: view.features[sample, column].double() for column in columns}
+    if policy.features == "unit":
+        vectors = {
+            c: vector / vector.norm() if vector.norm() > 0 else vector for c, vector in vectors.items()
+        }
     placed = [places[column] for column in columns if places[column][0] >= 0]
     low = [min(axis) for axis in zip(*placed, strict=True)]
     high = [max(axis) for axis in zip(*placed, strict=True)]
     centre = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
     reach = math.dist(low, high) / 2 if placed else 0
 
-    def cost(source, target):
-        feature = float((unit[source] - unit[target]).norm())
-        if not float(unit[source].norm()) or not float(unit[target].norm()):
-            feature = math.sqrt(2)  # no direction: as if at a right angle
-        both = places[source][0] >= 0 and places[target][0] >= 0
-        far = (
-            1 - math.exp(-(math.dist(places[source], places[target]) ** 2) / (2 * policy.sigma**2))
-            if both
-            else 1
-        )
-        off = math.dist(places[source], centre) / reach if places[source][0] >= 0 and reach else 0
-        off = off if places[source][0] >= 0 else 1
-        return policy.alpha * feature + policy.beta * far + policy.gamma * off
+    def of_features(source, target):
+        length = float((vectors[source] - vectors[target]).norm())
+        if (
+            policy.features == "unit"
+            and source != target
+            and not all(map(any, (vectors[source], vectors[target])))
+        ):
+            length = math.sqrt(2)  # no direction: as if at a right angle
+        return length**2 if policy.square else length
 
-    drawn = dict.fromkeys(columns, 0.0)
-    for target in columns:
-        weights = {
-            source: math.exp(-cost(source, target) / policy.epsilon)
-            for source in columns
-            if source != target or len(columns) == 1
-        }
-        total = math.fsum(weights.values())
-        for source, weight in weights.items():
-            drawn[source] += weight / total
-    return drawn
+    def in_space(source, target):
+        if places[source][0] < 0 or places[target][0] < 0:
+            return 1.0
+        return 1 - math.exp(-(math.dist(places[source], places[target]) ** 2) / (2 * policy.sigma**2))
+
+    def off_centre(source):
+        if places[source][0] < 0:
+            return 1.0
+        return math.dist(places[source], centre) / reach if reach else 0.0
+
+    pairs = [(source, target) for source in columns for target in columns]
+    feature, far = ({pair: one(*pair) for pair in pairs} for one in (of_features, in_space))
+    if policy.scale:
+        feature, far = ({p: x / (max(one.values()) or 1) for p, x in one.items()} for one in (feature, far))
+    return {
+        (source, target): policy.alpha * feature[source, target]
+        + policy.beta * far[source, target]
+        + policy.gamma * off_centre(source)
+        for source, target in pairs
+        if policy.diagonal or source != target or len(columns) == 1
+    }
 
 
-@given(
-    st.integers(0, 1000),
-    st.sampled_from([0.0, 1.0]),
-    st.sampled_from([0.0, 0.7]),
-    st.sampled_from([0.0, 0.1]),
+def slow_importance(policy, view, sample, columns):
+    """What each source gives, relative to the mean, by column, if the columns are those of one image."""
+    columns = list(columns)
+    masses = {column: 1 / len(columns) for column in columns}
+    if policy.marginals == "norm":
+        lengths = {column: float(view.features[sample, column].double().norm()) for column in columns}
+        if sum(lengths.values()):
+            masses = {column: length / sum(lengths.values()) for column, length in lengths.items()}
+    kernel = {
+        pair: math.exp(-cost / policy.epsilon)
+        for pair, cost in slow_costs(policy, view, sample, columns).items()
+    }
+    u, v = dict.fromkeys(columns, 1.0), dict.fromkeys(columns, 1.0)
+
+    def meet_sources():
+        for i in columns:
+            u[i] = masses[i] / math.fsum(kernel.get((i, j), 0) * v[j] for j in columns)
+
+    def meet_targets():
+        for j in columns:
+            v[j] = masses[j] / math.fsum(kernel.get((i, j), 0) * u[i] for i in columns)
+
+    if policy.marginals == "free":
+        meet_targets()
+    else:
+        for _ in range(policy.steps):
+            for meet in (meet_sources, meet_targets)[:: 1 if policy.last == "targets" else -1]:
+                meet()
+    return {
+        i: len(columns) * math.fsum(u[i] * kernel.get((i, j), 0) * v[j] for j in columns) for i in columns
+    }
+
+
+options = st.fixed_dictionaries(
+    {
+        "alpha": st.sampled_from([0.0, 1.0]),
+        "beta": st.sampled_from([0.0, 0.7]),
+        "gamma": st.sampled_from([0.0, 0.1]),
+        "sigma": st.just(2.0),
+        "epsilon": st.sampled_from([0.3, 2.0]),
+        "marginals": st.sampled_from(["norm", "uniform", "free"]),
+        "last": st.sampled_from(["targets", "sources"]),
+        "steps": st.integers(1, 4),
+        "features": st.sampled_from(["raw", "unit"]),
+        "square": st.booleans(),
+        "scale": st.booleans(),
+        "diagonal": st.booleans(),
+    }
 )
-def test_importance_is_what_targets_draw(seed, alpha, beta, gamma):
-    policy = TopV(alpha=alpha, beta=beta, gamma=gamma, sigma=2.0)
+
+
+@given(st.integers(0, 1000), options)
+def test_importance_is_what_sources_give(seed, chosen):
+    policy = TopV(**chosen)
     view = make_features(make_visibility([[[1]]], 12), seed=seed, grid=4)
     wanted = slow_importance(policy, view, 0, range(12))
     found = policy.importance(view)[0].tolist()
     assert found == pytest.approx([wanted[column] for column in range(12)], rel=1e-6, abs=1e-9)
-    assert sum(found) == pytest.approx(12)  # each target receives mass 1
+    assert sum(found) == pytest.approx(12)
 
 
-def test_importance_is_not_the_marginal_of_the_sources():
-    found = TopV().importance(make_features(make_visibility([[[1]]], 24), grid=6))[0]
-    assert found.std() > 0.1
+def test_importance_is_not_the_mass_of_the_sources():
+    view = make_features(make_visibility([[[1]]], 24), grid=6)
+    assert TopV(marginals="uniform").importance(view)[0].std() > 0.01
+    assert TopV(marginals="uniform", last="sources").importance(view)[0].std() == 0
+
+
+def test_the_port_ranks_by_the_length_of_features():
+    view = make_features(make_visibility([[[1]]], 24), grid=6)
+    lengths = view.features[0].norm(dim=-1)
+    found = kvprune.get_policy("topv:preset=port").importance(view)[0]
+    assert found.tolist() == pytest.approx((lengths / lengths.mean()).tolist())
 
 
 def test_images_do_not_draw_from_each_other():
@@ -95,7 +157,7 @@ def test_images_do_not_draw_from_each_other():
 
 def test_the_centre_alone_keeps_a_disc():
     view = make_features(make_visibility([[[1]]], 49), grid=7)
-    policy = TopV(alpha=0.0, beta=0.0, gamma=1.0, recover=0.0, keep_tokens=13)
+    policy = TopV(alpha=0.0, beta=0.0, gamma=1.0, recover=0.0, keep_tokens=13, marginals="free")
     (kept,) = kept_sets(policy.choose(view).onward)[0]
     distance = {column: math.dist(divmod(column, 7), (3, 3)) for column in range(49)}
     assert max(distance[column] for column in kept) <= min(distance[c] for c in distance if c not in kept)
@@ -182,6 +244,9 @@ def test_features_without_direction_are_no_nan():
         ({"alpha": -1.0}, "alpha weighs a cost"),
         ({"epsilon": 0.0}, "epsilon is a positive number"),
         ({"sigma": -2.0}, "sigma is a positive number"),
+        ({"steps": 0}, "steps counts Sinkhorn iterations, at least 1, got 0"),
+        ({"marginals": "length"}, r"must be norm \| uniform \| free"),
+        ({"last": "rows"}, r"must be targets \| sources"),
         ({"recover": 1.0}, r"recover is a share of the budget in \[0, 1\)"),
         ({"class_tokens": "drop"}, r"must be rank \| keep"),
     ],

@@ -34,10 +34,26 @@ def expected(policy, view, sample):
     for stratum in filter(None, slow_strata(view.visibility, sample)):
         limit = exact_budget(policy.keep_ratio, len(stratum))
         back = math.floor(limit * (1 - Fraction(str(policy.dominant))))
-        some, best = choose_from(stratum, groups, paid, limit, back)
+        if policy.targets == "stride":
+            some, best = choose_by_stride(stratum, groups, paid, limit, back)
+        else:
+            some, best = choose_from(stratum, groups, paid, limit, back)
         kept |= some
         dominant |= best
     return kept, dominant
+
+
+def choose_by_stride(columns, groups, paid, limit, back):
+    """As `choose_from`, but every n-th of what is not best is kept."""
+    by_paid = sorted(columns, key=lambda column: (-paid[column], column))
+    best = set(by_paid[: limit - back])
+    rest = sorted(columns - best)
+    chosen = best | (set(rest[:: max(1, len(rest) // back)][:back]) if back else set())
+    first = {min(group & columns, key=by_paid.index) for group in groups if group & columns}
+    if len(first) <= 1:
+        return chosen | first, best
+    others = sorted(columns - first, key=lambda column: (column not in chosen, by_paid.index(column)))
+    return first | set(others[: max(0, limit - len(first))]), best
 
 
 def require_definition(policy, view):
@@ -57,12 +73,22 @@ def require_definition(policy, view):
             assert list(bucket.values()) == pytest.approx([1 / len(bucket)] * len(bucket))
 
 
-@given(conversations(), ratios, shares, choices, st.booleans(), st.booleans(), st.integers(0, 3))
+@given(
+    conversations(),
+    ratios,
+    shares,
+    choices,
+    st.sampled_from(["even", "stride"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 3),
+)
 def test_the_choice_and_the_merge_are_those_of_the_definition(
-    visibility, ratio, share, class_option, classes, ties, seed
+    visibility, ratio, share, class_option, targets, classes, ties, seed
 ):
     view = make_seen(visibility, seed=seed, classes=classes, ties=ties)
-    require_definition(VisionZip(keep_ratio=ratio, dominant=share, class_tokens=class_option), view)
+    options = {"dominant": share, "class_tokens": class_option, "targets": targets}
+    require_definition(VisionZip(keep_ratio=ratio, **options), view)
 
 
 @pytest.mark.parametrize("class_option", ["keep", "rank"])
@@ -113,6 +139,11 @@ def test_without_contextual_tokens_nothing_is_merged(visibility, ratio):
             assert all(len(bucket) == 1 for bucket in members_of(onward, sample).values())
 
 
+def test_only_even_targets_promise_that_a_larger_budget_keeps_a_superset():
+    assert VisionZip().ranks_tokens
+    assert not VisionZip(targets="stride").ranks_tokens
+
+
 def test_class_tokens_come_first_or_last():
     view = make_seen(make_visibility([[[1, 1]]], 5), classes=True)
     assert {0, 5} < kept_sets(VisionZip(keep_tokens=4).choose(view).onward)[0][0]
@@ -127,6 +158,7 @@ def test_class_tokens_come_first_or_last():
         ({"dominant": 0.0}, r"dominant is a share of the budget in \(0, 1\], got 0.0"),
         ({"dominant": 1.2}, "dominant is a share"),
         ({"merge": "max"}, r"must be avg \| sum"),
+        ({"targets": "random"}, r"must be even \| stride"),
         ({"class_tokens": "drop"}, r"must be keep \| rank"),
     ],
 )

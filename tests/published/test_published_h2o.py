@@ -1,0 +1,14 @@
+"""`h2o` keeps after the prefill what the authors' code keeps."""
+
+import pytest
+from attention_problems import layer_view
+from helpers import kept_sets
+from published import load
+
+import kvprune
+
+
+@pytest.mark.parametrize("case", load("h2o"), ids=str)
+def test_the_same_tokens_as_the_published_code(case):
+    policy = kvprune.get_policy(case.spec)
+    assert kept_sets(policy.select(layer_view(case.problem)).cache) == [[set(head) for head in case.kept]]
