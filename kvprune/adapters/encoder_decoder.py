@@ -139,13 +139,14 @@ class EncoderDecoderAdapter(ModelAdapter):
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
         generation = running_generation(self.model)
-        generation.require_whole_prompt(self.family)
-        columns = states.shape[1]
+        encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
+        cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
+        generation.require_whole_prompt(self.family, is_mask_cut=cut)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         decoder_mask = named.get("attention_mask")
         if decoder_mask is not None and decoder_mask.ndim == 2:
             decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # rows of this call only
-        masks = named.get("encoder_attention_mask"), decoder_mask
+        masks = encoder_mask, decoder_mask
         cached = self._is_cached(named)
         shared_rows = SharedRows()
         if cached and may_share(self._decoder):

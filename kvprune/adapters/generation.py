@@ -36,22 +36,29 @@ class Generation:
         repeats: Consecutive rows of the batch that `generate` has made from one sample: its beams or return
             sequences.
         chunk: Text rows to which `generate` limits each call of the prefill; None for no limit.
+        prompt: Text rows of the prompt.
     """
 
     repeats: int = 1
     chunk: int | None = None
+    prompt: int = 0
 
-    def require_whole_prompt(self, family: str) -> None:
+    def require_whole_prompt(self, family: str, *, is_mask_cut: bool = False) -> None:
         """Raise if the prompt arrives in chunks: a policy would see the first one only.
+
+        Args:
+            family: Name of the family, for the message.
+            is_mask_cut: Whether the encoder's attention mask is not as wide as its states. Transformers cuts
+                it to the length of the first chunk, even if there is only one.
 
         Raises:
             UnsupportedModelError: Names the option.
         """
-        if self.chunk is not None:
+        if self.chunk is not None and (self.chunk < self.prompt or is_mask_cut):
             raise UnsupportedModelError(
-                f"prefill_chunk_size={self.chunk} passes the prompt of {family} in chunks, and only the "
-                "first one comes with encoder states, so a policy would decide without the rest of the "
-                "prompt; leave prefill_chunk_size out"
+                f"prefill_chunk_size={self.chunk} passes the prompt of {family} in chunks. Only the first "
+                "one comes with encoder states, so a policy would decide without the rest of the prompt, and "
+                "the encoder's attention mask is cut to its length; leave prefill_chunk_size out"
             )
 
 
@@ -66,10 +73,10 @@ def running_generation(model: nn.Module) -> Generation:
         if frame.f_code is not code or not _contains(frame.f_locals.get("self"), model):
             continue
         options, prompt = frame.f_locals["generation_config"], frame.f_locals["input_ids"]
-        chunk = getattr(options, "prefill_chunk_size", None)
         return Generation(
             repeats=max(options.num_beams or 1, options.num_return_sequences or 1),
-            chunk=chunk if chunk is not None and chunk < prompt.shape[1] else None,
+            chunk=getattr(options, "prefill_chunk_size", None),
+            prompt=prompt.shape[1],
         )
     return Generation()
 

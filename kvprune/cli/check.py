@@ -38,7 +38,8 @@ def check(
 ) -> None:
     """Check a policy or an adapter against the invariants.
 
-    Tries to break the invariants KV01 to KV15 on generated problems and tiny models.
+    Tries to break the invariants KV01 to KV15, and a few promises about whole runs, on generated problems and
+    tiny models.
     """
     with one_line_errors(debug):
         from kvprune.testing import check_adapter, check_policy

@@ -27,6 +27,7 @@ MODULES = (
     "merging",
     "options",
     "texts",
+    "runs",
 )
 
 

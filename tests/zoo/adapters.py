@@ -15,9 +15,6 @@ from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.tile_mask import TileMask
-from kvprune.cache.cross_layer import CrossKVLayer
-from kvprune.cache.shared_rows import SharedRows
-from kvprune.tokens.selection import Selection
 
 
 class StockDecodeMask(BartAdapter):
@@ -96,9 +93,10 @@ class LeavesAHook(BartAdapter):
 class LeavesIsCausal(MllamaAdapter):
     caught_by = ("KV12",)
 
-    def override(self, module, attribute, value):
-        super().override(module, attribute, value)
-        self._restore.pop()
+    def attach(self, manager):
+        super().attach(manager)
+        for site in self.sites:
+            site.module.is_causal = False
 
 
 class StaysAfterAnException(MllamaAdapter):
@@ -124,12 +122,12 @@ class ForgetsHooksWhenAttachFails(BartAdapter):
     def attach(self, manager):
         self._manager = manager
         handles = [
-            self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True),
             self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
         ]
         for site in self.sites:
             handles.append(site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+            handles.append(site.module.register_forward_hook(self._spread_weights, with_kwargs=True))
         self._handles += handles
 
 
@@ -246,71 +244,17 @@ class NormedRawKeys(MllamaAdapter):
                 call.keep_output(self, self._text.layers[i].cross_attn.k_norm, "raw_keys")
 
 
-class SharesRowsThatDiffer(MllamaAdapter):
-    """Treats all rows of a batch as copies of one sample."""
-
-    caught_by = ("KV11", "KV13")
-
-    @staticmethod
-    def _shared_rows(named, source):
-        return SharedRows(len(source))
-
-
-class LeavesSlotsBehind(BartAdapter):
-    """Its cache layers reorder keys and values, but not the columns that they belong to."""
-
-    caught_by = ("KV11",)
-
-    class Layer(CrossKVLayer):
-        def batch_select_indices(self, indices):
-            slots, valid = self.slots, self.valid
-            super().batch_select_indices(indices)
-            if slots is not None and len(self.keys) <= len(slots):
-                self.slots, self.valid = slots[: len(self.keys)], valid[: len(self.keys)]
-
-    def _after_attention(self, module, args, kwargs, output):
-        super()._after_attention(module, args, kwargs, output)
-        cache_of(kwargs).cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
-
-
-class ForgetsWhileDecoding(BartAdapter):
-    """Drops an entry whenever decoding reads several tokens at once."""
-
-    caught_by = ("KV11",)
-
-    def _decode(self, call, module, cache, named):
-        layer = cache.cross_attention_cache.layers[module.layer_idx]
-        if named["hidden_states"].shape[1] > 1 and layer.width > 1:
-            layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
-            layer.slots, layer.valid = (tensor[..., 1:] for tensor in layer.entries())
-        return super()._decode(call, module, cache, named)
-
-
-class UnsortedSlots(BartAdapter):
-    """Its cache layers report what they keep in reverse order."""
-
-    caught_by = ("KV01",)
-
-    class Layer(CrossKVLayer):
-        def selection(self, *args, **kwargs):
-            said = super().selection(*args, **kwargs)
-            return Selection.trusted(said.indices.flip(-1), said.valid.flip(-1), said.columns)
-
-    def _receive(self, call, module, cache, named):
-        received = super()._receive(call, module, cache, named)
-        cache.cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
-        return received
-
-
 class RandomEachTime(BartAdapter):
     """Seeds random policies with another number in each call."""
 
     caught_by = ("KV10",)
     _calls = 0
 
-    def _sample_fingerprints(self, states, batch):
+    def _begin(self, call, named, states):
+        super()._begin(call, named, states)
         type(self)._calls += 1
-        return torch.full((batch,), self._calls)
+        drawn = torch.full((call.manager._prefill.visibility.batch,), self._calls)
+        call.manager._prefill.fingerprints = lambda: drawn
 
 
 class RoundsTheCache(MllamaAdapter):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvprune.testing.conformance.adapters import attachment, captures, declaration
-from kvprune.testing.conformance.models import cache_contents, decoding, selections
+from kvprune.testing.conformance.adapters import attachment, captures, declaration, generation, sharing
+from kvprune.testing.conformance.models import cache_contents, decoding, history, rows, selections
 from kvprune.testing.conformance.policies.invariants import ModelCheck
 
 __all__ = ["ADAPTER_INVARIANTS", "SETTINGS", "AdapterInvariant", "Cases"]
@@ -22,7 +22,7 @@ SETTINGS = {
 FULL, LOSSLESS = ("full",), ("lossless",)
 # Each head keeps its own tokens; queries decide for later layers; a random choice for later layers.
 PRUNING = ("norm:keep_ratio=0.3", "trim:keep_ratio=0.3", "random:keep_ratio=0.3,reach=onward")
-ONE = PRUNING[:1]
+ONE, BY_QUERIES, RANDOM = PRUNING[:1], PRUNING[1:2], PRUNING[2:]
 RAW_KEYS = ("norm:of=raw_keys,keep=low,keep_tokens=3",)
 
 
@@ -46,7 +46,7 @@ class AdapterInvariant:
     """One row of the suite.
 
     Attributes:
-        id: As in docs/invariants.md, or "class", or "view".
+        id: As in docs/invariants.md, or a word.
         title: What is checked, in a few words.
         cases: Its checks.
     """
@@ -126,4 +126,34 @@ ADAPTER_INVARIANTS = (
             Cases(decoding.check_oracle, PRUNING, ("float32", "eager", "sdpa")),
         ),
     ),
+    AdapterInvariant(
+        "history",
+        "the same answer whatever ran before",
+        (Cases(history.check_history, RANDOM), Cases(history.check_encoder_outputs, RANDOM)),
+    ),
+    AdapterInvariant(
+        "rows",
+        "rows of equal inputs stay apart",
+        (Cases(rows.check_rows_of_equal_inputs, BY_QUERIES),),
+    ),
+    AdapterInvariant(
+        "padding", "a sample that is all padding", (Cases(rows.check_empty_sample, BY_QUERIES),)
+    ),
+    AdapterInvariant(
+        "logits",
+        "scoring answers with logits_to_keep",
+        (Cases(generation.check_logits_to_keep, BY_QUERIES),),
+    ),
+    AdapterInvariant(
+        "drafts",
+        "assistant_early_exit is greedy search",
+        (Cases(generation.check_self_speculation, BY_QUERIES),),
+    ),
+    AdapterInvariant(
+        "weights",
+        "returned attention weights",
+        (Cases(generation.check_weights, PRUNING[:2], ("eager",)),),
+    ),
+    AdapterInvariant("copies", "copies and pickles are free", (Cases(sharing.check_copies, ONE),)),
+    AdapterInvariant("threads", "one thread at a time", (Cases(sharing.check_threads, BY_QUERIES),)),
 )

@@ -55,7 +55,8 @@ class Result:
     """What the suite found about one invariant.
 
     Attributes:
-        id: "KV01" to "KV15"; "class" for the class itself; "view" for what an adapter shows policies.
+        id: "KV01" to "KV15", or a word: "class" for the class itself, "view" for what an adapter shows
+            policies, and others that docs/conformance.md lists.
         title: What is checked, in a few words.
         outcome: "passed", "failed", "expected failure", "unexpectedly passed" or "not applicable".
         problems: Number of problems that were posed.
@@ -156,9 +157,9 @@ class ConformanceReport:
         return [printable(line) for line in lines]  # what a policy raised is its author's text
 
     def __str__(self) -> str:
-        lines = [f"{'id':<6} {'what':<42} {'outcome':<20} {'problems':>8} {'seconds':>8}"]
+        lines = [f"{'id':<7} {'what':<42} {'outcome':<20} {'problems':>8} {'seconds':>8}"]
         lines += [
-            f"{r.id:<6} {r.title:<42} {r.outcome:<20} {r.problems:>8} {r.seconds:>8.1f}" for r in self.results
+            f"{r.id:<7} {r.title:<42} {r.outcome:<20} {r.problems:>8} {r.seconds:>8.1f}" for r in self.results
         ]
         lines += self.explanations
         return "\n".join([*lines, "", self.verdict])

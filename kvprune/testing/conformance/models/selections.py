@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import ScoringPolicy
@@ -17,6 +16,7 @@ from kvprune.session.compression import Compression
 from kvprune.testing.conformance.common.isolation import random_state
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.layers.budget import require_layer_sum, require_model_sum, wanted_of
+from kvprune.testing.conformance.models.forward_calls import alone
 from kvprune.testing.conformance.models.scenario import Scenario
 from kvprune.testing.reference import (
     kept_bits,
@@ -154,8 +154,8 @@ def check_alone_in_model(policy: CrossKVPolicy, scenario: Scenario) -> None:
     for sample in range(scenario.batch_size):
         if _has_no_image(scenario, sample):
             continue  # without an image, the model is called without one
-        alone, _ = scenario.prefill(policy, _alone(scenario.inputs, sample))
-        for layer_idx, selection in alone.selections.items():
+        by_itself, _ = scenario.prefill(policy, alone(scenario.inputs, sample))
+        for layer_idx, selection in by_itself.selections.items():
             # Columns beyond these exist only because other samples have more images.
             present = set(range(selection.columns))
             kept = [columns & present for columns in kept_sets(together.selections[layer_idx])[sample]]
@@ -169,26 +169,6 @@ def check_alone_in_model(policy: CrossKVPolicy, scenario: Scenario) -> None:
                     f"{[sorted(columns) for columns in kept]}",
                     f"{[sorted(columns) for columns in kept_sets(selection)[0]]}",
                 )
-
-
-def _alone(inputs: dict[str, Tensor], sample: int) -> dict[str, Tensor]:
-    """Cut the inputs to one sample, without the padding that its batch needs."""
-    alone = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if ids is not None and mask is not None and ids.shape == mask.shape:
-        real = mask[sample].bool()
-        for name, tensor in inputs.items():
-            if tensor.shape[:2] == mask.shape:
-                alone[name] = alone[name][:, real]
-    # In the stock model, a text row before the first image attends to everything, the batch's padding images
-    # included. Without these, its hidden states differ, and so does what later layers attend to. So padding
-    # images are cut only if there is no such row.
-    if "cross_attention_mask" in alone and bool(alone["cross_attention_mask"].flatten(2).any(-1).all()):
-        images = int(alone["cross_attention_mask"].any(-1).any(1).sum())
-        alone["cross_attention_mask"] = alone["cross_attention_mask"][:, :, :images]
-        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
-            alone[name] = alone[name][:, :images]
-    return alone
 
 
 def _has_no_image(scenario: Scenario, sample: int) -> bool:

@@ -20,7 +20,7 @@ from kvprune.testing.conformance.layers import (
     text_pruning,
     visibility,
 )
-from kvprune.testing.conformance.models import cache_contents, decoding, selections
+from kvprune.testing.conformance.models import cache_contents, decoding, history, rows, selections
 from kvprune.testing.conformance.models.merging import check_mass
 from kvprune.testing.conformance.models.scenario import Scenario
 from kvprune.testing.conformance.policies.corner_cases import LAYER_CORNERS
@@ -47,7 +47,7 @@ class Invariant:
     """One row of the suite.
 
     Attributes:
-        id: As in docs/invariants.md.
+        id: As in docs/invariants.md, or a word.
         title: What is checked, in a few words.
         on_layers: Checks of what a policy answers about layer problems.
         on_models: Checks of runs of tiny models.
@@ -175,6 +175,10 @@ INVARIANTS = (
         (check_mass,),
         _not_merging,
     ),
+    Invariant("views", "a run changes nothing that it shows", (), (history.check_views_in_runs,)),
+    Invariant("history", "the same answer whatever ran before", (), (history.check_history,)),
+    Invariant("rows", "rows of equal inputs stay apart", (), (rows.check_rows_of_equal_inputs,)),
+    Invariant("padding", "a sample that is all padding", (), (rows.check_empty_sample,)),
 )
 
 CLASS = Invariant("class", "options, specs and documentation")

@@ -32,7 +32,7 @@ def check_policy(
     seed: int = 0,
     examples: int = 40,
 ) -> ConformanceReport:
-    """Check a policy against the invariants KV01 to KV15, as far as a policy can break them.
+    """Check a policy against the invariants KV01 to KV15, as far as a policy can break them, and in runs.
 
     A class, or the name of an installed policy without options, is checked with its default options, with
     several budgets, and with each choice of its other options. A policy, or a spec with options, is checked
@@ -40,7 +40,7 @@ def check_policy(
 
     Args:
         policy: A class, a policy, or a spec such as ``"trim:k_ratio=0.1"``.
-        only: Ids of the invariants to check, or "class"; all by default.
+        only: Ids to check ("KV01", "history", "class", ...); all by default.
         expected_failures: Reasons by id: these invariants must fail. That is reported, and is no error.
         seed: Seed of the generated problems; the same seed poses the same problems.
         examples: Number of generated problems for each invariant, besides the corner cases that are always
