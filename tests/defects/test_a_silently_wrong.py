@@ -1,6 +1,7 @@
 """Part A of the known defects: results that are wrong, and nothing says so.
 
-Each test asserts what is right, and is expected to fail until the defect is cured.
+Each test asserts what is right, and failed before the defect was cured; what is still open is a strict
+expected failure.
 
 Left out or elsewhere:
     A3: shown by a per-row bias in a hook of the user's, which is what adapters of several requests in one

@@ -1,6 +1,7 @@
 """Part B of the known defects, continued: what policies and adapters of others meet.
 
-Each test asserts what is right, and is expected to fail until the defect is cured.
+Each test asserts what is right, and failed before the defect was cured; what is still open is a strict
+expected failure.
 """
 
 from __future__ import annotations

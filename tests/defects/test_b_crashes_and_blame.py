@@ -1,6 +1,7 @@
 """Part B of the known defects: crashes, users who are blocked, and errors that blame somebody else.
 
-Each test asserts what is right, and is expected to fail until the defect is cured.
+Each test asserts what is right, and failed before the defect was cured; what is still open is a strict
+expected failure.
 
 Left out or elsewhere:
     B0, B6, B8 (doctor, show) and B11 are in test_b_commands.py; B5, B7, B8 (scores) and B12 in

@@ -1,6 +1,7 @@
 """Part D of the known defects: what takes too long.
 
-Each test asserts what is wanted, and is expected to fail until the defect is cured.
+Each test asserts what is wanted, and failed before the defect was cured; what is still open is a strict
+expected failure.
 
 Of D1, what is left is the time: at 11B dimensions about 0.16 of the prefill for divprune and 0.08 for
 cdpruner, one thread and one sample, and more in smaller models.
