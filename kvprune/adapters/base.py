@@ -23,7 +23,7 @@ decides at each decode step, or about logits, takes one more hook that calls the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,6 +45,9 @@ from kvprune.errors import (
 from kvprune.policy.base import CrossKVPolicy
 
 __all__ = ["ModelAdapter", "Site"]
+
+_RETURN_NO_WEIGHTS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations of attention that return no weights, so that decoding needs no hook for them."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class ModelAdapter(Attachment, ABC):
         super().__init__(model, type(self).family)
         self._manager: CrossKVManager | None = None
         self._call: Call | None = None
+        self._spreads_weights = False
 
     @property
     def manager(self) -> CrossKVManager:
@@ -156,6 +160,7 @@ class ModelAdapter(Attachment, ABC):
     def detach(self) -> None:
         """Undo `attach`, and forget a forward call that was interrupted."""
         super().detach()
+        self._spreads_weights = False
         self._forget_call()
 
     def begin_call(self) -> None:
@@ -166,6 +171,24 @@ class ModelAdapter(Attachment, ABC):
         """
         self.open_call()
         self._forget_call()
+
+    def spread_weights(self, config: Any, attentions: Iterable[nn.Module]) -> None:
+        """Put attention weights that cross-attention returns back to their columns, from now on.
+
+        Call it in each forward call: it adds hooks once, and only if the model's attention returns weights.
+
+        Args:
+            config: The config of the decoder.
+            attentions: The cross-attention modules.
+        """
+        if self._spreads_weights or config._attn_implementation in _RETURN_NO_WEIGHTS:
+            return
+        self._spreads_weights = True
+        for attention in attentions:
+            self.after(attention, self._spread, first=True)
+
+    def _spread(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return None if self._call is None else self._call.all_columns(output, module)
 
     def finish_call(self, *, completed: bool) -> None:
         """End a forward call, and its prefill if it was one.

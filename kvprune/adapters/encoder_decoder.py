@@ -119,7 +119,6 @@ class EncoderDecoderAdapter(ModelAdapter):
         self.after(self._decoder, self._after_decoder, always=True)
         for site in self.sites:
             self.before(site.module, self._before_attention)
-            self.after(site.module, self._spread_weights, first=True)
         self.around(self.model, CANDIDATES, prompt_first)
 
     def _new_call(self) -> _Call:
@@ -127,6 +126,7 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_call()
+        self.spread_weights(self._decoder.config, (site.module for site in self.sites))
         self._call = self._new_call()
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
@@ -260,10 +260,6 @@ class EncoderDecoderAdapter(ModelAdapter):
         )
         mask = call.mask.over(named.get(self.mask), arrival.contents, module)
         return {**named, self.states: states, self.mask: mask}
-
-    def _spread_weights(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        """Return an output whose attention weights stand at their columns; None if nothing changes."""
-        return None if self._call is None else self._call.all_columns(output, module)
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         assert self._call is not None

@@ -117,13 +117,13 @@ class MllamaAdapter(ModelAdapter):
         for layer_idx in self._layer_indices:
             layer = self._text.layers[layer_idx]
             self.before(layer, self._before_layer)
-            self.after(layer.cross_attn, self._spread_weights, first=True)
         self.around(self.model, CANDIDATES, prompt_first)
 
     def _before_inner(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.begin_call()
+        self.spread_weights(self._text.config, (site.module for site in self.sites))
         named = named_arguments(module, args, kwargs)
         mask, cache = named.get("cross_attention_mask"), cache_of(named)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
@@ -257,10 +257,6 @@ class MllamaAdapter(ModelAdapter):
         # Otherwise, SDPA without a mask applies causal attention to image columns.
         changed = {"full_text_row_masked_out_mask": row_mask, "is_causal": False}
         return {**kwargs, "cross_attention_mask": mask, **changed}
-
-    def _spread_weights(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        """Return an output whose attention weights stand at their columns; None if nothing changes."""
-        return None if self._call is None else self._call.all_columns(output, module)
 
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         assert self._call is not None
