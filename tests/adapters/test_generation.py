@@ -42,7 +42,7 @@ IDS = torch.arange(4, 13)[None]
 def test_samples_are_repeated_for_beams_and_return_sequences(options, repeats):
     model = bart()
     calls = said(model, model.get_decoder(), lambda: model.generate(IDS, max_new_tokens=2, **options))
-    assert set(calls) == {Generation(repeats)}
+    assert set(calls) == {Generation(repeats, prompt=1)}
 
 
 def test_a_call_by_hand_says_nothing_and_nothing_outlives_generate():
@@ -60,7 +60,7 @@ def test_a_part_of_the_model_and_no_other_model_is_meant():
     def call():
         model.generate(**inputs, num_beams=2, max_new_tokens=1, do_sample=False)
 
-    assert set(said(model.model, model.model, call)) == {Generation(2)}
+    assert set(said(model.model, model.model, call)) == {Generation(2, prompt=6)}
     assert set(said(other, model.model, call)) == {Generation()}
 
 
@@ -76,11 +76,14 @@ def test_the_first_drafts_are_rejected_unseen():
 
 
 def test_chunks_of_the_prompt_are_refused_by_name():
-    Generation(chunk=None).require_whole_prompt("BART")
+    Generation(prompt=4).require_whole_prompt("BART")
+    Generation(chunk=4, prompt=4).require_whole_prompt("BART")
     with pytest.raises(
         UnsupportedModelError, match="prefill_chunk_size=2 passes the prompt of BART in chunks"
     ):
-        Generation(chunk=2).require_whole_prompt("BART")
+        Generation(chunk=2, prompt=4).require_whole_prompt("BART")
+    with pytest.raises(UnsupportedModelError, match="attention mask is cut"):
+        Generation(chunk=4, prompt=4).require_whole_prompt("BART", is_mask_cut=True)
 
 
 def test_a_prompt_of_one_chunk_is_whole():

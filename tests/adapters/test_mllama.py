@@ -212,9 +212,8 @@ def test_the_drafts_of_assisted_decoding_come_after_the_prefill():
     with kvprune.compress(model, "trim:k_ratio=0.1") as run:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
         expected = run.selections
-        hook = model.model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-        )
+        layer = model.model.language_model.layers[0]
+        hook = layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
         model.generate(**inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
         hook.remove()
     assert run.selections == expected

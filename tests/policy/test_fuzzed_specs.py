@@ -131,8 +131,8 @@ def test_fuzzed_specs_make_policies_that_decide_or_typed_errors(number: int, see
 
 
 def test_the_fuzzer_uses_presets() -> None:
-    texts = list(fuzzed(1000, 0))
-    assert sum("preset=" in text for text in texts) > 100
+    texts = list(fuzzed(6000, 0))
+    assert sum("preset=" in text for text in texts) > 600
     with_presets = [name for name in NAMES if INSTALLED.policies[name].cls.presets]
     assert with_presets
     for name in with_presets:

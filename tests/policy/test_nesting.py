@@ -151,11 +151,11 @@ def test_defaults_are_left_out_and_inner_versions_are_kept(toys):
     assert wrap().spec == PolicySpec("wrap", {}, 1)
     assert wrap(scorer=Norm(of="keys"), made=Norm(keep="low"), label="Plain").spec == wrap().spec
     spec = by_rank(scorer=Norm()).spec
-    assert spec.options == {"keep_ratio": 0.5, "scorer": PolicySpec("norm", {}, 1)}
+    assert spec.options == {"keep_ratio": 0.5, "scorer": PolicySpec("norm", {}, Norm.version)}
     data = json.loads(spec.to_json())
-    assert data["options"]["scorer"] == {"name": "norm", "options": {}, "version": 1}
-    data["options"]["scorer"]["version"] = 2
-    with pytest.raises(SpecError, match="version 2 of policy 'norm', but version 1"):
+    assert data["options"]["scorer"] == {"name": "norm", "options": {}, "version": Norm.version}
+    data["options"]["scorer"]["version"] = Norm.version + 1
+    with pytest.raises(SpecError, match=f"version {Norm.version + 1} of policy 'norm', but version"):
         kvprune.get_policy(PolicySpec.from_dict(data))
 
 
@@ -430,7 +430,7 @@ def test_a_manifest_records_the_inner_policy_its_source_and_its_distribution(toy
     _, norm, other, plain = run["policies"]
     assert norm["options"] == {
         "keep_ratio": 0.5,
-        "scorer": {"name": "norm", "options": {}, "version": 1},
+        "scorer": {"name": "norm", "options": {}, "version": Norm.version},
     }
     assert len({one["source_sha256"] for one in (norm, other, plain)}) == 3
     assert "toy-prune" in json.dumps(run)
