@@ -163,7 +163,7 @@ def _table(policy: type[CrossKVPolicy], options: list[str]) -> list[str]:
     lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
     for name in options:
         kind, default, meaning = _options(policy)[name]
-        shown = "required" if default is dataclasses.MISSING else str(default).lower()
+        shown = "required" if default is dataclasses.MISSING else str(default).lower() or "empty"
         cells = f"`{name}`", describe_type(kind), shown, _stars(str(meaning or "-"))
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return lines

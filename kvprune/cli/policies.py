@@ -99,7 +99,7 @@ def _default(option: dataclasses.Field[Any]) -> str:
     default = default_of(option)
     if default is dataclasses.MISSING:
         return "required"
-    return written(default.nested_spec if isinstance(default, CrossKVPolicy) else default)
+    return written(default.nested_spec if isinstance(default, CrossKVPolicy) else default) or "empty"
 
 
 def read_docstrings(policy: type) -> tuple[str, dict[str, str]]:

@@ -127,7 +127,6 @@ class ForgetsHooksWhenAttachFails(BartAdapter):
         ]
         for site in self.sites:
             handles.append(site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
-            handles.append(site.module.register_forward_hook(self._spread_weights, with_kwargs=True))
         self._handles += handles
 
 

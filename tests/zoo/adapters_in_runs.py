@@ -126,7 +126,7 @@ class ReturnsNarrowWeights(BartAdapter):
 
     caught_by = ("weights",)
 
-    def _spread_weights(self, module, args, kwargs, output):
+    def _spread(self, module, args, kwargs, output):
         return None
 
 
