@@ -164,7 +164,7 @@ class Compression:
                 f"{report.encoder_inputs} times; no cross-attention layer reached its "
                 f"decision{_compiled(model)}"
             )
-        if not self._adapter.calls and (hint := _compiled(model)):
+        if not report.prefills and not self._adapter.calls and (hint := _compiled(model)):
             raise PolicyNeverRanError(
                 f"policy {self.policy.spec} never ran: no call of {type(model).__name__} reached it{hint}"
             )
