@@ -39,7 +39,12 @@ def deep_t5gemma(dtype: torch.dtype) -> Any:
 )
 def test_a_right_adapter_passes(adapter: Any, make_model: Any, make_inputs: Any, only: Any) -> None:
     report = check_adapter(adapter, make_model, make_inputs, only=only)
-    assert {result.outcome for result in report.results} == {"passed"}
+    outcomes = {result.id: result.outcome for result in report.results}
+    # What these families cannot do in stock: draft with their first layers, keep some logits, pad a whole
+    # sample.
+    cannot = {row for row, outcome in outcomes.items() if outcome == "not applicable"}
+    assert cannot <= {"drafts", "logits", "padding"}
+    assert {outcome for row, outcome in outcomes.items() if row not in cannot} == {"passed"}
 
 
 def test_tokens_that_the_shortened_mask_hides_are_counted_as_hidden() -> None:

@@ -5,6 +5,7 @@ Each check is a function of a policy and a `Scenario`.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import replace
 from typing import Any
@@ -36,7 +37,7 @@ def check_logits_to_keep(policy: CrossKVPolicy, scenario: Scenario) -> None:
 
     whole, expected = score(0)
     length = expected.shape[1]
-    for rows in sorted({1, 2, 3, length - 1, length + 3}):
+    for rows in sorted({1, 2, 3, length - 1, length + 3} - {0}):
         run, logits = score(rows)
         for layer_idx, selection in whole.selections.items():
             if run.selections[layer_idx] != selection:
@@ -64,7 +65,8 @@ def check_self_speculation(policy: CrossKVPolicy, scenario: Scenario) -> None:
         return listed
 
     try:
-        can = tokens(one.pristine, assistant_early_exit=1) == tokens(one.pristine)
+        # A copy: transformers leaves the number of layers in its config changed if drafting fails.
+        can = tokens(copy.deepcopy(one.pristine), assistant_early_exit=1) == tokens(one.pristine)
     except Exception as error:
         raise NotApplicable(
             f"the untouched {type(one.pristine).__name__} does not generate with assistant_early_exit "

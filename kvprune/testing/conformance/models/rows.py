@@ -55,6 +55,11 @@ def check_empty_sample(policy: CrossKVPolicy, scenario: Scenario) -> None:
     batch = with_repeated_row(scenario.inputs)
     batch["attention_mask"] = batch["attention_mask"].clone()
     batch["attention_mask"][-1] = 0
+    with torch.no_grad():
+        stock = called(scenario.pristine, batch)["logits"]
+    if not stock.isfinite().all():
+        name = type(scenario.pristine).__name__
+        raise NotApplicable(f"the untouched {name} computes NaN for a sample that is all padding")
     without, together = (_prefill(policy, scenario, inputs) for inputs in (scenario.batch(), batch))
     for row in range(scenario.batch_size):
         own = without[0], without[1][row : row + 1]
