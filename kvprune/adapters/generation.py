@@ -93,15 +93,34 @@ def prompt_first(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kwargs: Its keyword arguments.
     """
     drafts = make(*args, **kwargs)
-    draft = drafts.get_candidates
+    draft, options = drafts.get_candidates, kwargs.get("generation_config")
 
     def reject(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        _require_open_end(input_ids, options)
         draft(input_ids, *args, **kwargs)  # so that the assistant reads the prompt now, as it expects
         del drafts.get_candidates  # from now on, that of its class
         return input_ids, None
 
     drafts.get_candidates = reject
     return drafts
+
+
+def _require_open_end(prompt: Tensor, options: Any) -> None:
+    """Raise where transformers takes a prompt whose last token ends a sequence for a finished answer.
+
+    Releases before 5.23 do, if there are no drafts, and real BART models begin with such a token.
+
+    Raises:
+        UnsupportedModelError: Says which release to install.
+    """
+    ends = getattr(options, "_eos_token_tensor", None)
+    code = inspect.unwrap(getattr(_mixin(), "_assisted_decoding", None) or _mixin).__code__
+    if ends is not None and "is_done_candidate" in code.co_varnames and bool((prompt[:, -1:] == ends).any()):
+        raise UnsupportedModelError(
+            "this release of transformers stops assisted decoding at once if the prompt ends with an "
+            "end-of-sequence token, as that of BART does; install transformers 5.23.0 or newer, or decode "
+            "without drafts"
+        )
 
 
 def probe_generation() -> Probe:
@@ -129,9 +148,13 @@ def _contains(outer: Any, model: nn.Module) -> bool:
     )
 
 
-def _code() -> CodeType:
-    """Return the code of `generate`, without its decorators."""
+def _mixin() -> Any:
     from transformers import GenerationMixin  # slow to import
 
-    code: CodeType = inspect.unwrap(GenerationMixin.generate).__code__
+    return GenerationMixin
+
+
+def _code() -> CodeType:
+    """Return the code of `generate`, without its decorators."""
+    code: CodeType = inspect.unwrap(_mixin().generate).__code__
     return code

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import OLD
 from zoo import adapters as zoo
 
 import kvprune
@@ -102,7 +103,9 @@ def texts(dtype):
 def test_a_declaration_suffices(adapter, make_model):
     report = check_adapter(adapter, make_model, texts)
     not_applicable = {result.id for result in report.results if result.outcome != "passed"}
-    assert not_applicable == {"logits"}
+    # Older releases take a prompt that ends with an end-of-sequence token, as that of MBart, for finished.
+    refused = {"drafts"} if OLD and adapter is MBartAdapter else set()
+    assert not_applicable == {"logits"} | refused
     assert report.subject == adapter.__name__
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import OLD
 from other_families import (
     MoonshineAdapter,
     T5GemmaAdapter,
@@ -67,6 +68,7 @@ def test_what_the_stock_model_sees_is_read_from_its_own_mask() -> None:
         visibility_of(scenario.batch(), see.columns)
 
 
+@pytest.mark.skipif(OLD, reason="T5Gemma of this release rounds less")
 def test_the_tolerance_follows_what_the_untouched_model_rounds() -> None:
     deep = Scenario(deep_t5gemma(torch.float64), texts(torch.float64), steps=4, adapter=T5GemmaAdapter)
     assert deep.tolerance < deep.logit_tolerance <= 16 * deep.tolerance

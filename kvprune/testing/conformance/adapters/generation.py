@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from kvprune.errors import UnsupportedModelError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.session.compression import Compression
 from kvprune.testing.conformance.common.results import NotApplicable, Violation
@@ -77,7 +79,10 @@ def check_self_speculation(policy: CrossKVPolicy, scenario: Scenario) -> None:
     with one.compress(policy) as plain:
         greedy = tokens(one.model)
     with one.compress(policy) as run:
-        drafted = tokens(one.model, assistant_early_exit=1)
+        try:
+            drafted = tokens(one.model, assistant_early_exit=1)
+        except UnsupportedModelError as refusal:
+            raise NotApplicable(str(refusal)) from refusal
     if drafted != greedy:
         raise Violation(f"the tokens of greedy search with assistant_early_exit=1, {greedy}", f"{drafted}")
     for layer_idx, selection in plain.selections.items():
@@ -98,9 +103,13 @@ def check_weights(policy: CrossKVPolicy, scenario: Scenario) -> None:
     with found.watching(), scenario.compress(policy) as run:
         found.call()
     wanted = _WeightsOf(scenario, scenario.pristine)
-    with wanted.watching(), scenario.masked(run):
+    # Older releases of transformers want another mask in a later turn of Mllama; the prefill is compared
+    # then.
+    with wanted.watching(), scenario.masked(run), suppress(IndexError):
         wanted.call()
-    for number, moment in enumerate(("prefill", "a later turn")):
+    if not wanted.calls or not wanted.calls[0]:
+        raise NotApplicable(f"the untouched {type(scenario.pristine).__name__} returns no attention weights")
+    for number, moment in enumerate(("prefill", "a later turn")[: len(wanted.calls)]):
         for layer_idx, expected in wanted.calls[number].items():
             where = f"the attention weights of layer {layer_idx} in {moment}"
             _require_weights(where, found.calls[number].get(layer_idx), expected)
