@@ -1,9 +1,7 @@
 """Attaches hooks to a model, and removes all of them again (KV12).
 
 Nothing here outlives what it belongs to. Hooks of one forward call are removed when it ends, or, if an
-interrupt (Ctrl-C) ended it, before the next one starts. A copy or a pickle of a hooked model has no hooks
-that do
-anything: copies are free.
+interrupt (Ctrl-C) ended it, before the next one starts. Hooks in a copy or a pickle of a model do nothing.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ decides at each decode step, or about logits, takes one more hook that calls the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -172,20 +172,19 @@ class ModelAdapter(Attachment, ABC):
         self.open_call()
         self._forget_call()
 
-    def spread_weights(self, config: Any, attentions: Iterable[nn.Module]) -> None:
+    def spread_weights(self, config: Any) -> None:
         """Put attention weights that cross-attention returns back to their columns, from now on.
 
         Call it in each forward call: it adds hooks once, and only if the model's attention returns weights.
 
         Args:
             config: The config of the decoder.
-            attentions: The cross-attention modules.
         """
         if self._spreads_weights or config._attn_implementation in _RETURN_NO_WEIGHTS:
             return
         self._spreads_weights = True
-        for attention in attentions:
-            self.after(attention, self._spread, first=True)
+        for site in self.sites:
+            self.after(site.module, self._spread, first=True)
 
     def _spread(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return None if self._call is None else self._call.all_columns(output, module)

@@ -126,7 +126,7 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_call()
-        self.spread_weights(self._decoder.config, (site.module for site in self.sites))
+        self.spread_weights(self._decoder.config)
         self._call = self._new_call()
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)

@@ -123,7 +123,7 @@ class MllamaAdapter(ModelAdapter):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.begin_call()
-        self.spread_weights(self._text.config, (site.module for site in self.sites))
+        self.spread_weights(self._text.config)
         named = named_arguments(module, args, kwargs)
         mask, cache = named.get("cross_attention_mask"), cache_of(named)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")

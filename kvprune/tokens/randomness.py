@@ -30,8 +30,7 @@ def fingerprint(encoder_input: Tensor) -> Tensor:
     flat = encoder_input.flatten(1)
     if flat.is_floating_point():
         flat = (flat[:, ::_STRIDE].float() * _STEPS_PER_UNIT).round()
-    weights = torch.arange(1, flat.shape[1] + 1, device=flat.device) * 2654435761 % 2147483647
-    return (flat.to(torch.int64) * weights).sum(-1)
+    return _digest(flat.to(torch.int64))
 
 
 def states_fingerprint(states: Tensor, visible: Tensor) -> Tensor:
@@ -58,8 +57,13 @@ def states_fingerprint(states: Tensor, visible: Tensor) -> Tensor:
         deviation = rows.square().sum().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         steps = (sums * across.to(rows.device)).sum(-1) / deviation * _STEPS_PER_DEVIATION  # [P]
         digests.append(steps.nan_to_num().round().to(torch.int64))
-    weights = torch.arange(1, _PROJECTIONS + 1, device=states.device) * 2654435761 % 2147483647
-    return (torch.stack(digests) * weights).sum(-1)
+    return _digest(torch.stack(digests))
+
+
+def _digest(numbers: Tensor) -> Tensor:
+    """Return one number for each row, int64 ``[B, n]`` to ``[B]``; zeros at the end change nothing."""
+    weights = torch.arange(1, numbers.shape[1] + 1, device=numbers.device) * 2654435761 % 2147483647
+    return (numbers * weights).sum(-1)
 
 
 def _signs(rows: int, length: int, source: torch.Generator) -> Tensor:
