@@ -98,13 +98,13 @@ class Scenario:
         """The adapter. Finding it takes longer than a forward call of a tiny model, so it is found once."""
         return self.adapter or find_adapter(self.pristine)
 
-    def compress(self, policy: CrossKVPolicy) -> Compression:
-        """Return a compression of the working copy, as `kvprune.compress` does.
+    def compress(self, policy: CrossKVPolicy, model: Any = None) -> Compression:
+        """Return a compression of the working copy, or of another model, as `kvprune.compress` does.
 
         A policy that reads the answer is guided by a fixed one, which all samples of a batch share: it must
         keep all promises for any answer.
         """
-        adapter = self.adapter_class(self.model)
+        adapter = self.adapter_class(self.model if model is None else model)
         guide = AnswerGuide(adapter, torch.tensor(_ANSWER)) if policy.reads_answer else None
         return Compression(adapter, policy, self.seed, guide)
 
