@@ -51,7 +51,7 @@ class Facts:
     text: str
     paper: str
     bibtex: str
-    is_reference: bool
+    is_reference: bool = False
 
 
 def known_facts() -> tuple[dict[str, Facts], tuple[str, ...]]:
