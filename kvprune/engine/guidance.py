@@ -62,7 +62,7 @@ class GuideReceipt:
         seconds: Run time on the guide's device.
         bytes_peak: Peak bytes of the guide's cross-attention keys and values, in addition to the target's.
         saw_answer: Whether the guide was given the answer that the target should find
-            (`kvprune.session.answer_guide`). What it ranks highest is then a reference for methods.
+            (`kvprune.answer_attention`). What it ranks highest is then a reference for methods.
     """
 
     model: str

@@ -70,7 +70,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
         ranks_tokens: Whether a larger budget keeps a superset (KV14).
         reads_answer: Whether the policy ranks tokens by the answer that the model gave. Such a policy is a
             reference, not a method: whoever uses it knows the answer already. It takes only guidance that
-            was made from an answer (`kvprune.session.answer_guide`), and no other policy takes that.
+            was made from an answer (`kvprune.answer_attention`), and no other policy takes that.
         keeps_invisible: Whether caches about which the policy decides nothing also keep what decoding
             cannot see (padding tiles, earlier images).
         moment: When the policy decides, for tables: "layer", or what its base class says.

@@ -164,9 +164,8 @@ def require_matching_guide(policy: CrossKVPolicy, guide: object) -> None:
         got = "no guide" if guide is None else f"a {type(guide).__name__} that was not made from an answer"
         raise GuideError(
             f"policy {readers[0]} is a reference, not a method: it ranks tokens by a known answer, and takes "
-            "only guidance that was made from one. Make it with kvprune.session.answer_guide."
-            "answer_attention(model, inputs, answer, written), and pass it as guide=; got "
-            f"{got}"
+            "only guidance that was made from one. Make it with kvprune.answer_attention(model, inputs, "
+            f"answer, written), and pass it as guide=; got {got}"
         )
     if knows and not readers:
         raise GuideError(

@@ -46,7 +46,7 @@ def compress(
             geometry, or a `kvprune.Guide` with options. With None the model guides itself, in an extra pass
             over each prompt. A `kvprune.Guidance` is what a guide found out about one batch; generate from
             that batch only. Policies that read the answer take only a Guidance that
-            `kvprune.session.answer_guide.answer_attention` made, or an `AnswerGuide`. The guide runs inside
+            `kvprune.answer_attention` made, or an `AnswerGuide`. The guide runs inside
             the model's forward call, and its cost is in the report.
 
     Returns:

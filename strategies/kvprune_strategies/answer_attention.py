@@ -15,7 +15,7 @@ class AnswerAttention(ScoringPolicy):
     """Keep the tokens to which the full cache's own answer attends most.
 
     A reference, not a method: the model has answered already, with the full cache, and the rows that
-    predicted this answer rank the tokens (``kvprune.session.answer_guide.answer_attention``). All layers and
+    predicted this answer rank the tokens (``kvprune.answer_attention``). All layers and
     heads share one ranking. How far a method stays behind says how much a perfect look at the answer would
     help at the same budget. The difference may be negative: the tokens that get most attention need not be
     those that matter most.

@@ -228,7 +228,7 @@ def test_the_reference_is_refused_without_an_answer(family, guide):
     model = family()
     if guide == "prompt":
         guide = kvprune.Guidance(scores=torch.zeros(1, 20), rows=torch.ones(1).long())
-    with pytest.raises(GuideError, match=r"answer_guide\.answer_attention\(model, inputs, answer, written\)"):
+    with pytest.raises(GuideError, match=r"kvprune\.answer_attention\(model, inputs, answer, written\)"):
         kvprune.compress(model, "answer-attention", guide=guide)
 
 
