@@ -13,21 +13,25 @@ import typer
 from kvprune.cli.common import TrustRemoteCode
 
 __all__ = [
+    "Against",
+    "AnswerAttention",
     "AttnImplementation",
     "BatchSize",
     "Data",
+    "Demo",
     "Device",
+    "Draws",
     "Dtype",
     "Every",
     "Json",
     "KeepRatios",
-    "LateTokens",
     "Limit",
     "MaxNewTokens",
     "Model",
     "Output",
     "Policies",
     "Repetitions",
+    "Reread",
     "Seed",
     "Tasks",
     "TrustRemoteCode",
@@ -66,12 +70,24 @@ Output = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Examples per call of generate.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Most new tokens of an answer.")]
-LateTokens = Annotated[
-    int | None,
+Reread = Annotated[
+    bool,
     typer.Option(
-        help="How many tokens at the end of each prompt are decoded after pruning. With 1, even one-token "
-        "answers show the effect of policies that prune after prefill. Default: 0; 1 with --all.",
-        show_default=False,
+        "--reread/--no-reread",
+        help="Read the last token of each prompt again from the pruned cache, so that one-token answers show "
+        "what was dropped.",
+    ),
+]
+Demo = Annotated[str, typer.Option(help="Which demo runs where --data is not given: pictures or speech.")]
+Draws = Annotated[
+    int, typer.Option(help="Seeds for each policy that draws random numbers: --seed, --seed + 1, ...")
+]
+Against = Annotated[str, typer.Option(help="Policy that others are compared with at the same budget.")]
+AnswerAttention = Annotated[
+    bool,
+    typer.Option(
+        "--answer-attention/--no-answer-attention",
+        help="Add the reference row that may look at the answer of the full cache, at each keep ratio.",
     ),
 ]
 Device = Annotated[

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprune.comparison import Settings
-from kvprune.comparison.data.examples import Example
+from kvprune.comparison.data.examples import Example, Question
 from kvprune.comparison.storage.answers import Answer
 
 
@@ -18,13 +18,13 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def example(number: int, task: str = "read", answers: tuple[str, ...] = ("7",)) -> Example:
-    return Example(
+    return Question(
         id=f"e{number}",
         task=task,
-        image=Path("none.png"),
+        file=Path("none.png"),
         question="which?",
         answers=answers,
-        image_sha256=f"{number:064x}",
+        file_sha256=f"{number:064x}",
     )
 
 

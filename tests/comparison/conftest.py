@@ -48,7 +48,7 @@ def summary(configurations: tuple[Configuration, ...]) -> Summary:
         for number, asked in enumerate(examples):
             wrong = one.budget and number % 2
             kept = one.keep_ratio or 1.0
-            answers[one.spec, asked.id] = answer(one.spec, asked, "8" if wrong else "7", kept=kept)
+            answers[one.spec, None, asked.id] = answer(one.spec, asked, "8" if wrong else "7", kept=kept)
     laps = {
         repetition: {
             None: Lap(0.9, 1.65),
@@ -56,7 +56,9 @@ def summary(configurations: tuple[Configuration, ...]) -> Summary:
         }
         for repetition in range(3)
     }
-    return summarise(configurations, examples, answers, laps, batch_size=4, device="cpu", late_tokens=0)
+    return summarise(
+        configurations, examples, answers, laps, batch_size=4, device="cpu", reread=True, against="trim"
+    )
 
 
 @pytest.fixture(scope="session")

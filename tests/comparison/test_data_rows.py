@@ -19,6 +19,7 @@ from PIL import Image
 
 from kvprune.comparison.data.examples import (
     Example,
+    Question,
     choose,
     digest,
     is_correct,
@@ -135,13 +136,13 @@ def test_digest_sees_every_change(write_rows: Write, tmp_path: Path, changes: di
 def test_digest_sees_other_pixels_but_no_other_place(write_rows: Write, tmp_path: Path) -> None:
     def one(sha: str, path: str) -> Example:
         found = read_examples(write_rows([row()]))[0]
-        return Example(
+        return Question(
             id=found.id,
             task=found.task,
-            image=Path(path),
+            file=Path(path),
             question=found.question,
             answers=found.answers,
-            image_sha256=sha,
+            file_sha256=sha,
         )
 
     assert digest([one("0", "a.png")]) == digest([one("0", "b.png")])

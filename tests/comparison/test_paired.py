@@ -104,7 +104,9 @@ def test_the_difference_is_that_of_the_same_ratio_and_question() -> None:
         for one in configurations
         for number, e in enumerate(asked)
     }
-    done = summarise(configurations, asked, answers, {}, batch_size=4, device="cpu", late_tokens=0)
+    done = summarise(
+        configurations, asked, answers, {}, batch_size=4, device="cpu", reread=True, against="trim"
+    )
     found = {row.spec: row.versus_baseline for row in done.rows}
     assert found["random:keep_ratio=0.5,reach=onward"] == paired_difference(*table(4, 0, 2, 2))
     assert found["random:keep_ratio=0.1,reach=onward"] == paired_difference(*table(1, 1, 0, 6))

@@ -69,7 +69,7 @@ def test_gains_are_not_losses(configurations: tuple[Configuration, ...]) -> None
             right = (one.spec == "full") == (number == 0)
             answers[one.spec, this.id] = answer(one.spec, this, "7" if right else "8", full="-")
     _, other = summarise(
-        configurations[:2], asked, answers, {}, batch_size=4, device="cpu", late_tokens=0
+        configurations[:2], asked, answers, {}, batch_size=4, device="cpu", reread=True, against="trim"
     ).rows
     assert (other.lost, other.gained, other.accuracy.hits) == (1, 3, 3)
     assert other.p_value == pytest.approx(0.625)
@@ -79,7 +79,9 @@ def test_gains_are_not_losses(configurations: tuple[Configuration, ...]) -> None
 def test_constant_answer_counts_alternatives(configurations: tuple[Configuration, ...]) -> None:
     asked = [example(0, answers=("one", "1")), example(1, answers=("1",)), example(2, answers=("2", "ONE"))]
     answers = {("full", one.id): answer("full", one, "1") for one in asked}
-    found = summarise(configurations[:1], asked, answers, {}, batch_size=1, device="cpu", late_tokens=0)
+    found = summarise(
+        configurations[:1], asked, answers, {}, batch_size=1, device="cpu", reread=True, against="trim"
+    )
     assert found.constant_answer == {"read": pytest.approx(2 / 3)}
 
 

@@ -1,4 +1,4 @@
-"""Questions about pictures: reads a JSON-lines file, checks every row, and judges answers."""
+"""Examples: what a model is asked, and which answers are right; reads and checks questions about pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from kvprune.comparison.data.pictures import read_picture
 from kvprune.comparison.data.safe_json import parse
@@ -22,25 +22,82 @@ _ROW = '{"image": "picture.png", "question": "...", "answers": ["..."]}'
 """A good row, for messages."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+Kind = Literal["pictures", "speech"]
+"""What a comparison is about: questions about pictures, or recordings to write down."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question about one picture.
+    """One thing that a model is asked; `Question` and `Utterance` say what.
 
     Attributes:
         id: name of the example, unique in its file.
         task: name of the group of examples that it is counted in.
-        image: file of the picture.
-        question: text that follows the picture in the user's turn.
         answers: right answers; each of them counts.
-        image_sha256: SHA-256 of the picture's file.
+        file: the picture or the recording.
+        file_sha256: SHA-256 of that file.
     """
+
+    kind: ClassVar[Kind]
 
     id: str
     task: str
-    image: Path
-    question: str
     answers: tuple[str, ...]
-    image_sha256: str
+    file: Path
+    file_sha256: str
+
+    @property
+    def content(self) -> list[object]:
+        """What can change a result, as JSON values."""
+        return [self.id, self.task, list(self.answers), self.file_sha256]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `content`."""
+        return hashlib.sha256(json.dumps(self.content, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(Example):
+    """One question about one picture.
+
+    Attributes:
+        question: text that follows the picture in the user's turn.
+    """
+
+    kind = "pictures"
+
+    question: str
+
+    @property
+    def content(self) -> list[object]:
+        """What can change a result, as JSON values."""
+        return [self.id, self.task, self.question, list(self.answers), self.file_sha256]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utterance(Example):
+    """One recording to write down; `answers` holds its reference text alone.
+
+    Attributes:
+        language: language that is spoken, as Whisper names it, such as ``en``.
+        seconds: length of the recording.
+    """
+
+    kind = "speech"
+
+    language: str
+    seconds: float
+
+    @property
+    def reference(self) -> str:
+        """The text that was spoken."""
+        return self.answers[0]
+
+    @property
+    def content(self) -> list[object]:
+        """What can change a result, as JSON values."""
+        return [*super().content, self.language]
 
 
 def read_examples(path: Path) -> tuple[Example, ...]:
@@ -122,8 +179,8 @@ def choose_tasks(tasks: Sequence[str] | None, known: Sequence[str], source: str)
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Return the SHA-256 of what can change a result: ids, tasks, questions, answers and pictures."""
-    rows = [[e.id, e.task, e.question, list(e.answers), e.image_sha256] for e in examples]
+    """Return the SHA-256 of what can change a result: the content of each example, in this order."""
+    rows = [example.content for example in examples]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -154,7 +211,7 @@ def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield number, row
 
 
-def _example(path: Path, number: int, row: Mapping[str, Any]) -> Example:
+def _example(path: Path, number: int, row: Mapping[str, Any]) -> Question:
     where = f"{path}, line {number}"
     for field in ("image", "question", "answers"):
         if field not in row:
@@ -167,13 +224,13 @@ def _example(path: Path, number: int, row: Mapping[str, Any]) -> Example:
         raise DataError(f"{where}: field 'id' is {name!r}; it must be a non-empty string or a whole number")
     answers = _answers(where, row)
     image = path.parent / _text(where, row, "image")
-    return Example(
+    return Question(
         id=str(name),
         task=_text(where, row, "task") if "task" in row else DEFAULT_TASK,
-        image=image,
+        file=image,
         question=_text(where, row, "question"),
         answers=answers,
-        image_sha256=_image_digest(where, image),
+        file_sha256=_image_digest(where, image),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from kvprune.comparison.statistics.speed import Ratio
-from kvprune.comparison.statistics.summary import BASELINE, Summary
+from kvprune.comparison.statistics.summary import Summary
 from kvprune.comparison.storage.timings import TIMED_TOKENS
 from kvprune.text import printable
 
@@ -28,8 +28,8 @@ def notes(summary: Summary, *, ranked: bool = False) -> list[str]:
     said = [
         _examples_note(summary, ranked),
         _constant_answer_note(summary),
-        *_late_note(summary),
-        *(_ranking_note() if ranked else ()),
+        _reading_note(summary),
+        *(_ranking_note(summary.against) if ranked else ()),
         *_timing_notes(summary),
         *_unfinished_note(summary),
         *_budget_notes(summary),
@@ -83,30 +83,27 @@ def _reach_note(summary: Summary) -> list[str]:
     """Warn where policies that prune after prefill stand beside policies that prune in prefill."""
     later = [row.spec for row in summary.rows if row.reach == "layer"]
     mixed = any(row.budget and row.reach != "layer" for row in summary.rows)
-    if not later or not mixed or summary.late_tokens:
+    if not later or not mixed or summary.reread:
         return []
     return [
         f"Careful: {later[0]} prunes after prefill (reach=layer), so its first token still uses the "
         "full cache; others prune in prefill. Compare only policies that prune at the same point, or add "
-        "reach=onward or --late-tokens 1."
+        "reach=onward or --reread."
     ]
 
 
-def _late_note(summary: Summary) -> list[str]:
-    if not summary.late_tokens:
-        return []
-    count = "token" if summary.late_tokens == 1 else f"{summary.late_tokens} tokens"
-    verb = "was" if summary.late_tokens == 1 else "were"
-    return [
-        f"The last {count} of each prompt {verb} decoded after pruning "
-        f"(--late-tokens {summary.late_tokens}), with the full cache, too: even the first token of an "
-        "answer depends on what was kept."
-    ]
+def _reading_note(summary: Summary) -> str:
+    if summary.reread:
+        return (
+            "The last token of each prompt was read again from the pruned cache, so even the first token of "
+            "an answer depends on what was kept."
+        )
+    return "Plain generate: the first token of an answer is computed before a policy prunes after prefill."
 
 
-def _ranking_note() -> list[str]:
+def _ranking_note(against: str) -> list[str]:
     return [
-        f"# is the rank by right answers within a budget; '- {BASELINE}' is the difference to {BASELINE} on "
+        f"# is the rank by right answers within a budget; '- {against}' is the difference to {against} on "
         "the same questions, in points, with its 95 % paired interval; of many such intervals, some miss 0 "
         "by chance."
     ]

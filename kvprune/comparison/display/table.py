@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvprune.comparison.display.notes import LONGEST_TASK, times
 from kvprune.comparison.statistics.rates import Rate
-from kvprune.comparison.statistics.summary import BASELINE, Row, Summary
+from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.text import printable
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def table(summary: Summary, width: int = 120, *, ranked: bool = False) -> Table:
         width: Width of the terminal in characters; the columns of single tasks are left out where they do not
             fit.
         ranked: Order the rows of each keep ratio by accuracy, number them, and show their difference to
-            `BASELINE`.
+            `Summary.against`.
     """
     from rich.console import Console
 
@@ -47,7 +47,7 @@ def _build(summary: Summary, tasks: Sequence[str], ranked: bool) -> Table:
         shown.add_column("#", justify="right", no_wrap=True)
     shown.add_column("policy", overflow="fold")
     shown.add_column("budget", no_wrap=True)
-    versus = [f"- {BASELINE} [95 %]"] if ranked else []
+    versus = [f"- {summary.against} [95 %]"] if ranked else []
     memory = "MiB" if ranked else "MiB/stock"  # ranked tables have more columns; full holds what stock does
     names = [printable(task, LONGEST_TASK) for task in tasks]
     for heading in ("kept %", memory, "right % [95 %]", *versus, *names, "= full %"):
@@ -60,7 +60,14 @@ def _build(summary: Summary, tasks: Sequence[str], ranked: bool) -> Table:
             cells = _cells(row, tasks, summary.stock is not None)
             if ranked:
                 held = _mebibytes(row.bytes_held)
-                cells = [_place(row, group), *cells[:3], held, cells[4], _difference(row), *cells[5:]]
+                cells = [
+                    _place(row, group),
+                    *cells[:3],
+                    held,
+                    cells[4],
+                    _difference(row, summary.against),
+                    *cells[5:],
+                ]
             shown.add_row(*map(_plain, cells))
         shown.add_section()
     return shown
@@ -113,10 +120,10 @@ def _place(row: Row, group: Sequence[Row]) -> str:
     return str(1 + sum(other.accuracy.value > row.accuracy.value for other in group))
 
 
-def _difference(row: Row) -> str:
+def _difference(row: Row, against: str) -> str:
     found = row.versus_baseline
     if found is None:
-        return "" if row.keep_ratio is None or row.label != BASELINE else "0"
+        return "" if row.keep_ratio is None or row.label != against else "0"
     return f"{100 * found.value:+.1f} [{100 * found.low:+.0f}, {100 * found.high:+.0f}]"
 
 

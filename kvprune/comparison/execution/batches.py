@@ -32,7 +32,6 @@ def load_generator(settings: Settings) -> Generator:
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         max_new_tokens=settings.max_new_tokens,
-        late_tokens=settings.late_tokens,
         trust_remote_code=settings.trust_remote_code,
     )
 

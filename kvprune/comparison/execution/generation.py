@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from kvprune.adapters.arguments import cache_argument, returned_cache
-from kvprune.comparison.data.examples import Example
+from kvprune.comparison.data.examples import Example, Question
 from kvprune.comparison.data.pictures import read_picture
-from kvprune.comparison.execution.late_tokens import divide
 from kvprune.comparison.execution.loading import load_model
 from kvprune.errors import DataError, UnsupportedModelError
 from kvprune.text import error_line, shown
@@ -27,16 +25,11 @@ class Generator:
         model: A model with `generate` that an adapter supports.
         processor: A processor that has a chat template and can pad on the left.
         max_new_tokens: Limit on the length of an answer, in tokens.
-        late_tokens: How many of the last tokens of each prompt are decoded after pruning. The prompt without
-            them is prefilled first, and decoding continues from that cache. With 0, a policy that prunes
-            after prefill does not change the first new token, so one-token answers do not show what it
-            dropped.
     """
 
     model: Any
     processor: Any
     max_new_tokens: int
-    late_tokens: int = 0
 
     @classmethod
     def load(
@@ -47,7 +40,6 @@ class Generator:
         dtype: str,
         attn_implementation: str | None,
         max_new_tokens: int,
-        late_tokens: int = 0,
         trust_remote_code: bool = False,
     ) -> Generator:
         """Load a model and its processor, and check that kvprune supports the model.
@@ -58,7 +50,6 @@ class Generator:
             dtype: One of `DTYPES`.
             attn_implementation: Passed to transformers; None is its default.
             max_new_tokens: Limit on the length of an answer, in tokens.
-            late_tokens: How many of the last tokens of each prompt are decoded after pruning.
             trust_remote_code: Let transformers run Python files that come with the model.
 
         Raises:
@@ -79,9 +70,7 @@ class Generator:
             raise UnsupportedModelError(
                 f"the processor of {model!r} has no chat template; use an instruction-tuned checkpoint"
             )
-        return cls(
-            model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens, late_tokens=late_tokens
-        )
+        return cls(model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens)
 
     def check_questions(self, examples: Sequence[Example]) -> None:
         """Raise unless every question is plain text for the model: it holds none of its special tokens.
@@ -94,6 +83,7 @@ class Generator:
         """
         special = _special_tokens(self.processor)
         for example in examples:
+            assert isinstance(example, Question)
             found = [token for token in special if token in example.question]
             if found:
                 raise DataError(
@@ -110,7 +100,8 @@ class Generator:
         """
         images, prompts = [], []
         for example in examples:
-            images.append([read_picture(example.image)[0]])
+            assert isinstance(example, Question)
+            images.append([read_picture(example.file)[0]])
             content = [{"type": "image"}, {"type": "text", "text": example.question}]
             turn = [{"role": "user", "content": content}]
             prompts.append(self.processor.apply_chat_template(turn, add_generation_prompt=True))
@@ -144,22 +135,12 @@ class Generator:
         Args:
             inputs: What `encode` returned.
             tokens: Exact number of new tokens to generate; None lets the model end its answers.
-
-        Raises:
-            DataError: If a prompt has too few tokens after its picture to decode `late_tokens` of them late.
-            UnsupportedModelError: If the model's prompts cannot be divided.
         """
         length = {"max_new_tokens": self.max_new_tokens}
         if tokens is not None:
             length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        given: Mapping[str, Any] = inputs
         with torch.inference_mode():
-            if self.late_tokens:
-                early, given = divide(inputs, self.late_tokens)
-                # generate must make one new token, which is not used: the cache holds the early part only.
-                done = self._decode(early, max_new_tokens=1, min_new_tokens=1, return_dict_in_generate=True)
-                given = {**given, **cache_argument(self.model, returned_cache(done))}
-            out = self._decode(given, **length)
+            out = self._decode(inputs, **length)
         new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
         return new
 

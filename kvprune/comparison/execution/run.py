@@ -70,7 +70,7 @@ class Run:
             for one in pending:
                 fresh = self._ask(batch, inputs, one)
                 self._folder.results.append([to_row(answer) for answer in fresh])
-                self._answers.update({(answer.spec, answer.id): answer for answer in fresh})
+                self._answers.update({answer.key: answer for answer in fresh})
                 self._done += 1
                 self._report("answering")
 
@@ -101,19 +101,20 @@ class Run:
             {number: lap for number, lap in self._laps.items() if self._settings.repetitions},
             batch_size=min(self._settings.batch_size, len(self._examples)),
             device=resolve_device(self._settings.device),
-            late_tokens=self._settings.late_tokens,
+            reread=self._settings.reread,
+            against=self._settings.against,
         )
 
     def _ask(self, batch: Sequence[Example], inputs: Mapping[str, Any], one: Configuration) -> list[Answer]:
         """Answer a batch under one configuration; return the answers that the folder does not have yet."""
-        known = [self._answers.get((REFERENCE, example.id)) for example in batch]
+        known = [self._answers.get((REFERENCE, None, example.id)) for example in batch]
         full = {answer.id: answer.answer for answer in known if answer is not None}
         fresh = ask(self._model(), batch, inputs, one, self._settings.seed, full)
-        return [answer for answer in fresh if (answer.spec, answer.id) not in self._answers]
+        return [answer for answer in fresh if answer.key not in self._answers]
 
     def _is_open(self, batch: Sequence[Example], one: Configuration) -> bool:
         """Whether the folder lacks an answer of a configuration to an example of a batch."""
-        return any((one.spec, example.id) not in self._answers for example in batch)
+        return any((one.spec, None, example.id) not in self._answers for example in batch)
 
     def _model(self) -> Generator:
         """Return the model; loads it at the first call, so that a finished comparison never does."""

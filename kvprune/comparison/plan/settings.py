@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kvprune.comparison.plan.devices import DTYPES
 from kvprune.errors import KVPruneError
@@ -34,16 +35,20 @@ class Settings:
     """The settings of a comparison: everything except its policies and budgets.
 
     Args:
-        model: Hub id or local folder; None is the embedded demo.
-        data: JSON-lines file of questions; None asks the embedded demo's, which are written into the results
-            folder.
+        model: Hub id or local folder; None is the demo's.
+        data: JSON-lines file of questions or utterances; None takes the demo's.
+        demo: Which demo: questions about pictures to the embedded model, or recordings that come with kvprune
+            for Whisper base.
         tasks: Tasks to ask; None asks all.
         limit: Examples per task; None asks all of `data`, and `sources.DEFAULT_LIMIT` of the demo.
         seed: Seed for policies that draw at random, and for the demo's questions.
         output: Results folder.
         batch_size: Examples per call of `generate`.
         max_new_tokens: Limit on the length of an answer, in tokens.
-        late_tokens: How many of the last tokens of each prompt are decoded after pruning; see `Generator`.
+        reread: Read the last token of each prompt again from the pruned cache; see `kvprune.compress`.
+        draws: How many seeds a policy that draws at random runs with: `seed`, `seed` + 1, ...
+        against: Name or label of the policy that others are compared with at the same budget.
+        answer_attention: Add the reference row that may look at the answer, at each keep ratio.
         device: A torch device; None is the first CUDA device, or the CPU where there is none.
         dtype: One of `DTYPES`.
         attn_implementation: Passed to transformers; None is its default.
@@ -56,13 +61,17 @@ class Settings:
 
     model: str | None = None
     data: Path | None = None
+    demo: Literal["pictures", "speech"] = "pictures"
     tasks: Sequence[str] | None = None
     limit: int | None = None
     seed: int = 0
     output: Path = Path(DEFAULT_OUTPUT)
     batch_size: int = 16
     max_new_tokens: int = 16
-    late_tokens: int = 0
+    reread: bool = True
+    draws: int = 1
+    against: str = "trim"
+    answer_attention: bool = True
     device: str | None = None
     dtype: str = "auto"
     attn_implementation: str | None = None
@@ -73,7 +82,7 @@ class Settings:
         for name, least in (
             ("batch_size", 1),
             ("max_new_tokens", 1),
-            ("late_tokens", 0),
+            ("draws", 1),
             ("repetitions", 0),
             ("limit", 1),
         ):

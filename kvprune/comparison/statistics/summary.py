@@ -12,14 +12,10 @@ from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.statistics.paired import PairedDifference, paired_difference
 from kvprune.comparison.statistics.rates import Rate, share
 from kvprune.comparison.statistics.speed import Speed, speeds
-from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.answers import Answer, Key
 from kvprune.comparison.storage.timings import Lap
 
-__all__ = ["BASELINE", "Row", "Summary", "summarise"]
-
-
-BASELINE = "trim"
-"""The policy that others are compared with, question by question, at the same keep ratio."""
+__all__ = ["Row", "Summary", "summarise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +37,8 @@ class Row:
         lost: examples that the full cache answers rightly and this configuration does not.
         gained: examples that this configuration answers rightly and the full cache does not.
         p_value: p-value of the exact two-sided McNemar test of `lost` against `gained`.
-        versus_baseline: accuracy minus that of `BASELINE` at the same keep ratio, on the same questions; None
-            where there is no such row, and for that row itself.
+        versus_baseline: accuracy minus that of `Summary.against` at the same keep ratio, on the same
+            questions; None where there is no such row, and for that row itself.
         unfinished: number of answers that were cut at the limit on new tokens.
         speed: measured times; None where nothing was timed.
     """
@@ -79,7 +75,8 @@ class Summary:
         repetitions: repetitions of the timing.
         batch_size: examples per call of `generate`.
         device: the torch device.
-        late_tokens: last tokens of each prompt that were decoded after pruning.
+        reread: whether the last token of each prompt was read again from the pruned cache.
+        against: label of the policy that others are compared with at the same budget.
     """
 
     rows: tuple[Row, ...]
@@ -90,7 +87,8 @@ class Summary:
     repetitions: int
     batch_size: int
     device: str
-    late_tokens: int
+    reread: bool
+    against: str
 
     @property
     def reference(self) -> Row:
@@ -105,31 +103,35 @@ class Summary:
 def summarise(
     configurations: Sequence[Configuration],
     examples: Sequence[Example],
-    answers: Mapping[tuple[str, str], Answer],
+    answers: Mapping[Key, Answer],
     laps: Mapping[int, Mapping[str | None, Lap]],
     *,
     batch_size: int,
     device: str,
-    late_tokens: int,
+    reread: bool,
+    against: str,
 ) -> Summary:
     """Summarise finished answers and times; the same input always gives the same summary.
 
     Args:
         configurations: The full cache and all other configurations.
         examples: The questions.
-        answers: Answers by spec and example id; none may be missing.
+        answers: Answers by spec, seed and example id; none may be missing.
         laps: Times by repetition and spec; empty if nothing was timed.
         batch_size: Examples per call of `generate`.
         device: The torch device.
-        late_tokens: Last tokens of each prompt that were decoded after pruning.
+        reread: Whether the last token of each prompt was read again from the pruned cache.
+        against: Label of the policy that others are compared with at the same budget.
     """
     tasks = tuple(dict.fromkeys(example.task for example in examples))
     timed = speeds(laps)
-    given = {one.spec: [answers[one.spec, example.id] for example in examples] for one in configurations}
+    given = {
+        one.spec: [answers[one.spec, None, example.id] for example in examples] for one in configurations
+    }
     baselines: dict[float | None, list[Answer]] = {
         one.keep_ratio: given[one.spec]
         for one in configurations
-        if one.label == BASELINE and one.keep_ratio is not None
+        if one.label == against and one.keep_ratio is not None
     }
     rows = tuple(
         _row(
@@ -148,7 +150,8 @@ def summarise(
         repetitions=len(laps),
         batch_size=batch_size,
         device=device,
-        late_tokens=late_tokens,
+        reread=reread,
+        against=against,
     )
 
 

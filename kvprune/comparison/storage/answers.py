@@ -10,7 +10,10 @@ from typing import Any
 from kvprune.errors import ResultsError
 from kvprune.text import shown
 
-__all__ = ["Answer", "from_row", "to_row"]
+__all__ = ["Answer", "Key", "Transcript", "from_row", "to_row"]
+
+Key = tuple[str, int | None, str]
+"""Spec, seed (None where nothing is drawn) and id of an example."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,7 @@ class Answer:
 
     Attributes:
         spec: canonical spec of the policy.
+        seed: the seed that the policy drew with; None where it drew nothing.
         id: id of the example.
         task: task of the example.
         answer: the decoded text.
@@ -32,6 +36,7 @@ class Answer:
     """
 
     spec: str
+    seed: int | None = None
     id: str
     task: str
     answer: str
@@ -42,6 +47,36 @@ class Answer:
     bytes_held: int
     bytes_full: int
     receipt: str
+
+    @property
+    def key(self) -> Key:
+        """What tells this answer from all others of a run."""
+        return self.spec, self.seed, self.id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript(Answer):
+    """The transcript of one recording; `correct` says that no word of it is wrong.
+
+    Errors are counted after normalisation: words or characters that were substituted, deleted or inserted.
+
+    Attributes:
+        word_errors: errors in words.
+        words: words of the reference.
+        character_errors: errors in characters.
+        characters: characters of the reference.
+        tokens: new tokens of the answer, up to `cap`.
+        cap: limit on new tokens; see `kvprune.comparison.execution`.
+        loops: whether the answer repeats itself endlessly.
+    """
+
+    word_errors: int
+    words: int
+    character_errors: int
+    characters: int
+    tokens: int
+    cap: int
+    loops: bool
 
 
 def to_row(answer: Answer) -> dict[str, Any]:
@@ -59,19 +94,22 @@ def from_row(where: str, row: Mapping[str, Any]) -> Answer:
     Raises:
         ResultsError: If a field is missing, unknown, of another type or out of range.
     """
-    wanted = {field.name: str(field.type) for field in fields(Answer)}
+    kind = Transcript if "words" in row else Answer
+    wanted = {field.name: str(field.type) for field in fields(kind)}
     if set(row) != set(wanted):
         odd = sorted(set(row) ^ set(wanted))[0]
         problem = "is missing" if odd in wanted else "is unknown"
         raise ResultsError(f"{where} is damaged: field {odd!r} {problem}; delete this line")
     types: dict[str, type | tuple[type, ...]] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
-    for name, kind in wanted.items():
+    types["int | None"] = (int, type(None))
+    for name, wanted_type in wanted.items():
         value = row[name]
-        if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool"):
+        if not isinstance(value, types[wanted_type]) or (isinstance(value, bool) and wanted_type != "bool"):
             raise ResultsError(
-                f"{where} is damaged: field {name!r} is {shown(value, 80)}, not a {kind}; delete this line"
+                f"{where} is damaged: field {name!r} is {shown(value, 80)}, not a {wanted_type}; "
+                "delete this line"
             )
-    answer = Answer(**row)
+    answer = kind(**row)
     for name, good, right in (
         ("kept_fraction", 0 <= answer.kept_fraction <= 1, "between 0 and 1"),
         ("bytes_held", 0 <= answer.bytes_held < _MOST_BYTES, "a number of bytes"),

@@ -25,7 +25,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "batch_size": (int,),
     "max_new_tokens": (int,),
-    "late_tokens": (int,),
+    "reread": (bool,),
     "device": (str,),
     "dtype": (str,),
     "attn_implementation": (str, type(None)),

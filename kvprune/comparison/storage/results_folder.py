@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from kvprune.comparison.data.safe_json import parse
-from kvprune.comparison.storage.answers import Answer, from_row
+from kvprune.comparison.storage.answers import Answer, Key, from_row
 from kvprune.comparison.storage.journal import Journal, check_plain_file, read_plain_file, write_json
 from kvprune.comparison.storage.manifest import FORMAT, KIND, digest, refusal
 from kvprune.errors import ResultsError
@@ -128,8 +128,8 @@ class ResultsFolder:
                 f"Results of different runs do not mix; {_REMEDY}"
             )
 
-    def answers(self, specs: Sequence[str], ids: Sequence[str]) -> dict[tuple[str, str], Answer]:
-        """Return finished answers by spec and example id; cuts an unfinished last line off the file.
+    def answers(self, specs: Sequence[str], ids: Sequence[str]) -> dict[Key, Answer]:
+        """Return finished answers by spec, seed and example id; cuts an unfinished last line off the file.
 
         Raises:
             ResultsError: If a line is damaged, repeated, or not part of this run.
@@ -197,8 +197,8 @@ def _parse_manifest(path: Path, raw: bytes) -> dict[str, Any]:
 
 def index_answers(
     path: Path, rows: Sequence[Mapping[str, Any]], specs: Sequence[str], ids: Sequence[str]
-) -> dict[tuple[str, str], Answer]:
-    """Return answers by spec and example id.
+) -> dict[Key, Answer]:
+    """Return answers by spec, seed and example id.
 
     Args:
         path: Path of results.jsonl, for messages.
@@ -209,11 +209,11 @@ def index_answers(
     Raises:
         ResultsError: If a line is damaged, repeated, or not part of the run.
     """
-    done: dict[tuple[str, str], Answer] = {}
+    done: dict[Key, Answer] = {}
     known_specs, known_ids = set(specs), set(ids)
     for number, row in enumerate(rows, start=1):
         answer = from_row(f"{path}, line {number}", row)
-        key = (answer.spec, answer.id)
+        key = answer.key
         if answer.spec not in known_specs or answer.id not in known_ids:
             raise ResultsError(
                 f"{path}, line {number}: spec {answer.spec!r} with example {answer.id!r} "

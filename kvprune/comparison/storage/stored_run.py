@@ -11,7 +11,7 @@ from typing import Any
 from kvprune.comparison.data.examples import Example, choose, digest, read_examples
 from kvprune.comparison.plan.grid import Configuration, exactly
 from kvprune.comparison.plan.settings import Settings
-from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.answers import Answer, Key
 from kvprune.comparison.storage.journal import Journal, read_plain_file
 from kvprune.comparison.storage.recorded_settings import recorded_settings, recorded_specs
 from kvprune.comparison.storage.results_folder import (
@@ -40,7 +40,7 @@ class StoredRun:
         configurations: configurations of the run, the full cache first.
         examples: examples that the run asked, read from its data now.
         data_sha256: digest of these examples.
-        answers: finished answers, by spec and example id.
+        answers: finished answers, by spec, seed and example id.
         laps: measured times by repetition, in file order, and by spec.
         summary: content of summary.json; None where there is no such file.
         notes: things worth knowing that are not errors.
@@ -52,7 +52,7 @@ class StoredRun:
     configurations: tuple[Configuration, ...]
     examples: tuple[Example, ...]
     data_sha256: str
-    answers: Mapping[tuple[str, str], Answer]
+    answers: Mapping[Key, Answer]
     laps: Mapping[int, Mapping[str | None, Lap]]
     summary: bytes | None
     notes: tuple[str, ...]

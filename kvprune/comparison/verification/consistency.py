@@ -90,8 +90,8 @@ def check_consistency(stored: StoredRun) -> tuple[list[Difference], list[str]]:
 def _judgements(stored: StoredRun) -> Iterator[Difference]:
     """Judge every stored answer again: task, right or wrong, equal to the full cache's answer."""
     examples = {example.id: example for example in stored.examples}
-    for (spec, name), answer in stored.answers.items():
-        full = stored.answers.get((REFERENCE, name))
+    for (spec, _, name), answer in stored.answers.items():
+        full = stored.answers.get((REFERENCE, None, name))
         derived: dict[str, Any] = {
             "task": examples[name].task,
             "correct": is_correct(answer.answer, examples[name].answers),
@@ -130,7 +130,8 @@ def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
         dict(islice(stored.laps.items(), timed)),
         batch_size=min(stored.settings.batch_size, len(stored.examples)),
         device=str(stored.manifest["run"]["device"]),
-        late_tokens=stored.settings.late_tokens,
+        reread=stored.settings.reread,
+        against=stored.settings.against,
     )
     untimed = timed != len(stored.laps)
     notes = [f"{SUMMARY} counts {timed} of {len(stored.laps)} timed repetitions"] if untimed else []

@@ -181,7 +181,7 @@ def _turns(stored: StoredRun, every: Sequence[Sequence[Example]], seed: int) -> 
 
 def _is_answered(stored: StoredRun, spec: str, batch: Sequence[Example]) -> bool:
     """Whether the folder has an answer of a configuration to any example of a batch."""
-    return any((spec, example.id) in stored.answers for example in batch)
+    return any((spec, None, example.id) in stored.answers for example in batch)
 
 
 def _run_again(
@@ -198,11 +198,7 @@ def _run_again(
             fresh = ask(generator, batch, inputs, one, stored.settings.seed, full)
             if one.spec == REFERENCE:
                 full = {answer.id: answer.answer for answer in fresh}
-            pairs += [
-                (stored.answers[new.spec, new.id], new)
-                for new in fresh
-                if (new.spec, new.id) in stored.answers
-            ]
+            pairs += [(stored.answers[new.key], new) for new in fresh if new.key in stored.answers]
             done += 1
             on_progress(Progress("verifying", done, calls))
     return pairs
