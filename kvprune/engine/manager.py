@@ -36,14 +36,15 @@ from kvprune.cache.contents import Arrival
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
 from kvprune.cache.text_layer import TextKVLayer
-from kvprune.engine.application import attended_selection, require_onward, retain, with_carried_bias
-from kvprune.engine.guidance import Guidance, Prompt, to_rows
+from kvprune.engine.application import apply, attended_selection
+from kvprune.engine.guidance import Guidance, Prompt
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
 from kvprune.engine.prefill import DecisionContext, ObservedLayer, Prefill
 from kvprune.engine.report import CompressionReport
-from kvprune.errors import GuideError, UnsupportedCacheError
+from kvprune.engine.text_decisions import TextDecision
+from kvprune.errors import CompressionStateError, GuideError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
 from kvprune.policy.checks import check_decision, check_text
@@ -66,6 +67,7 @@ class CrossKVManager:
         layer_indices: The model's cross-attention layers in order; their positions are the ranks.
         guide: Ranks encoder tokens for policies that need "guidance"; called once in each prefill, before its
             first layer.
+        rereads: Whether the last token of each prompt is read again from the pruned cache, see `decide`.
     """
 
     def __init__(
@@ -74,9 +76,12 @@ class CrossKVManager:
         seed: int,
         layer_indices: Sequence[int],
         guide: Callable[[Prompt], Guidance] | None = None,
+        *,
+        rereads: bool = False,
     ) -> None:
         self.policy = policy
         self.guide = guide
+        self.rereads = rereads
         self.layer_indices = tuple(layer_indices)
         self._calls = PolicyCalls(policy, seed, self.layer_indices)
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
@@ -189,13 +194,12 @@ class CrossKVManager:
         with torch.no_grad(), Stopwatch(view.device) as watch:
             selection = self._calls.select_text(view)
         prefill.text_counts = check_text(selection, view, self.policy.name, prefill.text_counts)
-        if selection is not None:
-            layer.retain(selection.repeat(prefill.shared_rows.copies))
-        tokens = None if layer.slots is None else layer.tokens()
-        prefill.kept.add_text(view.layer_idx, tokens, layer.seen)
-        available = view.real.sum(-1).clamp(min=1)  # [R], text entries that are no padding
-        fraction = torch.ones_like(available) if selection is None else prefill.text_counts / available
-        prefill.record.note_text_decision(view.layer_idx, layer, watch, fraction)
+        copies = prefill.shared_rows.copies
+        decision = TextDecision.of(view, layer, selection, prefill.text_counts, copies, watch)
+        if self.rereads:  # the last entry is written again
+            prefill.pending_text.append(decision)
+        else:
+            decision.apply(prefill.kept, prefill.record)
 
     def after_layer(
         self,
@@ -247,30 +251,43 @@ class CrossKVManager:
         else:
             self._apply(prefill, context, answer, watch)
 
-    def end(self, *, completed: bool) -> None:
+    def decide(self) -> Sequence[TextDecision]:
+        """Let a `PrefillPolicy` decide, after all layers; then the cross-attention cache is pruned.
+
+        With re-reading, an adapter calls this before it reads the last token again, and `end` afterwards.
+
+        Returns:
+            Decisions about text that `end` applies: until then, layers hold all entries.
+
+        Raises:
+            SelectionError, PolicyFailedError, UnsupportedCacheError: As in `after_layer`.
+        """
+        prefill = self._running()
+        self._conclude(prefill)
+        return prefill.pending_text
+
+    def end(self, *, completed: bool, reread: bool = False) -> None:
         """Close a prefill. If it was completed, let a `PrefillPolicy` decide and write the receipts.
 
         A prefill that raised or was interrupted leaves no trace in the report.
 
         Args:
             completed: Whether the forward call returned; false if it raised an error.
+            reread: Whether the last token was read again.
 
         Raises:
             SelectionError, PolicyFailedError, UnsupportedCacheError: As in `after_layer`.
+            CompressionStateError: If the last token should have been read again.
         """
         prefill, self._prefill = self._prefill, None
         if prefill is None or not completed:
             return
-        self.report.count_encoder_input()
-        if prefill.observed and isinstance(self.policy, PrefillPolicy):
-            self._conclude(self.policy, prefill)
-        if prefill.guide is not None:
-            self.report.add_guide(prefill.guide)
-        if not prefill.record.is_empty:
+        self._conclude(prefill)
+        if self.rereads and not reread:
+            raise CompressionStateError("the adapter did not read the last token again, as reread=True asks")
+        self.report.count_encoder_input(reread=reread)
+        if prefill.write(self.report, self.policy):
             self.kept = prefill.kept
-            prefill.record.write(
-                self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
-            )
 
     def _ask_guide(self, prefill: Prefill, features: Tensor) -> None:
         """Let the guide rank the new columns, whose features are ``[R, S, C]``."""
@@ -280,12 +297,7 @@ class CrossKVManager:
                 f"{'no guide was given' if self.guide is None else 'the adapter provides no prompt'}"
             )
         with torch.no_grad():
-            guidance = self.guide(prefill.prompt(features))
-            rows, copies = prefill.visibility.batch, prefill.shared_rows.copies
-            scores = to_rows(guidance, rows, copies, prefill.new_columns)  # [R, S]
-        prefill.guide = guidance.receipt
-        prefill.captured = replace(prefill.captured, guidance=scores.to(features.device))
-        prefill.prompt = None  # free the inputs that it holds
+            prefill.take_guidance(self.guide(prefill.prompt(features)), features.device)
 
     def _choose(self, policy: FeaturePolicy, prefill: Prefill, features: Tensor) -> None:
         """Let the policy decide which columns all layers receive, from features ``[R, S, C]``."""
@@ -300,9 +312,11 @@ class CrossKVManager:
         if decision.onward is not None:
             prefill.onward = compose(None, decision.onward)
 
-    def _conclude(self, policy: PrefillPolicy, prefill: Prefill) -> None:
-        """Let the policy decide about all layers that it observed, and apply the decisions."""
-        observed = prefill.observed
+    def _conclude(self, prefill: Prefill) -> None:
+        """Let a `PrefillPolicy` decide, once, about all layers that it observed, and apply the decisions."""
+        policy, observed = self.policy, prefill.observed
+        if not observed or not isinstance(policy, PrefillPolicy):
+            return
         prefill.record.note_deferral()
         with torch.no_grad(), Stopwatch(observed[-1].context.view.device) as watch:
             decisions = self._calls.conclude(policy, observed)
@@ -310,32 +324,20 @@ class CrossKVManager:
             # The time of the common decision counts for the first layer.
             watches = (layer.watch, watch) if number == 0 else (layer.watch,)
             self._apply(prefill, layer.context, decision, *watches)
+        observed.clear()
 
     def _apply(
         self, prefill: Prefill, context: DecisionContext, decision: object, *watches: Stopwatch
     ) -> None:
         """Check a decision about one layer, apply it, and record the result."""
-        view, layer = context.view, context.layer
-        layer_idx = view.layer_idx
-        check_decision(decision, view, self.policy.name)
+        check_decision(decision, context.view, self.policy.name)
         assert isinstance(decision, Decision)
         if decision.note:
             self.report.warn(decision.note)
-        merge = None
-        with torch.no_grad():
-            if not prefill.cached:
-                require_onward(decision, self.policy, layer_idx)
-            elif decision.cache is not None or not self.policy.keeps_invisible:
-                if decision.cache is not None and decision.cache.quantizes and layer.keys.requires_grad:
-                    self.report.warn("quantized entries carry no gradient: backpropagation stops at them")
-                merge = retain(prefill, decision, context)
-            if decision.onward is not None:
-                prefill.onward = compose(prefill.onward, decision.onward)
-        kept = layer.selection()
-        merge = with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
-        kept = kept.with_merge(merge)
-        prefill.kept.add(layer_idx, context.attended, kept, layer.copies)
-        prefill.record.note_decision(layer_idx, layer, watches, visible=prefill.visibility.decode)
+        apply(self.policy, prefill, context, decision, self.report.warn)
+        prefill.record.note_decision(
+            context.view.layer_idx, context.layer, watches, visible=prefill.visibility.decode
+        )
 
     def _running(self) -> Prefill:
         if self._prefill is None:
