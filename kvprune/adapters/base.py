@@ -12,8 +12,8 @@ from the model's forward call to the pruned cache:
 3. The stock layer projects the features, updates the cache and attends.
 4. After the layer, a hook calls `Call.after_layer`. The manager asks the policy
    (`kvprune.engine.policy_calls`) and prunes the cache layer (`kvprune.engine.application`).
-5. After the model, also if it raised, a hook calls `finish_call`, which discards the `Call` and calls
-   `CrossKVManager.end`.
+5. After the model, also if it raised, a hook calls `finish_prefill`, which discards the `Call` and calls
+   `CrossKVManager.end`. Before that, it may call the model again (`kvprune.adapters.rereading`).
 
 Decode steps read the pruned cache layers; hooks only cut the mask to what each layer holds. A policy that
 decides at each decode step, or about logits, takes one more hook that calls the manager (see
@@ -24,15 +24,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from kvprune.adapters.arguments import cache_of
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.call import Call
 from kvprune.adapters.probes import Probe
+from kvprune.adapters.rereading import last_row, read_again, require_rereadable
+from kvprune.adapters.sites import Site
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import (
@@ -50,23 +52,6 @@ _RETURN_NO_WEIGHTS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 """Implementations of attention that return no weights, so that decoding needs no hook for them."""
 
 
-@dataclass(frozen=True)
-class Site:
-    """One cross-attention module of a model.
-
-    Attributes:
-        layer_idx: Index of the decoder layer.
-        module: The cross-attention module.
-        states: Name of its argument for encoder states.
-        mask: Name of its argument for the attention mask.
-    """
-
-    layer_idx: int
-    module: Any
-    states: str
-    mask: str
-
-
 class ModelAdapter(Attachment, ABC):
     """Translates the forward calls of one model family into calls of the manager.
 
@@ -77,11 +62,14 @@ class ModelAdapter(Attachment, ABC):
         family: Name of the family, for messages and tables.
         model_classes: Names of the supported transformers classes.
         provides: What the adapter can capture, by the names that policies use in `CrossKVPolicy.needs`.
+        rereads: Whether the adapter can read the last prompt token again (``compress(..., reread=True)``):
+            it calls `prepare_reread` and `finish_prefill`, and defines `last_row`.
     """
 
     family: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     provides: ClassVar[frozenset[str]] = frozenset({"queries", "raw_keys", "features"})
+    rereads: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, type(self).family)
@@ -169,6 +157,8 @@ class ModelAdapter(Attachment, ABC):
         Raises:
             CompressionStateError: If another thread is inside a forward call.
         """
+        if self.is_inside_call:
+            return
         self.open_call()
         self._forget_call()
 
@@ -189,23 +179,80 @@ class ModelAdapter(Attachment, ABC):
     def _spread(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return None if self._call is None else self._call.all_columns(output, module)
 
-    def finish_call(self, *, completed: bool) -> None:
+    def finish_call(self, *, completed: bool, reread: bool = False) -> None:
         """End a forward call, and its prefill if it was one.
 
         Args:
             completed: Whether the model returned; false if it raised.
+            reread: Whether the last token was read again.
         """
-        if not self.close_call():
-            return
-        self._call = None
-        if self.manager.in_prefill:
-            self.manager.end(completed=completed)
+        if self.is_inside_call:
+            self._call = None
+        elif self.close_call():
+            self._call = None
+            if self.manager.in_prefill:
+                self.manager.end(completed=completed, reread=reread)
 
     def _forget_call(self) -> None:
         """Discard the state of a forward call that never ended."""
         self._call = None
         if self._manager is not None:
             self._manager.end(completed=False)
+
+    def prepare_reread(
+        self, call: Call, named: Mapping[str, Any], *, cached: bool, cross_layers: Collection[int] = ()
+    ) -> None:
+        """Prepare to read the last token of a prefill again, if asked; call it before any layer runs.
+
+        Args:
+            call: The current call.
+            named: Its arguments by name.
+            cached: Whether it has a cache.
+            cross_layers: Indices of layers in the text's cache that hold encoder tokens.
+
+        Raises:
+            UnsupportedCacheError, UnsupportedModelError: See `require_rereadable` and `last_row`.
+        """
+        if self.manager.rereads:
+            require_rereadable(named, self.family, cached=cached, cross_layers=cross_layers)
+            call.again = self.last_row(named), cache_of(named)
+
+    def last_row(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a forward call for its last token alone, without the cache.
+
+        Args:
+            named: Arguments of the call by name.
+
+        Raises:
+            UnsupportedModelError: If it is not known how an argument looks for one row.
+        """
+        return last_row(named, self.family)
+
+    def self_attention_of(self, layer_idx: int) -> nn.Module:
+        """Return the self-attention module of a layer; needed only if the adapter provides "text_cache"."""
+        raise UnsupportedModelError(
+            f"the {self.family} adapter does not say where layer {layer_idx} reads text"
+        )
+
+    def finish_prefill(self, module: nn.Module, output: Any) -> Any:
+        """End a forward call, and its prefill if it was one; before that, read the last token again if asked.
+
+        Args:
+            module: The module that returns the last hidden state; a hook runs after it.
+            output: What it returned; None if it raised.
+
+        Returns:
+            The output with the last row replaced; None if nothing changes.
+        """
+        again, changed = None if self._call is None or output is None else self._call.again, None
+        if again is not None:
+            try:
+                changed = read_again(self, self.manager, module, *again, output, self.self_attention_of)
+            except BaseException:
+                self.finish_call(completed=False)
+                raise
+        self.finish_call(completed=output is not None, reread=again is not None)
+        return changed
 
     def geometry(self) -> Mapping[str, object] | None:
         """Return the properties that a guide must share with its target; None if unknown.
@@ -264,6 +311,19 @@ class ModelAdapter(Attachment, ABC):
                 f"policy {policy.name!r} needs {_listed(missing)}, which the {cls.family} adapter does not "
                 f"provide (it provides {_listed(cls.provides) or 'nothing'}); "
                 "use another policy, or another model"
+            )
+
+    @classmethod
+    def require_rereading(cls) -> None:
+        """Raise if this adapter cannot read the last prompt token again.
+
+        Raises:
+            UnsupportedModelError: Names the adapter.
+        """
+        if not cls.rereads:
+            raise UnsupportedModelError(
+                f"reread=True reads the last prompt token again, which the adapter {cls.__name__} for "
+                f"{cls.family} cannot do (its rereads is False); leave reread out"
             )
 
     @classmethod

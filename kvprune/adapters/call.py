@@ -43,6 +43,7 @@ class Call:
         attended: What the current layer attends to, and how many columns there are; None before the first.
         tensors: Captured in the current layer, by name, for each row of the batch.
         transient: Holds the keys and values of the current layer if there is no cache.
+        again: Arguments and cache of the call that reads the last token again; None if there is no such call.
     """
 
     keys_are_raw = False
@@ -55,6 +56,7 @@ class Call:
         self.needs = manager.policy.needs
         self.tensors: dict[str, Tensor] = {}
         self.transient: CrossKVLayer | None = None
+        self.again: tuple[dict[str, Any], Any] | None = None
 
     def layer_for(self, cache: Cache | None, layer_idx: int) -> CrossKVLayer:
         """Return the `CrossKVLayer` of a layer: in the cache, or a transient one if there is no cache."""

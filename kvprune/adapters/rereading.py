@@ -1,0 +1,264 @@
+"""Reads the last prompt token again from the pruned cache, before the first answer token is predicted.
+
+A policy decides while the prompt is read, or right after it. So the last row, which predicts the first
+answer token, has attended to tokens that are dropped. With ``compress(..., reread=True)``, the last entry of
+the text cache is removed when a prefill has completed, and the module that returns the last hidden state is
+called once more with the last token alone. This call is an ordinary decode step, and its row replaces the
+last one.
+
+`kvprune.adapters.base.ModelAdapter` calls these functions: `require_rereadable` before the first layer runs,
+`read_again` after the last one. An adapter says how its arguments for one row look (`last_row`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.utils.generic import ModelOutput
+
+from kvprune.adapters.arguments import (
+    cache_argument,
+    cache_of,
+    named_arguments,
+    returned_cache,
+    without_cache,
+)
+from kvprune.adapters.attachment import Attachment
+from kvprune.adapters.features import to_query_heads
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.text_layer import TextKVLayer
+from kvprune.engine.manager import CrossKVManager
+from kvprune.engine.text_decisions import TextDecision
+from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
+from kvprune.tokens.selection import Selection
+
+__all__ = ["last_row", "read_again", "require_masks_by_head", "require_rereadable"]
+
+_BY_TOKEN = {"input_ids": -1, "inputs_embeds": -2, "position_ids": -1, "cache_position": -1}
+"""Arguments with one entry for each token of a call, and the axis of the tokens."""
+
+
+def last_row(named: Mapping[str, Any], family: str, whole: Collection[str] = ()) -> dict[str, Any]:
+    """Return the arguments of a forward call for its last token alone, without the cache.
+
+    Args:
+        named: Arguments of the call by name.
+        family: Name of the family, for messages.
+        whole: Names of tensors that have no text rows, and are passed again as they are.
+
+    Raises:
+        UnsupportedModelError: If it is not known how an argument looks for one row.
+    """
+    row: dict[str, Any] = {}
+    for name, value in without_cache(named).items():
+        if name in _BY_TOKEN and value is not None:
+            row[name] = value.narrow(_BY_TOKEN[name], value.shape[_BY_TOKEN[name]] - 1, 1)
+        elif name == "attention_mask" and isinstance(value, Tensor):  # [B, tokens] or [B, 1 or H, T, tokens]
+            row[name] = value if value.ndim == 2 else value[:, :, -1:]
+        elif name in whole or _has_no_rows(value):
+            row[name] = value
+        else:
+            raise UnsupportedModelError(
+                f"reread=True calls {family} again with the last token alone, but nobody says how the "
+                f"argument {name!r} ({type(value).__name__}) looks then; leave the argument out, or define "
+                "last_row() in the adapter"
+            )
+    return {**row, "use_cache": True}
+
+
+def _has_no_rows(value: object) -> bool:
+    """Whether an argument is an option, and not data."""
+    return (
+        value is None
+        or isinstance(value, str | int | float)
+        or (isinstance(value, Tensor) and not value.ndim)
+    )
+
+
+def require_rereadable(
+    named: Mapping[str, Any], family: str, *, cached: bool, cross_layers: Collection[int] = ()
+) -> None:
+    """Raise if the last token of a call cannot be read again; called before any layer has run.
+
+    Args:
+        named: Arguments of the call by name.
+        family: Name of the family, for messages.
+        cached: Whether the call has a cache, or the model makes one for it.
+        cross_layers: Indices of layers in the text's cache that hold encoder tokens.
+
+    Raises:
+        UnsupportedCacheError: If there is no cache, if entries of it cannot be removed, or if the prompt ends
+            with padding.
+    """
+    if not cached:
+        raise UnsupportedCacheError(
+            f"reread=True reads the last token of each prompt again from the cache, but {family} was called "
+            "without one (use_cache=False, or gradient checkpointing); call it with use_cache=True (labels= "
+            "turns the cache off: pass decoder_input_ids instead), or leave reread out"
+        )
+    cache, mask = cache_of(named), named.get("attention_mask")
+    if cache is not None:
+        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        _require_removable(_text_cache(cache), tokens.shape[1], cross_layers)
+    if not isinstance(mask, Tensor):
+        return
+    if mask.ndim == 4:
+        mask = mask[:, 0, -1]
+        mask = mask if mask.dtype == torch.bool else mask >= 0
+    mask = mask.bool()
+    ends = ~mask[:, -1] & mask.any(-1)  # a row that is nothing but padding has no end
+    if bool(ends.any()):  # a device transfer, in prefill only
+        rows = ends.nonzero().flatten().tolist()
+        raise UnsupportedCacheError(
+            f"reread=True reads the last token of each prompt again, but rows {rows} of this {family} batch "
+            "end with padding; pad on the left (tokenizer.padding_side = 'left')"
+        )
+
+
+def require_masks_by_head(policy_name: str, implementation: str) -> None:
+    """Raise if self-attention takes no mask for each head, which a policy that prunes text needs.
+
+    Raises:
+        UnsupportedModelError: Names the implementation.
+    """
+    if implementation not in ("eager", "sdpa"):
+        raise UnsupportedModelError(
+            f"policy {policy_name!r} prunes text, so with reread=True each head needs a mask of its own, "
+            f"which {implementation!r} attention does not take; use attn_implementation='sdpa' or 'eager'"
+        )
+
+
+def _text_cache(cache: Any) -> Any:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _require_removable(cache: Any, arriving: int, cross_layers: Collection[int] = ()) -> None:
+    """Raise if the last entry of a text cache cannot be removed after more tokens have arrived."""
+    layers = getattr(cache, "layers", None)
+    if layers is None or cache.offloading:
+        kind = f"a {type(cache).__name__}{' that offloads its layers' if layers else ''}"
+        raise UnsupportedCacheError(_not_removable(kind))
+    for layer_idx, layer in enumerate(layers):
+        if layer_idx in cross_layers or type(layer) in (DynamicLayer, TextKVLayer, CrossKVLayer):
+            continue
+        if type(layer) is DynamicSlidingWindowLayer:
+            tokens = layer.get_seq_length() + arriving
+            if tokens < layer.sliding_window:
+                continue
+            kind = f"a sliding window of {layer.sliding_window} after {tokens} tokens"
+        else:
+            kind = f"a {type(layer).__name__}"
+        raise UnsupportedCacheError(_not_removable(f"{kind}, at layer {layer_idx} of {type(cache).__name__}"))
+
+
+def _not_removable(kind: str) -> str:
+    return (
+        f"reread=True removes the last entry of the text cache, which cannot be removed from {kind}; "
+        "generate with the default cache, or leave reread out"
+    )
+
+
+def read_again(
+    attachment: Attachment,
+    manager: CrossKVManager,
+    module: nn.Module,
+    row: Mapping[str, Any],
+    cache: Any,
+    output: Any,
+    self_attention: Callable[[int], nn.Module],
+) -> Any:
+    """Read the last token of a prefill again, and return its output with the last row replaced.
+
+    Args:
+        attachment: Hooks the model. Hooks for the prefill are removed.
+        manager: In a prefill, whose layers have all attended.
+        module: The module that returned the output.
+        row: Its arguments for the last token alone.
+        cache: The cache that was passed to it; None if it has made one.
+        output: What it returned: a `ModelOutput` or a tuple.
+        self_attention: Returns the self-attention module of a layer whose text is pruned.
+
+    Raises:
+        UnsupportedCacheError: If the last entry of the text cache cannot be removed.
+        UnsupportedModelError: If the output has parts without rows to replace.
+    """
+    texts = manager.decide()
+    attachment.end_of_call()
+    parts = output if isinstance(output, tuple) else ()
+    cache = cache if cache is not None else returned_cache(output)
+    cache = cache if cache is not None else next((part for part in parts if isinstance(part, Cache)), None)
+    text_cache = _text_cache(cache)
+    _require_removable(text_cache, 0)
+    text_cache.crop(-1)
+    for text in texts:
+        if text.selection is not None:
+            attachment.before(self_attention(text.layer_idx), _hide(text, text.selection), for_one_call=True)
+    with attachment.inside_call():
+        again = module(**row, **cache_argument(module, cache))
+    return _spliced(output, again, type(module).__name__)
+
+
+def _hide(text: TextDecision, kept: Selection) -> Callable[..., Any]:
+    """Return a hook that hides dropped text from the last token, which the layer still holds."""
+    entries = kept.to_mask().to(text.layer.keys.device)  # bool [B, 1 or Hkv, K]
+
+    def hide(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = named_arguments(module, args, kwargs)
+        more = text.layer.held + 1 - entries.shape[-1]  # entries after the decision, which all stay
+        allowed = torch.nn.functional.pad(entries, (0, more), value=True)
+        allowed[..., -1] = True  # the token itself, even if it is dropped afterwards
+        mask, allowed = named.get("attention_mask"), to_query_heads(allowed[:, :, None], module)
+        if mask is None:
+            mask = allowed
+        elif mask.dtype == torch.bool:
+            mask = mask & allowed
+        else:
+            mask = mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+        return (), {**named, "attention_mask": mask}  # [B, 1 or Hq, 1, K]
+
+    return hide
+
+
+def _spliced(output: Any, again: Any, name: str) -> Any:
+    """Return an output whose last row is that of the second call.
+
+    Args:
+        output: A `ModelOutput` or a tuple. Its tensors are ``[..., T, X]``.
+        again: The same of the second call, with tensors ``[..., 1, X]``.
+        name: Class of the module, for messages.
+
+    Raises:
+        UnsupportedModelError: If a part of the output has another shape.
+    """
+    if isinstance(output, ModelOutput) and isinstance(again, ModelOutput) and output.keys() == again.keys():
+        return type(output)(**{key: _part(output[key], again[key], name, key) for key in output})
+    if type(output) is tuple and type(again) is tuple and len(output) == len(again):
+        pairs = enumerate(zip(output, again, strict=True))
+        return tuple(_part(*pair, name, f"output {number}") for number, pair in pairs)
+    raise UnsupportedModelError(
+        f"reread=True replaces the last row of what {name} returns, but it returned {type(output).__name__} "
+        f"for the prompt and {type(again).__name__} for its last token, with other parts"
+    )
+
+
+def _part(old: Any, new: Any, name: str, where: str) -> Any:
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        return tuple(_part(*pair, name, where) for pair in zip(old, new, strict=True))
+    if isinstance(old, Tensor) and isinstance(new, Tensor) and old.ndim > 2:
+        row = old[..., -1:, :]
+        if row.shape == new.shape:
+            return torch.cat([old[..., :-1, :], new], dim=-2)
+    elif type(old) is type(new) and (old is None or isinstance(old, Cache)):
+        return new
+    raise UnsupportedModelError(
+        f"reread=True replaces the last row of what {name} returns, but {where} has none that fits: "
+        f"{_shape(old)} for the prompt, {_shape(new)} for its last token; do not ask for it"
+    )
+
+
+def _shape(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
