@@ -113,11 +113,10 @@ class Attachment:
         self._caller: threading.Thread | None = None
         self._lock = threading.Lock()
         self._paused_by: int | None = None  # identity of a thread
-        self._inside: int | None = None  # the same
 
     def detach(self) -> None:
         """Remove all hooks and restore all attributes; does nothing if nothing is attached."""
-        self._caller = self._inside = None
+        self._caller = None
         self.reader.release()
         self.reader = Reader()
         self.end_of_call()
@@ -142,20 +141,6 @@ class Attachment:
             yield
         finally:
             self._paused_by = before
-
-    @property
-    def is_inside_call(self) -> bool:
-        """Whether this thread calls the model in a block of `inside_call`."""
-        return self._inside is not None and self._inside == threading.get_ident()
-
-    @contextmanager
-    def inside_call(self) -> Iterator[None]:
-        """Let hooks call the model in a block; such a call is a part of the call that runs."""
-        before, self._inside = self._inside, threading.get_ident()
-        try:
-            yield
-        finally:
-            self._inside = before
 
     def open_call(self) -> None:
         """Start a forward call of the model: every adapter calls this first, and `close_call` at the end.

@@ -126,17 +126,27 @@ class EncoderDecoderAdapter(ModelAdapter):
     def _new_call(self) -> _Call:
         return _Call(self.manager, self.reader, ColumnMask(self._decoder.embed_tokens.weight.dtype))
 
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.begin_call()
         self.spread_weights(self._decoder.config)
         self._call = self._new_call()
-        named = named_arguments(module, args, kwargs)
+        named = self.arguments_of(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
-        if states is None or (
-            isinstance(cache, EncoderDecoderCache) and all(map(cache.is_updated.get, self.layer_indices))
-        ):
-            return
-        self._begin(self._call, named, states)
+        is_read = isinstance(cache, EncoderDecoderCache) and all(
+            map(cache.is_updated.get, self.layer_indices)
+        )
+        if self.is_rereading:
+            if not is_read:
+                raise UnsupportedModelError(
+                    f"reread=True reads the last token again from each layer, but a layer of {self.family} "
+                    "has read no encoder states"
+                )
+            return (), named
+        if states is not None and not is_read:
+            self._begin(self._call, named, states)
+        return None
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvprune.adapters import mllama_guide, tiny
-from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, with_cache
+from kvprune.adapters.arguments import cache_of, has_cache, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.generation import (
@@ -127,7 +127,7 @@ class MllamaAdapter(ModelAdapter):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.begin_call()
         self.spread_weights(self._text.config)
-        named = named_arguments(module, args, kwargs)
+        named = self.arguments_of(module, args, kwargs)
         mask, cache = named.get("cross_attention_mask"), cache_of(named)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
         if tokens is None:

@@ -6,13 +6,15 @@ the text cache is removed when a prefill has completed, and the module that retu
 called once more with the last token alone. This call is an ordinary decode step, and its row replaces the
 last one.
 
-`kvprune.adapters.base.ModelAdapter` calls these functions: `require_rereadable` before the first layer runs,
-`read_again` after the last one. An adapter says how its arguments for one row look (`last_row`).
+`kvprune.adapters.base.ModelAdapter` calls `require_rereadable` before the first layer runs, and
+`Rereading.read` after the last one. An adapter says how its arguments for one row look (`last_row`).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from kvprune.engine.text_decisions import TextDecision
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.tokens.selection import Selection
 
-__all__ = ["last_row", "read_again", "require_masks_by_head", "require_rereadable"]
+__all__ = ["Rereading", "last_row", "require_masks_by_head", "require_rereadable"]
 
 _BY_TOKEN = {"input_ids": -1, "inputs_embeds": -2, "position_ids": -1, "cache_position": -1}
 """Arguments with one entry for each token of a call, and the axis of the tokens."""
@@ -162,44 +164,69 @@ def _not_removable(kind: str) -> str:
     )
 
 
-def read_again(
-    attachment: Attachment,
-    manager: CrossKVManager,
-    module: nn.Module,
-    row: Mapping[str, Any],
-    cache: Any,
-    output: Any,
-    self_attention: Callable[[int], nn.Module],
-) -> Any:
-    """Read the last token of a prefill again, and return its output with the last row replaced.
+@dataclass
+class Rereading:
+    """The second call of a prefill: the last token alone, read from the pruned cache.
+
+    The call goes through the module itself, so all hooks of others run in it. Those that come before ours
+    have changed the arguments of the prefill, which `row` holds. Those that come after ours will change what
+    the prefill returns. So that none of them counts twice, our hooks replace the arguments by `row`, and keep
+    the `output` as they see it.
 
     Args:
-        attachment: Hooks the model. Hooks for the prefill are removed.
-        manager: In a prefill, whose layers have all attended.
-        module: The module that returned the output.
-        row: Its arguments for the last token alone.
-        cache: The cache that was passed to it; None if it has made one.
-        output: What it returned: a `ModelOutput` or a tuple.
-        self_attention: Returns the self-attention module of a layer whose text is pruned.
+        row: Arguments of the call, without its cache.
+        cache: The cache that was passed to the prefill; None if the model makes one.
 
-    Raises:
-        UnsupportedCacheError: If the last entry of the text cache cannot be removed.
-        UnsupportedModelError: If the output has parts without rows to replace.
+    Attributes:
+        thread: Identity of the thread that runs the call; None while nobody does.
+        output: What the module returned in the call.
     """
-    texts = manager.decide()
-    attachment.end_of_call()
-    parts = output if isinstance(output, tuple) else ()
-    cache = cache if cache is not None else returned_cache(output)
-    cache = cache if cache is not None else next((part for part in parts if isinstance(part, Cache)), None)
-    text_cache = _text_cache(cache)
-    _require_removable(text_cache, 0)
-    text_cache.crop(-1)
-    for text in texts:
-        if text.selection is not None:
-            attachment.before(self_attention(text.layer_idx), _hide(text, text.selection), for_one_call=True)
-    with attachment.inside_call():
-        again = module(**row, **cache_argument(module, cache))
-    return _spliced(output, again, type(module).__name__)
+
+    row: dict[str, Any]
+    cache: Any
+    thread: int | None = field(default=None, init=False)
+    output: Any = field(default=None, init=False)
+
+    def read(
+        self,
+        attachment: Attachment,
+        manager: CrossKVManager,
+        module: nn.Module,
+        output: Any,
+        self_attention: Callable[[int], nn.Module],
+    ) -> Any:
+        """Read the last token of a prefill again, and return its output with the last row replaced.
+
+        Args:
+            attachment: Hooks the model. Hooks that were for the prefill are removed.
+            manager: In a prefill, whose layers have all attended.
+            module: The module that returned the output.
+            output: What it returned: a `ModelOutput` or a tuple.
+            self_attention: Returns the self-attention module of a layer whose text is pruned.
+
+        Raises:
+            UnsupportedCacheError: If the last entry of the text cache cannot be removed.
+            UnsupportedModelError: If the output has parts without rows to replace.
+        """
+        texts = manager.decide()
+        attachment.end_of_call()
+        if self.cache is None:
+            parts = output if isinstance(output, tuple) else (returned_cache(output),)
+            self.cache = next((part for part in parts if isinstance(part, Cache)), None)
+        text_cache = _text_cache(self.cache)
+        _require_removable(text_cache, 0)
+        text_cache.crop(-1)
+        for text in texts:
+            if text.selection is not None:
+                hook = _hide(text, text.selection)
+                attachment.before(self_attention(text.layer_idx), hook, for_one_call=True)
+        self.row |= cache_argument(module, self.cache)
+        self.thread = threading.get_ident()
+        try:
+            module(**self.row)
+        finally:
+            self.thread = None
+        return _spliced(output, self.output, type(module).__name__)
 
 
 def _hide(text: TextDecision, kept: Selection) -> Callable[..., Any]:
