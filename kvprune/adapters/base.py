@@ -220,12 +220,6 @@ class ModelAdapter(Attachment, Declaration):
         """
         return last_row(named, self.family)
 
-    def self_attention_of(self, layer_idx: int) -> nn.Module:
-        """Return the self-attention module of a layer; needed only if the adapter provides "text_cache"."""
-        raise UnsupportedModelError(
-            f"the {self.family} adapter does not say where layer {layer_idx} reads text"
-        )
-
     def finish_prefill(self, module: nn.Module, output: Any) -> Any:
         """End a forward call, and its prefill if it was one; before that, read the last token again if asked.
 
@@ -245,7 +239,7 @@ class ModelAdapter(Attachment, Declaration):
             return None
         self._reread = again
         try:
-            changed = again.read(self, self.manager, module, output, self.self_attention_of)
+            changed = again.read(self, self.manager, module, output)
         except BaseException:
             self.finish_call(completed=False)
             raise

@@ -43,7 +43,7 @@ from kvprune.adapters.mllama_visibility import (
     visibility_of,
 )
 from kvprune.adapters.probes import Probe
-from kvprune.adapters.rereading import last_row, require_masks_by_head
+from kvprune.adapters.rereading import last_row
 from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache.cross_layer import CrossKVLayer
@@ -278,15 +278,9 @@ class MllamaAdapter(ModelAdapter):
 
     def last_row(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments for the last token alone, without what brings an image."""
-        if "text_cache" in self.manager.policy.needs:
-            require_masks_by_head(self.manager.policy.name, self._text.config._attn_implementation)
         assert self._call is not None
         text = text_arguments(named, self._call.mask.rows)
         return last_row(text, self.family, whole=("cross_attention_mask",))
-
-    def self_attention_of(self, layer_idx: int) -> nn.Module:
-        """Return the self-attention module of a layer of the language model."""
-        return cast(nn.Module, self._text.layers[layer_idx].self_attn)
 
     def _decode(self, call: _Call, module: Any, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments in a decode step: the cut mask, and keys and values that it can read."""

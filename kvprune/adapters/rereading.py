@@ -13,7 +13,7 @@ last one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,20 +25,16 @@ from transformers.utils.generic import ModelOutput
 from kvprune.adapters.arguments import (
     cache_argument,
     cache_of,
-    named_arguments,
     returned_cache,
     without_cache,
 )
 from kvprune.adapters.attachment import Attachment
-from kvprune.adapters.features import to_query_heads
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.manager import CrossKVManager
-from kvprune.engine.text_decisions import TextDecision
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
-from kvprune.tokens.selection import Selection
 
-__all__ = ["Rereading", "last_row", "require_masks_by_head", "require_rereadable"]
+__all__ = ["Rereading", "last_row", "require_rereadable"]
 
 _BY_TOKEN = {"input_ids": -1, "inputs_embeds": -2, "position_ids": -1, "cache_position": -1}
 """Arguments with one entry for each token of a call, and the axis of the tokens."""
@@ -121,19 +117,6 @@ def require_rereadable(
         )
 
 
-def require_masks_by_head(policy_name: str, implementation: str) -> None:
-    """Raise if self-attention takes no mask for each head, which a policy that prunes text needs.
-
-    Raises:
-        UnsupportedModelError: Names the implementation.
-    """
-    if implementation not in ("eager", "sdpa"):
-        raise UnsupportedModelError(
-            f"policy {policy_name!r} prunes text, so with reread=True each head needs a mask of its own, "
-            f"which {implementation!r} attention does not take; use attn_implementation='sdpa' or 'eager'"
-        )
-
-
 def _text_cache(cache: Any) -> Any:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
@@ -193,7 +176,6 @@ class Rereading:
         manager: CrossKVManager,
         module: nn.Module,
         output: Any,
-        self_attention: Callable[[int], nn.Module],
     ) -> Any:
         """Read the last token of a prefill again, and return its output with the last row replaced.
 
@@ -202,24 +184,23 @@ class Rereading:
             manager: In a prefill, whose layers have all attended.
             module: The module that returned the output.
             output: What it returned: a `ModelOutput` or a tuple.
-            self_attention: Returns the self-attention module of a layer whose text is pruned.
 
         Raises:
             UnsupportedCacheError: If the last entry of the text cache cannot be removed.
             UnsupportedModelError: If the output has parts without rows to replace.
         """
-        texts = manager.decide()
+        manager.decide()
         attachment.end_of_call()
         if self.cache is None:
             parts = output if isinstance(output, tuple) else (returned_cache(output),)
             self.cache = next((part for part in parts if isinstance(part, Cache)), None)
         text_cache = _text_cache(self.cache)
         _require_removable(text_cache, 0)
-        text_cache.crop(-1)
-        for text in texts:
-            if text.selection is not None:
-                hook = _hide(text, text.selection)
-                attachment.before(self_attention(text.layer_idx), hook, for_one_call=True)
+        for layer in text_cache.layers:
+            if isinstance(layer, TextKVLayer):
+                layer.remove_last()
+            else:  # nothing happens to encoder tokens
+                layer.crop(-1)
         self.row |= cache_argument(module, self.cache)
         self.thread = threading.get_ident()
         try:
@@ -227,27 +208,6 @@ class Rereading:
         finally:
             self.thread = None
         return _spliced(output, self.output, type(module).__name__)
-
-
-def _hide(text: TextDecision, kept: Selection) -> Callable[..., Any]:
-    """Return a hook that hides dropped text from the last token, which the layer still holds."""
-    entries = kept.to_mask().to(text.layer.keys.device)  # bool [B, 1 or Hkv, K]
-
-    def hide(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = named_arguments(module, args, kwargs)
-        more = text.layer.held + 1 - entries.shape[-1]  # entries after the decision, which all stay
-        allowed = torch.nn.functional.pad(entries, (0, more), value=True)
-        allowed[..., -1] = True  # the token itself, even if it is dropped afterwards
-        mask, allowed = named.get("attention_mask"), to_query_heads(allowed[:, :, None], module)
-        if mask is None:
-            mask = allowed
-        elif mask.dtype == torch.bool:
-            mask = mask & allowed
-        else:
-            mask = mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
-        return (), {**named, "attention_mask": mask}  # [B, 1 or Hq, 1, K]
-
-    return hide
 
 
 def _spliced(output: Any, again: Any, name: str) -> Any:

@@ -37,13 +37,12 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.application import apply, attended_selection
-from kvprune.engine.guidance import Guidance, Prompt
+from kvprune.engine.guidance import Guidance, Prompt, to_rows
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
 from kvprune.engine.prefill import DecisionContext, ObservedLayer, Prefill
 from kvprune.engine.report import CompressionReport
-from kvprune.engine.text_decisions import TextDecision
 from kvprune.errors import CompressionStateError, GuideError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
@@ -194,12 +193,13 @@ class CrossKVManager:
         with torch.no_grad(), Stopwatch(view.device) as watch:
             selection = self._calls.select_text(view)
         prefill.text_counts = check_text(selection, view, self.policy.name, prefill.text_counts)
-        copies = prefill.shared_rows.copies
-        decision = TextDecision.of(view, layer, selection, prefill.text_counts, copies, watch)
-        if self.rereads:  # the last entry is written again
-            prefill.pending_text.append(decision)
-        else:
-            decision.apply(prefill.kept, prefill.record)
+        if selection is not None:
+            layer.retain(selection.repeat(prefill.shared_rows.copies))
+        tokens = None if layer.slots is None else layer.tokens()
+        prefill.kept.add_text(view.layer_idx, tokens, layer.seen)
+        available = view.real.sum(-1).clamp(min=1)  # [R], text entries that are no padding
+        fraction = torch.ones_like(available) if selection is None else prefill.text_counts / available
+        prefill.record.note_text_decision(view.layer_idx, layer, watch, fraction)
 
     def after_layer(
         self,
@@ -251,20 +251,13 @@ class CrossKVManager:
         else:
             self._apply(prefill, context, answer, watch)
 
-    def decide(self) -> Sequence[TextDecision]:
-        """Let a `PrefillPolicy` decide, after all layers; then the cross-attention cache is pruned.
-
-        With re-reading, an adapter calls this before it reads the last token again, and `end` afterwards.
-
-        Returns:
-            Decisions about text that `end` applies: until then, layers hold all entries.
+    def decide(self) -> None:
+        """Let a `PrefillPolicy` decide before `end`, so that the last token can be read again.
 
         Raises:
             SelectionError, PolicyFailedError, UnsupportedCacheError: As in `after_layer`.
         """
-        prefill = self._running()
-        self._conclude(prefill)
-        return prefill.pending_text
+        self._conclude(self._running())
 
     def end(self, *, completed: bool, reread: bool = False) -> None:
         """Close a prefill. If it was completed, let a `PrefillPolicy` decide and write the receipts.
@@ -277,7 +270,7 @@ class CrossKVManager:
 
         Raises:
             SelectionError, PolicyFailedError, UnsupportedCacheError: As in `after_layer`.
-            CompressionStateError: If the last token should have been read again.
+            CompressionStateError: If the last token should have been read again, and was not.
         """
         prefill, self._prefill = self._prefill, None
         if prefill is None or not completed:
@@ -286,8 +279,13 @@ class CrossKVManager:
         if self.rereads and not reread:
             raise CompressionStateError("the adapter did not read the last token again, as reread=True asks")
         self.report.count_encoder_input(reread=reread)
-        if prefill.write(self.report, self.policy):
+        if prefill.guide is not None:
+            self.report.add_guide(prefill.guide)
+        if not prefill.record.is_empty:
             self.kept = prefill.kept
+            prefill.record.write(
+                self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
+            )
 
     def _ask_guide(self, prefill: Prefill, features: Tensor) -> None:
         """Let the guide rank the new columns, whose features are ``[R, S, C]``."""
@@ -297,7 +295,12 @@ class CrossKVManager:
                 f"{'no guide was given' if self.guide is None else 'the adapter provides no prompt'}"
             )
         with torch.no_grad():
-            prefill.take_guidance(self.guide(prefill.prompt(features)), features.device)
+            guidance = self.guide(prefill.prompt(features))
+            rows, copies = prefill.visibility.batch, prefill.shared_rows.copies
+            scores = to_rows(guidance, rows, copies, prefill.new_columns)  # [R, S]
+        prefill.guide = guidance.receipt
+        prefill.captured = replace(prefill.captured, guidance=scores.to(features.device))
+        prefill.prompt = None  # free the inputs that it holds
 
     def _choose(self, policy: FeaturePolicy, prefill: Prefill, features: Tensor) -> None:
         """Let the policy decide which columns all layers receive, from features ``[R, S, C]``."""
@@ -330,14 +333,13 @@ class CrossKVManager:
         self, prefill: Prefill, context: DecisionContext, decision: object, *watches: Stopwatch
     ) -> None:
         """Check a decision about one layer, apply it, and record the result."""
-        check_decision(decision, context.view, self.policy.name)
+        view, layer = context.view, context.layer
+        check_decision(decision, view, self.policy.name)
         assert isinstance(decision, Decision)
         if decision.note:
             self.report.warn(decision.note)
         apply(self.policy, prefill, context, decision, self.report.warn)
-        prefill.record.note_decision(
-            context.view.layer_idx, context.layer, watches, visible=prefill.visibility.decode
-        )
+        prefill.record.note_decision(view.layer_idx, layer, watches, visible=prefill.visibility.decode)
 
     def _running(self) -> Prefill:
         if self._prefill is None:

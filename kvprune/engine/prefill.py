@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,9 @@ from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
-from kvprune.engine.guidance import Guidance, GuideReceipt, Prompt, to_rows
+from kvprune.engine.guidance import GuideReceipt, Prompt
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
-from kvprune.engine.report import CompressionReport
-from kvprune.engine.text_decisions import TextDecision
-from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
 from kvprune.policy.view import LayerView
 from kvprune.tokens.layout import Layout
@@ -54,7 +51,6 @@ class Prefill:
         is_prepared: Whether the steps before the first layer are done.
         observed: Layers that a `PrefillPolicy` has observed and decides about at the end.
         text_counts: Number of text entries kept for each sample, int64 ``[R]``.
-        pending_text: Decisions about text that wait until the last token was read again.
         kept: What each layer has attended to and kept.
         guide: Cost of the guide; None if there is none.
     """
@@ -73,7 +69,6 @@ class Prefill:
     is_prepared: bool = False
     observed: list[ObservedLayer] = field(default_factory=list)
     text_counts: Tensor | None = None
-    pending_text: list[TextDecision] = field(default_factory=list)
     kept: KeptSelections = field(default_factory=KeptSelections)
     guide: GuideReceipt | None = None
 
@@ -112,30 +107,6 @@ class Prefill:
         """
         shared = self.captured.at(received)
         return own.joined(shared if follows_text else shared.without("text"), device)
-
-    def take_guidance(self, guidance: Guidance, device: torch.device) -> None:
-        """Keep the scores of a guide for the policy, and its cost for the report."""
-        rows, copies = self.visibility.batch, self.shared_rows.copies
-        scores = to_rows(guidance, rows, copies, self.new_columns)  # [R, S]
-        self.guide = guidance.receipt
-        self.captured = replace(self.captured, guidance=scores.to(device))
-        self.prompt = None  # free the inputs that it holds
-
-    def write(self, report: CompressionReport, policy: CrossKVPolicy) -> bool:
-        """Apply decisions about text that wait, and write the receipts; false if no layer was decided about.
-
-        Args:
-            report: Receives the receipts.
-            policy: The policy that decided.
-        """
-        for text in self.pending_text:
-            text.apply(self.kept, self.record)
-        if self.guide is not None:
-            report.add_guide(self.guide)
-        if self.record.is_empty:
-            return False
-        self.record.write(report, self.visibility.decode, policy.exact_budget, policy.budget_scope)
-        return True
 
 
 @dataclass(frozen=True)

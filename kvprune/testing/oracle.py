@@ -7,8 +7,8 @@ adds the dtype's minimum to the attention mask that the stock model builds. All 
   prefill, and the keys and values that the stock model cached after it.
 - Where a selection holds columns in few bits, the layer reads quantized keys and values at these steps.
 
-The numbers come from plain loops in float64, see `kvprune.testing.oracle_arithmetic`. If the last prompt token
-is read again: `kvprune.testing.oracle_rereading`.
+The numbers come from plain loops in float64, see `kvprune.testing.oracle_arithmetic`. If the last prompt
+token is read again, see `kvprune.testing.oracle_rereading`.
 """
 
 from __future__ import annotations
@@ -205,7 +205,6 @@ class _MaskedText:
             mask = causal.expand(len(hidden), 1, -1, -1)
         mask = _additive(mask, hidden.dtype)  # [B, 1, T, columns]
         dropped = torch.nn.functional.pad(~selection.to_mask(), (0, columns - selection.columns))
-        dropped[..., seen:] = False  # a token sees itself, even when it is read again and dropped afterwards
         dropped = _by_query_head(dropped, module.self_attn.num_heads)  # [B, 1 or Hq, columns]
         lowest = torch.finfo(mask.dtype).min
         return args, {
