@@ -220,7 +220,8 @@ class ModelAdapter(Attachment, Declaration):
         """
         if self.manager.rereads:
             require_rereadable(named, self.family, cached=cached, cross_layers=cross_layers)
-            call.again = Rereading(self.last_row(self._noted.arguments), cache_of(named))
+            passed = getattr(self._noted, "arguments", named)
+            call.again = Rereading(self.last_row(passed), cache_of(named))
 
     def last_row(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a forward call for its last token alone, without the cache.

@@ -22,12 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.utils.generic import ModelOutput
 
-from kvprune.adapters.arguments import (
-    cache_argument,
-    cache_of,
-    returned_cache,
-    without_cache,
-)
+from kvprune.adapters.arguments import cache_argument, cache_of, returned_cache, without_cache
 from kvprune.adapters.attachment import Attachment
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
@@ -70,11 +65,11 @@ def last_row(named: Mapping[str, Any], family: str, whole: Collection[str] = ())
 
 def _has_no_rows(value: object) -> bool:
     """Whether an argument is an option, and not data."""
-    return (
-        value is None
-        or isinstance(value, str | int | float)
-        or (isinstance(value, Tensor) and not value.ndim)
-    )
+    if isinstance(value, Tensor):
+        return not value.ndim
+    if isinstance(value, list | tuple):
+        return all(map(_has_no_rows, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def require_rereadable(
@@ -173,13 +168,7 @@ class Rereading:
         """Keep what the module returned, before hooks that come after ours change it, in place or not."""
         self.output = _copied(output)
 
-    def read(
-        self,
-        attachment: Attachment,
-        manager: CrossKVManager,
-        module: nn.Module,
-        output: Any,
-    ) -> Any:
+    def read(self, attachment: Attachment, manager: CrossKVManager, module: nn.Module, output: Any) -> Any:
         """Read the last token of a prefill again, and return its output with the last row replaced.
 
         Args:
