@@ -111,7 +111,7 @@ class RereadsPadding(BartAdapter):
         return {**super().last_row(named), "encoder_attention_mask": None}
 
 
-class NeverLeavesTheSecondCall(BartAdapter):
+class NeverLeavesTheSecondCall(MllamaAdapter):
     """Takes any call for the second one of a prefill that was interrupted while it was read again."""
 
     caught_by = ("reread",)
