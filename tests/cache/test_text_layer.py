@@ -160,3 +160,38 @@ def test_pruned_text_is_refused_where_nobody_sees_to_the_mask():
     reader.release()
     with pytest.raises(UnsupportedCacheError, match="the model runs without kvprune"):
         layer.update(numbered(1), numbered(1))
+
+
+@pytest.mark.parametrize("layer", [filled, pruned], ids=["whole", "pruned"])
+def test_the_last_token_can_be_removed_and_read_again(layer):
+    layer, before = layer(), layer()
+    layer.remove_last()
+    assert (layer.seen, layer.held) == (before.seen - 1, before.held - 1)
+    require_aligned(layer)
+    layer.announce(Reader())
+    layer.update(numbered()[..., -1:, :], numbered()[..., -1:, :] + 0.5)
+    assert (layer.seen, layer.held) == (before.seen, before.held)
+    require_aligned(layer)
+    assert torch.equal(layer.keys, before.keys)
+    assert torch.equal(layer.tokens(), before.tokens())
+    assert torch.equal(layer.is_real(), before.is_real())
+
+
+def test_what_came_after_pruning_is_removed_and_what_was_kept_stays():
+    layer = pruned()
+    layer.announce(Reader())
+    layer.update(numbered(8)[..., -1:, :], numbered(8)[..., -1:, :] + 0.5)
+    layer.remove_last()
+    require_aligned(layer)
+    assert torch.equal(layer.tokens(), pruned().tokens())
+
+
+def test_a_prompt_of_one_token_can_be_read_again():
+    layer = TextKVLayer.adopt(DynamicLayer())
+    layer.update(numbered(1), numbered(1) + 0.5)
+    layer.retain(chosen([(0,), (0,)], [(0,), (0,)], columns=1))
+    layer.remove_last()
+    assert (layer.seen, layer.held, layer.kept_width) == (0, 0, 0)
+    layer.announce(Reader())
+    layer.update(numbered(1), numbered(1) + 0.5)
+    require_aligned(layer)

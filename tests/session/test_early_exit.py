@@ -230,3 +230,10 @@ def test_what_cannot_be_is_refused_before_any_model_runs(options, error, message
     handle_of_guide.remove()
     assert not calls
     assert not calls_of_guide
+
+
+def test_the_target_reads_its_prompts_again_and_the_guide_does_not():
+    once, again = run(1.1), run(1.1, reread=True)
+    assert (once.report.rereads, again.report.rereads) == (0, 1)
+    assert once.guide.forward_calls == again.guide.forward_calls
+    assert (once.scores, once.report.bytes_held) == (again.scores, again.report.bytes_held)
