@@ -9,7 +9,7 @@ import kvprune
 from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.testing import mllama_inputs, tiny_mllama
-from kvprune.tokens.selection import Selection
+from kvprune.tokens.decision import Decision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class _Generator(CrossKVPolicy):
 
     def select(self, view):
         _ = view.generator
-        return Selection.all(view.batch, view.columns, view.device)
+        return Decision()
 
 
 @pytest.mark.parametrize(
