@@ -184,7 +184,7 @@ def _check_claims(
         )
     if frames * channels > _MOST_SAMPLES:
         raise DataError(
-            f"{_named(path)} says it holds {frames} samples in {channels} channels, more than {_MOST_SAMPLES} "
+            f"{_named(path)} holds {frames} samples in {channels} channels, more than {_MOST_SAMPLES} "
             "together; save fewer channels, or fewer samples per second"
         )
 
