@@ -108,7 +108,7 @@ class Run:
     def _ask(self, batch: Sequence[Example], inputs: Mapping[str, Any], one: Configuration) -> list[Answer]:
         """Answer a batch under one configuration; return the answers that the folder does not have yet."""
         known = [self._answers.get((REFERENCE, None, example.id)) for example in batch]
-        full = {answer.id: answer.answer for answer in known if answer is not None}
+        full = {answer.id: answer for answer in known if answer is not None}
         fresh = ask(self._model(), batch, inputs, one, self._settings.seed, full)
         return [answer for answer in fresh if answer.key not in self._answers]
 
@@ -119,8 +119,8 @@ class Run:
     def _model(self) -> Generator:
         """Return the model; loads it at the first call, so that a finished comparison never does."""
         if self._generator is None:
-            generator = load_generator(self._settings)
-            generator.check_questions(self._examples)  # before anything is computed
+            generator = load_generator(self._settings, self._examples[0].kind)
+            generator.check(self._examples)  # before anything is computed
             self._generator = generator
         return self._generator
 

@@ -190,14 +190,14 @@ def _run_again(
     """Run the batches of a plan; return pairs of the stored and the new answer to the same example."""
     pairs: list[tuple[Answer, Answer]] = []
     on_progress(Progress("loading the model", 0, calls))
-    generator, done = load_generator(stored.settings), 0
-    full: dict[str, str] = {}
+    generator, done = load_generator(stored.settings, stored.examples[0].kind), 0
+    full: dict[str, Answer] = {}
     for batch, configurations in plan:
         inputs = generator.encode(batch)
         for one in configurations:
             fresh = ask(generator, batch, inputs, one, stored.settings.seed, full)
             if one.spec == REFERENCE:
-                full = {answer.id: answer.answer for answer in fresh}
+                full = {answer.id: answer for answer in fresh}
             pairs += [(stored.answers[new.key], new) for new in fresh if new.key in stored.answers]
             done += 1
             on_progress(Progress("verifying", done, calls))
