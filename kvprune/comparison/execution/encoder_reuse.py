@@ -37,7 +37,7 @@ class EncoderReuse:
         own: Policies that ran the encoder themselves, because they look inside it, in order of appearance.
     """
 
-    encoder: nn.Module | None
+    encoder: nn.Module | None = field(repr=False)
     captures: frozenset[str] = frozenset()
     computed: int = field(default=0, init=False)
     reused: int = field(default=0, init=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +139,7 @@ class SpeechGenerator(Generator):
                 )
             length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         # One temperature, so Whisper has nothing to fall back to if it does not trust a transcript.
-        with torch.inference_mode():
+        with torch.inference_mode(), _without_warnings_about_itself():
             new: torch.Tensor = self.model.generate(
                 **inputs, **length, return_timestamps=False, do_sample=False, num_beams=1, temperature=None
             )
@@ -165,3 +167,21 @@ class SpeechGenerator(Generator):
             cap=cap,
             loops=repeats(measured["answer"]),
         )
+
+
+_ABOUT_ITSELF = ("Both `max_new_tokens`", "Both `min_new_tokens`", "Passing `generation_config` together")
+"""How warnings begin that the ``generate`` of Whisper causes by how it calls that of its base class."""
+
+
+@contextmanager
+def _without_warnings_about_itself() -> Iterator[None]:
+    logger = logging.getLogger("transformers.generation.utils")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_ABOUT_ITSELF)
+
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
