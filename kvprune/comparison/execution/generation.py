@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self, TypedDict
 
 import torch
@@ -47,9 +48,6 @@ class Generator(ABC):
     Class attributes:
         kind: The kind of examples.
         packages: Modules that it needs and that do not come with the plain install.
-
-    Attributes:
-        encoder: Remembers the output of the model's encoder for the batch.
     """
 
     kind: ClassVar[Kind]
@@ -58,11 +56,11 @@ class Generator(ABC):
     model: Any
     processor: Any
     max_new_tokens: int
-    encoder: EncoderReuse = field(init=False)
 
-    def __post_init__(self) -> None:
-        reuse = EncoderReuse.of(find_adapter(self.model)(self.model))
-        object.__setattr__(self, "encoder", reuse)  # frozen
+    @cached_property
+    def encoder(self) -> EncoderReuse:
+        """Remembers the output of the model's encoder for the latest batch."""
+        return EncoderReuse.of(find_adapter(self.model)(self.model))
 
     @classmethod
     def load(
