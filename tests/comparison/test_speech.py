@@ -63,11 +63,7 @@ def greedy(generator: SpeechGenerator, examples: tuple[Example, ...]) -> list[li
     """Decode with the untouched model in a loop of forward calls, without a cache."""
     model, inputs = generator.model, generator.encode(examples)
     config = model.generation_config
-    start = [
-        model.config.decoder_start_token_id,
-        config.lang_to_id["<|en|>"],
-        config.task_to_id["transcribe"],
-    ]
+    said = config.lang_to_id["<|en|>"], config.task_to_id["transcribe"], config.no_timestamps_token_id
     found = []
     with torch.inference_mode():
         for features in inputs["input_features"]:
