@@ -79,6 +79,7 @@ def grow(
     policies = _replaced_policies(old, grid)
     changes = [
         *differences(dict(old.context), dict(grid.context)),
+        *_other_data(old, grid),
         *(_explain_policy(one, grid) for one in policies),
         *_changed_examples(old, lost, available),
     ]
@@ -91,7 +92,11 @@ def grow(
             policies=tuple(policies),
             batches=tuple(tuple((name, old.digests[name]) for name in batch) for batch in lost),
         )
-    notes = [*_changed_examples(old, lost, available), *_more_than_asked(asked, grid)]
+    notes = [
+        *_other_data(old, grid),
+        *_changed_examples(old, lost, available),
+        *_more_than_asked(asked, grid),
+    ]
     return Growth(grid=grid, replaced=replaced, notes=tuple(notes))
 
 
@@ -160,6 +165,15 @@ def _explain_policy(former: Mapping[str, Any], grid: RecordedGrid) -> str:
     found = list(differences(dict(former), dict(now), where=f"policies.{spec}"))
     edited = any(".source_sha256 " in what for what in found)
     return in_one_sentence(iter(found)) + (f": the code of {spec} has changed since" if edited else "")
+
+
+def _other_data(old: RecordedGrid, grid: RecordedGrid) -> Iterator[str]:
+    """Say so if the examples come from elsewhere than before; a moved file of the same rows is no change."""
+    if old.origin != grid.origin:
+        names = {"file": "a file", "pictures": "the demo of pictures", "speech": "the demo of speech"}
+        yield f"the data were {names[old.origin]} and are now {names[grid.origin]}"
+    elif old.data_seed != grid.data_seed:
+        yield f"the demo's questions had seed {old.data_seed} and now have seed {grid.data_seed}"
 
 
 def _changed_examples(

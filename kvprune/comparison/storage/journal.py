@@ -13,7 +13,7 @@ from typing import Any
 from kvprune.comparison.data.safe_json import parse
 from kvprune.errors import ResultsError
 
-__all__ = ["Journal", "check_plain_file", "read_plain_file", "write_atomically", "write_json"]
+__all__ = ["Journal", "check_plain_file", "read_plain_file", "remove", "write_atomically", "write_json"]
 
 
 class Journal:
@@ -131,6 +131,16 @@ def write_atomically(path: Path, content: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        ResultsError: If it cannot be deleted.
+    """
+    with _typed(path, "deleted"):
+        path.unlink(missing_ok=True)
 
 
 def read_plain_file(path: Path) -> bytes | None:

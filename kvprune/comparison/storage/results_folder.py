@@ -12,7 +12,7 @@ from typing import Any
 from kvprune.comparison.data.safe_json import parse
 from kvprune.comparison.storage.addresses import digest
 from kvprune.comparison.storage.answer_lines import LineReader, StoredAnswer
-from kvprune.comparison.storage.journal import Journal, check_plain_file, read_plain_file, write_json
+from kvprune.comparison.storage.journal import Journal, check_plain_file, read_plain_file, remove, write_json
 from kvprune.comparison.storage.recorded_grid import Earlier, RecordedGrid, read_earlier, read_grid
 from kvprune.errors import ResultsError
 
@@ -130,6 +130,8 @@ class ResultsFolder:
     def record(self, grid: RecordedGrid, earlier: Sequence[Earlier], about: Mapping[str, Any]) -> None:
         """Write the manifest, unless it says all this already.
 
+        The summary and the figure of another grid are deleted before; they are made again at the end.
+
         Args:
             grid: The grid.
             earlier: What earlier grids had, in order.
@@ -152,6 +154,9 @@ class ResultsFolder:
         same_places = isinstance(was, dict) and all(was.get(name) == now.get(name) for name in places)
         if same_places and all(old.get(name) == new[name] for name in ("run", "earlier")):
             return
+        if old.get("run") != new["run"]:
+            remove(self.path / SUMMARY)
+            remove(self.path / PLOT)
         self.manifest = new
         write_json(self.path / MANIFEST, new)
 
