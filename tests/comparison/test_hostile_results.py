@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_helpers import SMALL_POLICIES, SMALL_RATIOS, small_settings
+from comparison_helpers import SMALL_POLICIES, SMALL_RATIOS, forge_context, small_settings
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvprune.comparison import compare, verify
 from kvprune.comparison.display import plot
 from kvprune.comparison.execution.generation import Generator
-from kvprune.comparison.storage.addresses import context_key, digest
 from kvprune.errors import KVPruneError, ResultsError
 
 FILES = ("manifest.json", "results.jsonl", "timings.jsonl", "summary.json")
@@ -67,14 +66,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def whole(finished_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished folder whose manifest has the digest that `no_model` puts there, and addresses with it."""
     folder = shutil.copytree(finished_folder, tmp_path_factory.mktemp("hostile") / "results")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    before = context_key(manifest["run"]["context"])
-    manifest["run"]["context"]["model_digest"] = "sha256:fixed"
-    manifest["run_sha256"] = digest(manifest["run"])
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for name in JOURNALS:
-        text = (folder / name).read_text()
-        (folder / name).write_text(text.replace(before, context_key(manifest["run"]["context"])))
+    forge_context(folder, model_digest="sha256:fixed")
     return folder
 
 

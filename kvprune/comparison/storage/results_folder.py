@@ -148,11 +148,11 @@ class ResultsFolder:
                 machine does not.
         """
         old = self.manifest or {}
+        today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         new: dict[str, Any] = {
             "kind": KIND,
             "format": FORMAT,
-            "created": old.get("created")
-            or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created": old.get("created", today),
             "run": grid.to_json(),
             "run_sha256": digest(grid.to_json()),
             "about": dict(about),
