@@ -1,4 +1,4 @@
-"""An edit of kvprune makes answers old, or does not, as the table in docs/compare.md says."""
+"""An edit of kvprune makes answers old, or does not, as the table in docs/results-folder.md says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvprune.comparison.storage.recorded_grid import RecordedGrid
 from kvprune.comparison.storage.results_folder import ResultsFolder
 
 PACKAGE = Path(kvprune.__file__).parent
-PAGE = (Path(__file__).parents[2] / "docs" / "compare.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "results-folder.md").read_text("utf-8")
 SECTION = PAGE.split("## What a results folder depends on")[1].split("\n## ")[0]
 DOCUMENTED = re.findall(r"^\| `([^`]+)` \| (yes|no) \| (.+) \|$", SECTION, re.MULTILINE)
 
