@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
 
 from kvprune.comparison import Settings
-from kvprune.comparison.data.examples import Example, Question
-from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.data.examples import Example, Question, Utterance
+from kvprune.comparison.storage.answers import Answer, Transcript
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -42,6 +43,43 @@ def answer(spec: str, of: Example, text: str, full: str = "7", kept: float = 1.0
         bytes_full=1000,
         receipt=f"{round(1e6 * kept):064x}",
     )
+
+
+def utterance(number: int, task: str = "clean") -> Utterance:
+    return Utterance(
+        id=f"u{number}",
+        task=task,
+        answers=("good morning",),
+        file=Path("none.wav"),
+        file_sha256=f"{number:064x}",
+        language="en",
+        seconds=4.0,
+    )
+
+
+def transcript(spec: str, of: Example, errors: int, words: int, **changes: Any) -> Transcript:
+    """A transcript with so many wrong words; three characters are wrong for each, of five in a word."""
+    good = Transcript(
+        spec=spec,
+        id=of.id,
+        task=of.task,
+        answer="good morning",
+        correct=not errors,
+        agrees_with_full=not errors,
+        finished=True,
+        kept_fraction=1.0,
+        bytes_held=1000,
+        bytes_full=1000,
+        receipt="0" * 64,
+        word_errors=errors,
+        words=words,
+        character_errors=3 * errors,
+        characters=5 * words,
+        tokens=20,
+        cap=60,
+        loops=False,
+    )
+    return dataclasses.replace(good, **changes)
 
 
 SMALL_POLICIES = ("trim", "random:reach=onward", "lossless")
