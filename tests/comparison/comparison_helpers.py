@@ -9,6 +9,7 @@ from typing import Any
 
 from kvprune.comparison import Settings
 from kvprune.comparison.data.examples import Example, Question, Utterance
+from kvprune.comparison.statistics.contrasts import Contrast
 from kvprune.comparison.storage.answers import Answer, Transcript
 
 
@@ -78,6 +79,22 @@ def transcript(spec: str, of: Example, errors: int, words: int, **changes: Any) 
         tokens=20,
         cap=60,
         loops=False,
+    )
+    return dataclasses.replace(good, **changes)
+
+
+def contrast(value: float, low: float, high: float, **changes: Any) -> Contrast:
+    """A comparison with a partner on ten examples."""
+    good = Contrast(
+        value=value,
+        low=low,
+        high=high,
+        lost=1,
+        gained=2,
+        pairs=10,
+        p_value=0.5,
+        disagreement=0.3,
+        needed={"2": 5885, "5": 940, "10": 234},
     )
     return dataclasses.replace(good, **changes)
 

@@ -44,6 +44,7 @@ class Summary:
             pictures.
         rows: one row per configuration, the full cache first.
         tasks: names of the tasks, in the order of the data.
+        task_sizes: number of examples of each task.
         examples: number of examples.
         constant_answer: share of right answers if the most frequent answer of each task were always given;
             empty for speech.
@@ -67,6 +68,7 @@ class Summary:
     window_seconds: float | None
     rows: tuple[Row, ...]
     tasks: tuple[str, ...]
+    task_sizes: Mapping[str, int]
     examples: int
     constant_answer: Mapping[str, float]
     stock: Speed | None
@@ -138,6 +140,7 @@ def summarise(
         window_seconds=_WINDOW_SECONDS if speech else None,
         rows=rows,
         tasks=tasks,
+        task_sizes={task: sum(example.task == task for example in examples) for task in tasks},
         examples=len(examples),
         constant_answer={}
         if speech
