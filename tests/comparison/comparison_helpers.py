@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvprune.comparison import Settings
-from kvprune.comparison.data.examples import Example, Question, Utterance
-from kvprune.comparison.statistics.contrasts import Contrast
-from kvprune.comparison.storage.answers import Answer, Transcript
+from kvprune.comparison.data.examples import Example, Question
+from kvprune.comparison.plan.grid import Configuration
+from kvprune.comparison.storage.answer_lines import answer_rows
+from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.identity import policy_identities
+from kvprune.comparison.storage.manifest import build_about, build_context
+from kvprune.comparison.storage.recorded_grid import RecordedGrid
+from kvprune.comparison.storage.results_folder import ResultsFolder
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -46,59 +52,6 @@ def answer(spec: str, of: Example, text: str, full: str = "7", kept: float = 1.0
     )
 
 
-def utterance(number: int, task: str = "clean") -> Utterance:
-    return Utterance(
-        id=f"u{number}",
-        task=task,
-        answers=("good morning",),
-        file=Path("none.wav"),
-        file_sha256=f"{number:064x}",
-        language="en",
-        seconds=4.0,
-    )
-
-
-def transcript(spec: str, of: Example, errors: int, words: int, **changes: Any) -> Transcript:
-    """A transcript with so many wrong words; three characters are wrong for each, of five in a word."""
-    good = Transcript(
-        spec=spec,
-        id=of.id,
-        task=of.task,
-        answer="good morning",
-        correct=not errors,
-        agrees_with_full=not errors,
-        finished=True,
-        kept_fraction=1.0,
-        bytes_held=1000,
-        bytes_full=1000,
-        receipt="0" * 64,
-        word_errors=errors,
-        words=words,
-        character_errors=3 * errors,
-        characters=5 * words,
-        tokens=20,
-        cap=60,
-        loops=False,
-    )
-    return dataclasses.replace(good, **changes)
-
-
-def contrast(value: float, low: float, high: float, **changes: Any) -> Contrast:
-    """A comparison with a partner on ten examples."""
-    good = Contrast(
-        value=value,
-        low=low,
-        high=high,
-        lost=1,
-        gained=2,
-        pairs=10,
-        p_value=0.5,
-        disagreement=0.3,
-        needed={"2": 5885, "5": 940, "10": 234},
-    )
-    return dataclasses.replace(good, **changes)
-
-
 SMALL_POLICIES = ("trim", "random:reach=onward", "lossless")
 SMALL_RATIOS = (0.25,)
 SMALL_SPECS = ("full", "trim:keep_ratio=0.25", "random:keep_ratio=0.25,reach=onward", "lossless")
@@ -115,3 +68,37 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
     }
+
+
+def build_grid(
+    configurations: Sequence[Configuration], examples: Sequence[Example], batch_size: int = 4, **context: Any
+) -> RecordedGrid:
+    """A grid of configurations and examples; `context` replaces shared ingredients."""
+    policies = policy_identities(configurations)
+    shared = build_context(Settings(device="cpu"), "pictures", policies[0])
+    names = [one.id for one in examples]
+    return RecordedGrid(
+        context={**shared, **context},
+        policies=tuple(policies),
+        seeds=(0,),
+        origin="pictures",
+        data_seed=0,
+        digests={one.id: one.digest for one in examples},
+        batches=tuple(tuple(names[at : at + batch_size]) for at in range(0, len(names), batch_size)),
+    )
+
+
+def write_folder(path: Path, grid: RecordedGrid, answers: Sequence[Answer] = ()) -> Path:
+    """A results folder with a grid and answers of it."""
+    addresses = grid.addresses()
+    with ResultsFolder(path) as folder:
+        folder.check()
+        folder.record(grid, (), build_about(Settings()))
+        for one in answers:
+            (batch,) = (batch for batch in grid.batches if one.id in batch)
+            folder.results.append(answer_rows(addresses.of(one.spec, batch, one.seed), [one]))
+    return path
+
+
+def with_seeds(grid: RecordedGrid, *seeds: int) -> RecordedGrid:
+    return replace(grid, seeds=seeds)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparison_helpers import transcript, utterance
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from statistics_helpers import transcript, utterance
 
 from kvprune.comparison.plan.grid import expand
 from kvprune.comparison.statistics.bootstrap import expanded_interval, over_draws, resampled_sums

@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 
 import pytest
-from comparison_helpers import contrast
 from PIL import Image
 from rich.console import Console
+from statistics_helpers import contrast
 
 from kvprune.comparison.display import plot
 from kvprune.comparison.display.console import show_summary

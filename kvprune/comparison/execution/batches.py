@@ -42,7 +42,7 @@ def ask(
     inputs: Mapping[str, Any],
     one: Configuration,
     seed: int,
-    full: Mapping[str, str],
+    full: Mapping[str, Answer],
 ) -> list[Answer]:
     """Answer a batch under one configuration.
 
@@ -52,7 +52,7 @@ def ask(
         inputs: What `generator.encode` returned for these examples.
         one: The configuration.
         seed: Seed for policies that draw at random.
-        full: What the full cache answered, by example id; not read when `one` is the full cache.
+        full: Answers of the full cache by example id; not read when `one` is the full cache.
 
     Returns:
         One answer for each example, in the same order.
@@ -77,7 +77,8 @@ def ask(
             task=example.task,
             answer=texts[number],
             correct=is_correct(texts[number], example.answers),
-            agrees_with_full=one.spec == REFERENCE or normalise(texts[number]) == normalise(full[example.id]),
+            agrees_with_full=one.spec == REFERENCE
+            or normalise(texts[number]) == normalise(full[example.id].answer),
             finished=finished[number],
             kept_fraction=kept[number],
             bytes_held=report.bytes_held // len(batch),

@@ -10,9 +10,14 @@ from typing import Literal
 from kvprune.comparison.plan.devices import DTYPES
 from kvprune.errors import KVPruneError
 
-__all__ = ["DEFAULT_OUTPUT", "Progress", "Settings"]
+__all__ = ["DEFAULT_AGAINST", "DEFAULT_OUTPUT", "Progress", "Settings"]
 
 DEFAULT_OUTPUT = "kvprune-results"
+
+DEFAULT_AGAINST = "trim"
+"""The policy that others are compared with, unless another one is chosen."""
+
+DEMOS = ("pictures", "speech")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class Settings:
     max_new_tokens: int = 16
     reread: bool = True
     draws: int = 1
-    against: str = "trim"
+    against: str = DEFAULT_AGAINST
     answer_attention: bool = True
     device: str | None = None
     dtype: str = "auto"
@@ -89,5 +94,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise KVPruneError(f"{name} is {value}; it must be at least {least}")
+        if self.demo not in DEMOS:
+            raise KVPruneError(f"unknown demo {self.demo!r}; choose from {', '.join(DEMOS)}")
         if self.dtype not in DTYPES:
             raise KVPruneError(f"unknown dtype {self.dtype!r}; choose from {', '.join(DTYPES)}")
