@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from statistics_helpers import contrast
 
-from kvprune.comparison.display import plot
+from kvprune.comparison.display import curves, plot
 from kvprune.comparison.display.console import show_summary
 from kvprune.comparison.display.notes import notes
 from kvprune.comparison.display.table import groups, layout, table
@@ -206,7 +206,7 @@ def test_figure_has_a_panel_per_task_and_changes_with_the_numbers(summary: Summa
 
 
 def test_figure_of_many_policies_tells_them_apart(summary: Summary) -> None:
-    styles = [plot._style(number) for number in range(28)]
+    styles = [curves.style(number) for number in range(28)]
     assert len({(one["color"], str(one["linestyle"])) for one in styles}) == 28
     rows = [
         dataclasses.replace(row, label=f"p{number}", kept_fraction=row.kept_fraction)
@@ -217,4 +217,4 @@ def test_figure_of_many_policies_tells_them_apart(summary: Summary) -> None:
     few = Image.open(io.BytesIO(plot.render(summary)))
     picture = Image.open(io.BytesIO(plot.render(many)))
     assert picture.width > few.width, "the legend stands beside the panels"
-    assert next(iter(plot._curves(many))) == "lossless", "the best first"
+    assert next(iter(curves.curves(many))) == "lossless", "the best first"
