@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from kvprune.comparison import Settings
 from kvprune.comparison.data.examples import Example, Question
 from kvprune.comparison.plan.grid import Configuration
+from kvprune.comparison.storage.addresses import context_key, digest
 from kvprune.comparison.storage.answer_lines import answer_rows
 from kvprune.comparison.storage.answers import Answer
 from kvprune.comparison.storage.identity import policy_identities
@@ -102,3 +104,15 @@ def write_folder(path: Path, grid: RecordedGrid, answers: Sequence[Answer] = ())
 
 def with_seeds(grid: RecordedGrid, *seeds: int) -> RecordedGrid:
     return replace(grid, seeds=seeds)
+
+
+def forge_context(folder: Path, **changes: Any) -> None:
+    """Change shared ingredients of a folder, its addresses and its digest, so that nothing shows the edit."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    before = context_key(manifest["run"]["context"])
+    manifest["run"]["context"].update(changes)
+    manifest["run_sha256"] = digest(manifest["run"])
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for name in ("results.jsonl", "timings.jsonl"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(before, context_key(manifest["run"]["context"])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvprune.text import printable
 
@@ -41,11 +41,10 @@ def differences(old: object, new: object, *, tolerance: float = 0.0, where: str 
         yield f"{where} was {_show(old)} and is now {_show(new)}"
 
 
-def in_one_sentence(found: Iterator[str]) -> str:
+def in_one_sentence(found: Sequence[str]) -> str:
     """Return the first few differences, and how many more there are."""
-    every = list(found)
-    more = f"; and {len(every) - _NAMED} more differences" if len(every) > _NAMED else ""
-    return "; ".join(every[:_NAMED]) + more
+    more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return "; ".join(found[:_NAMED]) + more
 
 
 def _same(old: object, new: object, tolerance: float) -> bool:

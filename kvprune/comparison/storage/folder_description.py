@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvprune.comparison.storage.addresses import UNIT_DIGITS
-from kvprune.comparison.storage.recorded_grid import RecordedGrid
-from kvprune.comparison.storage.results_folder import SUMMARY, ResultsFolder
+from kvprune.comparison.storage.recorded_grid import RecordedGrid, read_about
+from kvprune.comparison.storage.results_folder import MANIFEST, SUMMARY, ResultsFolder
 from kvprune.errors import ResultsError
 
 __all__ = ["FolderDescription", "describe_folder"]
@@ -68,16 +68,15 @@ def describe_folder(folder: str | Path) -> FolderDescription:
     grid = opened.grid
     if opened.manifest is None or grid is None:
         raise ResultsError(f"there are no results at {folder}; expected a folder that kvprune compare wrote")
-    about = opened.manifest.get("about")
-    places = about if isinstance(about, dict) else {}
+    about = read_about(Path(folder) / MANIFEST, opened.manifest)
     units = Counter(found[1].decode() for line in opened.results.lines() if (found := _UNIT.match(line)))
     answers, missing, old = _count(grid, units)
     return FolderDescription(
         folder=Path(folder),
-        created=str(opened.manifest.get("created")),
+        created=opened.manifest["created"],
         kind=grid.context["kind"],
-        model=str(places.get("model")),
-        data=str(places.get("data")),
+        model=about["model"],
+        data=about["data"],
         specs=tuple(grid.specs),
         seeds=grid.seeds,
         examples=len(grid.digests),

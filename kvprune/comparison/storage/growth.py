@@ -129,12 +129,21 @@ class Reasons:
         if former is None:
             return "they are of a run that manifest.json does not name"
         if former is not self._grid.context:
-            return in_one_sentence(differences(dict(former), dict(self._grid.context)))
+            return _explain_context(former, self._grid.context)
         if policy in self._policies:
             return _explain_policy(self._policies[policy], self._grid)
         if seed is not None:
             return f"seed {seed} is not among the seeds of this comparison"
         return "a question of their batch has changed, or is gone from the data"
+
+
+def _explain_context(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say how shared ingredients differ; where the code of kvprune differs, that comes last, in words."""
+    found = list(differences(dict(former), dict(now)))
+    edited = [what for what in found if what.startswith("kvprune_source_sha256 ")]
+    others = [what for what in found if what not in edited]
+    words = [f"{what}: the code of kvprune has changed since" for what in edited]
+    return in_one_sentence([*others, *words])
 
 
 def _restored(new: Mapping[str, str], former: Sequence[Earlier]) -> list[Batch]:
@@ -164,7 +173,7 @@ def _explain_policy(former: Mapping[str, Any], grid: RecordedGrid) -> str:
         return f"{spec} is no longer part of this folder's comparison"
     found = list(differences(dict(former), dict(now), where=f"policies.{spec}"))
     edited = any(".source_sha256 " in what for what in found)
-    return in_one_sentence(iter(found)) + (f": the code of {spec} has changed since" if edited else "")
+    return in_one_sentence(found) + (f": the code of {spec} has changed since" if edited else "")
 
 
 def _other_data(old: RecordedGrid, grid: RecordedGrid) -> Iterator[str]:

@@ -10,7 +10,10 @@ from typing import Any, Literal
 from kvprune.comparison.storage.addresses import Addresses
 from kvprune.errors import ResultsError
 
-__all__ = ["Batch", "Earlier", "Origin", "RecordedGrid", "read_earlier", "read_grid"]
+__all__ = ["PLACES", "Batch", "Earlier", "Origin", "RecordedGrid", "read_about", "read_earlier", "read_grid"]
+
+PLACES = ("model", "data", "against")
+"""What a manifest must have under "about"."""
 
 Batch = tuple[str, ...]
 """Ids of the examples that are asked in one call, in order."""
@@ -165,6 +168,23 @@ def read_earlier(path: Path, manifest: Mapping[str, Any]) -> list[Earlier]:
             )
         )
     return entries
+
+
+def read_about(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return where the model and the data are, and the partner, as they stand under "about".
+
+    Raises:
+        ResultsError: If something is missing or of another type.
+    """
+    about, created = manifest.get("about"), manifest.get("created")
+    if not isinstance(about, dict):
+        raise ResultsError(f"{path} is damaged: about is {about!r:.60}")
+    for name in PLACES:
+        if not isinstance(about.get(name), str):
+            raise ResultsError(f"{path} is damaged: about.{name} is {about.get(name)!r:.60}")
+    if not isinstance(created, str):
+        raise ResultsError(f"{path} is damaged: created is {created!r:.60}")
+    return {name: about[name] for name in PLACES}
 
 
 def _problems(run: Mapping[str, Any]) -> Iterator[str]:

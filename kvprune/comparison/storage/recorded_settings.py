@@ -8,8 +8,7 @@ from typing import Any
 
 from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.storage.manifest import DEMO
-from kvprune.comparison.storage.recorded_grid import RecordedGrid
-from kvprune.errors import ResultsError
+from kvprune.comparison.storage.recorded_grid import RecordedGrid, read_about
 
 __all__ = ["recorded_settings"]
 
@@ -31,21 +30,15 @@ def recorded_settings(folder: Path, manifest: Mapping[str, Any], grid: RecordedG
         ResultsError: If something is missing or of another type.
         KVPruneError: If a value is out of range.
     """
-    about = manifest.get("about")
-    places = [about.get(name) for name in ("model", "data", "against")] if isinstance(about, dict) else [None]
-    if not all(isinstance(one, str) for one in places):
-        raise ResultsError(
-            f"{folder / 'manifest.json'} is damaged: about.model, about.data or about.against is not a string"
-        )
-    model, data, against = places
+    about = read_about(folder / "manifest.json", manifest)
     return Settings(
-        model=None if model == DEMO else model,
-        data=Path(str(data)) if grid.origin == "file" else None,
+        model=None if about["model"] == DEMO else about["model"],
+        data=Path(about["data"]) if grid.origin == "file" else None,
         demo="speech" if grid.origin == "speech" else "pictures",
         seed=grid.seeds[0],
         output=folder,
         batch_size=max((len(batch) for batch in grid.batches), default=1),
         draws=len(grid.seeds),
-        against=str(against),
+        against=about["against"],
         **{name: grid.context[name] for name in _SHARED},
     )

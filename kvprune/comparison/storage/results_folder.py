@@ -13,7 +13,14 @@ from kvprune.comparison.data.safe_json import parse
 from kvprune.comparison.storage.addresses import digest
 from kvprune.comparison.storage.answer_lines import LineReader, StoredAnswer
 from kvprune.comparison.storage.journal import Journal, check_plain_file, read_plain_file, remove, write_json
-from kvprune.comparison.storage.recorded_grid import Earlier, RecordedGrid, read_earlier, read_grid
+from kvprune.comparison.storage.recorded_grid import (
+    PLACES,
+    Earlier,
+    RecordedGrid,
+    read_about,
+    read_earlier,
+    read_grid,
+)
 from kvprune.errors import ResultsError
 
 __all__ = [
@@ -121,6 +128,8 @@ class ResultsFolder:
                 f"{self.path / MANIFEST} is damaged: its 'run' was changed after it was written "
                 f"(run_sha256 {str(self.manifest.get('run_sha256'))[:70]!r}); restore it, or {_REMEDY}"
             )
+        if self.manifest is not None:
+            read_about(self.path / MANIFEST, self.manifest)
 
     @property
     def is_free(self) -> bool:
@@ -139,19 +148,17 @@ class ResultsFolder:
                 machine does not.
         """
         old = self.manifest or {}
+        today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         new: dict[str, Any] = {
             "kind": KIND,
             "format": FORMAT,
-            "created": old.get("created")
-            or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created": old.get("created", today),
             "run": grid.to_json(),
             "run_sha256": digest(grid.to_json()),
             "about": dict(about),
             "earlier": [one.to_json() for one in earlier],
         }
-        places = ("model", "data", "against")
-        was, now = old.get("about"), new["about"]
-        same_places = isinstance(was, dict) and all(was.get(name) == now.get(name) for name in places)
+        same_places = all(old.get("about", {}).get(name) == about[name] for name in PLACES)
         if same_places and all(old.get(name) == new[name] for name in ("run", "earlier")):
             return
         if old.get("run") != new["run"]:
