@@ -67,7 +67,7 @@ def test_gains_are_not_losses(configurations: tuple[Configuration, ...]) -> None
     for one in configurations[:2]:
         for number, this in enumerate(asked):
             right = (one.spec == "full") == (number == 0)
-            answers[one.spec, this.id] = answer(one.spec, this, "7" if right else "8", full="-")
+            answers[one.spec, None, this.id] = answer(one.spec, this, "7" if right else "8", full="-")
     _, other = summarise(
         configurations[:2], asked, answers, {}, batch_size=4, device="cpu", reread=True, against="trim"
     ).rows
@@ -78,7 +78,7 @@ def test_gains_are_not_losses(configurations: tuple[Configuration, ...]) -> None
 
 def test_constant_answer_counts_alternatives(configurations: tuple[Configuration, ...]) -> None:
     asked = [example(0, answers=("one", "1")), example(1, answers=("1",)), example(2, answers=("2", "ONE"))]
-    answers = {("full", one.id): answer("full", one, "1") for one in asked}
+    answers = {("full", None, one.id): answer("full", one, "1") for one in asked}
     found = summarise(
         configurations[:1], asked, answers, {}, batch_size=1, device="cpu", reread=True, against="trim"
     )
