@@ -16,7 +16,7 @@ from kvprune.comparison.plan.grid import Configuration, expand
 from kvprune.comparison.storage import code_digest as module
 from kvprune.comparison.storage.answer_lines import current
 from kvprune.comparison.storage.code_digest import CODE, code_digest, covered_files, find_part
-from kvprune.comparison.storage.growth import Reasons, grow
+from kvprune.comparison.storage.growth import grow
 from kvprune.comparison.storage.identity import policy_identities
 from kvprune.comparison.storage.recorded_grid import RecordedGrid
 from kvprune.comparison.storage.results_folder import ResultsFolder
@@ -106,9 +106,9 @@ def test_an_edit_makes_answers_old_or_not_as_the_page_says(
             file.write_text(text, encoding="utf-8")
     after = grid(configurations)
     with ResultsFolder(tmp_path / "out") as folder:
-        growth = grow(before, after, available=after.digests, answered={"e0"}, former=(), batch_size=1)
+        growth = grow(before, after, available=after.digests, answered={"e0"}, former=(), form=lambda _: [])
         earlier = [] if growth.replaced is None else [growth.replaced]
-        answers, old = current("r", folder.answers(), after.addresses(), Reasons(after, earlier))
+        answers, old = current("r", folder.answers(), after, earlier)
     if counts == "yes":
         assert not answers
         ((reason, _count),) = old.items()
