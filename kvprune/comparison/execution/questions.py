@@ -11,13 +11,12 @@ import torch
 from kvprune.comparison.data.examples import Example, Question, is_correct
 from kvprune.comparison.data.pictures import read_picture
 from kvprune.comparison.execution.generation import Generator, Measured
+from kvprune.comparison.plan.settings import PICTURE_TOKENS
 from kvprune.comparison.storage.answers import Answer
 from kvprune.errors import DataError, UnsupportedModelError
 from kvprune.text import error_line, shown
 
 __all__ = ["PictureGenerator"]
-
-_DEFAULT_LIMIT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class PictureGenerator(Generator):
             raise UnsupportedModelError(
                 f"the processor of {name!r} has no chat template; use an instruction-tuned checkpoint"
             )
-        return _DEFAULT_LIMIT if max_new_tokens is None else max_new_tokens
+        return PICTURE_TOKENS if max_new_tokens is None else max_new_tokens
 
     def check(self, examples: Sequence[Example]) -> None:
         """Raise unless every question is plain text for the model: it holds none of its special tokens.

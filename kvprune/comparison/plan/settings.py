@@ -10,9 +10,17 @@ from typing import Literal
 from kvprune.comparison.plan.devices import DTYPES
 from kvprune.errors import KVPruneError
 
-__all__ = ["DEFAULT_OUTPUT", "Progress", "Settings"]
+__all__ = ["DEFAULT_AGAINST", "DEFAULT_OUTPUT", "PICTURE_TOKENS", "Progress", "Settings"]
 
 DEFAULT_OUTPUT = "kvprune-results"
+
+DEFAULT_AGAINST = "trim"
+"""The policy that others are compared with, unless another one is chosen."""
+
+PICTURE_TOKENS = 16
+"""Limit on new tokens of an answer to a question about a picture, unless another one is given."""
+
+DEMOS = ("pictures", "speech")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class Settings:
     max_new_tokens: int | None = None
     reread: bool = True
     draws: int = 1
-    against: str = "trim"
+    against: str = DEFAULT_AGAINST
     answer_attention: bool = True
     device: str | None = None
     dtype: str = "auto"
@@ -90,5 +98,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise KVPruneError(f"{name} is {value}; it must be at least {least}")
+        if self.demo not in DEMOS:
+            raise KVPruneError(f"unknown demo {self.demo!r}; choose from {', '.join(DEMOS)}")
         if self.dtype not in DTYPES:
             raise KVPruneError(f"unknown dtype {self.dtype!r}; choose from {', '.join(DTYPES)}")
