@@ -20,6 +20,7 @@ from kvprune.policy.declarations import require_declarations
 from kvprune.policy.spec import PolicySpec
 from kvprune.session.guide import BoundGuide, Guide
 from kvprune.session.registry import load
+from kvprune.text import shown
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Compression", "compress"]
@@ -31,6 +32,7 @@ def compress(
     *,
     seed: int = 0,
     guide: nn.Module | Guide | Guidance | None = None,
+    reread: bool = False,
 ) -> Compression:
     """Compress the cross-attention cache of a model inside a ``with`` block.
 
@@ -45,13 +47,16 @@ def compress(
             geometry, or a `kvprune.Guide` with options. With None the model guides itself, in an extra pass
             over each prompt. A `kvprune.Guidance` is what a guide found out about one batch; generate from
             that batch only. The guide runs inside the model's forward call, and its cost is in the report.
+        reread: Whether the last prompt token is read again from the pruned cache before the first answer
+            token is predicted. Otherwise the first answer token comes from a row that has attended to tokens
+            that are dropped, and an answer of one token shows nothing of the pruning (docs/hooks.md).
 
     Returns:
         The compression, not yet attached to the model.
 
     Raises:
         UnsupportedModelError: If no adapter supports the model (lists the supported ones), or its adapter
-            cannot capture what the policy needs.
+            cannot capture what the policy needs, or cannot read the last token again.
         IncompatibleTransformersError: If transformers lacks something that the adapter relies on.
         GuideError: If the guide cannot guide this model, or the policy does not use a guide.
         PolicyFailedError: If the policy cannot say what it needs or requests, or says something impossible.
@@ -67,7 +72,7 @@ def compress(
     resolved = registry.resolve(policy)
     require_policy_class(resolved.cls)
     adapter.require_probes()
-    return Compression(adapter(model), resolved.policy, seed, guide)
+    return Compression(adapter(model), resolved.policy, seed, guide, reread=reread)
 
 
 class Compression:
@@ -75,6 +80,7 @@ class Compression:
 
     Attributes:
         policy: The policy that runs.
+        reread: Whether the last prompt token is read again from the pruned cache.
         report: What was kept and held so far, a `CompressionReport`.
     """
 
@@ -84,12 +90,20 @@ class Compression:
         policy: CrossKVPolicy,
         seed: int,
         guide: nn.Module | Guide | Guidance | None = None,
+        *,
+        reread: bool = False,
     ) -> None:
         require_declarations(policy)
         adapter.require_needs(policy)
+        if not isinstance(reread, bool):
+            raise CompressionStateError(f"reread is True or False, got {shown(reread)}")
+        if reread:
+            adapter.require_rereading()
         self.policy = policy
+        self.reread = reread
         self._adapter = adapter
-        self._manager = CrossKVManager(policy, seed, adapter.layer_indices, _bound(guide, adapter, policy))
+        guides = _bound(guide, adapter, policy)
+        self._manager = CrossKVManager(policy, seed, adapter.layer_indices, guides, rereads=reread)
         self._attached = False
 
     @property
