@@ -16,6 +16,7 @@ import kvprune
 from kvprune.comparison import Progress, Settings, Summary, compare
 from kvprune.comparison.data.examples import read_examples
 from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.questions import PictureGenerator
 from kvprune.comparison.plan import grid
 from kvprune.errors import (
     DataError,
@@ -361,7 +362,9 @@ def test_policy_that_reports_nothing_is_an_error(tmp_path: Path, monkeypatch: py
 
 
 def test_batches_are_padded_on_the_left(finished: tuple[Path, Summary]) -> None:
-    generator = Generator.load(None, device="cpu", dtype="auto", attn_implementation=None, max_new_tokens=3)
+    generator = PictureGenerator.load(
+        None, device="cpu", dtype="auto", attn_implementation=None, max_new_tokens=3
+    )
     examples = read_examples(finished[0] / "data" / "data.jsonl")
     inputs = generator.encode(examples)
     mask = inputs["attention_mask"]
