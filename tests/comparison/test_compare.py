@@ -306,7 +306,7 @@ def test_the_reference_that_reads_the_answer_joins_at_each_ratio_and_is_not_time
     ]
     assert new == 12
     assert [row.speed is None for row in found.rows] == [False] * 5 + [True] * 2
-    assert notes == ["this folder compares 7 configurations, 5 more than this command names"]
+    assert notes == ["this folder compares 7 configurations, 3 more than this command names"]
     again, _, new = add(grown, repetitions=1)
     assert (again, new) == (found, 0), "it stays, last in each budget"
 

@@ -28,6 +28,7 @@ from kvprune.comparison.execution import run
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.storage import identity, manifest
 from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.differences import differences
 from kvprune.comparison.storage.results_folder import ResultsFolder
 
 POLICIES = ("trim", "norm:reach=onward", "random:reach=onward", "lossless")
@@ -277,7 +278,7 @@ class GrowingGrid(RuleBasedStateMachine):
         assert described.answers + described.old == len(list(rows(self.world.folder)))
         found = json.loads((self.world.folder / "summary.json").read_text())
         wanted = json.loads(json.dumps(expected.to_dict()))
-        assert by_spec(found) == by_spec(wanted)
+        assert not list(differences(by_spec(found), by_spec(wanted), tolerance=1e-12))
 
 
 def by_spec(summary: dict[str, Any]) -> dict[str, Any]:
@@ -287,11 +288,11 @@ def by_spec(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 GrowingGrid.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=50,
     stateful_step_count=25,
     deadline=None,
     derandomize=False,
-    phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes minutes
 )
 TestGrowingGrid = GrowingGrid.TestCase
 
