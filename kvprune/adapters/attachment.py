@@ -180,10 +180,20 @@ class Attachment:
         while self._call_handles:
             self._call_handles.pop().remove()
 
-    def before(self, module: nn.Module, hook: Callable[..., Any], *, for_one_call: bool = False) -> None:
-        """Run ``hook(module, args, kwargs)`` before a module, until `detach` or `close_call`."""
+    def before(
+        self, module: nn.Module, hook: Callable[..., Any], *, for_one_call: bool = False, first: bool = False
+    ) -> None:
+        """Run ``hook(module, args, kwargs)`` before a module, until `detach` or `close_call`.
+
+        Args:
+            module: The module.
+            hook: The hook.
+            for_one_call: Whether `close_call` removes it.
+            first: Run it before the hooks that the module has by now, so that they have changed nothing yet.
+        """
         handles, thread = self._kind(for_one_call)
-        handles.append(module.register_forward_pre_hook(_Hook(self, hook, thread), with_kwargs=True))
+        ours = _Hook(self, hook, thread)
+        handles.append(module.register_forward_pre_hook(ours, with_kwargs=True, prepend=first))
 
     def after(
         self,

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class ModelAdapter(Attachment, Declaration):
         self._manager: CrossKVManager | None = None
         self._call: Call | None = None
         self._reread: Rereading | None = None  # while it runs
+        self._noted = threading.local()  # arguments of the call in each thread, if there is re-reading
         self._spreads_weights = False
 
     @property
@@ -132,6 +133,7 @@ class ModelAdapter(Attachment, Declaration):
     def detach(self) -> None:
         """Undo `attach`, and forget a forward call that was interrupted."""
         super().detach()
+        self._noted = threading.local()
         self._spreads_weights = False
         self._forget_call()
 
@@ -140,13 +142,23 @@ class ModelAdapter(Attachment, Declaration):
         """Whether the last token of a prefill is read again now, in this thread."""
         return self._reread is not None and self._reread.thread == threading.get_ident()
 
-    def arguments_of(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the arguments of a forward call by name, or those of `Rereading` if it makes the call."""
-        if self._reread is not None and self.is_rereading:
-            return self._reread.row
-        return named_arguments(module, args, kwargs)
+    def hook_calls(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        """Hook each call of the module that returns the last hidden state, also if it raises."""
+        if self.manager.rereads:
+            self.before(module, self._note_arguments, first=True)
+        self.before(module, before)
+        self.after(module, after, always=True)
+
+    def _note_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the arguments of a call as its caller passes them: hooks of others may change them."""
+        first = next(iter(module._forward_pre_hooks.values()))
+        if getattr(first, "attachment", None) is not self:
+            raise UnsupportedModelError(
+                f"reread=True calls {type(module).__name__} again with the arguments it gets, but a hook "
+                "that was added with prepend=True inside the block may have changed them; add it before"
+            )
+        if not self.is_rereading:
+            self._noted.arguments = dict(named_arguments(module, args, kwargs))
 
     def begin_call(self) -> None:
         """Start a forward call of the model; the first thing that a hook does.
@@ -187,6 +199,7 @@ class ModelAdapter(Attachment, Declaration):
             self._call = None
         elif self.close_call():
             self._call = None
+            vars(self._noted).clear()
             if self.manager.in_prefill:
                 self.manager.end(completed=completed, reread=reread)
 
@@ -212,7 +225,7 @@ class ModelAdapter(Attachment, Declaration):
         """
         if self.manager.rereads:
             require_rereadable(named, self.family, cached=cached, cross_layers=cross_layers)
-            call.again = Rereading(self.last_row(named), cache_of(named))
+            call.again = Rereading(self.last_row(self._noted.arguments), cache_of(named))
 
     def last_row(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a forward call for its last token alone, without the cache.
@@ -236,7 +249,8 @@ class ModelAdapter(Attachment, Declaration):
             The output with the last row replaced; None if nothing changes.
         """
         if self._reread is not None and self.is_rereading:
-            self._reread.output, self._call = output, None
+            self._reread.keep(output)
+            self._call = None
             return None
         again = None if self._call is None or output is None else self._call.again
         if again is None:

@@ -123,8 +123,7 @@ class EncoderDecoderAdapter(ModelAdapter):
     def attach(self, manager: CrossKVManager) -> None:
         """Hook the decoder's calls and each cross-attention module."""
         self._manager = manager
-        self.before(self._decoder, self._before_decoder)
-        self.after(self._decoder, self._after_decoder, always=True)
+        self.hook_calls(self._decoder, self._before_decoder, self._after_decoder)
         for site in self.sites:
             self.before(site.module, self._before_attention)
         self.around(self.model, CANDIDATES, prompt_first)
@@ -132,27 +131,22 @@ class EncoderDecoderAdapter(ModelAdapter):
     def _new_call(self) -> _Call:
         return _Call(self.manager, self.reader, ColumnMask(self._decoder.embed_tokens.weight.dtype))
 
-    def _before_decoder(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_call()
         self.spread_weights(self._decoder.config)
         self._call = self._new_call()
-        named = self.arguments_of(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
-        is_read = isinstance(cache, EncoderDecoderCache) and all(
-            map(cache.is_updated.get, self.layer_indices)
-        )
+        if states is None or (
+            isinstance(cache, EncoderDecoderCache) and all(map(cache.is_updated.get, self.layer_indices))
+        ):
+            return
         if self.is_rereading:
-            if not is_read:
-                raise UnsupportedModelError(
-                    f"reread=True reads the last token again from each layer, but a layer of {self.family} "
-                    "has read no encoder states"
-                )
-            return (), named
-        if states is not None and not is_read:
-            self._begin(self._call, named, states)
-        return None
+            raise UnsupportedModelError(
+                f"reread=True reads the last token again from each layer, but a layer of {self.family} "
+                "has read no encoder states"
+            )
+        self._begin(self._call, named, states)
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""

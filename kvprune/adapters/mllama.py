@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvprune.adapters import mllama_guide, tiny
-from kvprune.adapters.arguments import cache_of, has_cache, with_cache
+from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.generation import (
@@ -37,8 +37,8 @@ from kvprune.adapters.mllama_captures import capture_class_attention, capture_te
 from kvprune.adapters.mllama_probes import mllama_probes
 from kvprune.adapters.mllama_visibility import (
     arriving_tiles,
+    last_text,
     repeated_rows,
-    text_arguments,
     tiles_of_rows,
     visibility_of,
 )
@@ -120,8 +120,7 @@ class MllamaAdapter(ModelAdapter):
     def attach(self, manager: CrossKVManager) -> None:
         """Add the hooks that the module docstring lists."""
         self._manager = manager
-        self.before(self._inner, self._before_inner)
-        self.after(self._inner, self._after_inner, always=True)
+        self.hook_calls(self._inner, self._before_inner, self._after_inner)
         for layer_idx in self._layer_indices:
             layer = self._text.layers[layer_idx]
             self.before(layer, self._before_layer)
@@ -132,7 +131,7 @@ class MllamaAdapter(ModelAdapter):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.begin_call()
         self.spread_weights(self._text.config)
-        named = self.arguments_of(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         mask, cache = named.get("cross_attention_mask"), cache_of(named)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
         if tokens is None:
@@ -283,9 +282,7 @@ class MllamaAdapter(ModelAdapter):
 
     def last_row(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments for the last token alone, without what brings an image."""
-        assert self._call is not None
-        text = text_arguments(named, self._call.mask.rows)
-        return last_row(text, self.family, whole=("cross_attention_mask",))
+        return last_row(last_text(named), self.family, whole=("cross_attention_mask",))
 
     def _decode(self, call: _Call, module: Any, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments in a decode step: the cut mask, and keys and values that it can read."""

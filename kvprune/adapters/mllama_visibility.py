@@ -9,11 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from kvprune.adapters.arguments import cache_of
 from kvprune.cache.shared_rows import SharedRows, share_repeated
 from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.visibility import Visibility, with_last_row
 
-__all__ = ["arriving_tiles", "repeated_rows", "text_arguments", "tiles_of_rows", "visibility_of"]
+__all__ = ["arriving_tiles", "last_text", "repeated_rows", "tiles_of_rows", "visibility_of"]
 
 _BRING_AN_IMAGE = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_states"
 """Arguments that only a call with a new image has."""
@@ -62,16 +63,17 @@ def tiles_of_rows(mask: Tensor, length: int, cache: Any) -> Tensor:
     return (mask == 1).flatten(2)
 
 
-def text_arguments(named: Mapping[str, Any], rows: Tensor | None) -> dict[str, Any]:
+def last_text(named: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call without its images, and of its cross-attention mask the last row.
 
     Args:
         named: Arguments of the forward call by name.
-        rows: bool ``[B, T, U]``, which tiles each text row may attend; None if the call has no mask.
     """
     text = {name: value for name, value in named.items() if name not in _BRING_AN_IMAGE}
-    mask = text.pop("cross_attention_mask", None)
-    if mask is not None and rows is not None:  # [B, T or all tokens, images, tiles]
+    mask, ids = named.get("cross_attention_mask"), named.get("input_ids")
+    if mask is not None:
+        length = (named["inputs_embeds"] if ids is None else ids).shape[1]
+        rows = tiles_of_rows(mask, length, cache_of(named))  # [B, T, images * tiles]
         text["cross_attention_mask"] = rows[:, -1:].unflatten(-1, mask.shape[2:])
     return text
 

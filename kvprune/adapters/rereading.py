@@ -125,7 +125,7 @@ def _require_removable(cache: Any, arriving: int, cross_layers: Collection[int] 
     """Raise if the last entry of a text cache cannot be removed after more tokens have arrived."""
     layers = getattr(cache, "layers", None)
     if layers is None or cache.offloading:
-        kind = f"a {type(cache).__name__}{' that offloads its layers' if layers else ''}"
+        kind = f"a {type(cache).__name__}{' that offloads its layers' if layers is not None else ''}"
         raise UnsupportedCacheError(_not_removable(kind))
     for layer_idx, layer in enumerate(layers):
         if layer_idx in cross_layers or type(layer) in (DynamicLayer, TextKVLayer, CrossKVLayer):
@@ -151,13 +151,12 @@ def _not_removable(kind: str) -> str:
 class Rereading:
     """The second call of a prefill: the last token alone, read from the pruned cache.
 
-    The call goes through the module itself, so all hooks of others run in it. Those that come before ours
-    have changed the arguments of the prefill, which `row` holds. Those that come after ours will change what
-    the prefill returns. So that none of them counts twice, our hooks replace the arguments by `row`, and keep
-    the `output` as they see it.
+    The call goes through the module itself, so hooks of others run in it as in a decode step. Those that come
+    after ours will change what the prefill returns. So that they do not count twice, our hook keeps a copy of
+    the `output` as it sees it.
 
     Args:
-        row: Arguments of the call, without its cache.
+        row: Arguments of the call as its caller would pass them, without the cache.
         cache: The cache that was passed to the prefill; None if the model makes one.
 
     Attributes:
@@ -169,6 +168,10 @@ class Rereading:
     cache: Any
     thread: int | None = field(default=None, init=False)
     output: Any = field(default=None, init=False)
+
+    def keep(self, output: Any) -> None:
+        """Keep what the module returned, before hooks that come after ours change it, in place or not."""
+        self.output = _copied(output)
 
     def read(
         self,
@@ -196,10 +199,12 @@ class Rereading:
             self.cache = next((part for part in parts if isinstance(part, Cache)), None)
         text_cache = _text_cache(self.cache)
         _require_removable(text_cache, 0)
+        pruned = [layer for layer in text_cache.layers if isinstance(layer, TextKVLayer)]
+        kept = [(layer, layer.slots, layer.valid) for layer in pruned]  # the same afterwards
         for layer in text_cache.layers:
             if isinstance(layer, TextKVLayer):
                 layer.remove_last()
-            else:  # nothing happens to encoder tokens
+            elif layer.is_initialized:  # nothing happens to encoder tokens
                 layer.crop(-1)
         self.row |= cache_argument(module, self.cache)
         self.thread = threading.get_ident()
@@ -207,7 +212,18 @@ class Rereading:
             module(**self.row)
         finally:
             self.thread = None
+        for layer, slots, valid in kept:
+            layer.slots, layer.valid = slots, valid
         return _spliced(output, self.output, type(module).__name__)
+
+
+def _copied(part: Any) -> Any:
+    """Return a copy of an output and its tensors; the cache in it is the same."""
+    if isinstance(part, Tensor):
+        return part.clone()
+    if isinstance(part, ModelOutput):
+        return type(part)(**{key: _copied(value) for key, value in part.items()})
+    return tuple(map(_copied, part)) if isinstance(part, tuple) else part
 
 
 def _spliced(output: Any, again: Any, name: str) -> Any:

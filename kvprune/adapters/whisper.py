@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kvprune.adapters import tiny
+from kvprune.adapters.call import Call
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.engine.manager import CrossKVManager
+from kvprune.errors import UnsupportedCacheError
 
 __all__ = ["WhisperAdapter"]
 
@@ -56,6 +58,17 @@ class WhisperAdapter(EncoderDecoderAdapter):
         """Add the hooks of the family, and time words by the columns that are held."""
         super().attach(manager)
         self.around(self.model, "_extract_token_timestamps", _with_constant_columns)
+
+    def prepare_reread(self, call: Call, named: Mapping[str, Any], **known: Any) -> None:
+        """Prepare to read the last token of a prefill again; the language is detected without a cache."""
+        try:
+            super().prepare_reread(call, named, **known)
+        except UnsupportedCacheError as error:
+            if known["cached"]:
+                raise
+            raise UnsupportedCacheError(
+                f"{error}. If Whisper called itself, then to detect the language: pass language= to generate"
+            ) from error
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:

@@ -43,15 +43,14 @@ def apply(
         UnsupportedCacheError: If there is no cache, and the decision prunes nothing else.
     """
     layer, layer_idx, merge = context.layer, context.view.layer_idx, None
-    with torch.no_grad():
-        if not prefill.cached:
-            _require_onward(decision, policy, layer_idx)
-        elif decision.cache is not None or not policy.keeps_invisible:
-            if decision.cache is not None and decision.cache.quantizes and layer.keys.requires_grad:
-                warn("quantized entries carry no gradient: backpropagation stops at them")
-            merge = _retain(prefill, decision, context)
-        if decision.onward is not None:
-            prefill.onward = compose(prefill.onward, decision.onward)
+    if not prefill.cached:
+        _require_onward(decision, policy, layer_idx)
+    elif decision.cache is not None or not policy.keeps_invisible:
+        if decision.cache is not None and decision.cache.quantizes and layer.keys.requires_grad:
+            warn("quantized entries carry no gradient: backpropagation stops at them")
+        merge = _retain(prefill, decision, context)  # with gradients, if they are recorded
+    if decision.onward is not None:
+        prefill.onward = compose(prefill.onward, decision.onward)
     kept = layer.selection()
     merge = _with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
     prefill.kept.add(layer_idx, context.attended, kept.with_merge(merge), layer.copies)

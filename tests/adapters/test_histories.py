@@ -34,8 +34,8 @@ def answer(model, inputs, run, **options):
     return tokens, dict(run.selections), dict(run.prefill_selections)
 
 
-def in_a_fresh_block(model, inputs, spec, **options):
-    with kvprune.compress(model, spec) as run:
+def in_a_fresh_block(model, inputs, spec, reread=False, **options):
+    with kvprune.compress(model, spec, reread=reread) as run:
         return answer(model, inputs, run, **options)
 
 
@@ -60,14 +60,17 @@ def leaf_calls(model, inputs):
 
 
 @families
+@pytest.mark.parametrize("reread", [False, True], ids=["once", "reread"])
 @pytest.mark.parametrize("spec", [ONWARD, "trim:keep_ratio=0.3"])
-def test_after_each_of_20_random_interrupts_the_next_answer_is_that_of_a_fresh_block(adapter, spec):
-    """The interrupt comes in the encoder, in the prefill, or in a decode step."""
+def test_after_each_of_20_random_interrupts_the_next_answer_is_that_of_a_fresh_block(adapter, spec, reread):
+    """The interrupt comes in the encoder, in the prefill, while it is read again, or in a decode step."""
     model, inputs = adapter.example(torch.float64)
     other = {name: tensor.flip(0) for name, tensor in inputs.items()}
-    expected = {id(batch): in_a_fresh_block(model, batch, spec) for batch in (inputs, other)}
-    calls, draw = leaf_calls(model, inputs), random.Random(7)
-    with kvprune.compress(model, spec) as run:
+    expected = {id(batch): in_a_fresh_block(model, batch, spec, reread) for batch in (inputs, other)}
+    with kvprune.compress(model, spec, reread=reread):
+        calls = leaf_calls(model, inputs)
+    draw = random.Random(7)
+    with kvprune.compress(model, spec, reread=reread) as run:
         for _ in range(20):
             number, batch, then = draw.randint(1, calls), *draw.choices([inputs, other], k=2)
             with pytest.raises(KeyboardInterrupt), acting_at(model, number, interrupt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import OLD, SPECS, compressed, inputs_of, model_of
-from generation import difference_to_oracle, tiny_bart, tiny_mllama, tiny_whisper
+from generation import difference_to_oracle, generate, tiny_bart, tiny_mllama, tiny_whisper
 from surface_table import refused, works
 
 import kvprune
@@ -135,3 +135,56 @@ def test_chunked_prefill(family):
         inputs["decoder_input_ids"] = torch.tensor([[2, 5, 6, 7]] * 3)
     with pytest.raises((ValueError, UnsupportedModelError), match="chunk"):
         compressed(model_of(family), inputs, "trim", prefill_chunk_size=2)
+
+
+@works(
+    AREA, "re-reading (reread=True): greedy, beams, sampling", "the oracle that reads the last token again"
+)
+def test_rereading(family):
+    model, inputs = model_of(family), inputs_of(family)
+    for spec in SPECS:
+        for options in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
+            torch.manual_seed(0)
+            with kvprune.compress(model, spec, reread=True) as run:
+                sequences, logits, _ = generate(model, inputs, **options)
+            torch.manual_seed(0)
+            with masked_oracle(model, run.selections, run.prefill_selections, reread=True):
+                expected = generate(model, inputs, **options)
+            assert torch.equal(sequences, expected[0])
+            assert (logits - expected[1]).abs().max() <= 1e-6
+            assert run.report.rereads == 1
+
+
+@refused(
+    AREA, "re-reading without a cache, or from one that cannot be cut", "use_cache=True, the default cache"
+)
+def test_rereading_needs_a_cache(family):
+    model, inputs = model_of(family), inputs_of(family)
+    for options, says in (
+        ({"use_cache": False}, "use_cache=True"),
+        ({"cache_implementation": "static"}, "Static"),
+    ):
+        if OLD and family == "Mllama" and "cache_implementation" in options:
+            continue  # this release has no static cache for it
+        with (
+            pytest.raises(UnsupportedCacheError, match=says),
+            kvprune.compress(model, "trim", reread=True),
+        ):
+            generate(model, inputs, **options)
+
+
+@refused(AREA, "re-reading a prompt that ends with padding", "pad on the left")
+def test_rereading_after_padding(family):
+    model, inputs = model_of(family), inputs_of(family)
+    name = "attention_mask"
+    if family != "Mllama":
+        name = "decoder_attention_mask"
+        inputs["decoder_input_ids"] = torch.tensor([[2, 5, 6]] * 3)
+    mask = torch.ones_like(inputs["input_ids" if family == "Mllama" else "decoder_input_ids"])
+    mask[1, -1] = 0
+    with (
+        pytest.raises(UnsupportedCacheError, match="pad on the left"),
+        kvprune.compress(model, "trim", reread=True),
+        torch.no_grad(),
+    ):
+        model(**{**inputs, name: mask})
