@@ -35,7 +35,7 @@ def compare(
     seed: options.Seed = 0,
     output: options.Output = Path("kvprune-results"),
     batch_size: options.BatchSize = 16,
-    max_new_tokens: options.MaxNewTokens = 16,
+    max_new_tokens: options.MaxNewTokens = None,
     reread: options.Reread = True,
     draws: options.Draws = 1,
     against: options.Against = "trim",
