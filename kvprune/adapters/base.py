@@ -77,11 +77,13 @@ class ModelAdapter(Attachment, ABC):
         family: Name of the family, for messages and tables.
         model_classes: Names of the supported transformers classes.
         provides: What the adapter can capture, by the names that policies use in `CrossKVPolicy.needs`.
+        captured_in_encoder: What of it is captured while the encoder runs.
     """
 
     family: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     provides: ClassVar[frozenset[str]] = frozenset({"queries", "raw_keys", "features"})
+    captured_in_encoder: ClassVar[frozenset[str]] = frozenset({"class_attention"})
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, type(self).family)
@@ -144,6 +146,11 @@ class ModelAdapter(Attachment, ABC):
             f"adapter {type(self).__name__} does not say where {self.family} attends to encoder states; "
             "give it a property `sites` that returns one Site for each cross-attention module"
         )
+
+    @property
+    def encoder(self) -> nn.Module | None:
+        """The module whose output depends on no policy, such as a vision tower; None if there is none."""
+        return None
 
     @property
     def layer_indices(self) -> Sequence[int]:

@@ -95,10 +95,10 @@ def test_what_a_user_can_correct_is_one_line_and_code_2(
 
 
 def test_documentation_names_every_option_of_verify() -> None:
-    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results-folder.md").read_text(encoding="utf-8")
     command = typer.main.get_command(app).commands["verify"]  # type: ignore[attr-defined]
     for parameter in command.params:
         for flag in parameter.opts:
             if flag.startswith("--") and flag not in ("--help", "--debug"):
-                assert f"`{flag}" in page, f"docs/compare.md does not explain {flag}"
+                assert f"`{flag}" in page, f"docs/results-folder.md does not explain {flag}"
     assert {p.name: p.default for p in command.params}["sample"] == DEFAULT_SAMPLE

@@ -77,7 +77,7 @@ def build_grid(
 ) -> RecordedGrid:
     """A grid of configurations and examples; `context` replaces shared ingredients."""
     policies = policy_identities(configurations)
-    shared = build_context(Settings(device="cpu"), "pictures", policies[0])
+    shared = build_context(Settings(device="cpu", max_new_tokens=16), "pictures", policies[0])
     names = [one.id for one in examples]
     return RecordedGrid(
         context={**shared, **context},

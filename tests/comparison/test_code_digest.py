@@ -1,4 +1,4 @@
-"""An edit of kvprune makes answers old, or does not, as the table in docs/compare.md says."""
+"""An edit of kvprune makes answers old, or does not, as the table in docs/results-folder.md says."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kvprune.comparison.plan.grid import Configuration, expand
 from kvprune.comparison.storage import code_digest as module
 from kvprune.comparison.storage.answer_lines import current
 from kvprune.comparison.storage.code_digest import CODE, code_digest, covered_files, find_part
-from kvprune.comparison.storage.growth import Reasons, grow
+from kvprune.comparison.storage.growth import grow
 from kvprune.comparison.storage.identity import policy_identities
 from kvprune.comparison.storage.recorded_grid import RecordedGrid
 from kvprune.comparison.storage.results_folder import ResultsFolder
 
 PACKAGE = Path(kvprune.__file__).parent
-PAGE = (Path(__file__).parents[2] / "docs" / "compare.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "results-folder.md").read_text("utf-8")
 SECTION = PAGE.split("## What a results folder depends on")[1].split("\n## ")[0]
 DOCUMENTED = re.findall(r"^\| `([^`]+)` \| (yes|no) \| (.+) \|$", SECTION, re.MULTILINE)
 
@@ -106,9 +106,9 @@ def test_an_edit_makes_answers_old_or_not_as_the_page_says(
             file.write_text(text, encoding="utf-8")
     after = grid(configurations)
     with ResultsFolder(tmp_path / "out") as folder:
-        growth = grow(before, after, available=after.digests, answered={"e0"}, former=(), batch_size=1)
+        growth = grow(before, after, available=after.digests, answered={"e0"}, former=(), form=lambda _: [])
         earlier = [] if growth.replaced is None else [growth.replaced]
-        answers, old = current("r", folder.answers(), after.addresses(), Reasons(after, earlier))
+        answers, old = current("r", folder.answers(), after, earlier)
     if counts == "yes":
         assert not answers
         ((reason, _count),) = old.items()

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from kvprune.comparison.plan.grid import expand
 from kvprune.comparison.storage.answer_lines import answer_rows, current
 from kvprune.comparison.storage.answers import Answer
-from kvprune.comparison.storage.growth import Reasons
 from kvprune.comparison.storage.journal import Journal, write_json
 from kvprune.comparison.storage.results_folder import ResultsFolder
 from kvprune.errors import ResultsError
@@ -40,7 +39,7 @@ def fill(folder: Path) -> Path:
 def read(folder: Path) -> list[Answer]:
     opened = ResultsFolder.__new__(ResultsFolder)
     opened.path, opened.results = folder, Journal(folder / "results.jsonl")
-    found, old = current("results.jsonl", opened.answers(), GRID.addresses(), Reasons(GRID, ()))
+    found, old = current("results.jsonl", opened.answers(), GRID, ())
     assert not old
     return list(found.values())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvprune.comparison.storage.addresses import Addresses
 from kvprune.comparison.storage.answer_lines import answer_rows, current
 from kvprune.comparison.storage.answers import Answer, Key
 from kvprune.comparison.storage.differences import differences
-from kvprune.comparison.storage.growth import Growth, Reasons, grow
+from kvprune.comparison.storage.growth import Growth, grow
 from kvprune.comparison.storage.identity import model_digest
 from kvprune.comparison.storage.manifest import build_about
 from kvprune.comparison.storage.recorded_grid import Earlier, RecordedGrid, read_earlier, read_grid
@@ -37,12 +38,16 @@ def grid(configurations: tuple[Configuration, ...]) -> RecordedGrid:
 def read(path: Path, grid: RecordedGrid, *earlier: Earlier) -> tuple[dict[Key, Answer], dict[str, int]]:
     with ResultsFolder(path) as folder:
         folder.check()
-        return current("results.jsonl", folder.answers(), grid.addresses(), Reasons(grid, earlier))
+        return current("results.jsonl", folder.answers(), grid, earlier)
+
+
+def chunks(names: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(names[at : at + size]) for at in range(0, len(names), size)]
 
 
 def grown(old: RecordedGrid, asked: RecordedGrid, batch_size: int = 4, **options: Any) -> Growth:
     given = {"available": dict(asked.digests), "answered": set(old.digests), "former": ()}
-    return grow(old, asked, batch_size=batch_size, **{**given, **options})
+    return grow(old, asked, form=lambda names: chunks(names, batch_size), **{**given, **options})
 
 
 def test_own_answers_are_taken_back(tmp_path: Path, grid: RecordedGrid) -> None:
@@ -273,6 +278,11 @@ def test_damaged_manifest_is_refused(tmp_path: Path, content: bytes, message: st
         ({"id": "e0"}, "line 2: spec 'full' with example 'e0' appears twice"),
         ({"correct": 1}, "line 2 is damaged: field 'correct' is 1, not a bool"),
         ({"bytes_held": True}, "line 2 is damaged: field 'bytes_held' is True, not a int"),
+        (
+            {"words": 1, "word_errors": 0, "characters": 1, "character_errors": 0, "tokens": 1, "cap": 1}
+            | {"loops": False},
+            "line 2 is damaged: it is of the kind Transcript, not Answer",
+        ),
         ({"answer": None}, "line 2 is damaged: field 'answer' is None"),
         ({"extra": 1}, "line 2 is damaged: field 'extra' is unknown"),
         ({"kept_fraction": 1.5}, "field 'kept_fraction' is 1.5, not between 0 and 1"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from comparison_helpers import answer, example
+from comparison_helpers import answer, build_grid, example
 
-from kvprune.comparison.plan.grid import Configuration
+from kvprune.comparison.plan.grid import Configuration, expand
 from kvprune.comparison.statistics.rates import rate
 from kvprune.comparison.statistics.speed import speeds
 from kvprune.comparison.statistics.summary import Summary, summarise
-from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, read_laps
+from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, read_timings
 from kvprune.errors import ResultsError
 
 
@@ -117,5 +117,6 @@ def test_speed_admits_what_the_clock_cannot_tell() -> None:
     [{}, {"repetition": 0, "stock": [1], "policies": {"full": [1, 2]}}, {"stock": [1, 2], "policies": {}}],
 )
 def test_damaged_laps_are_named(row: dict[str, object]) -> None:
+    grid = build_grid(expand([], []), [example(0)])
     with pytest.raises(ResultsError, match=r"timings.jsonl, line 1 is damaged"):
-        read_laps("timings.jsonl", [row], ["full"])
+        read_timings("timings.jsonl", [row], grid.addresses(), grid.digests)

@@ -57,7 +57,7 @@ def verify_unchanged(folder: Path, **options: Any) -> Verification:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing run again, for tests of what is found without a model."""
-    monkeypatch.setattr("kvprune.comparison.verification.verification._run_again", lambda *_: [])
+    monkeypatch.setattr("kvprune.comparison.verification.verification._run_again", lambda *_: ([], []))
 
 
 def test_an_untouched_folder_reproduces(folder: Path) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvprune.comparison.data.examples import Example, Kind, choose, read_examples
+from kvprune.comparison.execution.batches import batches
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.plan.grid import Configuration, partner, unite
-from kvprune.comparison.plan.settings import DEFAULT_AGAINST, Settings
+from kvprune.comparison.plan.settings import DEFAULT_AGAINST, PICTURE_TOKENS, Settings
 from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.answer_lines import StoredAnswer, current
 from kvprune.comparison.storage.answers import Answer, Key
-from kvprune.comparison.storage.growth import Reasons, grow
+from kvprune.comparison.storage.growth import grow
 from kvprune.comparison.storage.identity import policy_identities
 from kvprune.comparison.storage.manifest import build_about, build_context
 from kvprune.comparison.storage.recorded_grid import Origin, RecordedGrid
@@ -37,6 +38,11 @@ class Data:
     origin: Origin
     examples: tuple[Example, ...] | None
     tasks: tuple[str, ...] | None
+
+    @property
+    def kind(self) -> Kind:
+        """What the examples are."""
+        return "pictures" if self.examples is None else self.examples[0].kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +102,9 @@ def claim(
         PolicyOptionError: If the policy to compare with is not part of the grid.
     """
     folder.check()
-    model, device = sources.with_model(settings), resolve_device(settings.device)
-    settings = replace(settings, model=model, device=device)
+    model, device = sources.model_of(settings, data.kind), resolve_device(settings.device)
+    limit = settings.max_new_tokens or (PICTURE_TOKENS if data.kind == "pictures" else None)
+    settings = replace(settings, model=model, device=device, max_new_tokens=limit)
     lines = folder.answers()
     old = None if folder.is_free else folder.grid
     configurations, gone = _unite(old, wanted, lines, settings)
@@ -108,13 +115,17 @@ def claim(
         folder.record(asked, (), about)
     every, chosen = _examples(folder, data, settings)
     asked = replace(asked, digests={one.id: one.digest for one in chosen})
+    by_id = {one.id: one for one in every}
     growth = grow(
         old or replace(asked, policies=(), digests={}, batches=()),
         asked,
         available={one.id: one.digest for one in every},
         answered={line.answer.id for line in lines},
         former=folder.earlier,
-        batch_size=settings.batch_size,
+        form=lambda names: [
+            tuple(one.id for one in batch)
+            for batch in batches([by_id[name] for name in names], settings.batch_size)
+        ],
     )
     earlier = [] if old is None else folder.earlier
     if old is not None and growth.replaced is not None:
@@ -122,7 +133,7 @@ def claim(
     grid = growth.grid
     folder.record(grid, earlier, about)
     addresses = grid.addresses()
-    answers, others = current(str(folder.results.path), lines, addresses, Reasons(grid, earlier))
+    answers, others = current(str(folder.results.path), lines, grid, earlier)
     rows = folder.timings.recover()
     timings = read_timings(str(folder.timings.path), rows, addresses, grid.digests)
     for note in (
@@ -170,11 +181,8 @@ def _asked(
     drawn = {line.answer.seed for line in lines if line.answer.seed is not None}
     seeds = {settings.seed + number for number in range(settings.draws)}
     seeds |= {seed for seed in (() if old is None else old.seeds) if seed in drawn}
-    kind: Kind = "speech" if data.origin == "speech" else "pictures"
-    if data.examples is not None:
-        kind = data.examples[0].kind
     return RecordedGrid(
-        context=build_context(settings, kind, policies[0]),
+        context=build_context(settings, data.kind, policies[0]),
         policies=tuple(policies),
         seeds=tuple(sorted(seeds)),
         origin=data.origin,

@@ -172,8 +172,8 @@ class Run:
     def _model(self) -> Generator:
         """Return the model; loads it at the first call, so that a finished comparison never does."""
         if self._generator is None:
-            generator = load_generator(self._settings)
-            generator.check_questions(self._examples)  # before anything is computed
+            generator = load_generator(self._settings, self._examples[0].kind)
+            generator.check(self._examples)  # before anything is computed
             self._generator = generator
         return self._generator
 

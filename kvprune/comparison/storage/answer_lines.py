@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvprune.comparison.data.safe_json import parse
-from kvprune.comparison.storage.addresses import UNIT_DIGITS, Addresses
+from kvprune.comparison.storage.addresses import UNIT_DIGITS
 from kvprune.comparison.storage.answers import Answer, Key, Transcript, from_row, to_row
 from kvprune.comparison.storage.growth import Reasons
+from kvprune.comparison.storage.recorded_grid import Earlier, RecordedGrid
 from kvprune.errors import ResultsError
 
 __all__ = ["UNIT", "LineReader", "StoredAnswer", "answer_rows", "current", "read_line"]
@@ -175,19 +176,22 @@ def read_line(where: str, line: bytes) -> StoredAnswer:
 
 
 def current(
-    where: str, lines: Iterable[StoredAnswer], addresses: Addresses, reasons: Reasons
+    where: str, lines: Iterable[StoredAnswer], grid: RecordedGrid, earlier: Sequence[Earlier]
 ) -> tuple[dict[Key, Answer], dict[str, int]]:
     """Return the answers of a grid, and how many others there are, by reason.
 
     Args:
         where: Name of the file, for messages.
         lines: Its finished lines, in order.
-        addresses: The addresses of the grid.
-        reasons: Why an answer is not part of it.
+        grid: The grid.
+        earlier: What earlier grids had in place of what it has now, in order.
 
     Raises:
-        ResultsError: If a line appears twice, or its spec, seed or example is not that of its unit.
+        ResultsError: If a line appears twice, or its spec, seed or example is not that of its unit, or it is
+            not of the kind of the grid.
     """
+    addresses, reasons = grid.addresses(), Reasons(grid, earlier)
+    kind = Transcript if grid.context["kind"] == "speech" else Answer
     found: dict[Key, Answer] = {}
     old: dict[str, int] = {}
     seen: set[tuple[str, str]] = set()
@@ -206,6 +210,11 @@ def current(
                 raise ResultsError(
                     f"{where}, line {number}: spec {answer.spec!r} with seed {answer.seed} and example "
                     f"{answer.id!r} is not part of unit {line.unit}; delete this line"
+                )
+            if type(answer) is not kind:
+                raise ResultsError(
+                    f"{where}, line {number} is damaged: it is of the kind {type(answer).__name__}, not "
+                    f"{kind.__name__}; delete this line"
                 )
             twice = answer.key in found
             found[answer.key] = answer

@@ -1,7 +1,7 @@
 """Which of kvprune's own files a results folder depends on, and their digest.
 
 A results folder is resumed only while the code that produced its lines is the same. `CODE` says for each
-part of the package whether it counts, and why. The same table is in docs/compare.md.
+part of the package whether it counts, and why. The same table is in docs/results-folder.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ def grow(
     available: Mapping[str, str],
     answered: Set[str],
     former: Sequence[Earlier],
-    batch_size: int,
+    form: Callable[[Sequence[str]], Sequence[Batch]],
 ) -> Growth:
     """Return the union of two grids, with the ingredients of now.
 
@@ -53,7 +53,7 @@ def grow(
         available: Digests of all examples that the data have, by id, whether they are asked for or not.
         answered: Ids of examples to which the folder has any answer. A batch without any is formed anew.
         former: Replaced ingredients; batches among them are formed again if all their examples are asked.
-        batch_size: Examples in a new batch.
+        form: Puts ids of new examples into batches.
     """
     kept: list[Batch] = []
     lost: list[Batch] = []
@@ -72,7 +72,7 @@ def grow(
     batches = [
         *kept,
         *restored,
-        *(tuple(rest[start : start + batch_size]) for start in range(0, len(rest), batch_size)),
+        *form(rest),
     ]
     digests = {name: available[name] for name in old.digests if name in placed} | new
     grid = replace(asked, digests=digests, batches=tuple(batches))

@@ -24,7 +24,7 @@ Origin = Literal["file", "pictures", "speech"]
 CONTEXT_TYPES: dict[str, tuple[type, ...]] = {
     "kind": (str,),
     "model_digest": (str,),
-    "max_new_tokens": (int,),
+    "max_new_tokens": (int, type(None)),
     "reread": (bool,),
     "device": (str,),
     "dtype": (str,),

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvprune.comparison.data.examples import Example, choose_tasks, read_examples
+from kvprune.comparison.data.examples import Example, Kind, choose_tasks, read_examples
 from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.storage.journal import write_atomically
 from kvprune.comparison.storage.recorded_grid import RecordedGrid
@@ -20,25 +20,25 @@ __all__ = [
     "check_demo_tasks",
     "data_file",
     "demo_folder",
+    "model_of",
     "speech_data",
     "weights",
-    "with_model",
     "write_demo",
 ]
 
 DEFAULT_LIMIT = 64
 """How many of the demo's questions about pictures are asked per task, if no limit is given."""
 
-_SPEECH_MODEL = "openai/whisper-base"
-"""The model of the demo of speech."""
-
 _ROWS = "data.jsonl"
 
 
-def with_model(settings: Settings) -> str | None:
+def model_of(settings: Settings, kind: Kind) -> str | None:
     """Return the model of a run: that of the settings, or of the demo; None is the embedded one."""
-    speech = settings.data is None and settings.demo == "speech"
-    return _SPEECH_MODEL if settings.model is None and speech else settings.model
+    if settings.model is not None or kind == "pictures":
+        return settings.model
+    from kvprune import demo
+
+    return demo.SPEECH_MODEL
 
 
 def check_demo_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
@@ -56,8 +56,7 @@ def speech_data() -> Path:
     """Return the file of recordings that comes with kvprune."""
     from kvprune import demo
 
-    found: Path = demo.speech_data()  # type: ignore[attr-defined]
-    return found
+    return demo.speech_data()
 
 
 def demo_folder(folder: Path, seed: int) -> Path:

@@ -13,7 +13,6 @@ from kvprune.comparison.plan.grid import Configuration, exactly
 from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.storage.answer_lines import current
 from kvprune.comparison.storage.answers import Answer, Key
-from kvprune.comparison.storage.growth import Reasons
 from kvprune.comparison.storage.journal import Journal, read_plain_file
 from kvprune.comparison.storage.recorded_grid import Batch, RecordedGrid
 from kvprune.comparison.storage.recorded_settings import recorded_settings
@@ -95,7 +94,7 @@ def read_run(folder: Path) -> StoredRun:
     try:
         lines, size = read_answers(opened.results)
         notes = [*_unfinished(opened.results, size)]
-        answers, old = current(str(opened.results.path), lines, addresses, Reasons(grid, opened.earlier))
+        answers, old = current(str(opened.results.path), lines, grid, opened.earlier)
         del lines
         rows, size = opened.timings.read()
         notes += _unfinished(opened.timings, size)

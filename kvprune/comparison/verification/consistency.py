@@ -10,16 +10,18 @@ from typing import Any
 
 from kvprune.comparison.data.examples import is_correct, normalise
 from kvprune.comparison.data.safe_json import parse
+from kvprune.comparison.execution.generation import Generator, Measured
 from kvprune.comparison.plan.grid import REFERENCE
 from kvprune.comparison.statistics.summary import summarise
 from kvprune.comparison.storage.addresses import digest
+from kvprune.comparison.storage.answers import Transcript, to_row
 from kvprune.comparison.storage.differences import differences
 from kvprune.comparison.storage.identity import policy_identities
 from kvprune.comparison.storage.manifest import build_about, build_context
 from kvprune.comparison.storage.results_folder import MANIFEST, RESULTS, SUMMARY
 from kvprune.comparison.storage.stored_run import StoredRun
 
-__all__ = ["Difference", "changes_since", "check_consistency", "compare_values"]
+__all__ = ["Difference", "changes_since", "check_consistency", "compare_values", "judge_transcripts"]
 
 _ROUNDING = 1e-9
 """Relative difference up to which floats count as equal: versions of libraries round differently."""
@@ -105,14 +107,30 @@ def _judgements(stored: StoredRun) -> Iterator[Difference]:
     examples = {example.id: example for example in stored.examples}
     for (spec, _, name), answer in stored.answers.items():
         full = stored.answers.get((REFERENCE, None, name))
-        derived: dict[str, Any] = {
-            "task": examples[name].task,
-            "correct": is_correct(answer.answer, examples[name].answers),
-        }
+        derived: dict[str, Any] = {"task": examples[name].task}
+        if not isinstance(answer, Transcript):  # see `judge_transcripts`
+            derived["correct"] = is_correct(answer.answer, examples[name].answers)
         if full is not None:
             derived["agrees_with_full"] = normalise(answer.answer) == normalise(full.answer)
         judged = {field: getattr(answer, field) for field in derived}
         yield from compare_values(f"{spec}, example {name}", judged, derived, spec, name)
+
+
+def judge_transcripts(stored: StoredRun, generator: Generator) -> Iterator[Difference]:
+    """Count the errors of every stored transcript again; needs the model's normalisation of spelling.
+
+    Args:
+        stored: The comparison.
+        generator: The model, which is not run.
+    """
+    examples = {example.id: example for example in stored.examples}
+    measured = Measured.__annotations__
+    for (spec, _, name), answer in stored.answers.items():
+        if isinstance(answer, Transcript):
+            row = to_row(answer)
+            given = Measured(**{field: row[field] for field in measured})  # type: ignore[typeddict-item]
+            again = generator.judge(examples[name], given, tokens=answer.tokens, cap=answer.cap)
+            yield from compare_values(f"{spec}, example {name}", row, to_row(again), spec, name)
 
 
 def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:

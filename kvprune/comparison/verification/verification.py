@@ -24,6 +24,7 @@ from kvprune.comparison.verification.consistency import (
     changes_since,
     check_consistency,
     compare_values,
+    judge_transcripts,
 )
 from kvprune.errors import KVPruneError, ResultsError
 from kvprune.text import printable
@@ -124,7 +125,8 @@ def verify(
     found, notes = check_consistency(stored)
     plan = _draw(stored, sample, seed)
     calls = sum(len(runners) for _, runners in plan)
-    pairs = _run_again(stored, plan, calls, on_progress)
+    pairs, misjudged = _run_again(stored, plan, calls, on_progress)
+    found += misjudged
     for old, new in pairs:
         where = f"{old.spec}, example {old.id}"
         found += compare_values(where, _measured(old), _measured(new), old.spec, old.id)
@@ -214,11 +216,15 @@ def _is_answered(stored: StoredRun, spec: str, seed: int | None, batch: Batch) -
 
 def _run_again(
     stored: StoredRun, plan: _Plan, calls: int, on_progress: Callable[[Progress], None]
-) -> list[tuple[Answer, Answer]]:
-    """Run the batches of a plan; return pairs of the stored and the new answer to the same example."""
+) -> tuple[list[tuple[Answer, Answer]], list[Difference]]:
+    """Run the batches of a plan, and judge all transcripts again.
+
+    Returns:
+        Pairs of the stored and the new answer to the same example, and transcripts that were misjudged.
+    """
     pairs: list[tuple[Answer, Answer]] = []
     on_progress(Progress("loading the model", 0, calls))
-    generator, done = load_generator(stored.settings), 0
+    generator, done = load_generator(stored.settings, stored.examples[0].kind), 0
     full: dict[str, Answer] = {}
     for batch, runners in plan:
         inputs = generator.encode(batch)
@@ -230,4 +236,4 @@ def _run_again(
             pairs += [(old, new) for old, new in known if old is not None]
             done += 1
             on_progress(Progress("verifying", done, calls))
-    return pairs
+    return pairs, list(judge_transcripts(stored, generator))
