@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from kvprune.policy.text_view import TextView as TextView
     from kvprune.policy.view import FeatureView as FeatureView
     from kvprune.policy.view import LayerView as LayerView
+    from kvprune.session.answer_guide import answer_attention as answer_attention
     from kvprune.session.compression import Compression as Compression
     from kvprune.session.compression import compress as compress
     from kvprune.session.early_exit import GuidedAnswers as GuidedAnswers
@@ -72,6 +73,7 @@ _NAMES = {
     "ScoringPolicy": "policy.budgeted",
     "Selection": "tokens.selection",
     "TextView": "policy.text_view",
+    "answer_attention": "session.answer_guide",
     "compress": "session.compression",
     "get_policy": "session.registry",
     "guided_generate": "session.early_exit",

@@ -13,7 +13,19 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["docstring", "error_line", "is_printable", "printable", "printable_json", "shown", "suggestion"]
+__all__ = [
+    "REFERENCE",
+    "docstring",
+    "error_line",
+    "is_printable",
+    "printable",
+    "printable_json",
+    "shown",
+    "suggestion",
+]
+
+REFERENCE = "reference, not a method"
+"""What commands and tables say of a policy that reads the answer (`CrossKVPolicy.reads_answer`)."""
 
 _LONGEST_NAME = 64  # of names that get a suggestion; comparing longer ones takes long
 

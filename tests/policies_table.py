@@ -23,6 +23,7 @@ from kvprune.policy.budgeted import ScoringPolicy
 from kvprune.policy.options import describe_type
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
+from kvprune.text import REFERENCE
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "policies.md"
 MEASURED = DOCUMENT.with_suffix(".json")
@@ -99,7 +100,8 @@ def render() -> str:
 
 
 def _row(name: str, policy: type[CrossKVPolicy], data: dict[str, Any]) -> str:
-    cells = [f"[`{name}`](#{name})", rule(policy), moment(policy), policy.fidelity, policy.paper, policy.cost]
+    kind = REFERENCE if policy.reads_answer else policy.fidelity
+    cells = [f"[`{name}`](#{name})", rule(policy), moment(policy), kind, policy.paper, policy.cost]
     memory, demo = ((data[part] or {}).get("policies", {}).get(name) for part in ("memory", "demo"))
     peak = "-" if memory is None else " / ".join(f"{memory[dtype]:.0f}" for dtype in ("bfloat16", "float32"))
     right = "-" if demo is None else f"{demo['right']:.0f} [{demo['low']:.0f}, {demo['high']:.0f}]"

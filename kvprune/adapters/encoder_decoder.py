@@ -34,7 +34,7 @@ from kvprune.adapters.generation import (
     running_generation,
 )
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
-from kvprune.adapters.prompts import decoder_prompt
+from kvprune.adapters.prompts import decoder_prompt, with_answer
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
 from kvprune.cache.reader import Reader
@@ -292,13 +292,21 @@ class EncoderDecoderAdapter(ModelAdapter):
     def replay(
         self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
     ) -> Tensor | None:
-        """Run the decoder on the prompt again, without a cache; only a model that guides itself can."""
-        if prompt.states is None or answer is not None:
+        """Run the decoder on a prompt and an answer, without a cache; only a model that guides itself can.
+
+        Returns:
+            None, also with an answer. Each family makes logits of the decoder's states in its own way, in the
+            outer model (BART adds a bias, T5Gemma caps them), and nobody needs them here.
+        """
+        if prompt.states is None:
             raise GuideError(
-                f"a {self.family} model can guide only itself, and only with the decoder's prompt; leave "
-                "guide out, or use kvprune.Guide(max_new_tokens=0)"
+                f"a {self.family} model can guide only itself: it needs the encoder states of the target's "
+                "call; leave guide out"
             )
-        self._decoder(**prompt.arguments, encoder_hidden_states=prompt.states, use_cache=False)
+        arguments = dict(prompt.arguments)
+        if answer is not None and written is not None:
+            arguments |= with_answer(prompt, answer, written, self._decoder.config)
+        self._decoder(**arguments, encoder_hidden_states=prompt.states, use_cache=False)
         return None
 
     @classmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvprune.adapters.arguments import cache_argument, cache_of
-from kvprune.adapters.prompts import copied_cache, distinct_rows, padding_mask
+from kvprune.adapters.prompts import copied_cache, distinct_rows, padding_mask, with_answer
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
 
@@ -79,15 +79,7 @@ def replay(
         inner(**arguments)
         return None
     length, more = prompt.text.shape[1], answer.shape[1] - 1
-    arguments["input_ids"] = torch.cat([arguments["input_ids"], answer[:, :-1]], dim=1)  # [R, T + n - 1]
-    attended = arguments.get("attention_mask")
-    if attended is None:
-        attended = torch.ones_like(prompt.text)
-    arguments["attention_mask"] = torch.cat([attended, written[:, 1:].to(attended.dtype)], dim=1)
-    places = arguments.get("position_ids")
-    if places is not None:
-        further = places[:, -1:] + torch.arange(1, more + 1, device=places.device)
-        arguments["position_ids"] = torch.cat([places, further], dim=1)
+    arguments |= with_answer(prompt, answer, written, inner.language_model.config)
     rows = torch.arange(length - 1, length + more, device=answer.device)
     logits: Tensor = model(**arguments, logits_to_keep=rows).logits
     return logits

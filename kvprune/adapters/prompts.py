@@ -13,7 +13,7 @@ from kvprune.adapters.arguments import cache_of
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
 
-__all__ = ["copied_cache", "decoder_prompt", "distinct_rows", "padding_mask"]
+__all__ = ["copied_cache", "decoder_prompt", "distinct_rows", "padding_mask", "with_answer"]
 
 
 def distinct_rows(tensor: Tensor, copies: int) -> Tensor:
@@ -81,3 +81,46 @@ def decoder_prompt(named: Mapping[str, Any], length: int, copies: int) -> Callab
     if isinstance(named.get("encoder_attention_mask"), Tensor):
         arguments["encoder_attention_mask"] = distinct_rows(named["encoder_attention_mask"], copies)
     return lambda features: Prompt(arguments, features)
+
+
+def with_answer(prompt: Prompt, answer: Tensor, written: Tensor, config: Any) -> dict[str, Tensor]:
+    """Return the text arguments of a prompt, followed by every token of an answer but the last.
+
+    The last token is only predicted. The mask hides a token if the one after it does not belong to the
+    answer, because what it predicts is no part of the answer.
+
+    Args:
+        prompt: Inputs of the target's forward call.
+        answer: int64 ``[R, n]``.
+        written: bool ``[R, n]``, which tokens belong to the answer; the rest is padding.
+        config: The decoder's config.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, and ``position_ids`` if the prompt has any.
+
+    Raises:
+        GuideError: If the prompt consists of embeddings, or the decoder has too few positions.
+    """
+    if "input_ids" not in prompt.arguments:
+        raise GuideError(
+            "an answer can follow only token ids, but the model was called with inputs_embeds; pass input_ids"
+        )
+    ids, attended = prompt.arguments["input_ids"], prompt.arguments.get("attention_mask")  # [R, T]
+    length = ids.shape[1] + answer.shape[1] - 1
+    most = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise GuideError(
+            f"a prompt of {ids.shape[1]} tokens and an answer of {answer.shape[1]} take {length} positions, "
+            f"but the decoder has {most}; the answer must be shorter"
+        )
+    if attended is None:
+        attended = torch.ones_like(ids)
+    arguments = {
+        "input_ids": torch.cat([ids, answer[:, :-1]], dim=1),  # [R, T + n - 1]
+        "attention_mask": torch.cat([attended, written[:, 1:].to(attended.dtype)], dim=1),
+    }
+    places = prompt.arguments.get("position_ids")
+    if places is not None:
+        further = torch.arange(1, answer.shape[1], device=places.device)
+        arguments["position_ids"] = torch.cat([places, places[:, -1:] + further], dim=1)
+    return arguments

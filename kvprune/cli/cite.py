@@ -11,7 +11,7 @@ import typer
 from kvprune.cli.common import Debug, load_quietly, one_line_errors
 from kvprune.cli.facts import Facts, known_facts
 from kvprune.errors import CitationError
-from kvprune.text import printable
+from kvprune.text import REFERENCE, printable
 
 __all__ = ["FRAMEWORK", "cite", "own_bibtex"]
 
@@ -60,10 +60,11 @@ def _bibtex(name: str, known: Mapping[str, Facts]) -> str:
         raise CitationError(f"policy {name!r} was installed a moment ago; run the command again")
     if policy.bibtex.strip():
         return policy.bibtex.strip()
+    kind = f"is a {REFERENCE}, and " if policy.is_reference else ""
     own = f"cite kvprune itself (kvprune cite {FRAMEWORK})"
     if policy.paper:
         paper = printable(policy.paper, 400)
         raise CitationError(
             f"policy {policy.name!r} brings no BibTeX entry; cite its paper by hand: {paper}; and {own}"
         )
-    raise CitationError(f"policy {policy.name!r} has no paper of its own; name it and {own}")
+    raise CitationError(f"policy {policy.name!r} {kind}has no paper of its own; name it and {own}")

@@ -21,7 +21,13 @@ from kvprune.text import docstring
 __all__ = ["Facts", "known_facts", "read_sources"]
 
 _OWN = "kvprune"
-_FACTS: Mapping[str, str | int] = {"name": "", "version": 1, "paper": "", "bibtex": ""}
+_FACTS: Mapping[str, str | int] = {
+    "name": "",
+    "version": 1,
+    "paper": "",
+    "bibtex": "",
+    "reads_answer": False,
+}
 """Class attributes that are read, and what our base classes say of them."""
 
 
@@ -36,6 +42,7 @@ class Facts:
         text: Its docstring.
         paper: Where the method comes from, or "".
         bibtex: The entry of that paper, or "".
+        is_reference: Whether it reads the answer, and is no method.
     """
 
     name: str
@@ -44,6 +51,7 @@ class Facts:
     text: str
     paper: str
     bibtex: str
+    is_reference: bool = False
 
 
 def known_facts() -> tuple[dict[str, Facts], tuple[str, ...]]:
@@ -59,6 +67,7 @@ def known_facts() -> tuple[dict[str, Facts], tuple[str, ...]]:
             text=docstring(entry.cls),
             paper=entry.cls.paper,
             bibtex=entry.cls.bibtex,
+            is_reference=entry.cls.reads_answer,
         )
         for entry in found.policies.values()
     }
@@ -135,6 +144,7 @@ def _of_class(tree: ast.Module, name: str, origin: str) -> Facts:
         text=ast.get_docstring(cls) or "",
         paper=texts["paper"],
         bibtex=texts["bibtex"],
+        is_reference=bool(said["reads_answer"]),
     )
 
 

@@ -12,7 +12,7 @@ import typer
 from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
 from kvprune.cli.facts import known_facts
 from kvprune.errors import PluginError
-from kvprune.text import docstring, error_line, printable
+from kvprune.text import REFERENCE, docstring, error_line, printable
 
 if TYPE_CHECKING:
     from kvprune.session.registry import PolicyEntry
@@ -31,6 +31,7 @@ def list_policies(debug: Debug = False) -> None:
         table = make_table("policy", "version", "plugin (distribution)", "what it does")
         for facts in policies.values():
             claim = printable(" ".join(facts.text.partition("\n\n")[0].split()), _LONGEST_CLAIM)
+            claim = f"({REFERENCE}) {claim}" if facts.is_reference else claim
             table.add_row(facts.name, str(facts.version), facts.origin, claim)
         make_console().print(table)
         for problem in broken:
@@ -66,7 +67,8 @@ def _describe(entry: PolicyEntry) -> None:
     text, meanings = read_docstrings(policy)
     print(f"{entry.name}, version {entry.version}, from plugin {entry.plugin} ({entry.distribution})\n")
     print(printable(text, _LONGEST, newlines=True) + "\n")
-    facts = {"paper": policy.paper, "fidelity": policy.fidelity, "differs": policy.differs}
+    facts = {"kind": REFERENCE} if policy.reads_answer else {}
+    facts |= {"paper": policy.paper, "fidelity": policy.fidelity, "differs": policy.differs}
     facts |= {"checked": policy.checked_against, "cost": policy.cost}
     for fact, said in facts.items():
         print(f"{fact + ':':<10}{printable(said, _LONGEST) or '-'}")

@@ -61,6 +61,8 @@ class GuideReceipt:
         tokens: Text tokens that the guide read, without padding.
         seconds: Run time on the guide's device.
         bytes_peak: Peak bytes of the guide's cross-attention keys and values, in addition to the target's.
+        saw_answer: Whether the guide was given the answer that the target should find
+            (`kvprune.answer_attention`). What it ranks highest is then a reference for methods.
     """
 
     model: str
@@ -70,6 +72,7 @@ class GuideReceipt:
     tokens: int = 0
     seconds: float = 0.0
     bytes_peak: int = 0
+    saw_answer: bool = False
 
     def plus(self, other: GuideReceipt | None) -> GuideReceipt:
         """Return the sum of two receipts, with the larger of both peaks."""
@@ -90,8 +93,9 @@ class GuideReceipt:
 
     def __str__(self) -> str:
         who = "itself, in a pass before" if self.is_target else self.model
+        known = ", which was given the answer" if self.saw_answer else ""
         return (
-            f"guided by {who}: {self.forward_calls} forward calls, {self.tokens} text tokens, "
+            f"guided by {who}{known}: {self.forward_calls} forward calls, {self.tokens} text tokens, "
             f"{self.seconds:.3g} s, at most {self.bytes_peak / 1024 / 1024:.2f} MiB of cross-attention cache"
         )
 
@@ -104,10 +108,11 @@ class Guidance:
 
     Args:
         scores: ``[R, S]``, the importance of each encoder token.
-        rows: int64 ``[R]``, number of text rows whose attention was summed. Unless ``row_mean`` was set, the
-            scores of a sample sum to rows x heads x cross-attention layers.
+        rows: int64 ``[R]``, number of text rows whose attention was added up. The scores of a sample sum to
+            rows x heads x cross-attention layers. With ``row_mean`` they sum to less, and if the guide was
+            given the answer, to the number of layers.
         receipt: Cost of the guide.
-        answer: int64 ``[R, n]``, tokens that the guide generated; None if it generated nothing.
+        answer: int64 ``[R, n]``, tokens that the guide generated or was given; None if there are none.
         written: bool ``[R, n]``, true up to the first end of sequence; later tokens are padding.
         confidence: float64 ``[R]``, geometric mean of the guide's highest probability at each token.
         consistency: float64 ``[R]``, probability of the answer when the guide sees only few encoder tokens

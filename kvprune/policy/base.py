@@ -68,6 +68,9 @@ class CrossKVPolicy(AnyPolicy, ABC):
         presets: Published settings by name: options for ``preset=NAME`` in a spec, as a spec writes them.
         cost: What one decision costs, in words.
         ranks_tokens: Whether a larger budget keeps a superset (KV14).
+        reads_answer: Whether the policy ranks tokens by the answer that the model gave. Such a policy is a
+            reference, not a method: whoever uses it knows the answer already. It takes only guidance that
+            was made from an answer (`kvprune.answer_attention`), and no other policy takes that.
         keeps_invisible: Whether caches about which the policy decides nothing also keep what decoding
             cannot see (padding tiles, earlier images).
         moment: When the policy decides, for tables: "layer", or what its base class says.
@@ -86,6 +89,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
     presets: ClassVar[typing.Mapping[str, typing.Mapping[str, OptionValue]]] = MappingProxyType({})
     cost: ClassVar[str] = ""
     ranks_tokens: ClassVar[bool] = False
+    reads_answer: ClassVar[bool] = False
     keeps_invisible: ClassVar[bool] = False
     moment: ClassVar[str] = "layer"
     budget_scope: ClassVar[Literal["head", "layer", "model"]] = "head"
@@ -264,6 +268,8 @@ def require_policy_class(cls: type[CrossKVPolicy]) -> None:
     for fact in ("paper", "bibtex", "fidelity", "deviations", "differs", "checked_against", "cost"):
         if not isinstance(getattr(cls, fact), str):
             raise TypeError(f"{where} has the {fact} {shown(getattr(cls, fact))}; it is text, or empty")
+    if not isinstance(cls.reads_answer, bool):
+        raise TypeError(f"{where} has the reads_answer {shown(cls.reads_answer)}; it is True or False")
     own = cls.__dict__.get("__dataclass_params__")
     if own is None or not own.frozen:
         raise TypeError(f"{where} is no frozen dataclass; add @dataclass(frozen=True, kw_only=True)")

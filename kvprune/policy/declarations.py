@@ -83,6 +83,7 @@ _DECLARED: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "exact_budget": (lambda value: value is None or isinstance(value, Budget), "a kvprune.Budget, or None"),
     "requested": (_is_requested, 'finite numbers by name, such as {"keep_ratio": 0.5}'),
     "budget_scope": (lambda value: value in ("head", "layer", "model"), '"head", "layer" or "model"'),
+    "reads_answer": (lambda value: isinstance(value, bool), "True or False"),
     "keeps_invisible": (lambda value: isinstance(value, bool), "True or False"),
     "ranks_tokens": (lambda value: isinstance(value, bool), "True or False"),
 }

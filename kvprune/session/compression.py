@@ -18,6 +18,7 @@ from kvprune.errors import CompressionStateError, GuideError, NestedCompressionE
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
 from kvprune.policy.declarations import require_declarations
 from kvprune.policy.spec import PolicySpec
+from kvprune.session.answer_guide import AnswerGuide, require_matching_guide
 from kvprune.session.guide import BoundGuide, Guide
 from kvprune.session.registry import load
 from kvprune.tokens.selection import Selection
@@ -30,7 +31,7 @@ def compress(
     policy: str | PolicySpec | CrossKVPolicy,
     *,
     seed: int = 0,
-    guide: nn.Module | Guide | Guidance | None = None,
+    guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
 ) -> Compression:
     """Compress the cross-attention cache of a model inside a ``with`` block.
 
@@ -44,7 +45,9 @@ def compress(
         guide: For policies that need guidance, such as ``guided``: another model with the same vision
             geometry, or a `kvprune.Guide` with options. With None the model guides itself, in an extra pass
             over each prompt. A `kvprune.Guidance` is what a guide found out about one batch; generate from
-            that batch only. The guide runs inside the model's forward call, and its cost is in the report.
+            that batch only. Policies that read the answer take only a Guidance that
+            `kvprune.answer_attention` made, or an `AnswerGuide`. The guide runs inside
+            the model's forward call, and its cost is in the report.
 
     Returns:
         The compression, not yet attached to the model.
@@ -83,7 +86,7 @@ class Compression:
         adapter: ModelAdapter,
         policy: CrossKVPolicy,
         seed: int,
-        guide: nn.Module | Guide | Guidance | None = None,
+        guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
     ) -> None:
         require_declarations(policy)
         adapter.require_needs(policy)
@@ -192,12 +195,13 @@ def _compiled(model: nn.Module) -> str:
 
 
 def _bound(
-    guide: nn.Module | Guide | Guidance | None, target: ModelAdapter, policy: CrossKVPolicy
+    guide: nn.Module | Guide | Guidance | AnswerGuide | None, target: ModelAdapter, policy: CrossKVPolicy
 ) -> Callable[[Prompt], Guidance] | None:
     """Return the function that provides guidance; None if the policy does not use a guide.
 
     Raises:
-        GuideError: If a guide is given and the policy does not use one.
+        GuideError: If a guide is given and the policy does not use one, or the guide knows the answer and the
+            policy must not, or the other way round.
     """
     if "guidance" not in policy.needs:
         if guide is not None:
@@ -206,6 +210,9 @@ def _bound(
                 'guide out, or choose a policy that needs "guidance", such as guided'
             )
         return None
+    require_matching_guide(policy, guide)
     if isinstance(guide, Guidance):
         return lambda prompt: guide
+    if isinstance(guide, AnswerGuide):
+        return guide
     return BoundGuide(guide if isinstance(guide, Guide) else Guide(guide), target)

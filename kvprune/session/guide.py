@@ -27,7 +27,7 @@ from kvprune.session.guide_policies import AttentionRecord, MostImportant, OwnIm
 from kvprune.session.registry import find_adapter
 from kvprune.text import shown
 
-__all__ = ["BoundGuide", "Guide"]
+__all__ = ["BoundGuide", "Guide", "Passes", "attended_tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ class BoundGuide:
         few = None if consistency_ratio is None else MostImportant(keep_ratio=consistency_ratio)
         prompt = self._readable(prompt)
         model = type(self._adapter.model).__name__
-        passes = _Passes(GuideReceipt(model=model, is_target=self.is_target, runs=1), _attended(prompt))
+        passes = Passes(GuideReceipt(model=model, is_target=self.is_target, runs=1), attended_tokens(prompt))
         try:
             with Stopwatch(prompt.text.device) as watch, torch.no_grad():
                 guidance = self._ask(prompt, few, passes, length_normalised=length_normalised)
@@ -143,7 +143,7 @@ class BoundGuide:
         return replace(guidance, receipt=replace(passes.receipt, seconds=watch.seconds))
 
     def _ask(
-        self, prompt: Prompt, few: CrossKVPolicy | None, passes: _Passes, *, length_normalised: bool
+        self, prompt: Prompt, few: CrossKVPolicy | None, passes: Passes, *, length_normalised: bool
     ) -> Guidance:
         """Run the guide's passes; ``few`` is the policy of the pass that measures consistency."""
         adapter, answer, written = self._adapter, None, None  # answer int64 [R, n], written bool [R, n]
@@ -212,7 +212,7 @@ class BoundGuide:
             yield manager
 
 
-class _Passes:
+class Passes:
     """Adds up what the passes of a guide over one prompt cost."""
 
     def __init__(self, receipt: GuideReceipt, prompt_tokens: int) -> None:
@@ -272,7 +272,7 @@ def _require_same_geometry(guide: ModelAdapter, target: ModelAdapter) -> None:
         )
 
 
-def _attended(prompt: Prompt) -> int:
+def attended_tokens(prompt: Prompt) -> int:
     """Return the number of text tokens of a prompt, without padding."""
     mask = prompt.arguments.get("attention_mask")
     rows, length = prompt.text.shape[:2]

@@ -14,7 +14,9 @@ from kvprune.policy.view import FeatureView, LayerView
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.selection import Selection
 
-__all__ = ["AttentionRecord", "MostImportant", "OwnImages"]
+__all__ = ["AnswerRecord", "AttentionRecord", "MostImportant", "OwnImages"]
+
+_NO_STATES = "the guide ran, but none of its cross-attention layers received encoder states"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +87,50 @@ class AttentionRecord:
     def sums(self, batch: int, *, by_mean: bool) -> tuple[Tensor, Tensor]:
         """Return the scores ``[R, S]``, and the number of rows that were added up for each sample ``[R]``."""
         if not self._parts:
-            raise GuideError("the guide ran, but none of its cross-attention layers received encoder states")
+            raise GuideError(_NO_STATES)
         scores = [mass / rows.clamp(min=1)[:, None] if by_mean else mass for mass, rows in self._parts]
-        copies = batch // scores[0].shape[0]  # rows of the batch that the guide held as one
         total = torch.stack(scores).sum(0)
+        return self._of_batch(total, torch.stack([rows for _, rows in self._parts]).sum(0), batch)
+
+    def _of_batch(self, total: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Return scores and numbers of rows for each row of the batch and for all columns."""
+        copies = batch // len(total)  # rows of the batch that the guide held as one
         if self._received is not None:  # back to all columns; padding of a ragged batch has mass 0
             everything = total.new_zeros(len(total), self._received.columns)
             total = everything.scatter_add_(-1, self._received.indices[:, 0], total)
-        total = total.repeat_interleave(copies, dim=0)
-        return total, torch.stack([rows for _, rows in self._parts]).sum(0).repeat_interleave(copies)
+        return total.repeat_interleave(copies, dim=0), rows.repeat_interleave(copies)
+
+
+class AnswerRecord(AttentionRecord):
+    """Adds up the attention of the rows that predict an answer: their mean over rows and query heads.
+
+    Args:
+        prompt_rows: Text rows T of the prompt.
+        written: bool ``[R, n]``, which tokens belong to the answer.
+    """
+
+    def __init__(self, prompt_rows: int, written: Tensor) -> None:
+        super().__init__(prompt_rows)
+        before = written.new_zeros(len(written), prompt_rows - 1)
+        self._predicting = torch.cat([before, written], dim=1)  # [R, T + n - 1]: row T - 1 predicts token 0
+
+    def add(self, view: LayerView) -> None:
+        """Add the attention of one layer."""
+        seeing = view.visibility.seeing  # [R, T + n - 1]
+        rows = seeing & self._predicting.to(seeing.device)
+        counted = rows.sum(-1)  # [R]
+        mean = view.attention_mass(rows).mean(1) / counted.clamp(min=1)[:, None]  # [R, Hq, S] -> [R, S]
+        if self._parts:
+            (before, counted), mean = self._parts[0], mean.to(self._parts[0][0].device)
+            mean = before + mean
+        self._parts = [(mean, counted)]
+
+    def means(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Return the scores ``[R, S]``, and the number of rows over which the mean was taken ``[R]``."""
+        if not self._parts:
+            raise GuideError(_NO_STATES)
+        (total, rows), *_ = self._parts
+        return self._of_batch(total, rows, batch)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,8 @@ def test_policies_without_a_paper_say_what_to_cite() -> None:
     assert "policy 'uniform' has no paper of its own" in done.stderr
     assert "kvprune cite kvprune" in done.stderr
     assert "did you mean 'trim'" in cite("trimm").stderr
+    reference = cite("answer-attention").stderr
+    assert "'answer-attention' is a reference, not a method, and has no paper of its own" in reference
 
 
 def test_a_paper_without_an_entry_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,16 @@ def test_list_names_every_policy_with_its_claim() -> None:
     assert "Keep tokens drawn at random" in out
 
 
+def test_list_and_show_tell_references_from_methods() -> None:
+    label = "reference, not a method"
+    out = kvprune_command("list")
+    assert out.count(label) == 1
+    (line,) = (line for line in out.splitlines() if label in line)
+    assert line.startswith("answer-attention ")
+    assert f"kind:     {label}\n" in kvprune_command("show", "answer-attention")
+    assert label not in kvprune_command("show", "uniform")
+
+
 class _Broken:
     """An entry point whose module cannot be imported."""
 

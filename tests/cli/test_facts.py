@@ -40,6 +40,7 @@ def test_source_texts_say_what_the_classes_say() -> None:
             cls.bibtex,
         )
         assert said.text == docstring(cls)
+        assert said.is_reference is cls.reads_answer
         assert said.origin == f"{entry.plugin} ({entry.distribution})"
     imported, _ = known_by_import()
     assert imported == read

@@ -60,6 +60,13 @@ def test_policies_that_need_an_option_are_left_out_by_name() -> None:
     assert found.specs == every_policy().specs
 
 
+def test_references_are_left_out_by_name() -> None:
+    found = every_policy()
+    assert found.left_out == {
+        "answer-attention": "is a reference, not a method: it reads the full cache's answer"
+    }
+
+
 def test_policies_of_others_are_not_meant() -> None:
     found = every_policy(with_needy("somebody"))
     assert "needy" not in found.left_out

@@ -10,7 +10,9 @@ from generation import generate, mllama
 
 import kvprune
 from kvprune.adapters.features import gather_features
+from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.session.answer_guide import AnswerGuide
 from kvprune.testing import mllama_inputs
 from kvprune.testing.cost import LLAMA_11B, PeakMemory, ask, make_problem, peak_memory
 
@@ -117,6 +119,26 @@ def test_ranking_by_guidance_needs_at_most_4_mib_at_11b_dimensions(spec, dtype):
     peak = peak_memory(lambda: decisions.extend((policy.choose(before), policy.select(layer))))
     assert peak <= 4 * MIB, f"{peak / MIB:.1f} MiB"
     assert [one.onward for one in decisions].count(None) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reach", ["onward", "layer"])
+def test_ranking_by_the_answer_needs_at_most_4_mib_at_11b_dimensions(reach, dtype):
+    policy = kvprune.get_policy(f"answer-attention:keep_ratio=0.1,reach={reach}")
+    view = make_problem(policy, dtype=dtype)
+    peak = peak_memory(lambda: policy.select(view))
+    assert peak <= 4 * MIB, f"{peak / MIB:.1f} MiB"
+
+
+def test_reading_a_known_answer_holds_no_attention_of_a_whole_layer():
+    """Of 256 rows of an answer and 20 image tokens, what is added up is as small as its result."""
+    weights = 3 * 4 * 256 * 20 * 4  # layers, heads, rows, columns, bytes
+    guide = AnswerGuide(MllamaAdapter(mllama()), torch.full((256,), 5))
+    prompt, _ = guide.prompt_of(mllama_inputs(["4tt"]))
+    with kvprune.compress(mllama(), "full"), torch.no_grad():
+        as_long = mllama_inputs(["4" + "t" * 257])
+        plain = peak_memory(lambda: mllama()(**as_long, use_cache=False))
+    assert peak_memory(lambda: guide.ask(prompt)) - plain < weights / 2
 
 
 def test_a_guide_holds_no_attention_of_a_whole_layer():

@@ -68,6 +68,7 @@ WRONG = [
     ("budget_scope", "heads", r"""the budget_scope 'heads'; expected "head", "layer" or "model\""""),
     ("keeps_invisible", 1, r"the keeps_invisible 1; expected True or False"),
     ("ranks_tokens", None, r"the ranks_tokens None; expected True or False"),
+    ("reads_answer", "no", r"the reads_answer 'no'; expected True or False"),
 ]
 
 

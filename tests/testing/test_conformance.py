@@ -30,6 +30,7 @@ from kvprune.testing.conformance.policies.runner import Runner
 NOT_APPLICABLE = {
     "adakv": {"KV15"},
     "aircache": {"KV15"},
+    "answer-attention": {"KV15"},
     "cdpruner": {"KV15"},
     "csp": {"KV15"},
     "divprune": {"KV15"},

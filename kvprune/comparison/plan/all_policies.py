@@ -1,4 +1,4 @@
-"""The policies of ``kvprune compare --all``: every built-in policy that takes a ``keep_ratio``."""
+"""The policies of ``kvprune compare --all``: every built-in method that takes a ``keep_ratio``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kvprune.policy.options import required_options
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
 from kvprune.session.registry import Registry
+from kvprune.text import REFERENCE
 
 __all__ = ["Everything", "every_policy"]
 
@@ -47,6 +48,9 @@ def every_policy(installed: Registry | None = None) -> Everything:
         if entry.distribution != _OWN or "keep_ratio" not in types or name == ANSWER_ATTENTION:
             continue
         required = required_options(entry.cls)
+        if entry.cls.reads_answer:
+            left_out[name] = f"is a {REFERENCE}: it reads the full cache's answer"
+            continue
         if required:
             left_out[name] = f"needs {', '.join(required)}; add it with --policy"
             continue

@@ -138,7 +138,10 @@ def check_storage_order(policy: CrossKVPolicy, scenario: Scenario) -> None:
     draw = random.Random(scenario.seed)
 
     def shuffle(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        for layer in scenario.layers_of(returned_cache(output)).values():
+        cache = returned_cache(output)
+        if cache is None:  # a guide has read the prompt
+            return
+        for layer in scenario.layers_of(cache).values():
             if isinstance(layer, CrossKVLayer) and layer.slots is not None and layer.valid is not None:
                 _shuffle(layer, draw)
 
@@ -173,7 +176,7 @@ def check_clean_exit(policy: CrossKVPolicy, scenario: Scenario) -> None:
     before = whole_state(model)
 
     def run() -> None:
-        with Compression(scenario.adapter_class(model), policy, scenario.seed):
+        with scenario.compress(policy, model):
             scenario.generate(model)
 
     run()

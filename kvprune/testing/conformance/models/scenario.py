@@ -18,6 +18,7 @@ from torch import Tensor
 from kvprune.adapters.arguments import returned_cache
 from kvprune.adapters.base import ModelAdapter
 from kvprune.policy.base import CrossKVPolicy
+from kvprune.session.answer_guide import AnswerGuide
 from kvprune.session.compression import Compression
 from kvprune.session.registry import find_adapter
 from kvprune.testing.conformance.common.results import NotApplicable
@@ -35,6 +36,8 @@ __all__ = ["Generated", "Oracle", "Scenario", "difference"]
 
 # `generate` returns logits in float32 for any dtype of the model; a rounding step of these is about 1e-6.
 _TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-5}
+_ANSWER = 3, 4, 5
+"""Token ids, which every model has."""
 _SHUFFLES, _OWN_ERRORS = 4, 8
 """Logits may differ by 8 times what the untouched model rounds differently by itself in 4 orders of its
 columns (on a T5Gemma of six layers, pruned runs reached 3.7 times that)."""
@@ -95,9 +98,15 @@ class Scenario:
         """The adapter. Finding it takes longer than a forward call of a tiny model, so it is found once."""
         return self.adapter or find_adapter(self.pristine)
 
-    def compress(self, policy: CrossKVPolicy) -> Compression:
-        """Return a compression of the working copy, as `kvprune.compress` does."""
-        return Compression(self.adapter_class(self.model), policy, self.seed)
+    def compress(self, policy: CrossKVPolicy, model: Any = None) -> Compression:
+        """Return a compression of the working copy, or of another model, as `kvprune.compress` does.
+
+        A policy that reads the answer is guided by a fixed one, which all samples of a batch share: it must
+        keep all promises for any answer.
+        """
+        adapter = self.adapter_class(self.model if model is None else model)
+        guide = AnswerGuide(adapter, torch.tensor(_ANSWER)) if policy.reads_answer else None
+        return Compression(adapter, policy, self.seed, guide)
 
     def renew(self) -> None:
         """Discard the working copy; the next use makes a new one."""
