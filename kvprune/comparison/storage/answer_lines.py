@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 from kvprune.comparison.data.safe_json import parse
 from kvprune.comparison.storage.addresses import UNIT_DIGITS
@@ -38,8 +38,7 @@ def answer_rows(unit: str, answers: Iterable[Answer]) -> list[dict[str, Any]]:
     return [{UNIT: unit, **to_row(answer)} for answer in answers]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
+class StoredAnswer(NamedTuple):
     """A line of results.jsonl.
 
     Attributes:
@@ -51,6 +50,20 @@ class StoredAnswer:
     answer: Answer
 
 
+class _Sizes(dict[str, int]):
+    """Whole numbers by how they are written; each is made once."""
+
+    def __missing__(self, text: str) -> int:
+        return self.setdefault(text, int(text))
+
+
+class _Fractions(dict[str, float]):
+    """Floats by how they are written; each is made once."""
+
+    def __missing__(self, text: str) -> float:
+        return self.setdefault(text, float(text))
+
+
 class LineReader:
     """Reads lines of results.jsonl; strings and numbers that come again are held once.
 
@@ -60,20 +73,20 @@ class LineReader:
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
-        self._fractions: dict[str, float] = {}
-        self._sizes: dict[str, int] = {}
+        self._fractions, self._sizes = _Fractions(), _Sizes()
 
-    def read(self, where: str, line: bytes) -> StoredAnswer:
+    def read(self, where: str, number: int, line: bytes) -> StoredAnswer:
         """Read one line.
 
         Args:
-            where: Name of the file and number of the line, for messages.
+            where: Name of the file, for messages.
+            number: Number of the line, for messages.
             line: The line without its line break.
 
         Raises:
             ResultsError: If the line is damaged.
         """
-        return self._quick(line) or read_line(where, line)
+        return self._quick(line) or read_line(f"{where}, line {number}", line)
 
     def _quick(self, line: bytes) -> StoredAnswer | None:
         """Return what `read_line` would return, or None where only `read_line` can say."""
@@ -85,65 +98,44 @@ class LineReader:
                 kind, found = Transcript, _TRANSCRIPT.fullmatch(text)
             if found is None:
                 return None
-            (
-                unit,
-                spec,
-                seed,
-                name,
-                task,
-                said,
-                correct,
-                agrees,
-                finished,
-                kept,
-                held,
-                full,
-                receipt,
-                *more,
-            ) = found.groups()
-            fraction = self._fractions.get(kept)
-            if fraction is None:
-                fraction = self._fractions[kept] = float(kept)
-            answer = kind(
-                spec=self._text(spec),
-                seed=None if seed is None else self._size(seed),
-                id=self._text(name),
-                task=self._text(task),
-                answer=self._text(said),
-                correct=correct == "true",
-                agrees_with_full=agrees == "true",
-                finished=finished == "true",
-                kept_fraction=fraction,
-                bytes_held=self._size(held),
-                bytes_full=self._size(full),
-                receipt=receipt,
-                **self._extra(more),
+            unit, spec, seed, name, task, said, right, agrees, ended, kept, held, full, receipt, *more = (
+                found.groups()
             )
+            if "\\" in text:
+                spec, name, task, said = map(_unescaped, (spec, name, task, said))
         except ValueError:
             return None
-        if not (fraction <= 1 and answer.bytes_held >= 0 and answer.bytes_full >= 0):
+        once, sizes = self._texts.setdefault, self._sizes
+        answer = kind(
+            spec=once(spec, spec),
+            seed=None if seed is None else sizes[seed],
+            id=once(name, name),
+            task=once(task, task),
+            answer=once(said, said) if len(said) <= _SHORT else said,
+            correct=right == "true",
+            agrees_with_full=agrees == "true",
+            finished=ended == "true",
+            kept_fraction=self._fractions[kept],
+            bytes_held=sizes[held],
+            bytes_full=sizes[full],
+            receipt=receipt,
+            **(self._more(more) if more else {}),
+        )
+        if answer.kept_fraction > 1 or answer.bytes_held < 0 or answer.bytes_full < 0:
             return None
-        return StoredAnswer(self._text(unit), answer)
+        return StoredAnswer(once(unit, unit), answer)
 
-    def _extra(self, values: Sequence[str]) -> dict[str, Any]:
+    def _more(self, values: Sequence[str]) -> dict[str, Any]:
         """Return the fields that a transcript has besides those of an answer."""
-        if not values:
-            return {}
         *counts, loops = values
-        return dict(zip(_MORE, (*map(self._size, counts), loops == "true"), strict=True))
+        return dict(zip(_MORE, (*(self._sizes[count] for count in counts), loops == "true"), strict=True))
 
-    def _text(self, text: str) -> str:
-        if "\\" in text:
-            plain: str = json.loads(f'"{text}"')
-            plain.encode()  # raises for half a surrogate pair, as the strict parser does
-            return plain
-        return self._texts.setdefault(text, text) if len(text) <= _SHORT else text
 
-    def _size(self, text: str) -> int:
-        number = self._sizes.get(text)
-        if number is None:
-            number = self._sizes[text] = int(text)
-        return number
+def _unescaped(text: str) -> str:
+    """Return what a JSON string stands for, given what is between its quotation marks."""
+    plain: str = json.loads(f'"{text}"')
+    plain.encode()  # raises for half a surrogate pair, as the strict parser does
+    return plain
 
 
 def read_line(where: str, line: bytes) -> StoredAnswer:

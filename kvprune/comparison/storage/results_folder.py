@@ -211,8 +211,9 @@ def read_answers(journal: Journal) -> tuple[list[StoredAnswer], int]:
         ResultsError: If the file cannot be read, or a line is damaged.
     """
     reader, found, finished = LineReader(), [], 0
+    where = str(journal.path)
     for number, line in enumerate(journal.lines(), start=1):
-        found.append(reader.read(f"{journal.path}, line {number}", line))
+        found.append(reader.read(where, number, line))
         finished += len(line) + 1
     return found, finished
 
