@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.comparison.execution.quiet import without_warnings
 from kvprune.engine.guidance import Guidance
 from kvprune.session.answer_guide import answer_attention
 
@@ -49,7 +50,7 @@ class AnswerGuidance:
         assert self.knows(inputs)
         assert self._answer is not None
         if self._guidance is None:
-            with torch.inference_mode():
+            with torch.inference_mode(), without_warnings():
                 self._guidance = answer_attention(self.model, inputs, *self._answer)
         return self._guidance
 
