@@ -53,7 +53,7 @@ def list_results(
             except KVPruneError as error:
                 if folders:
                     raise
-                found.append({"folder": folder, "damaged": str(error)})
+                found.append({"folder": folder, "unreadable": str(error)})
         if not found:
             raise ResultsError("there are no results folders here; `kvprune results list FOLDER` looks there")
     if json_output:
@@ -62,8 +62,8 @@ def list_results(
         console = make_console()
         console.print(_listing(found))
         for one in found:
-            if "damaged" in one:
-                say(f"{one['folder']} is damaged: {one['damaged']}")
+            if "unreadable" in one:
+                say(f"{one['folder']} cannot be read: {one['unreadable']}")
 
 
 @results.command()
@@ -153,8 +153,8 @@ def _listing(found: list[dict[str, Any]]) -> Table:
 
     table = make_table("folder", "created", "kind", "model", "data", "examples", "rows", "answers", "table")
     for one in found:
-        if "damaged" in one:
-            table.add_row(printable(str(one["folder"])), "damaged", *[""] * 7)
+        if "unreadable" in one:
+            table.add_row(printable(str(one["folder"])), "cannot be read", *[""] * 7)
             continue
         whole = one["answers"] + one["missing"]
         old = f" (+{one['old']} old)" if one["old"] else ""
@@ -215,8 +215,8 @@ def _difference_notes(found: RunDifferences) -> list[str]:
     said = []
     if found.rows:
         said.append(
-            "Paired by example, on the n examples that both folders answered; p is not corrected for the number "
-            "of rows. Equal receipts mean that the same tokens were kept."
+            "Paired by example, on the n examples that both folders answered; p is not corrected for the "
+            "number of rows. Equal receipts mean that the same tokens were kept."
         )
     for name, specs in (("first", found.only_first), ("second", found.only_second)):
         if specs:

@@ -70,6 +70,7 @@ def test_results_folder_is_complete(finished: tuple[Path, Summary]) -> None:
         "summary.json",
         "manifest.json",
         "accuracy_vs_kept.png",
+        "cost_vs_accuracy.png",
         "data",
     }
     assert {one.name for one in folder.iterdir()} == names

@@ -186,6 +186,17 @@ def test_differences_are_paired_mirrored_and_zero_to_itself() -> None:
     assert found[TRIM].versus_baseline is None
 
 
+def test_pairing_narrows_the_interval() -> None:
+    hard = tuple(range(0, 60, 3))
+    errors = {"full": hard, TRIM: tuple(count + 1 for count in hard)}
+    row = rows(speech(errors, words=(60,) * 20))[TRIM]
+    assert row.versus_full is not None
+    assert row.versus_full.value == pytest.approx(1 / 60)
+    width = row.versus_full.high - row.versus_full.low
+    assert width < 1e-9, "each utterance has one more error, whichever are drawn"
+    assert row.main.high - row.main.low > 0.2
+
+
 def test_draws_widen_the_interval_by_their_luck() -> None:
     alike = dict.fromkeys(range(4), FOUND[RANDOM])
     apart = {seed: [count + 3 * seed for count in FOUND[RANDOM]] for seed in range(4)}
@@ -200,6 +211,10 @@ def test_draws_widen_the_interval_by_their_luck() -> None:
     assert one.versus_baseline is not None
     assert two.versus_baseline is not None
     assert two.versus_baseline.p_value <= 1
+    worse = {seed: [count + 30 for count in FOUND[RANDOM]] for seed in range(4)}
+    sure = rows(speech({**FOUND, RANDOM: worse}))[RANDOM].versus_baseline
+    assert sure is not None
+    assert sure.p_value == 2 / 2**8, "eight utterances never give less, with however many draws"
     assert one.versus_baseline.pairs == 32
 
 

@@ -35,7 +35,7 @@ def export(stored: StoredRun, form: str, *, answers: bool = False, against: str 
     """
     if form not in FORMATS:
         raise KVPruneError(
-            f"unknown format {form!r}{suggestion(form, FORMATS)}; choose from {', '.join(FORMATS)}"
+            f"unknown format {form!r}; choose from {', '.join(FORMATS)}{suggestion(form, FORMATS)}"
         )
     if answers and form == "latex":
         raise KVPruneError("answers make no table for a paper; export them as csv, parquet or markdown")

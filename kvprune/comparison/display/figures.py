@@ -5,11 +5,9 @@ from __future__ import annotations
 from kvprune.comparison.display.cost_plot import render_cost
 from kvprune.comparison.display.plot import render
 from kvprune.comparison.statistics.summary import Summary
-from kvprune.comparison.storage.results_folder import PLOT
+from kvprune.comparison.storage.results_folder import COST_PLOT, PLOT
 
-__all__ = ["COST_PLOT", "figures"]
-
-COST_PLOT = "cost_vs_accuracy.png"
+__all__ = ["figures"]
 
 
 def figures(summary: Summary) -> dict[str, bytes]:

@@ -45,8 +45,7 @@ def _examples_note(summary: Summary, ranked: bool) -> str:
     if len(summary.tasks) > 1:
         totals = (f"{named(task)} {count}" for task, count in summary.task_sizes.items())
         asked += f" ({', '.join(totals)})"
-    memory = "MiB is" if ranked else "MiB/stock is"
-    stock = "" if ranked else ", with the policy and in stock transformers"
+    memory, stock = "MiB is", "" if ranked else " (/stock: in stock transformers)"
     if speech:
         return (
             f"{asked}. WER and CER are word and character error rates: all errors divided by all words or "

@@ -109,7 +109,7 @@ def pipe_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 def markdown(text: str) -> str:
     """Return text that Markdown shows as it is: no markup, no link, no mention, no :emoji:, on one line."""
     text = _MARKDOWN.sub(r"\\\1", printable(text))
-    text = re.sub(r":(?=//|[A-Za-z0-9+\\_-]+:)", r"\\:", text)
+    text = re.sub(r":(?=//|[A-Za-z+\\-][A-Za-z0-9+\\_-]*:)", r"\\:", text)
     return re.sub(r"\b(www)\.", r"\1\\.", text)
 
 

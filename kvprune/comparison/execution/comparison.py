@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 
-from kvprune.comparison.display import plot
+from kvprune.comparison.display.figures import figures
 from kvprune.comparison.execution.claim import claim, find_data
 from kvprune.comparison.execution.run import Run
 from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, expand
 from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.statistics.summary import Summary
 from kvprune.comparison.storage.journal import write_atomically, write_json
-from kvprune.comparison.storage.results_folder import PLOT, SUMMARY, ResultsFolder
+from kvprune.comparison.storage.results_folder import SUMMARY, ResultsFolder
 from kvprune.policy.spec import PolicySpec
 
 __all__ = ["compare", "require"]
@@ -58,7 +58,8 @@ def compare(
         run.time()
         summary = run.summary()
         write_json(folder.path / SUMMARY, summary.to_dict())
-        write_atomically(folder.path / PLOT, plot.render(summary))
+        for name, picture in figures(summary).items():
+            write_atomically(folder.path / name, picture)
     return summary
 
 

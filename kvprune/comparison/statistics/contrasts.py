@@ -10,7 +10,7 @@ from kvprune.comparison.statistics.columns import Columns
 from kvprune.comparison.statistics.crossed import FEWEST, crossed
 from kvprune.comparison.statistics.error_rates import Resampled, deviation
 from kvprune.comparison.statistics.paired import PairedDifference, newcombe
-from kvprune.comparison.statistics.permutation import mcnemar, sign_flip
+from kvprune.comparison.statistics.permutation import fewest_p, mcnemar, sign_flip
 from kvprune.comparison.statistics.power import POINTS, examples_for_means, questions_needed
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def accuracy_contrast(own: Columns, other: Columns) -> Contrast:
     One draw: Newcombe's interval (`paired_difference`) and the exact McNemar test. Several: the t
     interval and t test of `crossed`, of the differences by question and draw (`same_draws`), so that the luck
     of both draws counts. Where fewer than `FEWEST` questions differ, the interval also covers Newcombe's for
-    each draw, and the p-value is not below that of McNemar's test for each draw.
+    each draw, and the p-value is not below that of McNemar's test for each draw. It is never below
+    `fewest_p`.
     """
     mine, theirs = same_draws(own, other)
     first, second = own.correct[mine], other.correct[theirs]  # [draws, questions]
@@ -80,8 +81,9 @@ def accuracy_contrast(own: Columns, other: Columns) -> Contrast:
     found, p_value = singles[0]
     if len(singles) > 1:
         mean = crossed(differences)
-        (low, high), p_value = mean.interval(), mean.p_value()
-        if int(differences.any(axis=0).sum()) < FEWEST:
+        differ = int(differences.any(axis=0).sum())
+        (low, high), p_value = mean.interval(), max(mean.p_value(), fewest_p(differ))
+        if differ < FEWEST:
             low = min(low, *(one.low for one, _ in singles))
             high = max(high, *(one.high for one, _ in singles))
             p_value = max(p_value, *(p for _, p in singles))
@@ -106,7 +108,7 @@ def error_contrast(own: Columns, other: Columns, rates: Resampled, partner: Resa
     The interval is the paired bootstrap of `Resampled.minus`. One draw: the exact test of `sign_flip`, on the
     difference of the errors of each utterance. Several: the t test of `crossed` on these differences, by
     utterance and draw, so that the luck of both draws counts. Where fewer than `FEWEST` utterances differ,
-    its p-value is not below that of `sign_flip` for each draw.
+    its p-value is not below that of `sign_flip` for each draw. It is never below `fewest_p`.
 
     Args:
         own: Transcripts of the row.
@@ -117,10 +119,13 @@ def error_contrast(own: Columns, other: Columns, rates: Resampled, partner: Resa
     mine, theirs = same_draws(own, other)
     found = rates.minus(partner, mine, theirs)
     errors: Numbers = rates.errors[mine] - partner.errors[theirs]  # [draws, utterances]
-    differ = int(errors.any(axis=0).sum())
-    p_value = crossed(errors).p_value() if len(mine) > 1 else sign_flip(errors[0])
-    if len(mine) > 1 and differ < FEWEST:
-        p_value = max(p_value, *(sign_flip(one) for one in errors))
+    if len(mine) == 1:
+        p_value = sign_flip(errors[0])
+    else:
+        differ = int(errors.any(axis=0).sum())
+        p_value = max(crossed(errors).p_value(), fewest_p(differ))
+        if differ < FEWEST:
+            p_value = max(p_value, *(sign_flip(one) for one in errors))
     spread = deviation(errors, rates.units)
     return Contrast(
         value=found.value,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvprune.comparison.statistics.columns import Numbers
 
-__all__ = ["mcnemar", "sign_flip"]
+__all__ = ["fewest_p", "mcnemar", "sign_flip"]
 
 
 @lru_cache(maxsize=4096)
@@ -58,4 +58,9 @@ def sign_flip(differences: Numbers) -> float:
     chances = np.fft.irfft(transform * phase, length)[: most + 1]
     sums = 2 * np.arange(most + 1) - most
     p = float(chances[np.abs(sums) >= found].sum())
-    return min(1.0, max(p, 2.0 ** (1 - int(counts.sum()))))
+    return min(1.0, max(p, fewest_p(int(counts.sum()))))
+
+
+def fewest_p(differing: int) -> float:
+    """Return the smallest two-sided p-value that k differing examples can give: 2 / 2 ** k, at most 1."""
+    return min(1.0, 2.0 ** (1 - differing))

@@ -66,7 +66,7 @@ class RunDifferences:
 def compare_runs(first: StoredRun, second: StoredRun) -> RunDifferences:
     """Compare two results folders; both may be unfinished.
 
-    Examples are the same if their ids and digests (question, answers and file) are. Only those are compared
+    Examples are the same if their ids and digests (question, answers, file) are. Only those are compared
     that both folders answered with every draw.
 
     Raises:
@@ -75,8 +75,8 @@ def compare_runs(first: StoredRun, second: StoredRun) -> RunDifferences:
     kinds = [str(one.grid.context["kind"]) for one in (first, second)]
     if kinds[0] != kinds[1]:
         raise ResultsError(
-            f"{first.folder} is about {kinds[0]} and {second.folder} about {kinds[1]}; they have no metric in "
-            "common"
+            f"{first.folder} is about {kinds[0]} and {second.folder} about {kinds[1]}; they have no metric "
+            "in common"
         )
     digests = {one.id: one.digest for one in second.examples}
     common = [one.id for one in first.examples if digests.get(one.id) == one.digest]

@@ -1,7 +1,7 @@
 """Which of kvprune's own files a results folder depends on, and their digest.
 
 Answers count only while the code that produced them is the same: its digest is part of their addresses.
-`CODE` says for each part of the package whether it counts, and why. docs/results-folder.md has the same table.
+`CODE` says for each part of the package whether it counts, and why; docs/results-folder.md shows it.
 """
 
 from __future__ import annotations

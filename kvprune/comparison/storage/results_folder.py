@@ -24,6 +24,7 @@ from kvprune.comparison.storage.recorded_grid import (
 from kvprune.errors import ResultsError
 
 __all__ = [
+    "COST_PLOT",
     "DATA",
     "FORMAT",
     "KIND",
@@ -40,7 +41,7 @@ __all__ = [
 KIND, FORMAT = "kvprune comparison", 4
 
 MANIFEST, RESULTS, TIMINGS = "manifest.json", "results.jsonl", "timings.jsonl"
-SUMMARY, PLOT = "summary.json", "accuracy_vs_kept.png"
+SUMMARY, PLOT, COST_PLOT = "summary.json", "accuracy_vs_kept.png", "cost_vs_accuracy.png"
 
 DATA = "data"
 """Folder inside the results folder that holds the demo's pictures and questions."""
@@ -117,7 +118,7 @@ class ResultsFolder:
             ResultsError: If something other than a plain file is where a file belongs, or the manifest was
                 changed after it was written.
         """
-        for name in (MANIFEST, RESULTS, TIMINGS, SUMMARY, PLOT):
+        for name in (MANIFEST, RESULTS, TIMINGS, SUMMARY, PLOT, COST_PLOT):
             check_plain_file(self.path / name)
         data = self.path / DATA
         if data.is_symlink() or (data.exists() and not data.is_dir()):
@@ -162,8 +163,8 @@ class ResultsFolder:
         if same_places and all(old.get(name) == new[name] for name in ("run", "earlier")):
             return
         if old.get("run") != new["run"]:
-            remove(self.path / SUMMARY)
-            remove(self.path / PLOT)
+            for name in (SUMMARY, PLOT, COST_PLOT):
+                remove(self.path / name)
         self.manifest = new
         write_json(self.path / MANIFEST, new)
 
