@@ -25,6 +25,7 @@ __all__ = [
     "choose_tasks",
     "digest",
     "is_correct",
+    "kind_of",
     "normalise",
     "read_examples",
 ]
@@ -66,6 +67,17 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     if not examples:
         raise DataError(f"{path} holds no rows; expected rows like {GOOD_ROWS}")
     return tuple(examples)
+
+
+def kind_of(path: Path) -> Kind:
+    """Return what a file is about, by its first row alone.
+
+    Raises:
+        DataError: If there is none, or it is damaged.
+    """
+    for row in read_rows(path):
+        return _kind(row)
+    raise DataError(f"{path} holds no rows; expected rows like {GOOD_ROWS}")
 
 
 def _kind(row: Row) -> Kind:
