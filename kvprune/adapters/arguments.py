@@ -16,6 +16,7 @@ __all__ = [
     "named_arguments",
     "returned_cache",
     "with_cache",
+    "without_cache",
 ]
 
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -48,6 +49,11 @@ def cache_of(named: Mapping[str, Any]) -> Any:
 def with_cache(named: Mapping[str, Any], cache: object) -> dict[str, Any]:
     """Return the arguments with their cache replaced."""
     return {**named, **{name: cache for name in _CACHE_NAMES if named.get(name) is not None}}
+
+
+def without_cache(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments without their cache."""
+    return {name: value for name, value in named.items() if name not in _CACHE_NAMES}
 
 
 def cache_argument(model: nn.Module, cache: object) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from the model's forward call to the pruned cache:
 3. The stock layer projects the features, updates the cache and attends.
 4. After the layer, a hook calls `Call.after_layer`. The manager asks the policy
    (`kvprune.engine.policy_calls`) and prunes the cache layer (`kvprune.engine.application`).
-5. After the model, also if it raised, a hook calls `finish_call`, which discards the `Call` and calls
-   `CrossKVManager.end`.
+5. After the model, also if it raised, a hook calls `finish_prefill`, which discards the `Call` and calls
+   `CrossKVManager.end`. Before that, it may call the model again (`kvprune.adapters.rereading`).
 
 Decode steps read the pruned cache layers; hooks only cut the mask to what each layer holds. A policy that
 decides at each decode step, or about logits, takes one more hook that calls the manager (see
@@ -22,27 +22,28 @@ decides at each decode step, or about logits, takes one more hook that calls the
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import threading
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvprune.adapters.arguments import cache_of, named_arguments
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.call import Call
-from kvprune.adapters.probes import Probe
+from kvprune.adapters.declaration import Declaration
+from kvprune.adapters.rereading import Rereading, last_row, require_rereadable
+from kvprune.adapters.sites import Site
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import (
     CompressionStateError,
     GuideError,
-    IncompatibleTransformersError,
     PluginError,
     UnsupportedModelError,
 )
-from kvprune.policy.base import CrossKVPolicy
 
 __all__ = ["ModelAdapter", "Site"]
 
@@ -50,45 +51,19 @@ _RETURN_NO_WEIGHTS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 """Implementations of attention that return no weights, so that decoding needs no hook for them."""
 
 
-@dataclass(frozen=True)
-class Site:
-    """One cross-attention module of a model.
-
-    Attributes:
-        layer_idx: Index of the decoder layer.
-        module: The cross-attention module.
-        states: Name of its argument for encoder states.
-        mask: Name of its argument for the attention mask.
-    """
-
-    layer_idx: int
-    module: Any
-    states: str
-    mask: str
-
-
-class ModelAdapter(Attachment, ABC):
+class ModelAdapter(Attachment, Declaration):
     """Translates the forward calls of one model family into calls of the manager.
 
     An adapter hooks modules of one model, and `detach` restores every attribute (KV12). It makes no decisions
-    and keeps no keys or values: policies decide, cache layers hold the state.
-
-    Class attributes:
-        family: Name of the family, for messages and tables.
-        model_classes: Names of the supported transformers classes.
-        provides: What the adapter can capture, by the names that policies use in `CrossKVPolicy.needs`.
-        captured_in_encoder: What of it is captured while the encoder runs.
+    and keeps no keys or values: policies decide, cache layers hold the state. `Declaration` lists the class
+    attributes that a family sets.
     """
-
-    family: ClassVar[str]
-    model_classes: ClassVar[tuple[str, ...]]
-    provides: ClassVar[frozenset[str]] = frozenset({"queries", "raw_keys", "features"})
-    captured_in_encoder: ClassVar[frozenset[str]] = frozenset({"class_attention"})
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, type(self).family)
         self._manager: CrossKVManager | None = None
         self._call: Call | None = None
+        self._reread: Rereading | None = None  # while it runs
         self._spreads_weights = False
 
     @property
@@ -106,16 +81,6 @@ class ModelAdapter(Attachment, ABC):
     def __subclasshook__(cls, other: type) -> bool:
         """Decide by inheritance alone, so that `isinstance` works on a broken metaclass."""
         return cls in type.__getattribute__(other, "__mro__")
-
-    @classmethod
-    def matches(cls, model: object) -> bool:
-        """Whether the adapter supports a model: an instance of `model_classes` or of a derived class."""
-        return any(base.__name__ in cls.model_classes for base in type(model).__mro__)
-
-    @classmethod
-    @abstractmethod
-    def probe(cls) -> list[Probe]:
-        """Check that the installed transformers has what the adapter relies on; needs no model."""
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
@@ -170,12 +135,27 @@ class ModelAdapter(Attachment, ABC):
         self._spreads_weights = False
         self._forget_call()
 
+    @property
+    def is_rereading(self) -> bool:
+        """Whether the last token of a prefill is read again now, in this thread."""
+        return self._reread is not None and self._reread.thread == threading.get_ident()
+
+    def arguments_of(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of a forward call by name, or those of `Rereading` if it makes the call."""
+        if self._reread is not None and self.is_rereading:
+            return self._reread.row
+        return named_arguments(module, args, kwargs)
+
     def begin_call(self) -> None:
         """Start a forward call of the model; the first thing that a hook does.
 
         Raises:
             CompressionStateError: If another thread is inside a forward call.
         """
+        if self.is_rereading:
+            return
         self.open_call()
         self._forget_call()
 
@@ -196,23 +176,82 @@ class ModelAdapter(Attachment, ABC):
     def _spread(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return None if self._call is None else self._call.all_columns(output, module)
 
-    def finish_call(self, *, completed: bool) -> None:
+    def finish_call(self, *, completed: bool, reread: bool = False) -> None:
         """End a forward call, and its prefill if it was one.
 
         Args:
             completed: Whether the model returned; false if it raised.
+            reread: Whether the last token was read again.
         """
-        if not self.close_call():
-            return
-        self._call = None
-        if self.manager.in_prefill:
-            self.manager.end(completed=completed)
+        if self.is_rereading:
+            self._call = None
+        elif self.close_call():
+            self._call = None
+            if self.manager.in_prefill:
+                self.manager.end(completed=completed, reread=reread)
 
     def _forget_call(self) -> None:
         """Discard the state of a forward call that never ended."""
-        self._call = None
+        self._call = self._reread = None
         if self._manager is not None:
             self._manager.end(completed=False)
+
+    def prepare_reread(
+        self, call: Call, named: Mapping[str, Any], *, cached: bool, cross_layers: Collection[int] = ()
+    ) -> None:
+        """Prepare to read the last token of a prefill again, if asked; call it before any layer runs.
+
+        Args:
+            call: The current call.
+            named: Its arguments by name.
+            cached: Whether it has a cache.
+            cross_layers: Indices of layers in the text's cache that hold encoder tokens.
+
+        Raises:
+            UnsupportedCacheError, UnsupportedModelError: See `require_rereadable` and `last_row`.
+        """
+        if self.manager.rereads:
+            require_rereadable(named, self.family, cached=cached, cross_layers=cross_layers)
+            call.again = Rereading(self.last_row(named), cache_of(named))
+
+    def last_row(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a forward call for its last token alone, without the cache.
+
+        Args:
+            named: Arguments of the call by name.
+
+        Raises:
+            UnsupportedModelError: If it is not known how an argument looks for one row.
+        """
+        return last_row(named, self.family)
+
+    def finish_prefill(self, module: nn.Module, output: Any) -> Any:
+        """End a forward call, and its prefill if it was one; before that, read the last token again if asked.
+
+        Args:
+            module: The module that returns the last hidden state; a hook runs after it.
+            output: What it returned; None if it raised.
+
+        Returns:
+            The output with the last row replaced; None if nothing changes.
+        """
+        if self._reread is not None and self.is_rereading:
+            self._reread.output, self._call = output, None
+            return None
+        again = None if self._call is None or output is None else self._call.again
+        if again is None:
+            self.finish_call(completed=output is not None)
+            return None
+        self._reread = again
+        try:
+            changed = again.read(self, self.manager, module, output)
+        except BaseException:
+            self.finish_call(completed=False)
+            raise
+        finally:
+            self._reread = None
+        self.finish_call(completed=True, reread=True)
+        return changed
 
     def geometry(self) -> Mapping[str, object] | None:
         """Return the properties that a guide must share with its target; None if unknown.
@@ -258,39 +297,3 @@ class ModelAdapter(Attachment, ABC):
             f"a guide of the family {self.family} cannot generate, it only reads the prompt; "
             f"use max_new_tokens=0, got {max_new_tokens}"
         )
-
-    @classmethod
-    def require_needs(cls, policy: CrossKVPolicy) -> None:
-        """Raise if a policy needs something that this adapter does not provide.
-
-        Raises:
-            UnsupportedModelError: Names the policy, the family, and what is missing.
-        """
-        if missing := policy.needs - cls.provides:
-            raise UnsupportedModelError(
-                f"policy {policy.name!r} needs {_listed(missing)}, which the {cls.family} adapter does not "
-                f"provide (it provides {_listed(cls.provides) or 'nothing'}); "
-                "use another policy, or another model"
-            )
-
-    @classmethod
-    def require_probes(cls) -> None:
-        """Raise if the installed transformers lacks something that the adapter relies on.
-
-        Raises:
-            IncompatibleTransformersError: Names each probe that failed.
-        """
-        try:
-            failed = [probe for probe in cls.probe() if not probe.ok]
-        except Exception as error:  # a third-party adapter whose probe itself breaks
-            failed = [Probe("probe", False, f"raised {type(error).__name__}: {str(error)[:200]}")]
-        if failed:
-            details = "; ".join(f"{probe.name}: {probe.detail}" for probe in failed)
-            raise IncompatibleTransformersError(
-                f"the installed transformers lacks what the {cls.family} adapter relies on: {details}. "
-                "Results could be wrong, so the model is refused; run `kvprune doctor` for details"
-            )
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(map(repr, sorted(names)))

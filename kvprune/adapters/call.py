@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.features import gather_features, to_all_columns
+from kvprune.adapters.rereading import Rereading
 from kvprune.cache.contents import Arrival, Contents
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.placement import open_for_prefill
@@ -43,6 +44,7 @@ class Call:
         attended: What the current layer attends to, and how many columns there are; None before the first.
         tensors: Captured in the current layer, by name, for each row of the batch.
         transient: Holds the keys and values of the current layer if there is no cache.
+        again: The call that reads the last token again when this prefill has completed; None if none will.
     """
 
     keys_are_raw = False
@@ -55,6 +57,7 @@ class Call:
         self.needs = manager.policy.needs
         self.tensors: dict[str, Tensor] = {}
         self.transient: CrossKVLayer | None = None
+        self.again: Rereading | None = None
 
     def layer_for(self, cache: Cache | None, layer_idx: int) -> CrossKVLayer:
         """Return the `CrossKVLayer` of a layer: in the cache, or a transient one if there is no cache."""

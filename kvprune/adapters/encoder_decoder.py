@@ -11,12 +11,12 @@ The hooks, in the order in which they run:
 2. before each cross-attention: in prefill, pass only the features that arrive; always, cut the mask;
 3. after each cross-attention: put attention weights, if the model returns them, back to their columns;
 4. after each cross-attention in prefill: the manager asks the policy;
-5. after the decoder: end the prefill.
+5. after the decoder: read the last token again if asked, and end the prefill.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,7 @@ from kvprune.adapters.generation import (
 )
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 from kvprune.adapters.prompts import decoder_prompt, with_answer
+from kvprune.adapters.rereading import last_row
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
 from kvprune.cache.reader import Reader
@@ -83,6 +84,7 @@ class EncoderDecoderAdapter(ModelAdapter):
     """
 
     provides = ModelAdapter.provides | {"guidance"}
+    rereads = True
     modeling_module: ClassVar[str]
     attention_class: ClassVar[str]
     attention: ClassVar[str] = "encoder_attn"
@@ -130,17 +132,27 @@ class EncoderDecoderAdapter(ModelAdapter):
     def _new_call(self) -> _Call:
         return _Call(self.manager, self.reader, ColumnMask(self._decoder.embed_tokens.weight.dtype))
 
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.begin_call()
         self.spread_weights(self._decoder.config)
         self._call = self._new_call()
-        named = named_arguments(module, args, kwargs)
+        named = self.arguments_of(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
-        if states is None or (
-            isinstance(cache, EncoderDecoderCache) and all(map(cache.is_updated.get, self.layer_indices))
-        ):
-            return
-        self._begin(self._call, named, states)
+        is_read = isinstance(cache, EncoderDecoderCache) and all(
+            map(cache.is_updated.get, self.layer_indices)
+        )
+        if self.is_rereading:
+            if not is_read:
+                raise UnsupportedModelError(
+                    f"reread=True reads the last token again from each layer, but a layer of {self.family} "
+                    "has read no encoder states"
+                )
+            return (), named
+        if states is not None and not is_read:
+            self._begin(self._call, named, states)
+        return None
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
@@ -154,6 +166,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # rows of this call only
         masks = encoder_mask, decoder_mask
         cached = self._is_cached(named)
+        self.prepare_reread(call, named, cached=cached)
         shared_rows = SharedRows()
         if cached and may_share(self._decoder):
             shared_rows = share_repeated(generation.repeats, [tokens, *masks], [states])
@@ -273,8 +286,17 @@ class EncoderDecoderAdapter(ModelAdapter):
         flat = None if cache is None else cache.cross_attention_cache
         self._call.after_layer(module.layer_idx, module.layer_idx, flat, scaling=module.scaling)
 
-    def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.finish_call(completed=output is not None)
+    def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return self.finish_prefill(module, output)
+
+    def last_row(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments for the last token alone: the encoder's states and mask stay whole."""
+        if self._decoder.training and getattr(self._decoder, "layerdrop", 0):
+            raise UnsupportedModelError(
+                f"reread=True reads the last token again from each layer, but {self.family} skips layers in "
+                f"training (layerdrop is {self._decoder.layerdrop}); set it to 0, or call model.eval()"
+            )
+        return last_row(named, self.family, ("encoder_hidden_states", "encoder_attention_mask"))
 
     def _decode(
         self, call: _Call, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]

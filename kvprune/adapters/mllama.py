@@ -11,7 +11,7 @@ The hooks, in the order in which they run in a forward call (see the picture in 
    features that arrive; always, pass a mask of the width that the layer holds;
 3. after each cross-attention: put attention weights, if the model returns them, back to their columns;
 4. after each cross-attention layer in prefill: the manager asks the policy;
-5. after ``MllamaModel``: end the prefill.
+5. after ``MllamaModel``: read the last token again if asked, and end the prefill.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvprune.adapters import mllama_guide, tiny
-from kvprune.adapters.arguments import CACHE, cache_of, has_cache, named_arguments, with_cache
+from kvprune.adapters.arguments import cache_of, has_cache, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.generation import (
     CANDIDATES,
-    probe_generation,
     prompt_first,
     running_generation,
 )
 from kvprune.adapters.mllama_captures import capture_class_attention, capture_text, tile_layout
+from kvprune.adapters.mllama_probes import mllama_probes
 from kvprune.adapters.mllama_visibility import (
     arriving_tiles,
     repeated_rows,
+    text_arguments,
     tiles_of_rows,
     visibility_of,
 )
-from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
+from kvprune.adapters.probes import Probe
+from kvprune.adapters.rereading import last_row
 from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache.cross_layer import CrossKVLayer
@@ -85,6 +87,7 @@ class MllamaAdapter(ModelAdapter):
     family = "Llama-3.2-Vision (Mllama)"
     model_classes = ("MllamaForConditionalGeneration", "MllamaModel")
     provides = ModelAdapter.provides | {"text", "text_cache", "guidance", "class_attention"}
+    rereads = True
     class_attention_layer: ClassVar[tuple[str, int]] = ("global_transformer", -1)
 
     _call: _Call | None  # the current call of the inner model
@@ -129,7 +132,7 @@ class MllamaAdapter(ModelAdapter):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.begin_call()
         self.spread_weights(self._text.config)
-        named = named_arguments(module, args, kwargs)
+        named = self.arguments_of(module, args, kwargs)
         mask, cache = named.get("cross_attention_mask"), cache_of(named)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
         if tokens is None:
@@ -158,6 +161,7 @@ class MllamaAdapter(ModelAdapter):
         if rows is None:
             rows = torch.ones(batch, 1, new_units, dtype=torch.bool, device=source.device)
         cached = self._is_cached(named)
+        self.prepare_reread(call, named, cached=cached, cross_layers=self._layer_indices)
         # Rows are shared only for the first images in a cache.
         sharable = cached and rows.shape[-1] == new_units and may_share(self._text)
         shared_rows = repeated_rows(generation.repeats, named, source) if sharable else SharedRows()
@@ -274,8 +278,14 @@ class MllamaAdapter(ModelAdapter):
             follows_text=rank < module.layer_idx,  # a self-attention layer comes before it
         )
 
-    def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.finish_call(completed=output is not None)
+    def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return self.finish_prefill(module, output)
+
+    def last_row(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments for the last token alone, without what brings an image."""
+        assert self._call is not None
+        text = text_arguments(named, self._call.mask.rows)
+        return last_row(text, self.family, whole=("cross_attention_mask",))
 
     def _decode(self, call: _Call, module: Any, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments in a decode step: the cut mask, and keys and values that it can read."""
@@ -317,25 +327,4 @@ class MllamaAdapter(ModelAdapter):
     @classmethod
     def probe(cls) -> list[Probe]:
         """Check that transformers has the names and signatures that the hooks use."""
-        signatures = probe_signatures(
-            "transformers.models.mllama.modeling_mllama",
-            {
-                "MllamaForConditionalGeneration": ("cross_attention_mask", "pixel_values"),
-                "MllamaModel": ("cross_attention_mask", "cross_attention_states", CACHE),
-                "MllamaTextModel": ("full_text_row_masked_out_mask", "cross_attention_states"),
-                "MllamaCrossAttentionDecoderLayer": (
-                    "cross_attention_states",
-                    "cross_attention_mask",
-                    CACHE,
-                ),
-                "MllamaTextCrossAttention": ("cross_attention_states", "attention_mask", CACHE),
-                "MllamaTextSelfAttention": ("position_embeddings", CACHE),
-                "MllamaVisionAttention": ("attention_mask",),
-            },
-        )
-        from transformers.models.mllama import modeling_mllama  # slow to import
-
-        rotates = hasattr(modeling_mllama, "apply_rotary_pos_emb")
-        rotary = f"{'has' if rotates else 'lacks'} apply_rotary_pos_emb"
-        named = Probe("modeling_mllama", rotates, rotary)
-        return [probe_cache(), probe_generation(), *signatures, named]
+        return mllama_probes()

@@ -13,7 +13,10 @@ from kvprune.cache.shared_rows import SharedRows, share_repeated
 from kvprune.errors import UnsupportedCacheError
 from kvprune.tokens.visibility import Visibility, with_last_row
 
-__all__ = ["arriving_tiles", "repeated_rows", "tiles_of_rows", "visibility_of"]
+__all__ = ["arriving_tiles", "repeated_rows", "text_arguments", "tiles_of_rows", "visibility_of"]
+
+_BRING_AN_IMAGE = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_states"
+"""Arguments that only a call with a new image has."""
 
 
 def arriving_tiles(named: Mapping[str, Any], batch: int, patches: int) -> tuple[Tensor, int]:
@@ -57,6 +60,20 @@ def tiles_of_rows(mask: Tensor, length: int, cache: Any) -> Tensor:
             mask = torch.cat([mask, mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
         mask = mask[:, seen : seen + length]
     return (mask == 1).flatten(2)
+
+
+def text_arguments(named: Mapping[str, Any], rows: Tensor | None) -> dict[str, Any]:
+    """Return the arguments of a call without its images, and of its cross-attention mask the last row.
+
+    Args:
+        named: Arguments of the forward call by name.
+        rows: bool ``[B, T, U]``, which tiles each text row may attend; None if the call has no mask.
+    """
+    text = {name: value for name, value in named.items() if name not in _BRING_AN_IMAGE}
+    mask = text.pop("cross_attention_mask", None)
+    if mask is not None and rows is not None:  # [B, T or all tokens, images, tiles]
+        text["cross_attention_mask"] = rows[:, -1:].unflatten(-1, mask.shape[2:])
+    return text
 
 
 def repeated_rows(repeats: int, named: Mapping[str, Any], source: Tensor) -> SharedRows:

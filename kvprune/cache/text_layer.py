@@ -161,6 +161,17 @@ class TextKVLayer(DynamicLayer):
         self.keys, self.values = self.keys[..., :-removed, :], self.values[..., :-removed, :]
         self.seen -= removed
 
+    def remove_last(self) -> None:
+        """Remove the last token, although pruning has kept it, so that it can be read again.
+
+        It is the last entry of each row and head, because a policy keeps the last row's own entry (KV03), and
+        padding comes first.
+        """
+        self.keys, self.values = self.keys[..., :-1, :], self.values[..., :-1, :]
+        if self.slots is not None and self.valid is not None and self.kept_width > self.held:
+            self.slots, self.valid = self.slots[..., :-1], self.valid[:, :-1]
+        self.seen -= 1
+
     def reset(self) -> None:
         """Forget everything that is held."""
         super().reset()

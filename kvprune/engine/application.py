@@ -5,6 +5,7 @@ The decision is about new entries. Entries of earlier images are kept as long as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,13 +17,47 @@ from kvprune.errors import UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.merging import Merge
-from kvprune.tokens.reindexing import among_entries, anchors, of_columns, positions
+from kvprune.tokens.reindexing import among_entries, anchors, compose, of_columns, positions
 from kvprune.tokens.selection import OWN_BITS, Selection
 
-__all__ = ["attended_selection", "require_onward", "retain", "with_carried_bias"]
+__all__ = ["apply", "attended_selection"]
 
 
-def retain(prefill: Prefill, decision: Decision, context: DecisionContext) -> Merge | None:
+def apply(
+    policy: CrossKVPolicy,
+    prefill: Prefill,
+    context: DecisionContext,
+    decision: Decision,
+    warn: Callable[[str], None],
+) -> None:
+    """Apply a decision about one layer, and write down what the layer keeps.
+
+    Args:
+        policy: The policy that decided.
+        prefill: The current prefill.
+        context: The layer.
+        decision: The decision, checked.
+        warn: Called with a warning for the user.
+
+    Raises:
+        UnsupportedCacheError: If there is no cache, and the decision prunes nothing else.
+    """
+    layer, layer_idx, merge = context.layer, context.view.layer_idx, None
+    with torch.no_grad():
+        if not prefill.cached:
+            _require_onward(decision, policy, layer_idx)
+        elif decision.cache is not None or not policy.keeps_invisible:
+            if decision.cache is not None and decision.cache.quantizes and layer.keys.requires_grad:
+                warn("quantized entries carry no gradient: backpropagation stops at them")
+            merge = _retain(prefill, decision, context)
+        if decision.onward is not None:
+            prefill.onward = compose(prefill.onward, decision.onward)
+    kept = layer.selection()
+    merge = _with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
+    prefill.kept.add(layer_idx, context.attended, kept.with_merge(merge), layer.copies)
+
+
+def _retain(prefill: Prefill, decision: Decision, context: DecisionContext) -> Merge | None:
     """Drop the entries of a layer that a decision does not keep; return the merge by columns, if any."""
     layer, selection = context.layer, decision.cache
     if selection is not None and selection.merge is not None:
@@ -107,11 +142,11 @@ def attended_selection(layer: CrossKVLayer, received: Selection | None, first_ne
         weights = torch.ones_like(into, dtype=received.merge.weights.dtype)
         weights[..., first_new:] = received.merge.weights
         merge = Merge(torch.cat([into[..., :first_new], new], -1), weights)
-    merge = with_carried_bias(merge, layer, now.indices, now.valid, first_new)
+    merge = _with_carried_bias(merge, layer, now.indices, now.valid, first_new)
     return now.with_merge(merge)
 
 
-def with_carried_bias(
+def _with_carried_bias(
     merge: Merge | None, layer: CrossKVLayer, slots: Tensor, valid: Tensor, first_new: int
 ) -> Merge | None:
     """Return a merge for a report, with the logit bias that entries of earlier images carry.
@@ -137,7 +172,7 @@ def with_carried_bias(
     return replace(merge, carried=carried)
 
 
-def require_onward(decision: Decision, policy: CrossKVPolicy, layer_idx: int) -> None:
+def _require_onward(decision: Decision, policy: CrossKVPolicy, layer_idx: int) -> None:
     """Raise if a decision has no effect because the model was called without a cache.
 
     Raises:

@@ -36,14 +36,14 @@ from kvprune.cache.contents import Arrival
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
 from kvprune.cache.text_layer import TextKVLayer
-from kvprune.engine.application import attended_selection, require_onward, retain, with_carried_bias
+from kvprune.engine.application import apply, attended_selection
 from kvprune.engine.guidance import Guidance, Prompt, to_rows
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
 from kvprune.engine.prefill import DecisionContext, ObservedLayer, Prefill
 from kvprune.engine.report import CompressionReport
-from kvprune.errors import GuideError, UnsupportedCacheError
+from kvprune.errors import CompressionStateError, GuideError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
 from kvprune.policy.checks import check_decision, check_text
@@ -66,6 +66,7 @@ class CrossKVManager:
         layer_indices: The model's cross-attention layers in order; their positions are the ranks.
         guide: Ranks encoder tokens for policies that need "guidance"; called once in each prefill, before its
             first layer.
+        rereads: Whether the last token of each prompt is read again from the pruned cache, see `decide`.
     """
 
     def __init__(
@@ -74,9 +75,12 @@ class CrossKVManager:
         seed: int,
         layer_indices: Sequence[int],
         guide: Callable[[Prompt], Guidance] | None = None,
+        *,
+        rereads: bool = False,
     ) -> None:
         self.policy = policy
         self.guide = guide
+        self.rereads = rereads
         self.layer_indices = tuple(layer_indices)
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._calls = PolicyCalls(policy, seed, self.layer_indices, self.report.note_draw)
@@ -247,23 +251,34 @@ class CrossKVManager:
         else:
             self._apply(prefill, context, answer, watch)
 
-    def end(self, *, completed: bool) -> None:
+    def decide(self) -> None:
+        """Let a `PrefillPolicy` decide before `end`, so that the last token can be read again.
+
+        Raises:
+            SelectionError, PolicyFailedError, UnsupportedCacheError: As in `after_layer`.
+        """
+        self._conclude(self._running())
+
+    def end(self, *, completed: bool, reread: bool = False) -> None:
         """Close a prefill. If it was completed, let a `PrefillPolicy` decide and write the receipts.
 
         A prefill that raised or was interrupted leaves no trace in the report.
 
         Args:
             completed: Whether the forward call returned; false if it raised an error.
+            reread: Whether the last token was read again.
 
         Raises:
             SelectionError, PolicyFailedError, UnsupportedCacheError: As in `after_layer`.
+            CompressionStateError: If the last token should have been read again, and was not.
         """
         prefill, self._prefill = self._prefill, None
         if prefill is None or not completed:
             return
-        self.report.count_encoder_input()
-        if prefill.observed and isinstance(self.policy, PrefillPolicy):
-            self._conclude(self.policy, prefill)
+        self._conclude(prefill)
+        if self.rereads and not reread:
+            raise CompressionStateError("the adapter did not read the last token again, as reread=True asks")
+        self.report.count_encoder_input(reread=reread)
         if prefill.guide is not None:
             self.report.add_guide(prefill.guide)
         if not prefill.record.is_empty:
@@ -300,9 +315,11 @@ class CrossKVManager:
         if decision.onward is not None:
             prefill.onward = compose(None, decision.onward)
 
-    def _conclude(self, policy: PrefillPolicy, prefill: Prefill) -> None:
-        """Let the policy decide about all layers that it observed, and apply the decisions."""
-        observed = prefill.observed
+    def _conclude(self, prefill: Prefill) -> None:
+        """Let a `PrefillPolicy` decide, once, about all layers that it observed, and apply the decisions."""
+        policy, observed = self.policy, prefill.observed
+        if not observed or not isinstance(policy, PrefillPolicy):
+            return
         prefill.record.note_deferral()
         with torch.no_grad(), Stopwatch(observed[-1].context.view.device) as watch:
             decisions = self._calls.conclude(policy, observed)
@@ -310,32 +327,19 @@ class CrossKVManager:
             # The time of the common decision counts for the first layer.
             watches = (layer.watch, watch) if number == 0 else (layer.watch,)
             self._apply(prefill, layer.context, decision, *watches)
+        observed.clear()
 
     def _apply(
         self, prefill: Prefill, context: DecisionContext, decision: object, *watches: Stopwatch
     ) -> None:
         """Check a decision about one layer, apply it, and record the result."""
         view, layer = context.view, context.layer
-        layer_idx = view.layer_idx
         check_decision(decision, view, self.policy.name)
         assert isinstance(decision, Decision)
         if decision.note:
             self.report.warn(decision.note)
-        merge = None
-        with torch.no_grad():
-            if not prefill.cached:
-                require_onward(decision, self.policy, layer_idx)
-            elif decision.cache is not None or not self.policy.keeps_invisible:
-                if decision.cache is not None and decision.cache.quantizes and layer.keys.requires_grad:
-                    self.report.warn("quantized entries carry no gradient: backpropagation stops at them")
-                merge = retain(prefill, decision, context)
-            if decision.onward is not None:
-                prefill.onward = compose(prefill.onward, decision.onward)
-        kept = layer.selection()
-        merge = with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
-        kept = kept.with_merge(merge)
-        prefill.kept.add(layer_idx, context.attended, kept, layer.copies)
-        prefill.record.note_decision(layer_idx, layer, watches, visible=prefill.visibility.decode)
+        apply(self.policy, prefill, context, decision, self.report.warn)
+        prefill.record.note_decision(view.layer_idx, layer, watches, visible=prefill.visibility.decode)
 
     def _running(self) -> Prefill:
         if self._prefill is None:

@@ -41,6 +41,8 @@ class CompressionReport:
         requested: Budget options of the policy by name, such as ``{"keep_ratio": 0.25}``.
         encoder_inputs: Number of forward calls that brought encoder states (an image).
         prefills: Number of these in which the policy's decisions were applied.
+        rereads: Number of these after which the last token was read again from the pruned cache
+            (``compress(..., reread=True)``).
         layers: One receipt per cross-attention layer.
         kept_per_sample: Tokens that decoding keeps / tokens it could see, for each sample of the latest
             prefill, averaged over layers and heads. NaN for samples that see no image.
@@ -62,6 +64,7 @@ class CompressionReport:
     requested: Mapping[str, float | int] = field(default_factory=dict)
     encoder_inputs: int = 0
     prefills: int = 0
+    rereads: int = 0
     layers: tuple[LayerReceipt, ...] = ()
     kept_per_sample: tuple[float, ...] = ()
     kept_of_stored: float = float("nan")
@@ -80,9 +83,10 @@ class CompressionReport:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_live": (), "_live_text": ()}  # copies and pickles have no cache
 
-    def count_encoder_input(self) -> None:
-        """Count a forward call that brings encoder states."""
+    def count_encoder_input(self, *, reread: bool = False) -> None:
+        """Count a forward call that brings encoder states, and whether its last token was read again."""
         self.encoder_inputs += 1
+        self.rereads += reread
 
     def note_draw(self) -> None:
         """Note that the policy drew random numbers."""
@@ -223,6 +227,7 @@ class CompressionReport:
             "requested": dict(self.requested),
             "encoder_inputs": self.encoder_inputs,
             "prefills": self.prefills,
+            "rereads": self.rereads,
             "kept_fraction": _or_none(self.kept_fraction),
             "kept_of_stored": _or_none(self.kept_of_stored),
             "kept_per_sample": [_or_none(fraction) for fraction in self.kept_per_sample],
@@ -267,6 +272,10 @@ class CompressionReport:
                 f"{self.text_bytes_full / _MIB:.3f} MiB stock, in {len(self.text_layers)} layers; "
                 f"kept {self.text_kept_fraction:.1%} of text entries"
             )
+        if self.rereads:
+            lines.append(
+                f"the last token of {_count(self.rereads, 'prompt')} was read again from the pruned cache"
+            )
         lines.append(f"deciding took {self.seconds:.3g} s")
         if self.guide is not None:
             lines.append(str(self.guide))
@@ -282,3 +291,7 @@ def _by_bits(layer: LayerReceipt) -> str:
 
 def _or_none(value: float) -> float | None:
     return None if value != value else value
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"

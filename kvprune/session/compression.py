@@ -21,6 +21,7 @@ from kvprune.policy.spec import PolicySpec
 from kvprune.session.answer_guide import AnswerGuide, require_matching_guide
 from kvprune.session.guide import BoundGuide, Guide
 from kvprune.session.registry import load
+from kvprune.text import shown
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Compression", "compress"]
@@ -32,6 +33,7 @@ def compress(
     *,
     seed: int = 0,
     guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
+    reread: bool = False,
 ) -> Compression:
     """Compress the cross-attention cache of a model inside a ``with`` block.
 
@@ -48,13 +50,16 @@ def compress(
             that batch only. Policies that read the answer take only a Guidance that
             `kvprune.answer_attention` made, or an `AnswerGuide`. The guide runs inside
             the model's forward call, and its cost is in the report.
+        reread: Whether the last prompt token is read again from the pruned cache before the first answer
+            token is predicted. Otherwise the first answer token comes from a row that has attended to tokens
+            that are dropped, and an answer of one token shows nothing of the pruning (docs/hooks.md).
 
     Returns:
         The compression, not yet attached to the model.
 
     Raises:
         UnsupportedModelError: If no adapter supports the model (lists the supported ones), or its adapter
-            cannot capture what the policy needs.
+            cannot capture what the policy needs, or cannot read the last token again.
         IncompatibleTransformersError: If transformers lacks something that the adapter relies on.
         GuideError: If the guide cannot guide this model, or the policy does not use a guide.
         PolicyFailedError: If the policy cannot say what it needs or requests, or says something impossible.
@@ -70,7 +75,7 @@ def compress(
     resolved = registry.resolve(policy)
     require_policy_class(resolved.cls)
     adapter.require_probes()
-    return Compression(adapter(model), resolved.policy, seed, guide)
+    return Compression(adapter(model), resolved.policy, seed, guide, reread=reread)
 
 
 class Compression:
@@ -78,6 +83,7 @@ class Compression:
 
     Attributes:
         policy: The policy that runs.
+        reread: Whether the last prompt token is read again from the pruned cache.
         report: What was kept and held so far, a `CompressionReport`.
     """
 
@@ -87,12 +93,20 @@ class Compression:
         policy: CrossKVPolicy,
         seed: int,
         guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
+        *,
+        reread: bool = False,
     ) -> None:
         require_declarations(policy)
         adapter.require_needs(policy)
+        if not isinstance(reread, bool):
+            raise CompressionStateError(f"reread is True or False, got {shown(reread)}")
+        if reread:
+            adapter.require_rereading()
         self.policy = policy
+        self.reread = reread
         self._adapter = adapter
-        self._manager = CrossKVManager(policy, seed, adapter.layer_indices, _bound(guide, adapter, policy))
+        guides = _bound(guide, adapter, policy)
+        self._manager = CrossKVManager(policy, seed, adapter.layer_indices, guides, rereads=reread)
         self._attached = False
 
     @property

@@ -70,6 +70,7 @@ def guided_generate(
     length_normalised: bool = True,
     combine: Literal["mean", "product"] = "mean",
     seed: int = 0,
+    reread: bool = False,
 ) -> GuidedAnswers:
     """Let a guide answer; call the target, under the guide's ranking, where the guide is not confident.
 
@@ -100,6 +101,8 @@ def guided_generate(
             takes their product, as the released code does.
         combine: The score is the "mean" or the "product" of confidence and consistency.
         seed: Seed of policies that draw random numbers.
+        reread: Whether the target reads the last prompt token again from its pruned cache, see
+            `kvprune.compress`. The guide's passes never do.
 
     Raises:
         GuideError: If the guide cannot guide the target or cannot answer, the policy does not use it, or an
@@ -111,7 +114,9 @@ def guided_generate(
         raise GuideError(f"combine is 'mean' or 'product', got {shown(combine)}")
     options = _answering(guide, max_new_tokens)
     chosen = get_policy(policy)
-    compress(target, chosen, seed=seed, guide=options)  # raises here, before the guide spends time
+    compress(
+        target, chosen, seed=seed, guide=options, reread=reread
+    )  # raises here, before the guide spends time
     adapter = find_adapter(target)(target)
     prompt = Prompt({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
     guidance = BoundGuide(options, adapter).ask(
@@ -125,7 +130,7 @@ def guided_generate(
     report = None
     if asked:
         rows = torch.tensor(asked)
-        with compress(target, chosen, seed=seed, guide=guidance.of(rows)) as run:
+        with compress(target, chosen, seed=seed, guide=guidance.of(rows), reread=reread) as run:
             new, written = adapter.answer(_of_samples(prompt, rows), max_new_tokens)  # both [asked, n]
         report = run.report
         for sample, answer, flags in zip(asked, new, written, strict=True):

@@ -7,13 +7,14 @@ adds the dtype's minimum to the attention mask that the stock model builds. All 
   prefill, and the keys and values that the stock model cached after it.
 - Where a selection holds columns in few bits, the layer reads quantized keys and values at these steps.
 
-The numbers come from plain loops in float64, see `kvprune.testing.oracle_arithmetic`.
+The numbers come from plain loops in float64, see `kvprune.testing.oracle_arithmetic`. If the last prompt
+token is read again, see `kvprune.testing.oracle_rereading`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle_arithmetic import as_held, logit_bias, merged_features, with_merges
+from kvprune.testing.oracle_rereading import rereading
 from kvprune.tokens.selection import Selection
 
 __all__ = ["masked_oracle"]
@@ -40,6 +42,7 @@ def masked_oracle(
     adapter: type[ModelAdapter] | None = None,
     text_selections: Mapping[int, Selection] | None = None,
     prefill_text_selections: Mapping[int, Selection] | None = None,
+    reread: bool = False,
 ) -> Iterator[None]:
     """Run an untouched model so that it attends to selected columns only, merged as the selections say.
 
@@ -55,9 +58,14 @@ def masked_oracle(
         text_selections: Text tokens that decoding may attend to, by layer index (``run.text_selections``).
             Tokens that come later are attended to as well. Mllama only.
         prefill_text_selections: The same for a call that brings an image: what an earlier turn kept.
+        reread: Whether the last prompt token is read again, as decoding reads, before an answer begins.
     """
     text = text_selections or {}, prefill_text_selections or {}
-    with temporary(_hooks(model, adapter, selections, prefill_selections, *text)):
+    with ExitStack() as stack:
+        stack.enter_context(temporary(_hooks(model, adapter, selections, prefill_selections, *text)))
+        if reread:
+            layers = [layer_idx for layer_idx, *_ in _sites(model, adapter)]
+            stack.enter_context(temporary(rereading(model, layers)))
         yield
 
 

@@ -61,7 +61,7 @@ SMALL_SPECS = ("full", "trim:keep_ratio=0.25", "random:keep_ratio=0.25,reach=onw
 
 def small_settings(output: Path, **changes: Any) -> Settings:
     small = {"tasks": ("read", "count"), "limit": 2, "batch_size": 3, "max_new_tokens": 3, "repetitions": 1}
-    return Settings(output=output, **{**small, **changes})
+    return Settings(output=output, **{"answer_attention": False, **small, **changes})
 
 
 def contents(folder: Path) -> dict[str, str]:

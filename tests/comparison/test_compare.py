@@ -16,6 +16,7 @@ import kvprune
 from kvprune.comparison import Progress, Settings, Summary, compare
 from kvprune.comparison.data.examples import read_examples
 from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.questions import PictureGenerator
 from kvprune.comparison.plan import grid
 from kvprune.errors import (
     DataError,
@@ -36,7 +37,7 @@ SPECS = ("full", "trim:keep_ratio=0.25", "norm:keep_ratio=0.25,reach=onward", "l
 
 def settings(output: Path, **changes: Any) -> Settings:
     small = {"tasks": ("read", "count"), "limit": 2, "batch_size": 3, "max_new_tokens": 3, "repetitions": 0}
-    return Settings(output=output, **{**small, **changes})
+    return Settings(output=output, **{"answer_attention": False, **small, **changes})
 
 
 def run(output: Path, on_progress: Callable[[Progress], None] = lambda _: None, **changes: Any) -> Summary:
@@ -153,7 +154,7 @@ def grown(finished: tuple[Path, Summary], tmp_path: Path) -> Path:
 
 def add(folder: Path, policies: Sequence[str] = POLICIES, **changes: Any) -> tuple[Summary, list[str], int]:
     """Add to a folder; return the summary, the notes, and how many lines are new. No line ever goes."""
-    before, notes = lines(folder), list[str]()
+    before, notes = lines(folder) if folder.exists() else [], list[str]()
     found = compare(policies, RATIOS, settings(folder, **changes), on_note=notes.append)
     after = lines(folder)
     assert not set(before) - set(after)
@@ -296,6 +297,35 @@ def test_a_policy_that_is_gone_is_named(
     assert back == finished[1]
 
 
+def test_the_reference_that_reads_the_answer_joins_at_each_ratio_and_is_not_timed(grown: Path) -> None:
+    found, notes, new = add(grown, ["trim:keep_ratio=0.1"], answer_attention=True, repetitions=1)
+    assert [row.spec for row in found.rows] == [
+        *SPECS,
+        "trim:keep_ratio=0.1",
+        "answer-attention:keep_ratio=0.25",
+        "answer-attention:keep_ratio=0.1",
+    ]
+    assert new == 12
+    assert [row.speed is None for row in found.rows] == [False] * 5 + [True] * 2
+    assert notes == ["this folder compares 7 configurations, 3 more than this command names"]
+    again, _, new = add(grown, repetitions=1)
+    assert (again, new) == (found, 0), "it stays, last in each budget"
+
+
+def test_each_draw_is_computed_once(tmp_path: Path) -> None:
+    policies = ("random:reach=onward", "trim")
+    folder = tmp_path / "out"
+    assert add(folder, policies)[2] == 12
+    assert add(folder, policies, draws=3)[2] == 8, "two more seeds of random, and nothing of trim"
+    assert add(folder, policies, draws=2)[2] == 0
+    seeds = {(row["spec"], row["seed"]) for row in map(json.loads, lines(folder))}
+    assert seeds == {
+        ("full", None),
+        ("trim:keep_ratio=0.25", None),
+        *(("random:keep_ratio=0.25,reach=onward", seed) for seed in range(3)),
+    }
+
+
 def test_the_partner_is_checked_before_anything_is_written(tmp_path: Path, no_model: None) -> None:
     with pytest.raises(
         PolicyOptionError, match=r"there is no 'nrom' to compare with; .*choose one of: full, trim"
@@ -362,7 +392,9 @@ def test_policy_that_reports_nothing_is_an_error(tmp_path: Path, monkeypatch: py
 
 
 def test_batches_are_padded_on_the_left(finished: tuple[Path, Summary]) -> None:
-    generator = Generator.load(None, device="cpu", dtype="auto", attn_implementation=None, max_new_tokens=3)
+    generator = PictureGenerator.load(
+        None, device="cpu", dtype="auto", attn_implementation=None, max_new_tokens=3
+    )
     examples = read_examples(finished[0] / "data" / "data.jsonl")
     inputs = generator.encode(examples)
     mask = inputs["attention_mask"]

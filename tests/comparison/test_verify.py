@@ -153,6 +153,24 @@ def test_an_edited_grid_is_named(folder: Path, no_model: None) -> None:
         verify(folder)
 
 
+def test_each_draw_is_run_again_with_its_seed(folder: Path) -> None:
+    compare(SMALL_POLICIES, SMALL_RATIOS, small_settings(folder, draws=3, repetitions=1))
+    found = verify_unchanged(folder)
+    assert found.reproduces
+    assert found.calls == 2 * (3 + 3), "two batches; full, trim, lossless, and random with three seeds"
+    assert found.lines == found.answers == 4 * (3 + 3)
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    drawn = [line for line in lines if line["seed"] == 2 and line["id"] == "read-0000"]
+    assert len(drawn) == 1
+    for line in lines:
+        if line is drawn[0]:
+            line["receipt"] = "0" * 64
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = verify_unchanged(folder)
+    assert [one.what[:7] for one in found.differences] == ["receipt"]
+    assert verify(folder, sample=5).calls >= 5 + 1, "seeds take turns, as configurations do"
+
+
 def test_old_answers_are_a_note(folder: Path) -> None:
     compare(SMALL_POLICIES, SMALL_RATIOS, small_settings(folder, max_new_tokens=2, repetitions=0))
     found = verify_unchanged(folder)

@@ -93,6 +93,7 @@ ALONE = {
     "check_history": runs.ForgetsWhenInterrupted,
     "check_rows_of_equal_inputs": runs.SharesEqualInputs,
     "check_empty_sample": runs.NeedsRealText,
+    "check_rereading": runs.KeepsMoreIfItIsReadAgain,
 }
 CHECKS = {check.__name__: (row, check) for row in INVARIANTS for check in (*row.on_layers, *row.on_models)}
 

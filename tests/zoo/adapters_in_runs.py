@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 
 import torch
 
@@ -89,6 +90,39 @@ class DropsTheMaskForEmptySamples(BartAdapter):
         if encoder_mask is not None and not encoder_mask.any(-1).all():
             encoder_mask = torch.ones_like(encoder_mask)
         return super()._visibility(tokens, states, encoder_mask, decoder_mask, copies)
+
+
+class RereadsWithTheFirstMask(MllamaAdapter):
+    """Reads the last token again with the cross-attention mask of the first one."""
+
+    caught_by = ("reread",)
+
+    def last_row(self, named):
+        row, mask = super().last_row(named), named["cross_attention_mask"]
+        return {**row, "cross_attention_mask": mask[:, :1]}
+
+
+class RereadsPadding(BartAdapter):
+    """Reads the last token again without the encoder's mask."""
+
+    caught_by = ("reread",)
+
+    def last_row(self, named):
+        return {**super().last_row(named), "encoder_attention_mask": None}
+
+
+class NeverLeavesTheSecondCall(BartAdapter):
+    """Takes any call for the second one of a prefill that was interrupted while it was read again."""
+
+    caught_by = ("reread",)
+
+    def finish_prefill(self, module, output):
+        again = None if self._call is None else self._call.again
+        try:
+            return super().finish_prefill(module, output)
+        except BaseException:
+            self._reread, again.thread = again, threading.get_ident()
+            raise
 
 
 class CountsKeptLogitsAsDrafts(MllamaAdapter):

@@ -1,12 +1,14 @@
-"""What shows only in whole runs: writes to other layers, memories of broken calls, rows, empty samples."""
+"""What shows only in whole runs: writes, memories of broken calls, rows, empty samples, re-reading."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
 
 from kvprune import Budget, Decision, PrefillPolicy, ScoringPolicy, Selection, scoring
+from kvprune.engine.manager import CrossKVManager
 from zoo.helpers import by_norm
 
 NOTED = []
@@ -84,3 +86,24 @@ class NeedsRealText(ScoringPolicy):
         real = view.text.real[:, None, :, None]
         mean = (view.text.values * real).sum(2) / real.sum(2)
         return by_norm(view) * (1 + torch.tanh(mean.mean((-1, -2))))[:, None, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsMoreIfItIsReadAgain(ScoringPolicy):
+    """Looks who is calling, and keeps everything where its first answer token would show what is dropped."""
+
+    name = "keeps-more-if-it-is-read-again"
+    caught_by = ("reread",)
+
+    keep_ratio: float = 0.5
+
+    def score(self, view):
+        return by_norm(view)
+
+    def select(self, view):
+        frame = sys._getframe()
+        while frame is not None and not isinstance(frame.f_locals.get("self"), CrossKVManager):
+            frame = frame.f_back
+        if frame is not None and frame.f_locals["self"].rereads:
+            return Decision()
+        return super().select(view)

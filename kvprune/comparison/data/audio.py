@@ -133,8 +133,7 @@ def _content(path: Path) -> bytes:
                 f"{_named(path)} has {size} bytes; no recording of {LONGEST_SECONDS:g} s needs more than "
                 f"{_LARGEST_FILE}"
             )
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
+        content = path.read_bytes()
     except FileNotFoundError:
         parent = _named(path.parent)
         raise DataError(f"no file at {_named(path)}; paths are relative to {parent}") from None

@@ -52,7 +52,7 @@ def read_utterance(row: Row) -> Utterance:
     """Read and check one row; the recording is decoded once.
 
     Raises:
-        DataError: If a field is wrong, nothing of the text is left after normalisation, or the recording
+        DataError: If a field is wrong, no word of the text is left after normalisation, or the recording
             cannot be read or is too long.
         ModuleNotFoundError: If a package that reads recordings is missing.
     """
@@ -60,10 +60,8 @@ def read_utterance(row: Row) -> Utterance:
     name, reference, language = row.id, row.text("text"), _language(row)
     if len(reference) > _LONGEST_TEXT:
         raise row.wrong("text", f"it must have at most {_LONGEST_TEXT} characters")
-    if not normaliser(language)(reference):
-        raise row.wrong(
-            "text", "nothing of it is left after normalisation, so there is no word to count errors by"
-        )
+    if not any(char.isalnum() for char in normaliser(language)(reference)):
+        raise row.wrong("text", "no word of it is left after normalisation, so there is nothing to score")
     audio = row.folder / row.text("audio")
     try:
         recording = read_audio(audio)

@@ -17,7 +17,6 @@ from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.storage.answers import Answer, Transcript
 from kvprune.errors import ResultsError
-from kvprune.session.compression import compress
 
 __all__ = ["ask", "batches", "load_generator"]
 
@@ -43,6 +42,7 @@ def load_generator(settings: Settings, kind: Kind) -> Generator:
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         max_new_tokens=settings.max_new_tokens,
+        reread=settings.reread,
         trust_remote_code=settings.trust_remote_code,
     )
 
@@ -59,7 +59,8 @@ def ask(
 
     The model's encoder runs once for all configurations of a batch, see `EncoderReuse`. Transcripts of a
     pruned cache are cut where a limit says that follows from the full cache's transcript of the same
-    recording, see `cap_after`. Decoding is greedy, so each is what generation with that limit gives.
+    recording, see `cap_after`. Decoding is greedy, so each is what generation with that limit gives. A policy
+    that may look at the answer is given that of the full cache.
 
     Args:
         generator: The model.
@@ -74,11 +75,16 @@ def ask(
 
     Raises:
         ResultsError: If the policy's report does not cover every example.
+        KVPruneError: If the model or its adapter refuses the policy, see `kvprune.compress`.
     """
     is_reference = one.spec == REFERENCE
-    caps = [generator.max_new_tokens if is_reference else _cap(generator, full[one.id]) for one in batch]
-    with generator.encoder.during(one.policy), compress(generator.model, one.policy, seed=seed) as run:
+    most = generator.max_new_tokens
+    caps = [most if is_reference else min(most, _cap(full[example.id], most)) for example in batch]
+    compression = generator.compress(one.policy, inputs, seed)
+    with generator.encoder.during(one.policy), compression as run:
         new = generator.generate(inputs, limit=max(caps))  # [B, new]
+    if is_reference:
+        generator.note_full(inputs, new)
     report = run.report
     kept = report.kept_per_sample
     if len(kept) != len(batch) or any(math.isnan(fraction) for fraction in kept):
@@ -108,8 +114,6 @@ def ask(
     return answers
 
 
-def _cap(generator: Generator, full: Answer) -> int:
-    """Return the limit on new tokens of an answer, given what the full cache answered to the same example."""
-    if isinstance(full, Transcript):
-        return min(generator.max_new_tokens, cap_after(full.tokens))
-    return generator.max_new_tokens
+def _cap(full: Answer, most: int) -> int:
+    """Return the limit on an answer, given the full cache's answer to the same example, and its limit."""
+    return cap_after(full.tokens) if isinstance(full, Transcript) else most

@@ -139,7 +139,7 @@ def claim(
     for note in (
         *(f"{spec} is in this folder but does not run any more ({why})" for spec, why in gone.items()),
         *growth.notes,
-        *_more_configurations(len(configurations), len(wanted)),
+        *_more_configurations(configurations, wanted),
         *_kept(others),
     ):
         on_note(note)
@@ -203,10 +203,13 @@ def _examples(
     return every, choose(every, tasks, limit)
 
 
-def _more_configurations(whole: int, wanted: int) -> Sequence[str]:
-    if whole <= wanted:
-        return ()
-    return (f"this folder compares {whole} configurations, {whole - wanted} more than this command names",)
+def _more_configurations(whole: Sequence[Configuration], wanted: Sequence[Configuration]) -> Sequence[str]:
+    """Say so if the folder has configurations that are not asked for; references come by themselves."""
+    named = {one.spec for one in wanted}
+    more = sum(one.spec not in named and not one.policy.reads_answer for one in whole)
+    return (f"this folder compares {len(whole)} configurations, {more} more than this command names",) * bool(
+        more
+    )
 
 
 def _kept(others: Mapping[str, int]) -> Sequence[str]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self, TypedDict
 
 import torch
 
 from kvprune.comparison.data.examples import Example, Kind
+from kvprune.comparison.execution.answer_guidance import AnswerGuidance
 from kvprune.comparison.execution.encoder_reuse import EncoderReuse
 from kvprune.comparison.execution.loading import load_model
+from kvprune.comparison.plan.grid import REFERENCE
 from kvprune.comparison.storage.answers import Answer
-from kvprune.session.registry import find_adapter
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.nesting import parts
+from kvprune.session.compression import Compression, compress
+from kvprune.session.registry import find_adapter, get_policy
 
 __all__ = ["Generator", "Measured"]
 
@@ -43,13 +49,11 @@ class Generator(ABC):
         model: A model with `generate` that an adapter supports.
         processor: Its processor.
         max_new_tokens: Limit on the length of an answer, in tokens.
+        reread: Read the last token of each prompt again from the pruned cache; see `kvprune.compress`.
 
     Class attributes:
         kind: The kind of examples.
         packages: Modules that it needs and that do not come with the plain install.
-
-    Attributes:
-        encoder: Remembers the output of the model's encoder for the batch.
     """
 
     kind: ClassVar[Kind]
@@ -58,11 +62,45 @@ class Generator(ABC):
     model: Any
     processor: Any
     max_new_tokens: int
-    encoder: EncoderReuse = field(init=False)
+    reread: bool = False
 
-    def __post_init__(self) -> None:
-        reuse = EncoderReuse.of(find_adapter(self.model)(self.model))
-        object.__setattr__(self, "encoder", reuse)  # frozen
+    @cached_property
+    def encoder(self) -> EncoderReuse:
+        """Remembers the output of the model's encoder for the latest batch."""
+        return EncoderReuse.of(find_adapter(self.model)(self.model))
+
+    @cached_property
+    def answers(self) -> AnswerGuidance:
+        """Remembers what the full cache answered to the latest batch."""
+        return AnswerGuidance(self.model)
+
+    def compress(self, policy: CrossKVPolicy, inputs: Mapping[str, Any], seed: int) -> Compression:
+        """Return the compression under which a policy answers a batch.
+
+        A policy that may look at the answer is given what the full cache answers, which is generated first
+        unless it is known.
+
+        Args:
+            policy: The policy.
+            inputs: What `encode` returned.
+            seed: Seed for policies that draw at random.
+
+        Raises:
+            KVPruneError: As `kvprune.compress` and `kvprune.answer_attention` say.
+        """
+        if not any(part.reads_answer for part in parts(policy)):
+            return compress(self.model, policy, seed=seed, reread=self.reread)
+        full = get_policy(REFERENCE)
+        with self.encoder.during(full):
+            if not self.answers.knows(inputs):
+                with compress(self.model, full, reread=self.reread):
+                    self.note_full(inputs, self.generate(inputs))
+            guide = self.answers.of(inputs)
+        return compress(self.model, policy, seed=seed, guide=guide, reread=self.reread)
+
+    def note_full(self, inputs: Mapping[str, Any], new: torch.Tensor) -> None:
+        """Note what the full cache answered to a batch, new tokens ``[B, new]``."""
+        self.answers.note(inputs, new, self.lengths(new), self.max_new_tokens)
 
     @classmethod
     def load(
@@ -73,6 +111,7 @@ class Generator(ABC):
         dtype: str,
         attn_implementation: str | None,
         max_new_tokens: int | None,
+        reread: bool = False,
         trust_remote_code: bool = False,
     ) -> Self:
         """Load a model and its processor, and check that they can answer examples of this kind.
@@ -83,6 +122,7 @@ class Generator(ABC):
             dtype: One of `DTYPES`.
             attn_implementation: Passed to transformers; None is its default.
             max_new_tokens: Limit on the length of an answer, in tokens; None is the default of the kind.
+            reread: Read the last token of each prompt again from the pruned cache.
             trust_remote_code: Let transformers run Python files that come with the model.
 
         Raises:
@@ -102,7 +142,7 @@ class Generator(ABC):
         )
         find_adapter(loaded)
         limit = cls.check_model(str(model), loaded, processor, max_new_tokens)
-        return cls(model=loaded.eval(), processor=processor, max_new_tokens=limit)
+        return cls(model=loaded.eval(), processor=processor, max_new_tokens=limit, reread=reread)
 
     @classmethod
     @abstractmethod

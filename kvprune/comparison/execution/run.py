@@ -153,11 +153,12 @@ class Run:
         Args:
             number: Number of the first new repetition.
         """
+        # A reference that reads the answer is no method: it is not timed.
+        reference, *others = (one for one in self._configurations if not one.policy.reads_answer)
         done = {
-            one.spec: sum(one.spec in laps for laps in self._laps.values()) for one in self._configurations
+            one.spec: sum(one.spec in laps for laps in self._laps.values()) for one in (reference, *others)
         }
         missing = {spec: self._settings.repetitions - count for spec, count in done.items()}
-        reference, *others = self._configurations
         sets: Iterator[tuple[Configuration, ...]] = (
             (reference, *(one for one in others if missing[one.spec] > turn))
             for turn in range(max(missing.values()))

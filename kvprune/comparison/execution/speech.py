@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ from kvprune.adapters.whisper_text import normaliser
 from kvprune.comparison.data.audio import read_audio, resampled
 from kvprune.comparison.data.examples import Example, Utterance
 from kvprune.comparison.execution.generation import Generator, Measured
+from kvprune.comparison.execution.quiet import without_warnings
 from kvprune.comparison.execution.transcripts import count_errors, repeats
 from kvprune.comparison.storage.answers import Transcript
 from kvprune.errors import DataError, KVPruneError, UnsupportedModelError
@@ -139,7 +138,7 @@ class SpeechGenerator(Generator):
                 )
             length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         # One temperature, so Whisper has nothing to fall back to if it does not trust a transcript.
-        with torch.inference_mode(), _without_warnings_about_itself():
+        with torch.inference_mode(), without_warnings():
             new: torch.Tensor = self.model.generate(
                 **inputs, **length, return_timestamps=False, do_sample=False, num_beams=1, temperature=None
             )
@@ -167,21 +166,3 @@ class SpeechGenerator(Generator):
             cap=cap,
             loops=repeats(measured["answer"]),
         )
-
-
-_ABOUT_ITSELF = ("Both `max_new_tokens`", "Both `min_new_tokens`", "Passing `generation_config` together")
-"""How warnings begin that the ``generate`` of Whisper causes by how it calls that of its base class."""
-
-
-@contextmanager
-def _without_warnings_about_itself() -> Iterator[None]:
-    logger = logging.getLogger("transformers.generation.utils")
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_ABOUT_ITSELF)
-
-    logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_news)

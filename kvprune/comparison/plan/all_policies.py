@@ -5,7 +5,6 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass
 
-from kvprune.comparison.plan.grid import ANSWER_ATTENTION
 from kvprune.policy.options import required_options
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
@@ -35,7 +34,7 @@ class Everything:
 def every_policy(installed: Registry | None = None) -> Everything:
     """Return specs of all built-in policies that take a ``keep_ratio``, without the budget itself.
 
-    The reference that may look at the answer is no method, and not among them; see `answer_attention`.
+    Policies that read the answer are references and no methods, so they are left out; see `answer_attention`.
 
     Args:
         installed: The policies to choose from; None is all that are installed.
@@ -45,7 +44,7 @@ def every_policy(installed: Registry | None = None) -> Everything:
     for name in sorted(found.policies):
         entry = found.policies[name]
         types = entry.cls.option_types()
-        if entry.distribution != _OWN or "keep_ratio" not in types or name == ANSWER_ATTENTION:
+        if entry.distribution != _OWN or "keep_ratio" not in types:
             continue
         required = required_options(entry.cls)
         if entry.cls.reads_answer:

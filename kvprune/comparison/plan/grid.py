@@ -157,7 +157,7 @@ def unite(
     found |= asked
     if with_answer_attention:
         found |= {one.spec: one for one in answer_attention(tuple(found.values())) if one.spec not in found}
-    return tuple(sorted(found.values(), key=lambda one: one.policy.name == ANSWER_ATTENTION)), gone
+    return tuple(sorted(found.values(), key=lambda one: one.policy.reads_answer)), gone
 
 
 def partner(against: str, configurations: Sequence[Configuration], *, optional: bool = False) -> str:

@@ -43,6 +43,7 @@ def policy_identities(configurations: Sequence[Configuration]) -> list[dict[str,
     extends, and the same for each policy among its options.
     """
     sources: dict[type, str] = {}
+    versions: dict[str, str] = {}
     identities = []
     for one in configurations:
         classes = [type(part) for part in parts(one.policy)]
@@ -51,13 +52,16 @@ def policy_identities(configurations: Sequence[Configuration]) -> list[dict[str,
                 sources[cls] = _source_digest(cls)
         digests = [sources[cls] for cls in classes]
         names = dict.fromkeys((one.distribution, *one.inner))
+        for name in names:
+            if name not in versions:
+                versions[name] = installed_version(name)
         identities.append(
             {
                 "spec": one.spec,
                 **one.policy.spec.to_dict(),
                 "plugin": one.plugin,
                 "distribution": one.distribution,
-                "versions": {name: installed_version(name) for name in names},
+                "versions": {name: versions[name] for name in names},
                 "source_sha256": digests[0] if len(digests) == 1 else _joint_digest(digests),
             }
         )

@@ -21,6 +21,10 @@ __all__ = ["DEMO", "build_about", "build_context"]
 DEMO = "embedded demo"
 """How a manifest names the demo's model and data."""
 
+_LIBRARIES = ("torch", "transformers", "tokenizers")
+_OF_KIND: Mapping[Kind, tuple[str, ...]] = {"pictures": ("pillow",), "speech": ("soundfile", "soxr", "jiwer")}
+"""Libraries that can change an answer, or what is right about it."""
+
 
 def build_context(settings: Settings, kind: Kind, reference: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ingredients that all units of a run share. Each of them can change an answer.
@@ -43,7 +47,7 @@ def build_context(settings: Settings, kind: Kind, reference: Mapping[str, Any]) 
         "attn_implementation": settings.attn_implementation,
         "trust_remote_code": settings.trust_remote_code,
         "reference": policy_key(reference),
-        "versions": {name: installed_version(name) for name in ("torch", "transformers")},
+        "versions": {name: installed_version(name) for name in (*_LIBRARIES, *_OF_KIND[kind])},
         "kvprune_source_sha256": code_digest(),
     }
 

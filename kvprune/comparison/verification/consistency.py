@@ -20,6 +20,7 @@ from kvprune.comparison.storage.identity import policy_identities
 from kvprune.comparison.storage.manifest import build_about, build_context
 from kvprune.comparison.storage.results_folder import MANIFEST, RESULTS, SUMMARY
 from kvprune.comparison.storage.stored_run import StoredRun
+from kvprune.errors import ResultsError
 
 __all__ = ["Difference", "changes_since", "check_consistency", "compare_values", "judge_transcripts"]
 
@@ -154,16 +155,19 @@ def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
         return [Difference(SUMMARY, what)], []
     # A run that adds repetitions may be killed before it writes its summary. The summary in the folder is
     # then that of the earlier repetitions.
-    derived = summarise(
-        stored.configurations,
-        stored.examples,
-        stored.answers,
-        dict(islice(stored.laps.items(), timed)),
-        batch_size=stored.settings.batch_size,
-        device=str(stored.grid.context["device"]),
-        reread=stored.settings.reread,
-        against=stored.settings.against,
-    )
+    try:
+        derived = summarise(
+            stored.configurations,
+            stored.examples,
+            stored.answers,
+            dict(islice(stored.laps.items(), timed)),
+            batch_size=stored.settings.batch_size,
+            device=str(stored.grid.context["device"]),
+            reread=stored.settings.reread,
+            against=stored.settings.against,
+        )
+    except ResultsError as error:  # transcripts that cannot be of the same recordings
+        return [Difference(RESULTS, str(error))], []
     untimed = timed != len(stored.laps)
     notes = [f"{SUMMARY} counts {timed} of {len(stored.laps)} timed repetitions"] if untimed else []
     return list(compare_values(SUMMARY, written, json.loads(json.dumps(derived.to_dict())))), notes

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvprune.testing.conformance.adapters import attachment, captures, declaration, generation, sharing
-from kvprune.testing.conformance.models import cache_contents, decoding, history, rows, selections
+from kvprune.testing.conformance.models import (
+    cache_contents,
+    decoding,
+    history,
+    rereading,
+    rows,
+    selections,
+)
 from kvprune.testing.conformance.policies.invariants import ModelCheck
 
 __all__ = ["ADAPTER_INVARIANTS", "SETTINGS", "AdapterInvariant", "Cases"]
@@ -138,6 +145,16 @@ ADAPTER_INVARIANTS = (
     ),
     AdapterInvariant(
         "padding", "a sample that is all padding", (Cases(rows.check_empty_sample, BY_QUERIES),)
+    ),
+    AdapterInvariant(
+        "reread",
+        "the last token is read again",
+        (
+            Cases(rereading.check_rereading, (*LOSSLESS, *PRUNING), ("greedy", "beams")),
+            Cases(rereading.check_rereading, ONE, ("eager", "sdpa")),
+            Cases(rereading.check_rereading_in_full, FULL, tuple(SETTINGS)),
+            Cases(rereading.check_broken_rereading, RANDOM),
+        ),
     ),
     AdapterInvariant(
         "logits",

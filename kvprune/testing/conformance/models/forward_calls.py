@@ -18,6 +18,7 @@ __all__ = [
     "encoded",
     "forward",
     "next_turn",
+    "start_token",
     "with_repeated_row",
 ]
 
@@ -33,7 +34,7 @@ def called(model: Any, inputs: Mapping[str, Any]) -> Any:
     """Run one forward call that brings encoder states, and return what the model returns."""
     if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         batch = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
-        inputs = {**inputs, "decoder_input_ids": torch.full((batch, 1), _start_token(model))}
+        inputs = {**inputs, "decoder_input_ids": torch.full((batch, 1), start_token(model))}
     return model(**inputs, use_cache=True)
 
 
@@ -50,7 +51,7 @@ def encoded(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     encoder = model.get_encoder()
     read = inspect.signature(type(encoder).forward).parameters
     outputs = encoder(**{key: value for key, value in inputs.items() if key in read})
-    start = torch.full((len(inputs[name]), 1), _start_token(model))
+    start = torch.full((len(inputs[name]), 1), start_token(model))
     rest = {key: value for key, value in inputs.items() if key != name}
     return {**rest, "encoder_outputs": outputs, "decoder_input_ids": start}
 
@@ -90,7 +91,7 @@ def next_turn(model: Any, inputs: dict[str, Tensor], cache: Any, turn: int) -> N
         turn: Number of this turn; the prefill is turn 0.
     """
     if model.config.is_encoder_decoder:  # such a model takes the encoder's input in each call
-        tokens = torch.full((len(next(iter(inputs.values()))), 2), _start_token(model))
+        tokens = torch.full((len(next(iter(inputs.values()))), 2), start_token(model))
         forward(model, {**inputs, "decoder_input_ids": tokens}, cache)
         return
     if not {"attention_mask", "cross_attention_mask"} <= set(inputs):
@@ -106,11 +107,11 @@ def next_turn(model: Any, inputs: dict[str, Tensor], cache: Any, turn: int) -> N
     )
 
 
-def _start_token(model: Any) -> int:
+def start_token(model: Any) -> int:
     """Return the token with which an encoder-decoder model begins, as `generate` finds it."""
     for settings in (model.generation_config, model.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
+        for name in ("decoderstart_token_id", "bos_token_id"):
             token = getattr(settings, name, None)
             if isinstance(token, int):
                 return token
-    raise NotApplicable("the model does not say with which token its decoder starts (decoder_start_token_id)")
+    raise NotApplicable("the model does not say with which token its decoder starts (decoderstart_token_id)")

@@ -72,6 +72,7 @@ class Scenario:
         seed: Seed of the compression.
         adapter: The adapter to use; None for the installed one that supports the model.
         oracle: The master oracle, for families that `masked_oracle` does not support.
+        reread: Whether the last prompt token is read again (``compress(..., reread=True)``).
     """
 
     pristine: Any
@@ -81,6 +82,7 @@ class Scenario:
     seed: int = 0
     adapter: type[ModelAdapter] | None = None
     oracle: Oracle | None = None
+    reread: bool = False
 
     @classmethod
     def of(cls, problem: ModelProblem) -> Scenario:
@@ -106,7 +108,7 @@ class Scenario:
         """
         adapter = self.adapter_class(self.model if model is None else model)
         guide = AnswerGuide(adapter, torch.tensor(_ANSWER)) if policy.reads_answer else None
-        return Compression(adapter, policy, self.seed, guide)
+        return Compression(adapter, policy, self.seed, guide, reread=self.reread)
 
     def renew(self) -> None:
         """Discard the working copy; the next use makes a new one."""
@@ -201,8 +203,9 @@ class Scenario:
         self, selections: Any, prefill_selections: Any, text_selections: Any = None
     ) -> AbstractContextManager[None]:
         if self.oracle is not None:
-            if text_selections:
-                raise NotApplicable("the oracle of this adapter does not support pruned text")
+            if text_selections or self.reread:
+                what = "pruned text" if text_selections else "re-reading"
+                raise NotApplicable(f"the oracle of this adapter does not support {what}")
             return self.oracle(self.pristine, selections, prefill_selections)
         self.sites(self.pristine)  # raises NotApplicable for a family that the oracle does not support
         return masked_oracle(
@@ -211,6 +214,7 @@ class Scenario:
             prefill_selections,
             adapter=self.adapter_class,
             text_selections=text_selections,
+            reread=self.reread,
         )
 
     @cached_property

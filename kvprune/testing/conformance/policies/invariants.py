@@ -20,7 +20,14 @@ from kvprune.testing.conformance.layers import (
     text_pruning,
     visibility,
 )
-from kvprune.testing.conformance.models import cache_contents, decoding, history, rows, selections
+from kvprune.testing.conformance.models import (
+    cache_contents,
+    decoding,
+    history,
+    rereading,
+    rows,
+    selections,
+)
 from kvprune.testing.conformance.models.merging import check_mass
 from kvprune.testing.conformance.models.scenario import Scenario
 from kvprune.testing.conformance.policies.corner_cases import LAYER_CORNERS
@@ -179,6 +186,7 @@ INVARIANTS = (
     Invariant("history", "the same answer whatever ran before", (), (history.check_history,)),
     Invariant("rows", "rows of equal inputs stay apart", (), (rows.check_rows_of_equal_inputs,)),
     Invariant("padding", "a sample that is all padding", (), (rows.check_empty_sample,)),
+    Invariant("reread", "the last token is read again", (), (rereading.check_rereading,)),
 )
 
 CLASS = Invariant("class", "options, specs and documentation")

@@ -1,0 +1,88 @@
+"""The part of the master oracle that reads the last prompt token again (``compress(..., reread=True)``).
+
+After a prefill of the untouched model, the stock text cache loses its last entry, and the last token is read
+again in a decode step, in which the oracle masks what was dropped. That step's row replaces the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+from kvprune.adapters.arguments import cache_argument, cache_of, named_arguments, returned_cache
+
+__all__ = ["rereading"]
+
+_OF_IMAGES = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_states"
+
+
+def rereading(model: Any, cross_layers: Collection[int]) -> Iterator[RemovableHandle]:
+    """Hook a model so that each call that brings encoder states is followed by a step for its last token.
+
+    Args:
+        model: An untouched model, Mllama or one with an ``EncoderDecoderCache``.
+        cross_layers: Indices of the cross-attention layers.
+    """
+    if model.config.is_encoder_decoder:
+        inner: Any = model.get_decoder()
+    else:
+        inner = getattr(model, "model", model)
+    step = _Step(inner, cross_layers)
+    yield inner.register_forward_pre_hook(step.before, with_kwargs=True)
+    yield inner.register_forward_hook(step.after)
+
+
+class _Step:
+    """One more decode step after each prefill of a module.
+
+    Args:
+        inner: The module that returns the last hidden state.
+        cross_layers: Indices of the cross-attention layers.
+    """
+
+    def __init__(self, inner: Any, cross_layers: Collection[int]) -> None:
+        self._inner, self._cross_layers = inner, cross_layers
+        self._arguments: dict[str, Any] | None = None  # of a prefill that runs
+        self._is_running = False
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the arguments of a call that brings encoder states."""
+        if self._is_running:
+            return
+        named = named_arguments(module, args, kwargs)
+        cache = cache_of(named)
+        if named.get("encoder_hidden_states") is not None:  # in each call of an encoder-decoder model
+            filled = getattr(cache, "is_updated", {})
+            brings = not all(filled.get(layer) for layer in self._cross_layers)
+        else:
+            brings = any(named.get(name) is not None for name in _OF_IMAGES)
+        self._arguments = dict(named) if brings else None
+
+    def after(self, module: Any, args: Any, output: Any) -> Any:
+        """Take the last token back, read it again, and put its row in the place of the last one."""
+        if self._is_running or self._arguments is None:
+            return None
+        named, self._arguments = self._arguments, None
+        cache = cache_of(named) or returned_cache(output)
+        text = getattr(cache, "self_attention_cache", None)
+        for layer_idx, layer in enumerate((text or cache).layers):
+            if text is not None or layer_idx not in self._cross_layers:  # stock would cut image keys as well
+                layer.crop(-1)
+        for name in list(named):
+            if name in _OF_IMAGES or named[name] is cache:
+                del named[name]
+            elif name in ("input_ids", "inputs_embeds", "cross_attention_mask") and named[name] is not None:
+                named[name] = named[name][:, -1:]
+            elif name in ("position_ids", "cache_position") and named[name] is not None:
+                named[name] = named[name][..., -1:]
+        self._is_running = True
+        try:
+            step = self._inner(**{**named, **cache_argument(self._inner, cache), "use_cache": True})
+        finally:
+            self._is_running = False
+        rows = output["last_hidden_state"].clone()
+        rows[:, -1] = step["last_hidden_state"][:, 0]
+        output["last_hidden_state"] = rows
+        return output
