@@ -227,7 +227,7 @@ def test_reference_rows_belong_to_no_family_and_all_others_are_compared_with_the
             assert row.versus_answer_attention.value == pytest.approx((RIGHT[row.spec] - other) / 40)
     assert summary.disagreement == summary_of(RIGHT).disagreement
     text = "\n".join(notes(summary, ranked=True))
-    assert "answer-attention looks at the full cache's answer before it prunes" in text
+    assert "answer-attention: looks at the full cache's answer before it prunes" in text
 
 
 def test_before_a_run_a_sentence_says_what_it_can_show() -> None:
