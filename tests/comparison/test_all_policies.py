@@ -77,8 +77,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the command asks the library to do, instead of doing it."""
     seen: dict[str, Any] = {}
 
-    def compare(policies: Any, ratios: Any, settings: Any, on_progress: Any) -> Any:
-        seen.update(policies=list(policies), late=settings.late_tokens)
+    def compare(policies: Any, ratios: Any, settings: Any, *_: Any, **__: Any) -> Any:
+        seen.update(policies=list(policies), reread=settings.reread)
 
     def show(*_: Any, ranked: bool) -> None:
         seen["ranked"] = ranked
@@ -89,20 +89,20 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "late", "ranked"),
+    ("arguments", "reread", "ranked"),
     [
-        ([], 0, False),
-        (["--late-tokens", "2"], 2, False),
-        (["--all"], 1, True),
-        (["--all", "--late-tokens", "0"], 0, True),
+        ([], True, False),
+        (["--no-reread"], False, False),
+        (["--all"], True, True),
+        (["--all", "--no-reread"], False, True),
     ],
 )
-def test_all_decodes_one_token_late_unless_told_otherwise(
-    asked: dict[str, Any], tmp_path: Path, arguments: list[str], late: int, ranked: bool
+def test_all_adds_every_policy_and_ranks_them(
+    asked: dict[str, Any], tmp_path: Path, arguments: list[str], reread: bool, ranked: bool
 ) -> None:
     done = CliRunner().invoke(app, ["compare", *arguments, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert (asked["late"], asked["ranked"]) == (late, ranked)
+    assert (asked["reread"], asked["ranked"]) == (reread, ranked)
     more = list(every_policy().specs) if ranked else []
     assert asked["policies"] == [*DEFAULT_POLICIES, *more]
 

@@ -161,32 +161,32 @@ def unite(
 
 
 def partner(against: str, configurations: Sequence[Configuration], *, optional: bool = False) -> str:
-    """Return the label of the policy that others are compared with.
+    """Return the label or name of the policy that others are compared with.
 
     Args:
-        against: A label, which is a spec without its budget, or the name of a policy that has one label.
+        against: A label, which is a spec without its budget, or the name of a policy.
         configurations: What is compared.
-        optional: Return `against` itself where no label is meant clearly.
+        optional: Return `against` where nothing has this label or name.
+
+    Returns:
+        The label as the table has it, or the name.
 
     Raises:
-        PolicyOptionError: If there is no such label or name, or the name has several labels.
+        PolicyOptionError: If there is no such label or name; lists what there is.
     """
     labels = list(dict.fromkeys(one.label for one in configurations))
     try:
         label = str(PolicySpec.parse(against))
     except SpecError:
         label = against
-    named = list(dict.fromkeys(one.label for one in configurations if one.policy.name == against))
     if label in labels:
         return label
-    if len(named) == 1:
-        return named[0]
-    if optional:
+    if optional or any(one.policy.name == against for one in configurations):
         return against
-    problem = f"there is no {against!r} to compare with{suggestion(against, labels)}"
-    if named:
-        problem = f"several policies are called {against!r}"
-    raise PolicyOptionError(f"{problem}; choose one of: {', '.join(named or labels)}")
+    raise PolicyOptionError(
+        f"there is no {against!r} to compare with{suggestion(against, labels)}; "
+        f"choose one of: {', '.join(labels)}"
+    )
 
 
 def _cross(spec: PolicySpec, cls: type[CrossKVPolicy], keep_ratios: Sequence[float]) -> list[PolicySpec]:

@@ -164,7 +164,7 @@ def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
             batch_size=stored.settings.batch_size,
             device=str(stored.grid.context["device"]),
             reread=stored.settings.reread,
-            against=stored.settings.against,
+            against=str(written.get("against", stored.settings.against)),
         )
     except ResultsError as error:  # transcripts that cannot be of the same recordings
         return [Difference(RESULTS, str(error))], []
