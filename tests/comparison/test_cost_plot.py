@@ -60,7 +60,7 @@ def test_each_row_is_on_the_front_or_beaten_by_it(summary: Summary, points: list
 
 def test_rows_that_see_the_answer_and_rows_without_cost_take_no_part(summary: Summary) -> None:
     rows = rows_of(summary, [(1, 10), (2, 5), (3, 6)])
-    rows[0] = dataclasses.replace(rows[0], label="answer-attention")
+    rows[0] = dataclasses.replace(rows[0], label="answer-attention", is_reference=True)
     assert [row.label for row in pareto_front(rows, held)] == ["p1", "p2"]
     assert [row.label for row in pareto_front(rows, lambda row: None if row.label == "p1" else 1.0)] == ["p2"]
     seen = dataclasses.replace(summary, rows=(summary.rows[0], *rows))

@@ -21,7 +21,7 @@ from kvprune.comparison.display.records import Provenance, Record, answer_record
 from kvprune.comparison.display.table_formats import latex, markdown, to_csv, to_markdown, to_parquet
 from kvprune.comparison.statistics.summary import Summary
 from kvprune.comparison.storage.stored_run import read_run
-from kvprune.errors import KVPruneError, ResultsError
+from kvprune.errors import KVPruneError, PolicyOptionError, ResultsError
 from kvprune.text import is_printable
 
 MADE = Provenance(
@@ -194,7 +194,7 @@ def test_the_latex_table_has_all_rows_and_the_best_of_each_budget_is_bold(summar
         accuracy=summary.rows[0].accuracy,
         versus_baseline=contrast(0.5, 0.1, 0.8, p_value=0.0001, p_adjusted=0.0004),
     )
-    seen = dataclasses.replace(best, label="answer-attention")
+    seen = dataclasses.replace(best, label="answer-attention", is_reference=True)
     whole = dataclasses.replace(summary, rows=(*summary.rows, best, seen))
     text = latex_table(whole, MADE)
     rows = body(text)
@@ -268,6 +268,8 @@ def test_what_cannot_be_exported_is_named(folder: Path) -> None:
         export(stored, "cvs")
     with pytest.raises(KVPruneError, match="answers make no table for a paper"):
         export(stored, "latex", answers=True)
+    with pytest.raises(PolicyOptionError, match="there is no 'trin' to compare with; did you mean 'trim'"):
+        export(stored, "csv", against="trin")
     half = dataclasses.replace(stored, answers=dict(list(stored.answers.items())[:5]))
     with pytest.raises(ResultsError, match=r"is unfinished: \d+ answers are missing"):
         export(half, "csv")

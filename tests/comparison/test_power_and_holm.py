@@ -26,9 +26,15 @@ from kvprune.comparison.statistics.summary import Summary, summarise
 POLICIES = ["trim", "random:reach=onward", "uniform:reach=onward", "lossless"]
 
 
-def summary_of(right: dict[str, Any], *, questions: int = 40, against: str = "trim") -> Summary:
+def summary_of(
+    right: dict[str, Any],
+    *,
+    questions: int = 40,
+    against: str = "trim",
+    policies: list[str] | None = None,
+) -> Summary:
     """Summarise `questions` answers; `right` says by spec (or by seed) how many of the first are right."""
-    configurations = expand(POLICIES, [0.5, 0.1])
+    configurations = expand(policies or POLICIES, [0.5, 0.1])
     asked = [example(number) for number in range(questions)]
     answers = {}
     for one in configurations:
@@ -200,16 +206,28 @@ def test_five_questions_cannot_show_anything_and_a_note_says_so() -> None:
     assert "with 5 questions no p-value can be below 0.062" in text
 
 
-def test_reference_rows_have_no_rank_and_no_family() -> None:
-    summary = summary_of(RIGHT)
-    rows = [
-        dataclasses.replace(row, label=row.label.replace("uniform:reach=onward", "answer-attention"))
-        for row in summary.rows
-    ]
-    text = "\n".join(notes(dataclasses.replace(summary, rows=tuple(rows)), ranked=True))
-    assert "answer-attention looks at the full cache's answer before it prunes" in text
-    assert "2 of" not in text.split("Holm's correction")[0]
-    assert rows[-1].draws == 1
+def test_reference_rows_belong_to_no_family_and_all_others_are_compared_with_them() -> None:
+    best = {"answer-attention:keep_ratio=0.5": 38, "answer-attention:keep_ratio=0.1": 30}
+    summary = summary_of({**RIGHT, **best}, policies=[*POLICIES, "answer-attention"])
+    plain = {row.spec: row for row in summary_of(RIGHT).rows}
+    for row in summary.rows:
+        if row.is_reference:
+            assert row.spec in best
+            assert row.versus_answer_attention is None
+            assert row.versus_baseline is not None
+            assert row.versus_baseline.p_adjusted is None
+            assert row.versus_full is not None
+            assert row.versus_full.p_adjusted is None
+            continue
+        assert row.versus_baseline == plain[row.spec].versus_baseline, "the family is as large as without it"
+        assert row.versus_full == plain[row.spec].versus_full
+        if row.keep_ratio is not None:
+            assert row.versus_answer_attention is not None
+            other = best[f"answer-attention:keep_ratio={row.keep_ratio}"]
+            assert row.versus_answer_attention.value == pytest.approx((RIGHT[row.spec] - other) / 40)
+    assert summary.disagreement == summary_of(RIGHT).disagreement
+    text = "\n".join(notes(summary, ranked=True))
+    assert "answer-attention: looks at the full cache's answer before it prunes" in text
 
 
 def test_before_a_run_a_sentence_says_what_it_can_show() -> None:

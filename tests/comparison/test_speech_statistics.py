@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -261,3 +262,40 @@ def test_the_bootstrap_covers_the_truth(utterances: int, least: float) -> None:
         found = rows(speech({"full": tuple(errors.tolist())}, words=tuple(words.tolist())))["full"].main
         hits += found.low <= truth <= found.high
     assert least <= hits / rounds <= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("draws", "luck"), [(5, 0.0), (5, 0.3), (3, 0.1)])
+def test_the_bootstrap_over_utterances_and_draws_covers_the_truth(draws: int, luck: float) -> None:
+    """Errors are Poisson: 0.1 of the words, times a factor of the utterance and one of the draw, means 1."""
+    random, hits, rounds = np.random.default_rng(6), 0, 150
+    for _ in range(rounds):
+        words = random.integers(5, 40, 40)
+        factor = random.gamma(2, 1 / 2, 40)
+        found = {}
+        for seed in range(draws):
+            rate_of_draw = random.gamma(1 / luck**2, luck**2) if luck else 1.0
+            found[seed] = random.poisson(0.1 * words * factor * rate_of_draw).tolist()
+        nothing = (0,) * 40
+        row = rows(speech({"full": nothing, RANDOM: found}, words=tuple(words.tolist())))[RANDOM]
+        hits += row.main.low <= 0.1 <= row.main.high
+    assert 0.89 <= hits / rounds <= 0.99
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_transcripts_are_summarised_in_seconds() -> None:
+    random = np.random.default_rng(1)
+    words = random.integers(5, 40, 1000)
+    specs = [f"trim:keep_ratio={ratio / 200}" for ratio in range(1, 100)]
+    errors = {spec: random.binomial(words, 0.1).tolist() for spec in ("full", *specs)}
+    configurations = expand(specs, [])
+    asked = [utterance(number, f"task {number % 4}") for number in range(1000)]
+    answers = [
+        transcript(one.spec, each, errors[one.spec][number], int(words[number]))
+        for one in configurations
+        for number, each in enumerate(asked)
+    ]
+    by_key = {one.key: one for one in answers}
+    start = time.process_time()
+    summarise(configurations, asked, by_key, {}, batch_size=4, device="cpu", reread=True, against="full")
+    assert time.process_time() - start < 3, "about one second on a machine that has nothing else to do"

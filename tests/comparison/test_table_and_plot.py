@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from statistics_helpers import contrast
+from test_speech_statistics import FOUND, speech
 
 from kvprune.comparison.display import curves, plot
 from kvprune.comparison.display.console import show_summary
@@ -218,3 +219,52 @@ def test_figure_of_many_policies_tells_them_apart(summary: Summary) -> None:
     picture = Image.open(io.BytesIO(plot.render(many)))
     assert picture.width > few.width, "the legend stands beside the panels"
     assert next(iter(curves.curves(many))) == "lossless", "the best first"
+
+
+def test_speech_tables_say_what_matters(summary: Summary) -> None:
+    heard = speech(FOUND)
+    lines = printed(heard, 130, ranked=True)
+    headings = " ".join(lines[0].split())
+    assert headings == (
+        "# policy budget kept s MiB WER % [95 %] CER % - trim [95 %] a b = full % loops capped"
+    )
+    first, second = (line for line in lines if " 50 % of 30.0 s " in line)
+    assert first.split()[:2] == ["1", "trim"], "fewer errors are better"
+    assert second.split()[:2] == ["2", "random:reach=onward"]
+    text = "\n".join(notes(heard))
+    for said in (
+        "8 utterances",
+        "lower is better",
+        "bootstrap intervals over utterances",
+        "negative is better",
+    ):
+        assert said in text
+    assert "most frequent answer" not in text
+    assert "Careful: 0 of 8 transcripts" not in text
+    endless = "\n".join(notes(speech(FOUND, loops=True, finished=False)))
+    assert "Careful: 8 of 8 transcripts of full were cut at their limit" in endless
+    assert "Careful: 8 of 8 transcripts of full repeat themselves endlessly" in endless
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_narrow_speech_tables_lose_what_matters_least(ranked: bool) -> None:
+    heard, seen = speech(FOUND), set()
+    for width in range(52, 130, 3):
+        narrow = printed(heard, width, ranked=ranked)
+        assert max(map(len, narrow)) <= width
+        heading = " ".join(narrow[0].split())
+        for name in ("policy", "budget", "kept s", "WER %", "- trim"):
+            assert name in heading
+        whole = "\n".join(narrow)
+        there = [
+            name in whole
+            for name in (" b ", "of 30.0 s", "= full %", "CER %", "MiB", "capped", "loops", "[95 %]")
+        ]
+        assert there == sorted(there), "what comes first in the order goes first"
+        seen.add(tuple(there))
+    assert len(seen) > 5
+
+
+def test_what_was_reused_of_the_encoder_is_a_note(summary: Summary) -> None:
+    assert "The encoder ran once." in notes(summary, encoder="The encoder ran once.")
+    assert not any("encoder" in note for note in notes(summary))

@@ -60,7 +60,8 @@ def render_cost(summary: Summary) -> bytes:
     """
     from matplotlib.lines import Line2D
 
-    panels: list[tuple[str, Cost]] = [("MiB of cross-attention cache per example (log scale)", _mebibytes)]
+    unit = "utterance" if summary.kind == "speech" else "example"
+    panels: list[tuple[str, Cost]] = [(f"MiB of cross-attention cache per {unit} (log scale)", _mebibytes)]
     if any(_token_ratio(row) is not None for row in summary.rows):
         panels.append((f"time per token relative to {summary.reference.spec}", _token_ratio))
     found = curves(summary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kvprune.comparison.statistics.partner import ANSWER_ATTENTION
 from kvprune.comparison.statistics.power import (
     POINTS,
     examples_for_means,
@@ -29,10 +28,11 @@ def difference_notes(summary: Summary, *, ranked: bool) -> list[str]:
         by = "right answers" if summary.higher_is_better else "word error rate"
         found.append(f"# is the rank by {by} within a budget; equal ones share it.")
     found += _partner_notes(summary)
-    if any(row.is_reference for row in summary.rows):
+    references = dict.fromkeys(row.label for row in summary.rows if row.is_reference)
+    if references:
         found.append(
-            f"{ANSWER_ATTENTION} looks at the full cache's answer before it prunes: it shows what a budget "
-            "can hold, is no method, and has no rank."
+            f"{', '.join(references)}: looks at the full cache's answer before it prunes. It shows what a "
+            "budget can hold, is no method, and has no rank."
         )
     if summary.disagreement is not None:
         found.append(_needed_note(summary))

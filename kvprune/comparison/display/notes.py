@@ -69,39 +69,39 @@ def _unfinished_note(summary: Summary) -> list[str]:
     worst = max(summary.rows, key=lambda row: row.unfinished)
     if not worst.unfinished:
         return []
-    return [
-        f"Careful: {summary.reference.unfinished} of {summary.examples} answers of {summary.reference.spec} "
-        f"({worst.unfinished} of {_total(summary, worst)}{worst.spec}) were cut at --max-new-tokens."
-    ]
-
-
-def _total(summary: Summary, row: Row) -> str:
-    """Return how many answers a row has, where it has several to each example."""
-    return f"{summary.examples * row.draws} of " if row.draws > 1 else ""
+    found = _worst(summary, "answers", summary.reference.unfinished, worst, worst.unfinished)
+    return [f"Careful: {found} were cut at --max-new-tokens."]
 
 
 def _transcript_notes(summary: Summary) -> list[str]:
     """Say how transcripts end, and how many were cut or repeat themselves."""
-    found = [
+
+    def loops(row: Row) -> int:
+        return row.speech.loops if row.speech else 0
+
+    said = [
         "Each transcript has its own limit on new tokens (cap in results.jsonl). capped counts transcripts "
         "cut there; loops counts transcripts that repeat themselves endlessly. Both count as errors in full."
     ]
-    capped = max(summary.rows, key=lambda row: row.unfinished)
-    loops = max(summary.rows, key=lambda row: row.speech.loops if row.speech else 0)
+    capped, endless = max(summary.rows, key=lambda row: row.unfinished), max(summary.rows, key=loops)
     if capped.unfinished:
-        found.append(
-            f"Careful: {summary.reference.unfinished} of {summary.examples} transcripts of "
-            f"{summary.reference.spec} ({capped.unfinished} of {summary.examples * capped.draws} of "
-            f"{capped.spec}) were cut at their limit."
+        found = _worst(summary, "transcripts", summary.reference.unfinished, capped, capped.unfinished)
+        said.append(f"Careful: {found} were cut at their limit.")
+    if loops(endless):
+        found = _worst(summary, "transcripts", loops(summary.reference), endless, loops(endless))
+        said.append(
+            f"Careful: {found} repeat themselves endlessly. A few of them can make up most of an error rate."
         )
-    if loops.speech and loops.speech.loops:
-        own = summary.reference.speech.loops if summary.reference.speech else 0
-        found.append(
-            f"Careful: {own} transcripts of {summary.reference.spec} ({loops.speech.loops} of "
-            f"{summary.examples * loops.draws} of {loops.spec}) repeat themselves endlessly. A few of them "
-            "can make up most of an error rate."
-        )
-    return found
+    return said
+
+
+def _worst(summary: Summary, what: str, own: int, worst: Row, count: int) -> str:
+    """Return how many answers of the full cache, and of the row that has most, something happened to."""
+    text = f"{own} of {summary.examples} {what} of {summary.reference.spec}"
+    if worst.spec == summary.reference.spec:
+        return text
+    whole = f"{summary.examples * worst.draws} of " if worst.draws > 1 else ""
+    return f"{text} ({count} of {whole}{worst.spec})"
 
 
 def _draws_notes(summary: Summary) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvprune.comparison.plan.grid import Configuration
 
-__all__ = ["ANSWER_ATTENTION", "is_reference", "named", "partner_label", "partners"]
+__all__ = ["ANSWER_ATTENTION", "named", "partner_label", "partners"]
 
 ANSWER_ATTENTION = "answer-attention"
 """Policy that looks at the answer before it prunes: it shows what is possible, and is no method."""
@@ -15,11 +15,6 @@ ANSWER_ATTENTION = "answer-attention"
 def named(label: str) -> str:
     """Return the name of the policy in a label or spec."""
     return label.partition(":")[0]
-
-
-def is_reference(label: str) -> bool:
-    """Whether a label is that of a row which is never ranked."""
-    return named(label) == ANSWER_ATTENTION
 
 
 def partner_label(configurations: Sequence[Configuration], against: str) -> str | None:

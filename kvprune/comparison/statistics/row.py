@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from kvprune.comparison.statistics.contrasts import Contrast
 from kvprune.comparison.statistics.error_rates import SpeechRates
-from kvprune.comparison.statistics.partner import is_reference
 from kvprune.comparison.statistics.rates import Rate
 from kvprune.comparison.statistics.speed import Speed
 
@@ -24,6 +23,8 @@ class Row:
         budget: the requested budget as text; empty where the policy has none.
         keep_ratio: the requested fraction of visible tokens; None where the budget is not a fraction.
         reach: the policy's option `reach`; None where it has no such option.
+        is_reference: whether the policy looks at the answer before it prunes: the row then shows what is
+            possible, is no method, and is not ranked.
         seeds: the seeds that the policy drew with; empty where it drew nothing.
         kept_fraction: measured fraction of visible tokens kept, mean over examples and draws.
         bytes_held: measured size of the cross-attention cache of one example in bytes, mean over the same.
@@ -46,6 +47,7 @@ class Row:
     budget: str
     keep_ratio: float | None
     reach: str | None
+    is_reference: bool
     seeds: tuple[int, ...]
     kept_fraction: float
     bytes_held: float
@@ -69,11 +71,6 @@ class Row:
     def draws(self) -> int:
         """How often each example was answered."""
         return len(self.seeds) or 1
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether this row shows what is possible and is no method; it is not ranked."""
-        return is_reference(self.label)
 
     @property
     def lost(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvprune.comparison.plan.grid import partner
 from kvprune.comparison.statistics.summary import Summary, summarise
 from kvprune.comparison.storage.stored_run import StoredRun
 from kvprune.errors import ResultsError
@@ -18,6 +19,7 @@ def summary_of(stored: StoredRun, against: str | None = None) -> Summary:
 
     Raises:
         ResultsError: If answers are missing.
+        PolicyOptionError: If no row, or more than one of a budget, is called `against`.
     """
     if stored.missing:
         raise ResultsError(
@@ -32,5 +34,5 @@ def summary_of(stored: StoredRun, against: str | None = None) -> Summary:
         batch_size=stored.settings.batch_size,
         device=str(stored.grid.context["device"]),
         reread=stored.settings.reread,
-        against=against or stored.settings.against,
+        against=partner(against, stored.configurations) if against else stored.settings.against,
     )

@@ -210,6 +210,7 @@ class _Table:
             budget=one.budget,
             keep_ratio=one.keep_ratio,
             reach=one.reach,
+            is_reference=one.policy.reads_answer,
             seeds=tuple(seed for seed in own.seeds if seed is not None),
             kept_fraction=float(own.kept.mean()),
             bytes_held=float(own.held.mean()),
