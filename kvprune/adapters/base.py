@@ -114,6 +114,11 @@ class ModelAdapter(Attachment, Declaration):
         )
 
     @property
+    def encoder(self) -> nn.Module | None:
+        """The module whose output depends on no policy, such as a vision tower; None if there is none."""
+        return None
+
+    @property
     def layer_indices(self) -> Sequence[int]:
         """Indices of the cross-attention layers in the decoder, in order."""
         return tuple(site.layer_idx for site in self.sites)

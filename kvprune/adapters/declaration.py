@@ -20,6 +20,7 @@ class Declaration(ABC):
         family: Name of the family, for messages and tables.
         model_classes: Names of the supported transformers classes.
         provides: What the adapter can capture, by the names that policies use in `CrossKVPolicy.needs`.
+        captured_in_encoder: What of it is captured while the encoder runs.
         rereads: Whether the adapter can read the last prompt token again (``compress(..., reread=True)``):
             it calls `prepare_reread` and `finish_prefill`, and defines `last_row`.
     """
@@ -27,6 +28,7 @@ class Declaration(ABC):
     family: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     provides: ClassVar[frozenset[str]] = frozenset({"queries", "raw_keys", "features"})
+    captured_in_encoder: ClassVar[frozenset[str]] = frozenset({"class_attention"})
     rereads: ClassVar[bool] = False
 
     @classmethod

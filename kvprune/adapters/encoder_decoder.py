@@ -114,6 +114,12 @@ class EncoderDecoderAdapter(ModelAdapter):
         """All decoder layers: each has a cross-attention."""
         return range(len(self._decoder.layers))
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder of the model."""
+        found: nn.Module = self.model.get_encoder()  # type: ignore[operator]
+        return found
+
     def attach(self, manager: CrossKVManager) -> None:
         """Hook the decoder's calls and each cross-attention module."""
         self._manager = manager

@@ -112,6 +112,11 @@ class MllamaAdapter(ModelAdapter):
         """Indices of the cross-attention layers (3, 8, 13, ... in Llama-3.2-11B-Vision)."""
         return self._layer_indices
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The vision tower."""
+        return cast(nn.Module, self._inner.vision_model)
+
     def attach(self, manager: CrossKVManager) -> None:
         """Add the hooks that the module docstring lists."""
         self._manager = manager

@@ -19,7 +19,7 @@ except ModuleNotFoundError as missing:
         f"kvprune: the command line needs {missing.name}, which is not installed: pip install {missing.name}"
     ) from missing
 
-from kvprune.cli import bench, check, cite, compare, doctor, policies, verify
+from kvprune.cli import bench, check, cite, compare, doctor, policies, results, verify
 
 __all__ = ["app", "main"]
 
@@ -39,6 +39,7 @@ app.command()(doctor.doctor)
 app.command()(check.check)
 app.command()(compare.compare)
 app.command()(verify.verify)
+app.add_typer(results.results, name="results")
 app.add_typer(bench.bench, name="bench")
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvprune.cli import compare_options as options
 from kvprune.cli.common import (
@@ -19,6 +20,9 @@ from kvprune.cli.common import (
 )
 from kvprune.errors import PolicyOptionError
 from kvprune.text import printable_json
+
+if TYPE_CHECKING:
+    from kvprune.comparison import Settings
 
 __all__ = ["compare"]
 
@@ -35,7 +39,7 @@ def compare(
     seed: options.Seed = 0,
     output: options.Output = Path("kvprune-results"),
     batch_size: options.BatchSize = 16,
-    max_new_tokens: options.MaxNewTokens = 16,
+    max_new_tokens: options.MaxNewTokens = None,
     reread: options.Reread = True,
     draws: options.Draws = 1,
     against: options.Against = "trim",
@@ -80,7 +84,7 @@ def compare(
         )
         hide_progress_bars()
         ratios = [_ratio(part) for part in re.split("[,;]", keep_ratios)]
-        policies = _specs(policy or (), every=every)
+        policies = _specs(policy or (), settings if every else None)
         with redirect_stdout(sys.stderr), progress_bar() as on_progress:  # plugins may print
             summary = run(policies, ratios, settings, on_progress)
         if json_output:
@@ -89,13 +93,14 @@ def compare(
             show_summary(summary, output, make_console(), ranked=every)
 
 
-def _specs(given: Sequence[str], *, every: bool) -> list[str]:
-    """Return the specs to compare: those given, or the default ones; with ``every``, all that can run."""
+def _specs(given: Sequence[str], every: Settings | None) -> list[str]:
+    """Return the specs to compare: those given, or the default ones; with settings, all that can run."""
     from kvprune.comparison import DEFAULT_POLICIES, every_policy
+    from kvprune.comparison.execution.support import adapter_for
 
-    if not every:
+    if every is None:
         return list(given or DEFAULT_POLICIES)
-    found = every_policy(load_quietly())
+    found = every_policy(load_quietly(), adapter_for(every))
     for name, why in found.left_out.items():
         say(f"left out: {name} {why}")
     return [*DEFAULT_POLICIES, *found.specs, *given]

@@ -69,7 +69,12 @@ Output = Annotated[
     Path, typer.Option(help="Results folder. The same command continues there where it was interrupted.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Examples per call of generate.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Most new tokens of an answer.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Most new tokens of an answer. Default: 16 of pictures; of speech, what the model permits."
+    ),
+]
 Reread = Annotated[
     bool,
     typer.Option(

@@ -9,6 +9,8 @@ from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.statistics.paired import PairedDifference
 from kvprune.comparison.statistics.rates import Rate
 from kvprune.comparison.statistics.summary import Row, Summary
+from kvprune.comparison.storage.folder_description import FolderDescription, describe_folder
+from kvprune.comparison.storage.stored_run import StoredRun, read_run
 from kvprune.comparison.verification.consistency import Difference
 from kvprune.comparison.verification.verification import Verification, verify
 
@@ -17,16 +19,20 @@ __all__ = [
     "DEFAULT_POLICIES",
     "Difference",
     "Everything",
+    "FolderDescription",
     "PairedDifference",
     "Progress",
     "Rate",
     "Row",
     "Settings",
+    "StoredRun",
     "Summary",
     "Verification",
     "compare",
+    "describe_folder",
     "every_policy",
     "notes",
+    "read_run",
     "table",
     "verify",
 ]

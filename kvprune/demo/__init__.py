@@ -1,4 +1,4 @@
-"""A small trained Mllama and questions about pictures of handwritten digits, to try policies offline."""
+"""Data to try policies on: a small trained Mllama with pictures of digits, and recorded speech."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvprune.demo.examples import Example, examples, write_dataset
+from kvprune.demo.recordings import SPEECH_MODEL, speech_data
 from kvprune.demo.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import MllamaForConditionalGeneration, ProcessorMixin
 
-__all__ = ["TASKS", "Example", "examples", "load", "model_path", "write_dataset"]
+__all__ = [
+    "SPEECH_MODEL",
+    "TASKS",
+    "Example",
+    "examples",
+    "load",
+    "model_path",
+    "speech_data",
+    "write_dataset",
+]
 
 
 def model_path() -> Path:

@@ -82,8 +82,8 @@ class CrossKVManager:
         self.guide = guide
         self.rereads = rereads
         self.layer_indices = tuple(layer_indices)
-        self._calls = PolicyCalls(policy, seed, self.layer_indices)
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
+        self._calls = PolicyCalls(policy, seed, self.layer_indices, self.report.note_draw)
         self.kept = KeptSelections()
         self._prefill: Prefill | None = None
 

@@ -40,11 +40,13 @@ class PolicyCalls:
         policy: The policy.
         seed: Seed for policies that draw random numbers.
         layer_indices: The model's cross-attention layers in order.
+        on_draw: Called when the policy draws random numbers.
     """
 
     policy: CrossKVPolicy
     seed: int
     layer_indices: tuple[int, ...]
+    on_draw: Callable[[], None] = lambda: None
 
     def feature_view(self, prefill: Prefill, features: Tensor) -> FeatureView:
         """Return the view of a policy that decides before the first layer.
@@ -57,8 +59,9 @@ class PolicyCalls:
             visibility=prefill.arriving(None),
             num_layers=len(self.layer_indices),
             seed=self.seed,
-            fingerprints=prefill.fingerprints,
+            fingerprints=self._noting(prefill.fingerprints),
             policy_name=self.policy.name,
+            on_draw=self.on_draw,
             layout_of=prefill.layout,
             captured=Captured(features=features).joined(prefill.captured, features.device),
         )
@@ -97,8 +100,9 @@ class PolicyCalls:
             num_layers=len(self.layer_indices),
             scaling=scaling,
             seed=self.seed,
-            fingerprints=prefill.fingerprints,
+            fingerprints=self._noting(prefill.fingerprints),
             policy_name=self.policy.name,
+            on_draw=self.on_draw,
             layout_of=prefill.layout_of(received),
             captured=prefill.captured_of(received, own, layer.keys.device, follows_text=follows_text),
             follows_text=follows_text,
@@ -142,6 +146,15 @@ class PolicyCalls:
                     "receive, but all of them have attended; return Decision(cache=...)"
                 )
         return decisions
+
+    def _noting(self, fingerprints: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return the function, which now counts as a draw: a sample's random numbers start from them."""
+
+        def noted() -> Tensor:
+            self.on_draw()
+            return fingerprints()
+
+        return noted
 
     def _call(
         self,

@@ -52,6 +52,7 @@ class CompressionReport:
         seconds: Time that the policy took to decide, over all prefills, without its guide.
         guide: Cost of the guide, over all prefills; None if the policy has none.
         warnings: Warnings for the user, each once, in order of appearance.
+        drew: Whether the policy drew random numbers, so that another seed may keep other tokens.
         text_layers: One receipt per self-attention layer, if the policy prunes text. All other byte counts
             are of cross-attention only.
         text_kept_fraction: Text entries kept / text entries before pruning, mean over samples and layers of
@@ -71,6 +72,7 @@ class CompressionReport:
     seconds: float = 0.0
     guide: GuideReceipt | None = None
     warnings: tuple[str, ...] = ()
+    drew: bool = False
     text_layers: tuple[TextReceipt, ...] = ()
     text_kept_fraction: float | None = None
     _kept_sum: float = field(default=0.0, repr=False)
@@ -85,6 +87,10 @@ class CompressionReport:
         """Count a forward call that brings encoder states, and whether its last token was read again."""
         self.encoder_inputs += 1
         self.rereads += reread
+
+    def note_draw(self) -> None:
+        """Note that the policy drew random numbers."""
+        self.drew = True
 
     def add_guide(self, receipt: GuideReceipt) -> None:
         """Add the cost of a guide."""
@@ -217,6 +223,7 @@ class CompressionReport:
             "policy": self.policy.to_dict(),
             "spec": str(self.policy),
             "seed": self.seed,
+            "drew": self.drew,
             "requested": dict(self.requested),
             "encoder_inputs": self.encoder_inputs,
             "prefills": self.prefills,

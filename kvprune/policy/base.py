@@ -7,6 +7,7 @@ frozen keyword-only dataclass whose fields are its options. `kvprune.policy` say
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import typing
 from abc import ABC, abstractmethod
@@ -175,8 +176,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type annotation of each option by its name."""
-        hints = typing.get_type_hints(cls)
-        return {option.name: hints[option.name] for option in dataclasses.fields(cls)}
+        return dict(_option_types(cls))
 
     @classmethod
     def with_preset(
@@ -247,6 +247,12 @@ class CrossKVPolicy(AnyPolicy, ABC):
             TypeError: With the class and what is missing.
         """
         require_policy_class(cls)
+
+
+@functools.lru_cache(maxsize=256)
+def _option_types(cls: type[CrossKVPolicy]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)  # slow, and a comparison makes hundreds of policies
+    return {option.name: hints[option.name] for option in dataclasses.fields(cls)}
 
 
 def require_policy_class(cls: type[CrossKVPolicy]) -> None:

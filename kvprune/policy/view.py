@@ -42,6 +42,7 @@ class View:
         policy_name: For messages.
         layout_of: Returns the positions of the columns in their images; None if unknown.
         captured: Tensors that the policy declared in ``needs``; a `FeatureView` always has the features.
+        on_draw: Called when the policy takes the generator; the report says that the policy drew.
     """
 
     visibility: Visibility
@@ -51,6 +52,7 @@ class View:
     policy_name: str = "?"
     layout_of: Callable[[], Layout] | None = None
     captured: Captured = Captured()
+    on_draw: Callable[[], None] = lambda: None
 
     @property
     def batch(self) -> int:
@@ -178,6 +180,7 @@ class View:
         Do not draw tensors with a batch axis from it, or the numbers of a sample depend on its place in the
         batch; use `random` for these.
         """
+        self.on_draw()
         return randomness.generator(self.seed, self._place)
 
     def capturing(self, **captured: Any) -> Self:

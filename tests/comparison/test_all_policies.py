@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from speech_helpers import tiny_checkpoint
 from typer.testing import CliRunner
 
 import kvprune
 from kvprune.cli import app
-from kvprune.comparison import DEFAULT_POLICIES, every_policy
+from kvprune.comparison import DEFAULT_POLICIES, Settings, every_policy
+from kvprune.comparison.execution.support import adapter_for
 from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, expand
 from kvprune.session import registry
 
@@ -77,8 +79,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the command asks the library to do, instead of doing it."""
     seen: dict[str, Any] = {}
 
-    def compare(policies: Any, ratios: Any, settings: Any, on_progress: Any) -> Any:
-        seen.update(policies=list(policies), late=settings.late_tokens)
+    def compare(policies: Any, ratios: Any, settings: Any, *_: Any, **__: Any) -> Any:
+        seen.update(policies=list(policies), reread=settings.reread)
 
     def show(*_: Any, ranked: bool) -> None:
         seen["ranked"] = ranked
@@ -89,20 +91,20 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "late", "ranked"),
+    ("arguments", "reread", "ranked"),
     [
-        ([], 0, False),
-        (["--late-tokens", "2"], 2, False),
-        (["--all"], 1, True),
-        (["--all", "--late-tokens", "0"], 0, True),
+        ([], True, False),
+        (["--no-reread"], False, False),
+        (["--all"], True, True),
+        (["--all", "--no-reread"], False, True),
     ],
 )
-def test_all_decodes_one_token_late_unless_told_otherwise(
-    asked: dict[str, Any], tmp_path: Path, arguments: list[str], late: int, ranked: bool
+def test_all_adds_every_policy_and_ranks_them(
+    asked: dict[str, Any], tmp_path: Path, arguments: list[str], reread: bool, ranked: bool
 ) -> None:
     done = CliRunner().invoke(app, ["compare", *arguments, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert (asked["late"], asked["ranked"]) == (late, ranked)
+    assert (asked["reread"], asked["ranked"]) == (reread, ranked)
     more = list(every_policy().specs) if ranked else []
     assert asked["policies"] == [*DEFAULT_POLICIES, *more]
 
@@ -112,3 +114,28 @@ def test_all_comes_beside_what_is_named(asked: dict[str, Any], tmp_path: Path) -
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert asked["policies"][-1] == "trim:k_ratio=0.1"
     assert asked["policies"][0] == "lossless"
+
+
+def test_policies_that_the_models_family_refuses_are_left_out_and_named(tmp_path: Path) -> None:
+    whisper = adapter_for(Settings(model=str(tiny_checkpoint(tmp_path / "whisper"))))
+    assert whisper is not None
+    assert whisper.family == "Whisper"
+    found, every = every_policy(adapter=whisper), every_policy()
+    why = "needs class_attention, which the Whisper adapter does not provide"
+    gone = {name: reason for name, reason in found.left_out.items() if name not in every.left_out}
+    assert gone == {"prumerge": why, "visionzip": why}
+    assert set(every.specs) - set(found.specs) == {"prumerge", "visionzip"}
+
+
+def test_the_adapter_is_found_without_weights(tmp_path: Path) -> None:
+    embedded = adapter_for(Settings())
+    assert embedded is not None
+    assert embedded.family.startswith("Llama")
+    assert every_policy(adapter=embedded) == every_policy()
+    assert adapter_for(Settings(data=tmp_path / "nowhere.jsonl")) is None
+    (tmp_path / "pictures.jsonl").write_text('{"image": "a.png"}')
+    assert adapter_for(Settings(data=tmp_path / "pictures.jsonl")) is embedded
+    assert adapter_for(Settings(model=str(tmp_path / "nowhere"))) is None
+    for content in (b"", b"[]", b"\xff", b'{"architectures": 3}', b'{"architectures": ["Other"]}'):
+        (tmp_path / "config.json").write_bytes(content)
+        assert adapter_for(Settings(model=str(tmp_path))) is None

@@ -1,4 +1,4 @@
-"""An edit of kvprune refuses a results folder, or does not, as the table in docs/results-folder.md says."""
+"""An edit of kvprune makes answers old, or does not, as the table in docs/results-folder.md says."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from comparison_helpers import answer, example
+from comparison_helpers import answer, build_grid, example, write_folder
 
 import kvprune
 from kvprune.comparison.plan.grid import Configuration, expand
 from kvprune.comparison.storage import code_digest as module
-from kvprune.comparison.storage.answers import to_row
+from kvprune.comparison.storage.answer_lines import current
 from kvprune.comparison.storage.code_digest import CODE, code_digest, covered_files, find_part
-from kvprune.comparison.storage.manifest import build_manifest
+from kvprune.comparison.storage.growth import grow
+from kvprune.comparison.storage.identity import policy_identities
+from kvprune.comparison.storage.recorded_grid import RecordedGrid
 from kvprune.comparison.storage.results_folder import ResultsFolder
-from kvprune.errors import ResultsError
 
 PACKAGE = Path(kvprune.__file__).parent
 PAGE = (Path(__file__).parents[2] / "docs" / "results-folder.md").read_text("utf-8")
@@ -64,8 +64,8 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kvprune"
 
 
-def manifest(configurations: tuple[Configuration, ...]) -> dict[str, Any]:
-    return build_manifest(configurations, {"seed": 0}, {})
+def grid(configurations: tuple[Configuration, ...]) -> RecordedGrid:
+    return build_grid(configurations, [example(0)])
 
 
 def edit(file: Path) -> None:
@@ -86,7 +86,7 @@ def test_every_file_belongs_to_exactly_one_entry_and_every_entry_has_files() -> 
 
 
 @pytest.mark.parametrize(("path", "counts", "_"), DOCUMENTED, ids=[path for path, *_ in DOCUMENTED])
-def test_an_edit_refuses_or_resumes_as_the_page_says(
+def test_an_edit_makes_answers_old_or_not_as_the_page_says(
     path: str,
     counts: str,
     _: str,
@@ -94,10 +94,8 @@ def test_an_edit_refuses_or_resumes_as_the_page_says(
     tmp_path: Path,
     configurations: tuple[Configuration, ...],
 ) -> None:
-    with ResultsFolder(tmp_path / "out") as folder:
-        folder.claim(manifest(configurations))
-        folder.results.append([to_row(answer("full", example(0), "7"))])
-    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    before = grid(configurations)
+    write_folder(tmp_path / "out", before, [answer("full", example(0), "7")])
     edited = sorted((copy / path).rglob("*.py")) if path.endswith("/") else [copy / path]
     whole = code_digest(copy)
     for file in edited:
@@ -106,15 +104,19 @@ def test_an_edit_refuses_or_resumes_as_the_page_says(
         assert (code_digest(copy) != whole) == (counts == "yes"), file
         if file is not edited[-1]:
             file.write_text(text, encoding="utf-8")
+    after = grid(configurations)
     with ResultsFolder(tmp_path / "out") as folder:
-        if counts == "yes":
-            message = r"another run: kvprune_source_sha256 was .*: the code of kvprune is not what it was"
-            with pytest.raises(ResultsError, match=message + r".*; choose another --output"):
-                folder.claim(manifest(configurations))
-        else:
-            folder.claim(manifest(configurations))
-            assert list(folder.answers(["full"], ["e0"])) == [("full", "e0")]
-    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+        growth = grow(before, after, available=after.digests, answered={"e0"}, former=(), form=lambda _: [])
+        earlier = [] if growth.replaced is None else [growth.replaced]
+        answers, old = current("r", folder.answers(), after, earlier)
+    if counts == "yes":
+        assert not answers
+        ((reason, _count),) = old.items()
+        assert reason.startswith("kvprune_source_sha256 was ")
+        assert reason.endswith(": the code of kvprune has changed since")
+    else:
+        assert list(answers) == [("full", None, "e0")]
+        assert not old
 
 
 @pytest.mark.parametrize("file", ["wing/new.py", "comparison/wing/new.py", "comparison/new.py", "new.py"])
@@ -138,7 +140,7 @@ def test_the_running_package_is_what_is_digested() -> None:
     covered = {path.relative_to(PACKAGE).as_posix() for path in covered_files()}
     assert covered <= set(files())
     assert {"tokens/selection.py", "engine/manager.py", "comparison/execution/generation.py"} <= covered
-    assert manifest(expand([], [1.0]))["run"]["kvprune_source_sha256"] == code_digest(PACKAGE)
+    assert grid(expand([], [1.0])).context["kvprune_source_sha256"] == code_digest(PACKAGE)
 
 
 def test_what_counts_imports_nothing_that_does_not_count_but_could_compute() -> None:
@@ -169,25 +171,11 @@ def test_a_policy_has_the_digest_of_the_classes_it_extends(
 
     def digests() -> list[str]:
         given = dataclasses.replace(expand([], [1.0])[0], policy=Own(keep_ratio=0.5), spec="own")
-        run = manifest((*expand(["norm:keep_ratio=0.5"], []), given))["run"]
-        return [one["source_sha256"] for one in run["policies"]]
+        identities = policy_identities((*expand(["norm:keep_ratio=0.5"], []), given))
+        return [one["source_sha256"] for one in identities]
 
     before = digests()
     edit(tmp_path / "base_policy.py")
     after = digests()
     assert before[:2] == after[:2], "policies that do not extend it"
     assert before[2] != after[2]
-
-
-def test_an_edited_policy_is_named(configurations: tuple[Configuration, ...], tmp_path: Path) -> None:
-    old = manifest(configurations)
-    old["run"]["policies"][2]["source_sha256"] = "before"
-    with ResultsFolder(tmp_path) as folder:
-        folder.claim(old)
-        folder.results.append([to_row(answer("full", example(0), "7"))])
-        spec = re.escape(configurations[2].spec)
-        message = (
-            rf"policies\[2\].source_sha256 was \"before\" .*: the code of {spec} has changed since\. Results"
-        )
-        with pytest.raises(ResultsError, match=message):
-            folder.claim(manifest(configurations))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import kvprune
 from kvprune.comparison import Progress, Settings, Summary, compare
 from kvprune.comparison.data.examples import read_examples
 from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.questions import PictureGenerator
+from kvprune.comparison.plan import grid
 from kvprune.errors import (
     DataError,
     KVPruneError,
@@ -35,7 +37,7 @@ SPECS = ("full", "trim:keep_ratio=0.25", "norm:keep_ratio=0.25,reach=onward", "l
 
 def settings(output: Path, **changes: Any) -> Settings:
     small = {"tasks": ("read", "count"), "limit": 2, "batch_size": 3, "max_new_tokens": 3, "repetitions": 0}
-    return Settings(output=output, **{**small, **changes})
+    return Settings(output=output, **{"answer_attention": False, **small, **changes})
 
 
 def run(output: Path, on_progress: Callable[[Progress], None] = lambda _: None, **changes: Any) -> Summary:
@@ -68,6 +70,7 @@ def test_results_folder_is_complete(finished: tuple[Path, Summary]) -> None:
         "summary.json",
         "manifest.json",
         "accuracy_vs_kept.png",
+        "cost_vs_accuracy.png",
         "data",
     }
     assert {one.name for one in folder.iterdir()} == names
@@ -80,8 +83,8 @@ def test_results_folder_is_complete(finished: tuple[Path, Summary]) -> None:
     assert Image.open(folder / "accuracy_vs_kept.png").format == "PNG"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [policy["spec"] for policy in manifest["run"]["policies"]] == list(SPECS)
-    assert manifest["run"]["versions"]["torch"] == torch.__version__
-    assert manifest["run"]["model_digest"].startswith("sha256:")
+    assert manifest["run"]["context"]["versions"]["torch"] == torch.__version__
+    assert manifest["run"]["context"]["model_digest"].startswith("sha256:")
 
 
 def test_summary_counts_what_was_measured(finished: tuple[Path, Summary]) -> None:
@@ -143,34 +146,197 @@ def test_truncated_results_are_completed(
     assert [row.accuracy for row in again.rows] == [row.accuracy for row in finished[1].rows]
 
 
+@pytest.fixture
+def grown(finished: tuple[Path, Summary], tmp_path: Path) -> Path:
+    """A copy of the finished folder to add to."""
+    return shutil.copytree(finished[0], tmp_path / "grown")
+
+
+def add(folder: Path, policies: Sequence[str] = POLICIES, **changes: Any) -> tuple[Summary, list[str], int]:
+    """Add to a folder; return the summary, the notes, and how many lines are new. No line ever goes."""
+    before, notes = lines(folder) if folder.exists() else [], list[str]()
+    found = compare(policies, RATIOS, settings(folder, **changes), on_note=notes.append)
+    after = lines(folder)
+    assert not set(before) - set(after)
+    return found, notes, len(after) - len(before)
+
+
+def old_lines(count: int, reason: str) -> str:
+    return f"{count} answers of former runs are kept in this folder, marked as old, and not shown: {reason}"
+
+
+def test_a_policy_joins_and_only_it_is_computed(grown: Path, finished: tuple[Path, Summary]) -> None:
+    found, notes, new = add(grown, ["random:reach=onward"])
+    assert new == 4
+    assert [row.spec for row in found.rows] == [*SPECS, "random:keep_ratio=0.25,reach=onward"]
+    assert [row.accuracy for row in found.rows[:4]] == [row.accuracy for row in finished[1].rows]
+    assert notes == ["this folder compares 5 configurations, 3 more than this command names"]
+
+
+def test_questions_join_and_the_old_ones_stay_in_their_batches(grown: Path, tmp_path: Path) -> None:
+    found, notes, new = add(grown, limit=3, batch_size=1)
+    assert (found.examples, new, notes) == (6, 8, [])
+    batches = json.loads((grown / "manifest.json").read_text())["run"]["batches"]
+    assert batches == [
+        ["read-0000", "read-0001", "count-0000"],
+        ["count-0001"],
+        ["read-0002"],
+        ["count-0002"],
+    ]
+    fresh = run(tmp_path / "fresh", limit=3)
+    assert [(row.spec, row.accuracy, row.agreement) for row in found.rows] == [
+        (row.spec, row.accuracy, row.agreement) for row in fresh.rows
+    ]
+
+
+@pytest.mark.parametrize("changes", [{"tasks": ("read",)}, {"limit": 1}, {"batch_size": 1}, {"seed": 0}])
+def test_what_is_there_is_not_computed_again(grown: Path, no_model: None, changes: dict[str, Any]) -> None:
+    found, notes, new = add(grown, **changes)
+    assert (found.examples, new) == (4, 0)
+    fewer = "tasks" in changes or "limit" in changes
+    assert notes == ["this folder asks 4 questions, 2 more than this command; all of them are shown"] * fewer
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "reason"),
     [
-        ({"seed": 5}, "seed was 0 and is now 5"),
-        ({"limit": 3}, "limit was 2 and is now 3"),
-        ({"max_new_tokens": 4}, "max_new_tokens was 3 and is now 4"),
-        ({"tasks": ("read",)}, "tasks had 2 entries and now has 1"),
+        ({"max_new_tokens": 2}, "max_new_tokens was 3 and is now 2"),
+        ({"attn_implementation": "eager"}, 'attn_implementation was null and is now "eager"'),
+        ({"dtype": "float64"}, 'dtype was "auto" and is now "float64"'),
     ],
 )
-def test_other_runs_are_refused(
-    finished: tuple[Path, Summary], no_model: None, changes: dict[str, Any], message: str
+def test_other_ingredients_are_named_and_computed_anew_and_the_old_ones_found_again(
+    grown: Path, finished: tuple[Path, Summary], changes: dict[str, Any], reason: str
 ) -> None:
-    before = lines(finished[0])
-    with pytest.raises(ResultsError, match=message):
-        run(finished[0], **changes)
-    assert lines(finished[0]) == before
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    notes: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        compare(POLICIES, RATIOS, settings(grown, **changes), stop, notes.append)
+    assert notes == [old_lines(16, reason)], "before anything is computed"
+    assert not (grown / "summary.json").exists(), "no summary of what is not shown any more"
+    _, notes, new = add(grown, **changes)
+    assert (new, notes) == (16, [old_lines(16, reason)])
+    back, notes, new = add(grown, repetitions=2)
+    assert new == 0
+    assert len(notes) == 1
+    assert notes[0].startswith(old_lines(16, reason.partition(" was ")[0]))
+    assert back == finished[1]
 
 
-def test_edited_picture_is_refused(finished: tuple[Path, Summary], tmp_path: Path, no_model: None) -> None:
-    folder = shutil.copytree(finished[0], tmp_path / "copy")
-    Image.new("RGB", (112, 112)).save(folder / "data" / "images" / "read-0000.png")
-    with pytest.raises(ResultsError, match="data_sha256 was"):
-        run(folder)
+def test_an_edited_picture_is_named_and_its_batch_computed_anew(grown: Path) -> None:
+    Image.new("RGB", (112, 112)).save(grown / "data" / "images" / "read-0000.png")
+    found, notes, new = add(grown)
+    assert new == 12, "four configurations, and the batch of three that it was in"
+    assert notes == [
+        "1 of 4 examples changed in the data: read-0000",
+        old_lines(12, "a question of their batch has changed, or is gone from the data"),
+    ]
+    assert found.examples == 4
+
+
+def test_another_seed_of_the_demo_asks_other_questions(grown: Path, finished: tuple[Path, Summary]) -> None:
+    _, notes, new = add(grown, seed=5)
+    assert new == 16
+    assert notes[0] == "the demo's questions had seed 0 and now have seed 5"
+    back, _, new = add(grown, repetitions=2)
+    assert (back, new) == (finished[1], 0)
+
+
+def test_only_what_was_never_timed_is_timed(grown: Path, finished: tuple[Path, Summary]) -> None:
+    def timed(folder: Path) -> list[tuple[int, list[str], list[str]]]:
+        rows = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+        return [(row["repetition"], list(row["policies"]), row["examples"]) for row in rows]
+
+    before = timed(grown)
+    add(grown, ["random:reach=onward"], limit=3, repetitions=2)
+    assert [(number, set(specs)) for number, specs, _ in timed(grown)] == [
+        *((number, set(specs)) for number, specs, _ in before),
+        (2, {"full", "random:keep_ratio=0.25,reach=onward"}),
+        (3, {"full", "random:keep_ratio=0.25,reach=onward"}),
+    ]
+    assert len({tuple(ids) for _, _, ids in timed(grown)}) == 1, "always the same batch"
+    found, _, _ = add(grown, repetitions=3)
+    assert len(timed(grown)) == 5
+    assert set(timed(grown)[4][1]) == {row.spec for row in found.rows}
+    assert all(row.speed is not None for row in found.rows)
+
+
+def test_a_policy_that_was_asked_for_but_never_answered_is_forgotten(grown: Path) -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(["norm:keep_ratio=0.75"], (), settings(grown, limit=9), stop)
+    assert len(json.loads((grown / "manifest.json").read_text())["run"]["policies"]) == 5
+    found, notes, new = add(grown)
+    assert (len(found.rows), found.examples, notes, new) == (4, 4, [], 0)
+
+
+def test_a_policy_that_is_gone_is_named(
+    grown: Path, finished: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = grid.exactly
+
+    def lossless_is_gone(specs: Sequence[str]) -> tuple[grid.Configuration, ...]:
+        if "lossless" in specs:
+            raise UnknownPolicyError("no policy is called 'lossless'")
+        return real(specs)
+
+    monkeypatch.setattr(grid, "exactly", lossless_is_gone)
+    found, notes, new = add(grown, POLICIES[:2])
+    assert [row.spec for row in found.rows] == list(SPECS[:3])
+    assert new == 0
+    assert notes == [
+        "lossless is in this folder but does not run any more (no policy is called 'lossless')",
+        old_lines(4, "lossless is no longer part of this folder's comparison"),
+    ]
+    back, _, new = add(grown, repetitions=2)
+    assert new == 0
+    assert back == finished[1]
+
+
+def test_the_reference_that_reads_the_answer_joins_at_each_ratio_and_is_not_timed(grown: Path) -> None:
+    found, notes, new = add(grown, ["trim:keep_ratio=0.1"], answer_attention=True, repetitions=1)
+    assert [row.spec for row in found.rows] == [
+        *SPECS,
+        "trim:keep_ratio=0.1",
+        "answer-attention:keep_ratio=0.25",
+        "answer-attention:keep_ratio=0.1",
+    ]
+    assert new == 12
+    assert [row.speed is None for row in found.rows] == [False] * 5 + [True] * 2
+    assert notes == ["this folder compares 7 configurations, 3 more than this command names"]
+    again, _, new = add(grown, repetitions=1)
+    assert (again, new) == (found, 0), "it stays, last in each budget"
+
+
+def test_each_draw_is_computed_once(tmp_path: Path) -> None:
+    policies = ("random:reach=onward", "trim")
+    folder = tmp_path / "out"
+    assert add(folder, policies)[2] == 12
+    assert add(folder, policies, draws=3)[2] == 8, "two more seeds of random, and nothing of trim"
+    assert add(folder, policies, draws=2)[2] == 0
+    seeds = {(row["spec"], row["seed"]) for row in map(json.loads, lines(folder))}
+    assert seeds == {
+        ("full", None),
+        ("trim:keep_ratio=0.25", None),
+        *(("random:keep_ratio=0.25,reach=onward", seed) for seed in range(3)),
+    }
+
+
+def test_the_partner_is_checked_before_anything_is_written(tmp_path: Path, no_model: None) -> None:
+    with pytest.raises(
+        PolicyOptionError, match=r"there is no 'nrom' to compare with; .*choose one of: full, trim"
+    ):
+        run(tmp_path / "out", against="nrom")
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_own_data_run_like_the_demo(finished: tuple[Path, Summary], tmp_path: Path) -> None:
     data = finished[0] / "data" / "data.jsonl"
-    own = compare((), (), settings(tmp_path / "out", data=data, limit=None))
+    own = compare((), (), settings(tmp_path / "out", data=data, limit=2))
     assert [row.spec for row in own.rows] == ["full"]
     assert own.rows[0].accuracy == finished[1].rows[0].accuracy
     assert not (tmp_path / "out" / "data").exists()
@@ -226,7 +392,9 @@ def test_policy_that_reports_nothing_is_an_error(tmp_path: Path, monkeypatch: py
 
 
 def test_batches_are_padded_on_the_left(finished: tuple[Path, Summary]) -> None:
-    generator = Generator.load(None, device="cpu", dtype="auto", attn_implementation=None, max_new_tokens=3)
+    generator = PictureGenerator.load(
+        None, device="cpu", dtype="auto", attn_implementation=None, max_new_tokens=3
+    )
     examples = read_examples(finished[0] / "data" / "data.jsonl")
     inputs = generator.encode(examples)
     mask = inputs["attention_mask"]

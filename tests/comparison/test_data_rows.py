@@ -34,7 +34,7 @@ Write = Callable[[list[Any]], Path]
 def test_reads_rows_in_order_with_defaults(write_rows: Write) -> None:
     examples = read_examples(write_rows([row(id="a", task="colour"), "", row(id=5), row()]))
     assert [(one.id, one.task) for one in examples] == [("a", "colour"), ("5", "all"), ("row-4", "all")]
-    assert examples[0].image.name == "good.png"
+    assert examples[0].file.name == "good.png"
     assert examples[0].answers == ("red",)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kvprune.comparison.display import plot
 from kvprune.comparison.display.console import show_summary
-from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.questions import PictureGenerator
 from kvprune.comparison.statistics.summary import Summary
 from kvprune.comparison.verification.consistency import Difference
 from kvprune.comparison.verification.verification import Verification
@@ -124,8 +124,8 @@ class Processor:
 
 @pytest.mark.parametrize("token", ["<s>", "<image>"])
 def test_a_question_with_a_special_token_is_refused_with_its_example(token: str) -> None:
-    generator = Generator(model=None, processor=Processor(), max_new_tokens=1)
+    generator = PictureGenerator(model=None, processor=Processor(), max_new_tokens=1)
     plain, odd = example(1), dataclasses.replace(example(2), question=f"what is {token}?")
-    generator.check_questions([plain])
+    generator.check([plain])
     with pytest.raises(DataError, match=rf"example 'e2' contains '{token}', .* without it"):
-        generator.check_questions([plain, odd])
+        generator.check([plain, odd])

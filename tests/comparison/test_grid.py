@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, expand
+from kvprune.comparison.plan.grid import (
+    DEFAULT_KEEP_RATIOS,
+    DEFAULT_POLICIES,
+    answer_attention,
+    expand,
+    partner,
+    unite,
+)
 from kvprune.errors import PolicyOptionError, SpecError, UnknownPolicyError
 from kvprune.policy.spec import PolicySpec
 
@@ -66,3 +73,41 @@ def test_errors_of_specs_come_through() -> None:
         expand(["norm:keep_ratoi=0.5"], [0.5])
     with pytest.raises(SpecError, match="'norm:keep_ratio'"):
         expand(["norm:keep_ratio"], [0.5])
+
+
+def test_the_partner_is_a_label_or_a_name() -> None:
+    configurations = expand(
+        ["norm", "norm:reach=onward", "random:reach=onward", "trim:crop_first=false"], [0.5]
+    )
+    assert partner("norm:reach=onward", configurations) == "norm:reach=onward"
+    assert partner("trim: crop_first=false", configurations) == "trim:crop_first=false", "another spelling"
+    assert partner("random", configurations) == "random", "a name"
+    assert partner("trim", configurations[:3], optional=True) == "trim", "the default may be absent"
+    labels = "full, norm, norm:reach=onward, random:reach=onward, trim:crop_first=false"
+    for unknown in ("nrom", "keydiff", "norm:reach=nowhere", "::", ""):
+        with pytest.raises(PolicyOptionError, match=f"there is no {unknown!r} to compare with.*: {labels}"):
+            partner(unknown, configurations)
+
+
+def test_the_reference_that_reads_the_answer_comes_last_at_each_ratio_in_use() -> None:
+    wanted = expand(["trim", "norm:keep_tokens=4", "lossless"], [0.5, 0.1])
+    added = [one.spec for one in answer_attention(wanted)]
+    assert added == ["answer-attention:keep_ratio=0.5", "answer-attention:keep_ratio=0.1"]
+    found, gone = unite([*added[:1], "keydiff:keep_ratio=0.2"], wanted, with_answer_attention=True)
+    assert not gone
+    assert [one.spec for one in found] == [
+        "full",
+        "keydiff:keep_ratio=0.2",
+        *(one.spec for one in wanted[1:]),
+        added[0],
+        "answer-attention:keep_ratio=0.2",
+        added[1],
+    ]
+    assert unite((), wanted, with_answer_attention=False)[0] == wanted
+
+
+def test_what_does_not_run_any_more_is_named() -> None:
+    found, gone = unite(["full", "gone:keep_ratio=0.5"], expand([], [0.5]), with_answer_attention=False)
+    assert [one.spec for one in found] == ["full"]
+    assert list(gone) == ["gone:keep_ratio=0.5"]
+    assert "'gone'" in gone["gone:keep_ratio=0.5"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_helpers import SMALL_POLICIES, SMALL_RATIOS, small_settings
+from comparison_helpers import SMALL_POLICIES, SMALL_RATIOS, forge_context, small_settings
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -59,19 +59,14 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Generator, "load", load)
     monkeypatch.setattr(plot, "render", lambda _: b"a picture")
-    monkeypatch.setattr("kvprune.comparison.storage.recorded_settings.model_digest", lambda _: "sha256:fixed")
+    monkeypatch.setattr("kvprune.comparison.storage.manifest.model_digest", lambda _: "sha256:fixed")
 
 
 @pytest.fixture(scope="module")
 def whole(finished_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished folder whose manifest has the digest that `no_model` puts there."""
+    """A finished folder whose manifest has the digest that `no_model` puts there, and addresses with it."""
     folder = shutil.copytree(finished_folder, tmp_path_factory.mktemp("hostile") / "results")
-    from kvprune.comparison.storage.manifest import digest
-
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["run"]["model_digest"] = "sha256:fixed"
-    manifest["run_sha256"] = digest(manifest["run"])
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    forge_context(folder, model_digest="sha256:fixed")
     return folder
 
 
@@ -100,6 +95,10 @@ def attempt(folder: Path) -> str:
             content = content[: content.rfind(b"\n") + 1]  # the unfinished last line may go
         if name in JOURNALS and outcome == "refused":
             assert after in (content, content[: content.rfind(b"\n") + 1])
+        elif name == "manifest.json" and outcome != "refused":  # where the model and the data are may change
+            kept = ("kind", "format", "created", "run", "run_sha256", "earlier")
+            was, now = json.loads(content), json.loads(after)
+            assert {part: was[part] for part in kept} == {part: now[part] for part in kept}
         elif name != "summary.json" or outcome != "done":  # it is made again from the other files
             assert after == content, name
     return outcome
@@ -227,15 +226,15 @@ def test_unreadable_files(whole: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_errors_of_the_disk_are_typed(whole: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root reads everything, so the system's refusal is imitated."""
-    real = Path.read_bytes
+    real = Path.open
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *options: Any, **named: Any) -> Any:  # `read_bytes` calls it, too
         if path.name == name:
             raise PermissionError(13, "Permission denied")
-        return real(path)
+        return real(path, *options, **named)
 
     with copy_of(whole) as folder:
-        monkeypatch.setattr(Path, "read_bytes", refuse)
+        monkeypatch.setattr(Path, "open", refuse)
         with pytest.raises(ResultsError, match=f"{name} cannot be read: Permission denied"):
             verify(folder)
         monkeypatch.undo()
@@ -262,10 +261,13 @@ def test_a_full_disk_is_typed_and_loses_nothing(tmp_path: Path, monkeypatch: pyt
     assert sorted(one.name for one in tmp_path.iterdir()) == ["results.jsonl", "summary.json"]
 
 
-def test_a_manifest_that_lost_its_pins_is_not_written_again(whole: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"), [('"max_new_tokens": 3', '"max_new_tokens": 4'), ("read-0001", "read-0009")]
+)
+def test_a_manifest_that_was_edited_is_not_written_again(whole: Path, old: str, new: str) -> None:
     with copy_of(whole) as folder:
         path = folder / "manifest.json"
-        path.write_text(path.read_text().replace('"data_sha256"', '"date_sha256"'))
+        path.write_text(path.read_text().replace(old, new))
         before = path.read_bytes()
         with pytest.raises(
             ResultsError, match=r"manifest.json is damaged: its 'run' was changed after it was written"

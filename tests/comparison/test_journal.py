@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from comparison_helpers import answer, example
+from comparison_helpers import answer, build_grid, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprune.comparison.storage.answers import Answer, to_row
+from kvprune.comparison.plan.grid import expand
+from kvprune.comparison.storage.answer_lines import answer_rows, current
+from kvprune.comparison.storage.answers import Answer
 from kvprune.comparison.storage.journal import Journal, write_json
 from kvprune.comparison.storage.results_folder import ResultsFolder
 from kvprune.errors import ResultsError
 
+TRIM = "trim:keep_ratio=0.5"
 EXAMPLES = [example(number) for number in range(6)]
-ANSWERS = [answer(spec, asked, 'ä\u2028\x85 7\n"') for asked in EXAMPLES for spec in ("full", "trim")]
+ANSWERS = [answer(spec, asked, 'ä\u2028\x85 7\n"') for asked in EXAMPLES for spec in ("full", TRIM)]
+GRID = build_grid(expand([TRIM], []), EXAMPLES, batch_size=6)
+
+
+def rows(answers: list[Answer]) -> list[dict[str, Any]]:
+    addresses, (batch,) = GRID.addresses(), GRID.batches
+    return [row for one in answers for row in answer_rows(addresses.of(one.spec, batch, None), [one])]
 
 
 def fill(folder: Path) -> Path:
-    results = ResultsFolder(folder).results
+    results = Journal(folder / "results.jsonl")
     for start in range(0, len(ANSWERS), 4):
-        results.append([to_row(one) for one in ANSWERS[start : start + 4]])
+        results.append(rows(ANSWERS[start : start + 4]))
     return results.path
 
 
 def read(folder: Path) -> list[Answer]:
     opened = ResultsFolder.__new__(ResultsFolder)
     opened.path, opened.results = folder, Journal(folder / "results.jsonl")
-    return list(opened.answers(["full", "trim"], [one.id for one in EXAMPLES]).values())
+    found, old = current("results.jsonl", opened.answers(), GRID, ())
+    assert not old
+    return list(found.values())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -44,7 +56,7 @@ def test_cut_at_any_byte_keeps_every_finished_line(data: st.DataObject) -> None:
         finished = whole[:cut].count(b"\n")
         assert read(folder) == ANSWERS[:finished]
         assert path.read_bytes() == whole[: whole.rfind(b"\n", 0, cut) + 1], "the unfinished line is cut off"
-        Journal(path).append([to_row(one) for one in ANSWERS[finished:]])
+        Journal(path).append(rows(ANSWERS[finished:]))
         assert path.read_bytes() == whole
         assert read(folder) == ANSWERS
 

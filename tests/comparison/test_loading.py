@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from kvprune import demo
-from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.questions import PictureGenerator
 from kvprune.comparison.storage.manifest import model_digest
 from kvprune.errors import UnsupportedModelError
 from kvprune.testing import tiny_mllama
 
 
-def load(model: Path | str | None, **options: Any) -> Generator:
+def load(model: Path | str | None, **options: Any) -> PictureGenerator:
     plain = {"device": "cpu", "dtype": "auto", "attn_implementation": None, "max_new_tokens": 2}
-    return Generator.load(None if model is None else str(model), **{**plain, **options})
+    return PictureGenerator.load(None if model is None else str(model), **{**plain, **options})
 
 
 @pytest.fixture

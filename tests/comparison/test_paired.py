@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune.comparison.plan.grid import expand
-from kvprune.comparison.statistics.paired import paired_difference
+from kvprune.comparison.statistics.paired import PairedDifference, paired_difference
 from kvprune.comparison.statistics.summary import Summary, summarise
 
 
@@ -20,6 +20,11 @@ def table(both: int, own: int, other: int, neither: int) -> tuple[list[bool], li
     kinds = [(True, True)] * both + [(True, False)] * own + [(False, True)] * other
     kinds += [(False, False)] * neither
     return [one for one, _ in kinds], [two for _, two in kinds]
+
+
+def ends(found: PairedDifference | None) -> tuple[float, float, float]:
+    assert found is not None
+    return found.value, found.low, found.high
 
 
 def by_the_book(a: int, b: int, c: int, d: int) -> tuple[float, float, float]:
@@ -100,7 +105,7 @@ def test_the_difference_is_that_of_the_same_ratio_and_question() -> None:
     asked = [example(number) for number in range(8)]
     right = {"trim:keep_ratio=0.5": 6, "random:keep_ratio=0.5,reach=onward": 4, "trim:keep_ratio=0.1": 1}
     answers = {
-        (one.spec, e.id): answer(one.spec, e, "7" if number < right.get(one.spec, 2) else "8")
+        (one.spec, None, e.id): answer(one.spec, e, "7" if number < right.get(one.spec, 2) else "8")
         for one in configurations
         for number, e in enumerate(asked)
     }
@@ -108,7 +113,7 @@ def test_the_difference_is_that_of_the_same_ratio_and_question() -> None:
         configurations, asked, answers, {}, batch_size=4, device="cpu", reread=True, against="trim"
     )
     found = {row.spec: row.versus_baseline for row in done.rows}
-    assert found["random:keep_ratio=0.5,reach=onward"] == paired_difference(*table(4, 0, 2, 2))
-    assert found["random:keep_ratio=0.1,reach=onward"] == paired_difference(*table(1, 1, 0, 6))
+    assert ends(found["random:keep_ratio=0.5,reach=onward"]) == ends(paired_difference(*table(4, 0, 2, 2)))
+    assert ends(found["random:keep_ratio=0.1,reach=onward"]) == ends(paired_difference(*table(1, 1, 0, 6)))
     assert found["trim:k_ratio=0.5"] is None
     assert dataclasses.asdict(done)["rows"][1]["versus_baseline"]["value"] == -0.25

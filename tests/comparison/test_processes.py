@@ -118,6 +118,7 @@ def test_of_two_processes_exactly_one_runs(undisturbed: Path) -> None:
         "results.jsonl",
         "summary.json",
         "accuracy_vs_kept.png",
+        "cost_vs_accuracy.png",
         "data",
     }
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from comparison_helpers import answer, example
+from comparison_helpers import answer, build_grid, example
 
-from kvprune.comparison.plan.grid import Configuration
+from kvprune.comparison.plan.grid import Configuration, expand
 from kvprune.comparison.statistics.rates import rate
 from kvprune.comparison.statistics.speed import speeds
 from kvprune.comparison.statistics.summary import Summary, summarise
-from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, read_laps
+from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, read_timings
 from kvprune.errors import ResultsError
 
 
@@ -67,7 +67,7 @@ def test_gains_are_not_losses(configurations: tuple[Configuration, ...]) -> None
     for one in configurations[:2]:
         for number, this in enumerate(asked):
             right = (one.spec == "full") == (number == 0)
-            answers[one.spec, this.id] = answer(one.spec, this, "7" if right else "8", full="-")
+            answers[one.spec, None, this.id] = answer(one.spec, this, "7" if right else "8", full="-")
     _, other = summarise(
         configurations[:2], asked, answers, {}, batch_size=4, device="cpu", reread=True, against="trim"
     ).rows
@@ -78,7 +78,7 @@ def test_gains_are_not_losses(configurations: tuple[Configuration, ...]) -> None
 
 def test_constant_answer_counts_alternatives(configurations: tuple[Configuration, ...]) -> None:
     asked = [example(0, answers=("one", "1")), example(1, answers=("1",)), example(2, answers=("2", "ONE"))]
-    answers = {("full", one.id): answer("full", one, "1") for one in asked}
+    answers = {("full", None, one.id): answer("full", one, "1") for one in asked}
     found = summarise(
         configurations[:1], asked, answers, {}, batch_size=1, device="cpu", reread=True, against="trim"
     )
@@ -117,5 +117,6 @@ def test_speed_admits_what_the_clock_cannot_tell() -> None:
     [{}, {"repetition": 0, "stock": [1], "policies": {"full": [1, 2]}}, {"stock": [1, 2], "policies": {}}],
 )
 def test_damaged_laps_are_named(row: dict[str, object]) -> None:
+    grid = build_grid(expand([], []), [example(0)])
     with pytest.raises(ResultsError, match=r"timings.jsonl, line 1 is damaged"):
-        read_laps("timings.jsonl", [row], ["full"])
+        read_timings("timings.jsonl", [row], grid.addresses(), grid.digests)

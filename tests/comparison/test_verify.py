@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_helpers import SMALL_SPECS, contents, small_settings
+from comparison_helpers import (
+    SMALL_POLICIES,
+    SMALL_RATIOS,
+    SMALL_SPECS,
+    contents,
+    forge_context,
+    small_settings,
+)
 
 from kvprune.comparison import Progress, Verification, compare, verify
 from kvprune.comparison.execution.generation import Generator
@@ -50,7 +57,7 @@ def verify_unchanged(folder: Path, **options: Any) -> Verification:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing run again, for tests of what is found without a model."""
-    monkeypatch.setattr("kvprune.comparison.verification.verification._run_again", lambda *_: [])
+    monkeypatch.setattr("kvprune.comparison.verification.verification._run_again", lambda *_: ([], []))
 
 
 def test_an_untouched_folder_reproduces(folder: Path) -> None:
@@ -133,21 +140,54 @@ def test_a_changed_summary_is_named_without_a_model(
     assert named in found.what
 
 
-def test_an_edited_seed_is_named(folder: Path) -> None:
-    edit_json(folder / "manifest.json", lambda manifest: manifest["run"].update(seed=1))
+def test_an_edited_grid_is_named(folder: Path, no_model: None) -> None:
+    edit_json(folder / "manifest.json", lambda m: m["run"]["policies"].pop())
     found = verify_unchanged(folder)
     assert found.differences[0].where == "manifest.json (its 'run' was edited)"
-    assert found.same_receipts == 0, "the seed is part of every receipt"
-    assert found.same_answers < 16, "random draws other tokens"
-    assert "more; --json lists them all" in str(found) or len(found.differences) <= 20
+    assert found.notes == (
+        "4 answers are not part of the present comparison, and were not verified: "
+        "a question of their batch has changed, or is gone from the data",
+    )
+    edit_json(folder / "manifest.json", lambda m: m["run"]["context"].update(max_new_tokens=4))
+    with pytest.raises(ResultsError, match="holds no finished answer yet"):
+        verify(folder)
+
+
+def test_each_draw_is_run_again_with_its_seed(folder: Path) -> None:
+    compare(SMALL_POLICIES, SMALL_RATIOS, small_settings(folder, draws=3, repetitions=1))
+    found = verify_unchanged(folder)
+    assert found.reproduces
+    assert found.calls == 2 * (3 + 3), "two batches; full, trim, lossless, and random with three seeds"
+    assert found.lines == found.answers == 4 * (3 + 3)
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    drawn = [line for line in lines if line["seed"] == 2 and line["id"] == "read-0000"]
+    assert len(drawn) == 1
+    for line in lines:
+        if line is drawn[0]:
+            line["receipt"] = "0" * 64
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = verify_unchanged(folder)
+    assert [one.what[:7] for one in found.differences] == ["receipt"]
+    assert verify(folder, sample=5).calls >= 5 + 1, "seeds take turns, as configurations do"
+
+
+def test_old_answers_are_a_note(folder: Path) -> None:
+    compare(SMALL_POLICIES, SMALL_RATIOS, small_settings(folder, max_new_tokens=2, repetitions=0))
+    found = verify_unchanged(folder)
+    assert found.reproduces
+    assert (found.lines, found.answers) == (16, 16)
+    assert found.notes == (
+        "16 answers are not part of the present comparison, and were not verified: "
+        "max_new_tokens was 3 and is now 2",
+    )
 
 
 def test_changed_policies_versions_and_weights_are_notes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, no_model: None
 ) -> None:
-    monkeypatch.setattr("kvprune.comparison.storage.manifest._source_digest", lambda _: "edited")
+    monkeypatch.setattr("kvprune.comparison.storage.identity._source_digest", lambda _: "edited")
     monkeypatch.setattr("kvprune.comparison.storage.manifest.code_digest", lambda: "edited, too")
-    monkeypatch.setattr("kvprune.comparison.storage.recorded_settings.model_digest", lambda _: "sha256:other")
+    monkeypatch.setattr("kvprune.comparison.storage.manifest.model_digest", lambda _: "sha256:other")
     edit_json(folder / "manifest.json", lambda m: m["about"].update(python="2.7"))
     found = verify_unchanged(folder)
     assert found.reproduces, "what is not run again is still as it was"
@@ -163,7 +203,7 @@ def test_changed_pictures_are_a_note_and_what_they_change_a_difference(folder: P
     images = folder / "data" / "images"
     shutil.copy(images / "count-0001.png", images / "read-0000.png")
     found = verify_unchanged(folder)
-    assert any("pinned.data_sha256 was" in note for note in found.notes)
+    assert any("changed since: examples.read-0000 was" in note for note in found.notes)
     assert not found.reproduces
     assert {one.example for one in found.differences} == {"read-0000"}
 
@@ -210,7 +250,7 @@ def test_a_missing_model_is_named(folder: Path) -> None:
 def test_what_a_folder_says_about_trust_is_not_followed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit_json(folder / "manifest.json", lambda manifest: manifest["run"].update(trust_remote_code=True))
+    forge_context(folder, trust_remote_code=True)
     seen: list[bool] = []
 
     def load(*_: Any, trust_remote_code: bool, **__: Any) -> None:
@@ -227,17 +267,25 @@ def test_what_a_folder_says_about_trust_is_not_followed(
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m: m["run"].update(seed="0"), ResultsError, "manifest.json is damaged: run.seed is '0'"),
-        (lambda m: m["run"].update(limit=True), ResultsError, "run.limit is True"),
-        (lambda m: m["run"].pop("dtype"), ResultsError, "run.dtype is None"),
-        (lambda m: m["run"].update(tasks=[1]), ResultsError, r"run.tasks is \[1\]"),
-        (lambda m: m["run"].update(tasks=["raed"]), DataError, "unknown task 'raed'"),
-        (lambda m: m["run"].update(data_origin="web"), ResultsError, "run.data_origin is 'web'"),
-        (lambda m: m["run"].update(batch_size=0), KVPruneError, "batch_size is 0"),
+        (
+            lambda m: m["run"].update(seeds=["0"]),
+            ResultsError,
+            r"manifest.json is damaged: run.seeds is \['0'\]",
+        ),
+        (lambda m: m["run"].update(seeds=[1, 0]), ResultsError, r"run.seeds is \[1, 0\]"),
+        (lambda m: m["run"]["context"].update(max_new_tokens=True), ResultsError, "max_new_tokens is True"),
+        (lambda m: m["run"]["context"].pop("dtype"), ResultsError, "run.context.dtype is None"),
+        (lambda m: m["run"].update(context=3), ResultsError, "run.context is 3"),
+        (lambda m: m["run"].update(examples=[1]), ResultsError, r"run.examples is \[1\]"),
+        (lambda m: m["run"].update(batches=[[]]), ResultsError, r"run.batches is \[\[\]\]"),
+        (lambda m: m["run"]["batches"].pop(), ResultsError, "run.batches does not hold each of run.examples"),
+        (lambda m: m["run"].update(data={"origin": "web"}), ResultsError, "run.data is {'origin': 'web'}"),
+        (lambda m: m["run"]["data"].update(seed="x"), ResultsError, "run.data.seed is 'x'"),
         (lambda m: m["run"].update(policies=[]), ResultsError, "run.policies is"),
         (lambda m: m["run"]["policies"][1].update(spec="gone"), UnknownPolicyError, "'gone'"),
-        (lambda m: m["run"]["policies"].pop(), ResultsError, "is not part of this run"),
-        (lambda m: m.pop("about"), ResultsError, "about.model or about.data"),
+        (lambda m: m.update(earlier=[3]), ResultsError, r"earlier\[0\] is 3"),
+        (lambda m: m.pop("about"), ResultsError, "about is None"),
+        (lambda m: m["about"].pop("model"), ResultsError, "about.model is None"),
         (lambda m: m.update(format=1), ResultsError, "format 1 has no receipts"),
     ],
 )

@@ -20,7 +20,7 @@ from kvprune_strategies import AdaKV, Norm, SnapKV
 import kvprune
 from kvprune import demo
 from kvprune.comparison.data.examples import read_examples
-from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.questions import PictureGenerator
 
 # C3: how a head's safe part and its hits make its budget.
 
@@ -66,7 +66,7 @@ def test_c10_policies_see_the_real_end_of_a_prompt_whose_last_token_is_read_agai
     demo.write_dataset(tmp_path / "data", tasks=("read",), per_task=1, seed=0)
     examples = read_examples(tmp_path / "data" / "data.jsonl")
     plain: dict[str, Any] = {"device": "cpu", "dtype": "auto", "attn_implementation": None}
-    generator = Generator.load(None, max_new_tokens=1, **plain)
+    generator = PictureGenerator.load(None, max_new_tokens=1, **plain)
     inputs = generator.encode(examples)
     chosen, first = [], []
     for reread in (False, True):

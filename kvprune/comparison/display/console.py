@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from kvprune.comparison.display.notes import notes
-from kvprune.comparison.display.table import table
+from kvprune.comparison.display.table import layout
 from kvprune.comparison.plan.settings import Progress
 from kvprune.comparison.statistics.summary import Summary
 from kvprune.text import printable
@@ -20,20 +20,24 @@ from kvprune.text import printable
 __all__ = ["progress_bar", "show_summary"]
 
 
-def show_summary(summary: Summary, output: Path, console: Console, *, ranked: bool = False) -> None:
+def show_summary(
+    summary: Summary, output: Path, console: Console, *, ranked: bool = False, encoder: str | None = None
+) -> None:
     """Print the table, its notes, and where the files are.
 
     Args:
         summary: The results to show.
         output: The results folder.
         console: The console to print to.
-        ranked: Whether rows of one budget are ordered by accuracy; see `table`.
+        ranked: Whether rows of one budget are ordered by the metric; see `table`.
+        encoder: What was reused of the encoder's work, in a sentence; None if that is not known.
     """
-    console.print(table(summary, console.width, ranked=ranked))
+    fitting = layout(summary, console.width, ranked=ranked)
+    console.print(fitting.table)
     console.print()
-    for note in notes(summary, ranked=ranked):
+    for note in [*fitting.notes(), *notes(summary, ranked=ranked, encoder=encoder)]:
         console.print(Text(note))  # no markup and no :emoji:, whatever a task is called
-    files = "results.jsonl, summary.json, manifest.json, accuracy_vs_kept.png"
+    files = "results.jsonl, summary.json, manifest.json and the figures"
     console.print(Text(f"Everything is in {printable(str(output))}: {files}."), soft_wrap=True)
 
 

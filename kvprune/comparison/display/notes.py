@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import statistics
 
-from kvprune.comparison.statistics.speed import Ratio
-from kvprune.comparison.statistics.summary import Summary
+from kvprune.comparison.display.difference_notes import difference_notes
+from kvprune.comparison.display.naming import named, times
+from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.comparison.storage.timings import TIMED_TOKENS
 from kvprune.text import printable
 
-__all__ = ["LONGEST_TASK", "notes", "times"]
-
-LONGEST_TASK = 60
-"""Longer names of tasks are shortened where they are shown."""
+__all__ = ["notes"]
 
 _TOLERANCE = 0.03
 """Kept fractions farther from the requested one get a note. In small images rounding up may add 0.02."""
 
 
-def notes(summary: Summary, *, ranked: bool = False) -> list[str]:
+def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None) -> list[str]:
     """Return the sentences under the table, printable: what was measured, what to be careful about.
 
     Args:
         summary: What the table shows.
         ranked: Whether the table is ranked; see `table`.
+        encoder: What was reused of the encoder's work, in a sentence; None if that is not known.
     """
     said = [
         _examples_note(summary, ranked),
-        _constant_answer_note(summary),
+        *_constant_answer_note(summary),
         _reading_note(summary),
-        *(_ranking_note(summary.against) if ranked else ()),
+        *([encoder] if encoder else []),
+        *difference_notes(summary, ranked=ranked),
+        *_draws_notes(summary),
         *_timing_notes(summary),
-        *_unfinished_note(summary),
+        *(_unfinished_note(summary) if summary.kind == "pictures" else _transcript_notes(summary)),
         *_budget_notes(summary),
         *_reach_note(summary),
     ]
@@ -39,35 +40,94 @@ def notes(summary: Summary, *, ranked: bool = False) -> list[str]:
 
 
 def _examples_note(summary: Summary, ranked: bool) -> str:
-    asked = f"{summary.examples} examples"
+    speech = summary.kind == "speech"
+    asked = f"{summary.examples} {'utterances' if speech else 'examples'}"
     if len(summary.tasks) > 1:
-        totals = (f"{_named(task)} {summary.reference.tasks[task].total}" for task in summary.tasks)
+        totals = (f"{named(task)} {count}" for task, count in summary.task_sizes.items())
         asked += f" ({', '.join(totals)})"
-    memory = "MiB is" if ranked else "MiB/stock is"
-    stock = "" if ranked else ", with the policy and in stock transformers"
+    memory, stock = "MiB is", "" if ranked else " (/stock: in stock transformers)"
+    if speech:
+        return (
+            f"{asked}. WER and CER are word and character error rates: all errors divided by all words or "
+            "characters of the references, lower is better, above 100 % where more was written than said; "
+            f"95 % bootstrap intervals over utterances. kept s is how much of the encoder's "
+            f"{summary.window_seconds:.0f} s window is kept; {memory} the cross-attention cache of one "
+            f"utterance{stock}."
+        )
     return (
         f"{asked}; 95 % Wilson intervals; kept % is the share of visible tokens that is kept; "
         f"{memory} the cross-attention cache of one example{stock}."
     )
 
 
-def _named(task: str) -> str:
-    return printable(task, LONGEST_TASK)
-
-
-def _constant_answer_note(summary: Summary) -> str:
-    shares = (f"{_named(task)} {100 * share:.0f} %" for task, share in summary.constant_answer.items())
-    return f"Right if always giving a task's most frequent answer: {', '.join(shares)}."
+def _constant_answer_note(summary: Summary) -> list[str]:
+    shares = [f"{named(task)} {100 * share:.0f} %" for task, share in summary.constant_answer.items()]
+    return [f"Right if always giving a task's most frequent answer: {', '.join(shares)}."] if shares else []
 
 
 def _unfinished_note(summary: Summary) -> list[str]:
     worst = max(summary.rows, key=lambda row: row.unfinished)
     if not worst.unfinished:
         return []
-    return [
-        f"Careful: {summary.reference.unfinished} of {summary.examples} answers of {summary.reference.spec} "
-        f"({worst.unfinished} of {worst.spec}) were cut at --max-new-tokens."
+    found = _worst(summary, "answers", summary.reference.unfinished, worst, worst.unfinished)
+    return [f"Careful: {found} were cut at --max-new-tokens."]
+
+
+def _transcript_notes(summary: Summary) -> list[str]:
+    """Say how transcripts end, and how many were cut or repeat themselves."""
+
+    def loops(row: Row) -> int:
+        return row.speech.loops if row.speech else 0
+
+    said = [
+        "Each transcript has its own limit on new tokens (cap in results.jsonl). capped counts transcripts "
+        "cut there; loops counts transcripts that repeat themselves endlessly. Both count as errors in full."
     ]
+    capped, endless = max(summary.rows, key=lambda row: row.unfinished), max(summary.rows, key=loops)
+    if capped.unfinished:
+        found = _worst(summary, "transcripts", summary.reference.unfinished, capped, capped.unfinished)
+        said.append(f"Careful: {found} were cut at their limit.")
+    if loops(endless):
+        found = _worst(summary, "transcripts", loops(summary.reference), endless, loops(endless))
+        said.append(
+            f"Careful: {found} repeat themselves endlessly. A few of them can make up most of an error rate."
+        )
+    return said
+
+
+def _worst(summary: Summary, what: str, own: int, worst: Row, count: int) -> str:
+    """Return how many answers of the full cache, and of the row that has most, something happened to."""
+    text = f"{own} of {summary.examples} {what} of {summary.reference.spec}"
+    if worst.spec == summary.reference.spec:
+        return text
+    whole = f"{summary.examples * worst.draws} of " if worst.draws > 1 else ""
+    return f"{text} ({count} of {whole}{worst.spec})"
+
+
+def _draws_notes(summary: Summary) -> list[str]:
+    """Say which policies drew, how often, and whether their luck is in the intervals."""
+    several = [row for row in summary.rows if row.draws > 1]
+    single = [row for row in summary.rows if len(row.seeds) == 1]
+    found = []
+    if several:
+        names = ", ".join(dict.fromkeys(row.label for row in several))
+        few = min(row.draws for row in several)
+        seeds = ", ".join(map(str, several[0].seeds))
+        found.append(
+            f"{names} drew {few} times (seeds {seeds}): values are means over draws, and intervals count the "
+            "luck of questions and of draws."
+        )
+        if few < 5:
+            found.append(
+                f"Careful: {few} draws say little about how different draws are; take five or more (--draws)."
+            )
+    if single:
+        names = ", ".join(dict.fromkeys(row.label for row in single))
+        found.append(
+            f"Careful: {names} drew once (seed {single[0].seeds[0]}), and the luck of that draw is not in "
+            "the intervals; --draws 5 counts it."
+        )
+    return found
 
 
 def _budget_notes(summary: Summary) -> list[str]:
@@ -101,14 +161,6 @@ def _reading_note(summary: Summary) -> str:
     return "Plain generate: the first token of an answer is computed before a policy prunes after prefill."
 
 
-def _ranking_note(against: str) -> list[str]:
-    return [
-        f"# is the rank by right answers within a budget; '- {against}' is the difference to {against} on "
-        "the same questions, in points, with its 95 % paired interval; of many such intervals, some miss 0 "
-        "by chance."
-    ]
-
-
 def _timing_notes(summary: Summary) -> list[str]:
     stock, full = summary.stock, summary.reference.speed
     if stock is None or full is None:
@@ -125,15 +177,3 @@ def _timing_notes(summary: Summary) -> list[str]:
         f"{summary.reference.spec}: {full.prefill_ms:.1f} ms prefill, {full.token_ms:.2f} ms per token, "
         f"which is {times(stock.prefill_ratio, invert=True)} and {token} the time without kvprune.",
     ]
-
-
-def times(ratio: Ratio | None, invert: bool = False) -> str:
-    """Return a ratio of times as text, such as ``x0.80``; ``?`` where there is none.
-
-    Args:
-        ratio: The ratio.
-        invert: Return one over the ratio.
-    """
-    if ratio is None:
-        return "?"
-    return f"x{1 / ratio.median if invert else ratio.median:.2f}"

@@ -1,12 +1,14 @@
-"""The table of a comparison: rows grouped by budget, in the given order or ranked by accuracy."""
+"""The table of a comparison: rows grouped by budget, in the given order or ranked by the metric."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvprune.comparison.display.notes import LONGEST_TASK, times
-from kvprune.comparison.statistics.rates import Rate
+from kvprune.comparison.display.cells import Column, columns
+from kvprune.comparison.display.naming import budget
+from kvprune.comparison.statistics.partner import ANSWER_ATTENTION
 from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.text import printable
 
@@ -14,7 +16,56 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["groups", "ranking", "table"]
+__all__ = ["Layout", "groups", "layout", "ranking", "table"]
+
+_DROPPED_FIRST = (
+    ANSWER_ATTENTION,
+    "stock",
+    "tasks",
+    "window",
+    "times",
+    "= full %",
+    "CER",
+    "MiB",
+    "capped",
+    "loops",
+    "intervals",
+)
+"""Columns that are left out on narrow terminals, what matters least first.
+
+Policy, budget, kept, metric and difference always stay; "intervals" drops the intervals beside the last two,
+"stock" the memory of stock transformers, which is that of ``full``, and "window" the length of the encoder's
+window beside the budget, which the notes say.
+"""
+
+_SHORTEST_NAME = 18
+"""Names of policies are not shortened below this width, in characters of the terminal."""
+
+_WIDEST = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A table that fits a terminal.
+
+    Attributes:
+        table: the table, ready to print with rich.
+        left_out: what the terminal was too narrow for, in words.
+        shortened: whether names of policies were cut.
+    """
+
+    table: Table
+    left_out: tuple[str, ...]
+    shortened: bool
+
+    def notes(self) -> list[str]:
+        """Return the sentence that says what is missing, or nothing."""
+        missing = [*self.left_out, *(["the ends of names of policies"] if self.shortened else [])]
+        if not missing:
+            return []
+        return [
+            f"Too narrow for: {', '.join(missing)}. A wider terminal or `kvprune results export` shows them."
+        ]
 
 
 def table(summary: Summary, width: int = 120, *, ranked: bool = False) -> Table:
@@ -22,62 +73,42 @@ def table(summary: Summary, width: int = 120, *, ranked: bool = False) -> Table:
 
     Args:
         summary: The results to show.
-        width: Width of the terminal in characters; the columns of single tasks are left out where they do not
-            fit.
-        ranked: Order the rows of each keep ratio by accuracy, number them, and show their difference to
-            `Summary.against`.
+        width: Width of the terminal in characters; see `layout` for what is left out where it is too narrow.
+        ranked: Order the rows of each keep ratio by the metric, the best first, and number them.
     """
-    from rich.console import Console
-
-    if len(summary.tasks) > 1:
-        whole = _build(summary, summary.tasks, ranked)
-        if Console(width=1000).measure(whole).maximum <= width:
-            return whole
-    return _build(summary, (), ranked)
+    return layout(summary, width, ranked=ranked).table
 
 
-def _build(summary: Summary, tasks: Sequence[str], ranked: bool) -> Table:
-    from rich import box
-    from rich.table import Table
+def layout(summary: Summary, width: int = 120, *, ranked: bool = False) -> Layout:
+    """Return the table that fits a terminal, and what it leaves out.
 
-    shown = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, collapse_padding=ranked
+    If names of policies can be shortened enough, no column is left out. Otherwise, columns are left out until
+    the rest fits. A table that still does not fit has names on several lines.
+
+    Args:
+        summary: The results to show.
+        width: Width of the terminal in characters.
+        ranked: See `table`.
+    """
+    every = columns(summary, ranked=ranked)
+    there = {one.group for one in every} | {one.narrow[0] for one in every if one.narrow}
+    if summary.window_seconds is not None:
+        there.add("window")
+    present = [group for group in _DROPPED_FIRST if group in there]
+    for count in range(len(present) + 1):
+        dropped = present[:count]
+        shown = _build(summary, every, dropped, ranked, None)
+        over = _measure(shown) - width
+        if over <= 0:
+            return Layout(table=shown, left_out=_words(every, dropped), shortened=False)
+        short = _short_names(summary, over)
+        if short is not None:
+            shown = _build(summary, every, dropped, ranked, short)
+            if _measure(shown) <= width:
+                return Layout(table=shown, left_out=_words(every, dropped), shortened=True)
+    return Layout(
+        table=_build(summary, every, present, ranked, None), left_out=_words(every, present), shortened=False
     )
-    if ranked:
-        shown.add_column("#", justify="right", no_wrap=True)
-    shown.add_column("policy", overflow="fold")
-    shown.add_column("budget", no_wrap=True)
-    versus = [f"- {summary.against} [95 %]"] if ranked else []
-    memory = "MiB" if ranked else "MiB/stock"  # ranked tables have more columns; full holds what stock does
-    names = [printable(task, LONGEST_TASK) for task in tasks]
-    for heading in ("kept %", memory, "right % [95 %]", *versus, *names, "= full %"):
-        shown.add_column(_plain(heading), justify="right", no_wrap=True)
-    if summary.stock is not None:
-        shown.add_column("prefill", justify="right", no_wrap=True)
-        shown.add_column("token", justify="right", no_wrap=True)
-    for group in groups(summary.rows):
-        for row in ranking(group) if ranked else group:
-            cells = _cells(row, tasks, summary.stock is not None)
-            if ranked:
-                held = _mebibytes(row.bytes_held)
-                cells = [
-                    _place(row, group),
-                    *cells[:3],
-                    held,
-                    cells[4],
-                    _difference(row, summary.against),
-                    *cells[5:],
-                ]
-            shown.add_row(*map(_plain, cells))
-        shown.add_section()
-    return shown
-
-
-def _plain(text: str) -> Text:
-    """Return text that any console prints as it is: names of tasks are no markup and no :emoji:."""
-    from rich.text import Text
-
-    return Text(printable(text))
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
@@ -90,54 +121,100 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def ranking(group: Sequence[Row]) -> list[Row]:
-    """Return rows of one keep ratio by accuracy, the best first; other groups stay as they are."""
-    return list(group) if group[0].keep_ratio is None else sorted(group, key=lambda row: -row.accuracy.value)
+    """Return rows of one keep ratio by the metric, the best first, and references last.
+
+    Other groups stay as they are.
+    """
+    if group[0].keep_ratio is None:
+        return list(group)
+    return sorted(group, key=lambda row: (row.is_reference, _badness(row)))
 
 
-def _cells(row: Row, tasks: Sequence[str], timed: bool) -> list[str]:
-    cells = [
-        row.label,
-        _budget(row),
-        f"{100 * row.kept_fraction:.1f}",
-        f"{_mebibytes(row.bytes_held)}/{_mebibytes(row.bytes_full)}",
-        _percent(row.accuracy),
-        *(f"{100 * row.tasks[task].value:.1f}" for task in tasks),
-        f"{100 * row.agreement.value:.1f}",
-    ]
-    if timed:
-        speed = row.speed
-        cells += [
-            times(speed.prefill_ratio if speed else None),
-            times(speed.token_ratio if speed else None),
-        ]
-    return cells
+def _badness(row: Row) -> float:
+    return -row.main.value if row.speech is None else row.main.value
+
+
+def _build(
+    summary: Summary,
+    every: Sequence[Column],
+    dropped: Collection[str],
+    ranked: bool,
+    names: dict[str, str] | None,
+) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    kept = [one for one in every if not one.group or one.group not in dropped]
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, collapse_padding=True)
+    if ranked:
+        shown.add_column("#", justify="right", no_wrap=True)
+    shown.add_column("policy", overflow="fold")
+    shown.add_column("budget", no_wrap=True)
+    window = None if "window" in dropped else summary.window_seconds
+    cells = []
+    for one in kept:
+        narrow = one.narrow is not None and one.narrow[0] in dropped
+        heading, cell = one.narrow[1:] if narrow and one.narrow else (one.heading, one.cell)
+        shown.add_column(_plain(heading), justify="right", no_wrap=True)
+        cells.append(cell)
+    for group in groups(summary.rows):
+        for row in ranking(group) if ranked else group:
+            first = [_place(row, group)] if ranked else []
+            name = (names or {}).get(row.label, row.label)
+            texts = [*first, name, budget(row, window), *(cell(row) for cell in cells)]
+            shown.add_row(*map(_plain, texts))
+        shown.add_section()
+    return shown
+
+
+def _plain(text: str) -> Text:
+    """Return text that any console prints as it is: names of tasks are no markup and no :emoji:."""
+    from rich.text import Text
+
+    return Text(printable(text))
+
+
+def _measure(shown: Table) -> int:
+    """Return the width that a table takes if nothing is wrapped."""
+    from rich.console import Console
+
+    return Console(width=_WIDEST).measure(shown).maximum
+
+
+def _short_names(summary: Summary, over: int) -> dict[str, str] | None:
+    """Return names of policies that are shorter by `over`; None where they would be too short, or alike."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    labels = dict.fromkeys(row.label for row in summary.rows)
+    longest = max(cell_len(printable(label)) for label in labels) - over
+    if longest < _SHORTEST_NAME:
+        return None
+    found = {}
+    for label in labels:
+        text = Text(printable(label))
+        text.truncate(longest, overflow="ellipsis")
+        found[label] = text.plain
+    return found if len(set(found.values())) == len(found) else None
+
+
+def _words(every: Sequence[Column], dropped: Sequence[str]) -> tuple[str, ...]:
+    """Return the headings of what was left out."""
+    found = []
+    for group in dropped:
+        if group in ("intervals", "stock"):
+            found.append({"intervals": "intervals", "stock": "stock's MiB"}[group])
+        elif group == "tasks":
+            found.append(f"{sum(one.group == group for one in every)} tasks")
+        else:
+            found += [one.heading for one in every if one.group == group]
+    return tuple(found)
 
 
 def _place(row: Row, group: Sequence[Row]) -> str:
-    """Return a row's rank in its group; equal accuracies share one."""
+    """Return a row's rank in its group; equal values share one, and a reference has none."""
     if row.keep_ratio is None:
         return ""
-    return str(1 + sum(other.accuracy.value > row.accuracy.value for other in group))
-
-
-def _difference(row: Row, against: str) -> str:
-    found = row.versus_baseline
-    if found is None:
-        return "" if row.keep_ratio is None or row.label != against else "0"
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.0f}, {100 * found.high:+.0f}]"
-
-
-def _budget(row: Row) -> str:
-    if row.keep_ratio is not None:
-        return f"{100 * row.keep_ratio:.4g} %"
-    kind, _, value = row.budget.partition("=")
-    return f"{value} tokens" if kind == "keep_tokens" else row.budget
-
-
-def _percent(share: Rate) -> str:
-    return f"{100 * share.value:.1f} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
-
-
-def _mebibytes(count: float) -> str:
-    size = count / 2**20
-    return f"{size:.3f}" if size < 1 else f"{size:.4g}"
+    if row.is_reference:
+        return "ref"
+    return str(1 + sum(_badness(other) < _badness(row) for other in group if not other.is_reference))

@@ -1,4 +1,4 @@
-"""Asks a model one batch of questions under one configuration, both to compare and to verify."""
+"""Asks a model one batch of examples under one configuration, both to compare and to verify."""
 
 from __future__ import annotations
 
@@ -6,32 +6,43 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvprune.comparison.data.examples import Example, is_correct, normalise
-from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.data.examples import Example, Kind, Utterance, normalise
+from kvprune.comparison.execution.generation import Generator, Measured
+from kvprune.comparison.execution.questions import PictureGenerator
 from kvprune.comparison.execution.receipt_digests import receipts
+from kvprune.comparison.execution.speech import SpeechGenerator
+from kvprune.comparison.execution.transcripts import cap_after
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Settings
-from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.answers import Answer, Transcript
 from kvprune.errors import ResultsError
-from kvprune.session.compression import compress
 
 __all__ = ["ask", "batches", "load_generator"]
 
+_GENERATORS: Mapping[Kind, type[Generator]] = {"pictures": PictureGenerator, "speech": SpeechGenerator}
+
 
 def batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    """Return the examples in batches of `size`, in order; the last batch may be smaller."""
-    return [examples[start : start + size] for start in range(0, len(examples), size)]
+    """Return the examples in batches of at most `size`, in order.
+
+    A batch of recordings has one language, so its batches are those of each language in turn.
+    """
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.language if isinstance(example, Utterance) else "", []).append(example)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
-def load_generator(settings: Settings) -> Generator:
-    """Load the model that the settings name; see `Generator.load`."""
-    return Generator.load(
+def load_generator(settings: Settings, kind: Kind) -> Generator:
+    """Load the model that the settings name, to answer examples of this kind; see `Generator.load`."""
+    return _GENERATORS[kind].load(
         settings.model,
         device=resolve_device(settings.device),
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         max_new_tokens=settings.max_new_tokens,
+        reread=settings.reread,
         trust_remote_code=settings.trust_remote_code,
     )
 
@@ -42,9 +53,14 @@ def ask(
     inputs: Mapping[str, Any],
     one: Configuration,
     seed: int,
-    full: Mapping[str, str],
+    full: Mapping[str, Answer],
 ) -> list[Answer]:
     """Answer a batch under one configuration.
+
+    The model's encoder runs once for all configurations of a batch, see `EncoderReuse`. Transcripts of a
+    pruned cache are cut where a limit says that follows from the full cache's transcript of the same
+    recording, see `cap_after`. Decoding is greedy, so each is what generation with that limit gives. A policy
+    that may look at the answer is given that of the full cache.
 
     Args:
         generator: The model.
@@ -52,37 +68,52 @@ def ask(
         inputs: What `generator.encode` returned for these examples.
         one: The configuration.
         seed: Seed for policies that draw at random.
-        full: What the full cache answered, by example id; not read when `one` is the full cache.
+        full: Answers of the full cache, by example id; not read when `one` is the full cache.
 
     Returns:
-        One answer for each example, in the same order.
+        One answer for each example, in the same order. Their seed is None if the policy drew nothing.
 
     Raises:
         ResultsError: If the policy's report does not cover every example.
+        KVPruneError: If the model or its adapter refuses the policy, see `kvprune.compress`.
     """
-    with compress(generator.model, one.policy, seed=seed) as run:
-        new = generator.generate(inputs)
+    is_reference = one.spec == REFERENCE
+    most = generator.max_new_tokens
+    caps = [most if is_reference else min(most, _cap(full[example.id], most)) for example in batch]
+    compression = generator.compress(one.policy, inputs, seed)
+    with generator.encoder.during(one.policy), compression as run:
+        new = generator.generate(inputs, limit=max(caps))  # [B, new]
+    if is_reference:
+        generator.note_full(inputs, new)
     report = run.report
     kept = report.kept_per_sample
     if len(kept) != len(batch) or any(math.isnan(fraction) for fraction in kept):
         raise ResultsError(
             f"{one.spec} reports kept fractions {kept} for {len(batch)} examples; each needs one"
         )
-    proofs = receipts(one.spec, seed, report.layers, run.selections)
-    texts, finished = generator.texts(new), generator.finished(new)
-    return [
-        Answer(
+    drawn = seed if report.drew else None
+    proofs = receipts(one.spec, drawn, report.layers, run.selections)
+    answers = []
+    for number, (example, cap) in enumerate(zip(batch, caps, strict=True)):
+        of_example = new[number : number + 1, :cap]  # [1, up to cap]
+        (tokens,), (text,) = generator.lengths(of_example), generator.texts(of_example)
+        measured = Measured(
             spec=one.spec,
+            seed=drawn,
             id=example.id,
             task=example.task,
-            answer=texts[number],
-            correct=is_correct(texts[number], example.answers),
-            agrees_with_full=one.spec == REFERENCE or normalise(texts[number]) == normalise(full[example.id]),
-            finished=finished[number],
+            answer=text,
+            agrees_with_full=is_reference or normalise(text) == normalise(full[example.id].answer),
+            finished=tokens < cap,
             kept_fraction=kept[number],
             bytes_held=report.bytes_held // len(batch),
             bytes_full=report.bytes_full // len(batch),
             receipt=proofs[number],
         )
-        for number, example in enumerate(batch)
-    ]
+        answers.append(generator.judge(example, measured, tokens=tokens, cap=cap))
+    return answers
+
+
+def _cap(full: Answer, most: int) -> int:
+    """Return the limit on an answer, given the full cache's answer to the same example, and its limit."""
+    return cap_after(full.tokens) if isinstance(full, Transcript) else most

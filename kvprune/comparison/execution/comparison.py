@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
-from kvprune.comparison.data.examples import Example, digest
-from kvprune.comparison.display import plot
+from kvprune.comparison.display.figures import figures
+from kvprune.comparison.execution.claim import claim, find_data
 from kvprune.comparison.execution.run import Run
-from kvprune.comparison.plan.devices import resolve_device
-from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, Configuration, expand
+from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, expand
 from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.statistics.summary import Summary
-from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.journal import write_atomically, write_json
-from kvprune.comparison.storage.recorded_settings import describe
-from kvprune.comparison.storage.results_folder import PLOT, SUMMARY, ResultsFolder
+from kvprune.comparison.storage.results_folder import SUMMARY, ResultsFolder
 from kvprune.policy.spec import PolicySpec
 
 __all__ = ["compare", "require"]
@@ -27,11 +23,16 @@ def compare(
     keep_ratios: Sequence[float] = DEFAULT_KEEP_RATIOS,
     settings: Settings | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Summary:
-    """Compare policies on questions about pictures, and write a results folder.
+    """Compare policies on questions about pictures, or on recordings, and write a results folder.
 
-    The same call resumes an interrupted comparison. A finished one is only summarised again, without
-    loading the model.
+    A results folder grows: policies, budgets, seeds and questions join those that it has, and only what is
+    missing is computed. The summary is that of the whole folder. So the same call resumes an interrupted
+    comparison, and a finished one is only summarised again, without loading the model.
+
+    Answers that were computed with other ingredients (another model, another version of a policy, ...) are
+    kept in the folder, but they are not part of the summary; a note says so, and why.
 
     Args:
         policies: Specs. A spec without a budget is combined with each of `keep_ratios`. The full cache is
@@ -39,6 +40,8 @@ def compare(
         keep_ratios: Fractions of visible tokens to keep, in (0, 1].
         settings: Model, data and everything else; the embedded demo by default.
         on_progress: Called before the first and after each unit of work.
+        on_note: Called, before anything is computed, with each sentence that a user should read: which
+            answers in the folder no longer count and why, and what the folder has beyond this call.
 
     Raises:
         KVPruneError: If something is wrong with a policy, the data, the folder or the model; the class tells
@@ -48,15 +51,15 @@ def compare(
     """
     settings = settings or Settings()
     require("scipy", "matplotlib", "PIL")
-    configurations = expand(policies, keep_ratios)
+    wanted, data = expand(policies, keep_ratios), find_data(settings)
     with ResultsFolder(settings.output) as folder:
-        examples = _claim(folder, configurations, settings)
-        run = Run(folder, configurations, examples, settings, on_progress)
+        run = Run(folder, claim(folder, wanted, data, settings, on_note), on_progress)
         run.answer()
         run.time()
         summary = run.summary()
         write_json(folder.path / SUMMARY, summary.to_dict())
-        write_atomically(folder.path / PLOT, plot.render(summary))
+        for name, picture in figures(summary).items():
+            write_atomically(folder.path / name, picture)
     return summary
 
 
@@ -73,23 +76,3 @@ def require(*modules: str) -> None:
             raise ModuleNotFoundError(
                 f'this needs {module}, which is not installed: pip install "kvprune[demo]"', name=module
             ) from error
-
-
-def _claim(
-    folder: ResultsFolder, configurations: Sequence[Configuration], settings: Settings
-) -> tuple[Example, ...]:
-    """Claim the folder for this run and return the examples to ask."""
-    examples: tuple[Example, ...] | None = None
-    limit = settings.limit
-    if settings.data is None:
-        tasks = sources.check_demo_tasks(settings.tasks)
-        limit = limit or sources.DEFAULT_LIMIT
-    else:
-        examples = sources.own_examples(settings.data, settings.tasks, limit)
-        tasks = tuple(dict.fromkeys(example.task for example in examples))
-    exact = replace(settings, tasks=tasks, limit=limit, device=resolve_device(settings.device))
-    folder.claim(describe(configurations, exact))
-    if examples is None:
-        examples = sources.demo_examples(folder.path, tasks, limit or sources.DEFAULT_LIMIT, settings.seed)
-    folder.pin("data_sha256", digest(examples))
-    return examples

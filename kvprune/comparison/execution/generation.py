@@ -1,35 +1,106 @@
-"""A model with its processor: encodes batches padded on the left, and decodes answers greedily."""
+"""A model with its processor: what pictures and speech have in common when a batch is answered."""
 
 from __future__ import annotations
 
+import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar, Self, TypedDict
 
 import torch
 
-from kvprune.comparison.data.examples import Example, Question
-from kvprune.comparison.data.pictures import read_picture
+from kvprune.comparison.data.examples import Example, Kind
+from kvprune.comparison.execution.answer_guidance import AnswerGuidance
+from kvprune.comparison.execution.encoder_reuse import EncoderReuse
 from kvprune.comparison.execution.loading import load_model
-from kvprune.errors import DataError, UnsupportedModelError
-from kvprune.text import error_line, shown
+from kvprune.comparison.plan.grid import REFERENCE
+from kvprune.comparison.storage.answers import Answer
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.nesting import parts
+from kvprune.session.compression import Compression, compress
+from kvprune.session.registry import find_adapter, get_policy
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "Measured"]
+
+
+class Measured(TypedDict):
+    """What an answer of any kind says; see `Answer`."""
+
+    spec: str
+    seed: int | None
+    id: str
+    task: str
+    answer: str
+    agrees_with_full: bool
+    finished: bool
+    kept_fraction: float
+    bytes_held: int
+    bytes_full: int
+    receipt: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generator:
-    """A model and its processor, ready to answer batches of questions about pictures.
+class Generator(ABC):
+    """A model and its processor, ready to answer batches of one kind of example, greedily.
 
     Args:
         model: A model with `generate` that an adapter supports.
-        processor: A processor that has a chat template and can pad on the left.
+        processor: Its processor.
         max_new_tokens: Limit on the length of an answer, in tokens.
+        reread: Read the last token of each prompt again from the pruned cache; see `kvprune.compress`.
+
+    Class attributes:
+        kind: The kind of examples.
+        packages: Modules that it needs and that do not come with the plain install.
     """
+
+    kind: ClassVar[Kind]
+    packages: ClassVar[tuple[str, ...]] = ()
 
     model: Any
     processor: Any
     max_new_tokens: int
+    reread: bool = False
+
+    @cached_property
+    def encoder(self) -> EncoderReuse:
+        """Remembers the output of the model's encoder for the latest batch."""
+        return EncoderReuse.of(find_adapter(self.model)(self.model))
+
+    @cached_property
+    def answers(self) -> AnswerGuidance:
+        """Remembers what the full cache answered to the latest batch."""
+        return AnswerGuidance(self.model)
+
+    def compress(self, policy: CrossKVPolicy, inputs: Mapping[str, Any], seed: int) -> Compression:
+        """Return the compression under which a policy answers a batch.
+
+        A policy that may look at the answer is given what the full cache answers, which is generated first
+        unless it is known.
+
+        Args:
+            policy: The policy.
+            inputs: What `encode` returned.
+            seed: Seed for policies that draw at random.
+
+        Raises:
+            KVPruneError: As `kvprune.compress` and `kvprune.answer_attention` say.
+        """
+        if not any(part.reads_answer for part in parts(policy)):
+            return compress(self.model, policy, seed=seed, reread=self.reread)
+        full = get_policy(REFERENCE)
+        with self.encoder.during(full):
+            if not self.answers.knows(inputs):
+                with compress(self.model, full, reread=self.reread):
+                    self.note_full(inputs, self.generate(inputs))
+            guide = self.answers.of(inputs)
+        return compress(self.model, policy, seed=seed, guide=guide, reread=self.reread)
+
+    def note_full(self, inputs: Mapping[str, Any], new: torch.Tensor) -> None:
+        """Note what the full cache answered to a batch, new tokens ``[B, new]``."""
+        self.answers.note(inputs, new, self.lengths(new), self.max_new_tokens)
 
     @classmethod
     def load(
@@ -39,118 +110,97 @@ class Generator:
         device: str,
         dtype: str,
         attn_implementation: str | None,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
+        reread: bool = False,
         trust_remote_code: bool = False,
-    ) -> Generator:
-        """Load a model and its processor, and check that kvprune supports the model.
+    ) -> Self:
+        """Load a model and its processor, and check that they can answer examples of this kind.
 
         Args:
-            model: Hub id or local folder; None is the embedded demo.
+            model: Hub id or local folder; None is that of the demo.
             device: A torch device such as ``cpu`` or ``cuda:0``.
             dtype: One of `DTYPES`.
             attn_implementation: Passed to transformers; None is its default.
-            max_new_tokens: Limit on the length of an answer, in tokens.
+            max_new_tokens: Limit on the length of an answer, in tokens; None is the default of the kind.
+            reread: Read the last token of each prompt again from the pruned cache.
             trust_remote_code: Let transformers run Python files that come with the model.
 
         Raises:
             UnsupportedModelError: If the model cannot be loaded, needs code of its own, has no adapter, or
-                its processor has no chat template.
+                cannot answer examples of this kind.
+            ModuleNotFoundError: If a package is missing; says how to install it.
         """
-        from kvprune.session.registry import find_adapter
-
+        for module in cls.packages:
+            _require(module, cls.kind)
         loaded, processor = load_model(
             model,
+            cls.kind,
             device=device,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
         find_adapter(loaded)
-        if not getattr(processor, "chat_template", None):
-            raise UnsupportedModelError(
-                f"the processor of {model!r} has no chat template; use an instruction-tuned checkpoint"
-            )
-        return cls(model=loaded.eval(), processor=processor, max_new_tokens=max_new_tokens)
+        limit = cls.check_model(str(model), loaded, processor, max_new_tokens)
+        return cls(model=loaded.eval(), processor=processor, max_new_tokens=limit, reread=reread)
 
-    def check_questions(self, examples: Sequence[Example]) -> None:
-        """Raise unless every question is plain text for the model: it holds none of its special tokens.
+    @classmethod
+    @abstractmethod
+    def check_model(cls, name: str, model: Any, processor: Any, max_new_tokens: int | None) -> int:
+        """Return the limit on new tokens of a model that can answer examples of this kind.
 
-        A question with the token that stands for a picture cannot be encoded, and one with the token that
-        ends a turn would change the prompt that the chat template makes.
+        Args:
+            name: Name of the model, for messages.
+            model: The model.
+            processor: Its processor.
+            max_new_tokens: The limit that was asked for; None is the default.
 
         Raises:
-            DataError: With the example and the token.
+            UnsupportedModelError: If the model cannot.
         """
-        special = _special_tokens(self.processor)
-        for example in examples:
-            assert isinstance(example, Question)
-            found = [token for token in special if token in example.question]
-            if found:
-                raise DataError(
-                    f"the question of example {shown(example.id, 80)} contains {shown(max(found, key=len))}, "
-                    "which this model reads as a special token and not as text; write the question without it"
-                )
 
+    @abstractmethod
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raise, before anything is computed, unless this model can be asked all of these examples.
+
+        Raises:
+            DataError: Names the first example that it cannot be asked.
+        """
+
+    @abstractmethod
     def encode(self, examples: Sequence[Example]) -> Mapping[str, Any]:
-        """Return the model's inputs for a batch of prompts, each one user turn: a picture, then its question.
+        """Return what `generate` takes for a batch: tensors, and options of the model's ``generate``.
 
         Raises:
-            DataError: If a picture cannot be read, the processor cannot encode a prompt, or it pads on the
-                right.
+            DataError: If a file cannot be read, or the processor cannot encode it.
         """
-        images, prompts = [], []
-        for example in examples:
-            assert isinstance(example, Question)
-            images.append([read_picture(example.file)[0]])
-            content = [{"type": "image"}, {"type": "text", "text": example.question}]
-            turn = [{"role": "user", "content": content}]
-            prompts.append(self.processor.apply_chat_template(turn, add_generation_prompt=True))
-        try:
-            inputs = self.processor(
-                images=images,
-                text=prompts,
-                padding=True,
-                padding_side="left",
-                add_special_tokens=False,  # the chat template has added them
-                return_tensors="pt",
-            )
-        except (TypeError, ValueError, IndexError) as error:  # how processors refuse what they are given
-            ids = ", ".join(shown(example.id, 80) for example in examples[:4])
-            raise DataError(
-                f"the processor cannot encode the questions and pictures of the examples {ids}"
-                f"{', ...' if len(examples) > 4 else ''}: {error_line(error)}"
-            ) from error
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        used = inputs["attention_mask"]
-        if not bool(used[:, -1].all()):
-            raise DataError(
-                "the processor does not pad on the left, so batched answers would be wrong; "
-                "use --batch-size 1"
-            )
-        return dict(inputs)
 
-    def generate(self, inputs: Mapping[str, Any], tokens: int | None = None) -> torch.Tensor:
-        """Return new tokens, int64 ``[B, new]``, decoded greedily.
+    @abstractmethod
+    def generate(
+        self, inputs: Mapping[str, Any], tokens: int | None = None, *, limit: int | None = None
+    ) -> torch.Tensor:
+        """Return new tokens without the prompt, int64 ``[B, new]``, decoded greedily.
 
         Args:
             inputs: What `encode` returned.
             tokens: Exact number of new tokens to generate; None lets the model end its answers.
+            limit: Most new tokens; None is `max_new_tokens`.
         """
-        length = {"max_new_tokens": self.max_new_tokens}
-        if tokens is not None:
-            length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        with torch.inference_mode():
-            out = self._decode(inputs, **length)
-        new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
-        return new
 
-    def _decode(self, inputs: Mapping[str, Any], **options: Any) -> Any:
-        # Sampling options of a checkpoint's generation config would only cause warnings here.
-        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        return self.model.generate(**inputs, **options, **greedy)
+    def lengths(self, new: torch.Tensor) -> list[int]:
+        """Return the length of each answer in tokens, without the token that ends it.
+
+        Args:
+            new: New tokens, int64 ``[B, new]``.
+        """
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=new.device)
+        going = ~torch.isin(new, ends)  # [B, new]
+        lengths: list[int] = going.cumprod(-1).sum(-1).tolist()
+        return lengths
 
     def texts(self, new: torch.Tensor) -> list[str]:
-        """Return the answers as text, without special tokens.
+        """Return answers as text, without special tokens.
 
         Args:
             new: New tokens, int64 ``[B, new]``.
@@ -158,23 +208,23 @@ class Generator:
         decoded: list[str] = self.processor.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in decoded]
 
-    def finished(self, new: torch.Tensor) -> list[bool]:
-        """Return for each answer whether the model ended it itself, and not the limit on new tokens.
+    @abstractmethod
+    def judge(self, example: Example, measured: Measured, *, tokens: int, cap: int) -> Answer:
+        """Return the answer, with what is right or wrong about it.
 
         Args:
-            new: New tokens, int64 ``[B, new]``.
+            example: What was asked.
+            measured: The answer and what was measured.
+            tokens: Its length in tokens.
+            cap: Limit on its length.
         """
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=new.device)
-        done: list[bool] = torch.isin(new, ends).any(-1).tolist()
-        return done
 
 
-def _special_tokens(processor: Any) -> list[str]:
-    """Return the texts that a processor's tokenizer reads as special tokens, wherever they stand."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    found = {str(token) for token in added if getattr(token, "special", False)}
-    found |= {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
-    found |= {token for token in (getattr(processor, "image_token", None),) if isinstance(token, str)}
-    return sorted(found - {""})
+def _require(module: str, kind: Kind) -> None:
+    """Raise now, and not after the first batch, if a package is missing."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{kind}: this needs {module}, which is not installed: pip install "kvprune[{kind}]"', name=module
+        ) from error

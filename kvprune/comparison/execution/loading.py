@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from kvprune.comparison.data.examples import Kind
 from kvprune.comparison.data.safe_json import parse
 from kvprune.errors import UnsupportedModelError
 
@@ -24,13 +26,29 @@ _CONFIGS = (
 _CONVERT = (
     "weights in *.bin or *.pt files are pickles, which can run code when they are read, so kvprune reads "
     "safetensors only; convert once, where you trust the files: "
-    "AutoModelForImageTextToText.from_pretrained({model!r}).save_pretrained('converted'), "
+    "{auto}.from_pretrained({model!r}).save_pretrained('converted'), "
     "and copy the processor's files beside it"
+)
+
+
+_AUTO: Mapping[Kind, str] = {"pictures": "AutoModelForImageTextToText", "speech": "AutoModelForSpeechSeq2Seq"}
+"""Classes of transformers that load a model of each kind."""
+
+_NEEDED: Mapping[Kind, str] = {
+    "pictures": "questions about pictures need a model of pictures and text, such as Llama-3.2-Vision",
+    "speech": "recordings need a model that transcribes speech, such as Whisper",
+}
+
+_WITHOUT_HUB = (
+    "; the demo of speech needs Whisper base (about 290 MB): run once where the model hub can be reached, so "
+    "that transformers keeps it on this machine, or give a folder that holds it with --model FOLDER "
+    "(Settings.model)"
 )
 
 
 def load_model(
     model: str | None,
+    kind: Kind,
     *,
     device: str,
     dtype: str,
@@ -40,9 +58,11 @@ def load_model(
     """Return a model and its processor.
 
     Args:
-        model: Hub id or local folder; None is the embedded demo.
+        model: Hub id or local folder; None is the model of the demo.
+        kind: What the model is asked.
         device: A torch device.
-        dtype: ``auto``, or the name of a torch dtype.
+        dtype: ``auto``, or the name of a torch dtype. ``auto`` is the dtype of the checkpoint, but float32
+            instead of float16 on a CPU, which computes float16 slowly and less exactly.
         attn_implementation: Passed to transformers; None is its default.
         trust_remote_code: Let transformers run Python files that come with the model.
 
@@ -51,28 +71,34 @@ def load_model(
     """
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        if model is None:
+        if model is None and kind == "pictures":
             return _load_demo(device, dtype, attn_implementation)
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        import transformers
 
+        model, auto = model or _speech_demo(), getattr(transformers, _AUTO[kind])
         if not trust_remote_code:
             _refuse_code(model)
-        _refuse_pickles(model)
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-        loaded = AutoModelForImageTextToText.from_pretrained(
+        _refuse_pickles(model, kind)
+        _refuse_other_kinds(model, kind, trust_remote_code=trust_remote_code)
+        processor = transformers.AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+        loaded = auto.from_pretrained(
             model,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             **extra,
         )
+        if dtype == "auto" and torch.device(device).type == "cpu" and loaded.dtype == torch.float16:
+            loaded = loaded.float()
         return cast("torch.nn.Module", loaded).to(device), processor
     except UnsupportedModelError:
         raise
     except Exception as error:  # transformers raises errors of many classes for a broken checkpoint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "safetensors" in reason and "no file named" in reason:
-            reason += "; " + _CONVERT.format(model=model)
+            reason += "; " + _CONVERT.format(model=model, auto=_AUTO[kind])
+        if kind == "speech" and model == _speech_demo():
+            reason += _WITHOUT_HUB
         raise UnsupportedModelError(f"cannot load model {model!r} on {device!r}: {reason}") from error
 
 
@@ -108,7 +134,25 @@ def _refuse_code(model: str) -> None:
             )
 
 
-def _refuse_pickles(model: str) -> None:
+def _speech_demo() -> str:
+    from kvprune import demo
+
+    return demo.SPEECH_MODEL
+
+
+def _refuse_other_kinds(model: str, kind: Kind, *, trust_remote_code: bool) -> None:
+    """Raise if transformers has no class for this model that answers examples of this kind."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if not (trust_remote_code or type(config) in getattr(transformers, _AUTO[kind])._model_mapping):
+        raise UnsupportedModelError(
+            f"cannot load model {model!r}: a {config.model_type} cannot be asked about {kind}; "
+            f"{_NEEDED[kind]}"
+        )
+
+
+def _refuse_pickles(model: str, kind: Kind) -> None:
     """Raise if a local folder has weights, but none of them in safetensors."""
     folder = Path(model)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
@@ -117,5 +161,5 @@ def _refuse_pickles(model: str) -> None:
     if pickles:
         raise UnsupportedModelError(
             f"cannot load model {model!r}: it has {pickles[0]} but no *.safetensors; "
-            + _CONVERT.format(model=model)
+            + _CONVERT.format(model=model, auto=_AUTO[kind])
         )

@@ -13,19 +13,19 @@ __all__ = ["receipts"]
 
 
 def receipts(
-    spec: str, seed: int, layers: Sequence[LayerReceipt], selections: Mapping[int, Selection]
+    spec: str, seed: int | None, layers: Sequence[LayerReceipt], selections: Mapping[int, Selection]
 ) -> list[str]:
     """Return one SHA-256 (64 hexadecimal digits) for each sample of a batch.
 
-    A receipt covers the spec, the seed, and for each cross-attention layer: its index, the number of columns
-    of the unpruned cache, the columns kept per head, the bytes that keys and values of the kept and of all
-    columns take in the cache's own dtype, and the bits of each column if any are quantized. All of these are
-    whole numbers that belong to one sample. So neither the order of layers, nor the device, nor padding that
-    other samples of the batch cause can change a receipt.
+    A receipt covers the spec, the seed if the policy drew, and for each cross-attention layer: its index, the
+    number of columns of the unpruned cache, the columns kept per head, the bytes that keys and values of the
+    kept and of all columns take in the cache's own dtype, and the bits of each column if any are quantized.
+    All of these are whole numbers that belong to one sample. So neither the order of layers, nor the device,
+    nor padding that other samples of the batch cause can change a receipt.
 
     Args:
         spec: Canonical spec of the policy.
-        seed: Seed that the policy drew with.
+        seed: Seed that the policy drew with; None if it drew nothing.
         layers: The report's entries for the layers, after the prefill of the batch.
         selections: Kept columns by layer index, after the same prefill.
     """

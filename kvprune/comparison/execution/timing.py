@@ -12,7 +12,6 @@ import torch
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.plan.grid import Configuration
 from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, laps_to_row
-from kvprune.session.compression import compress
 
 __all__ = ["measure"]
 
@@ -47,7 +46,7 @@ def measure(
             if runner is None:
                 laps[None] = _lap(generator, inputs)
             else:
-                with compress(generator.model, runner.policy, seed=seed):
+                with generator.compress(runner.policy, inputs, seed):
                     laps[runner.spec] = _lap(generator, inputs)
             on_lap()
         if repetition is not None:

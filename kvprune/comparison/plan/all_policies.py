@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kvprune.adapters.base import ModelAdapter
 from kvprune.policy.options import required_options
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
@@ -31,11 +32,15 @@ class Everything:
     left_out: typing.Mapping[str, str]
 
 
-def every_policy(installed: Registry | None = None) -> Everything:
+def every_policy(installed: Registry | None = None, adapter: type[ModelAdapter] | None = None) -> Everything:
     """Return specs of all built-in policies that take a ``keep_ratio``, without the budget itself.
+
+    Policies that read the answer are references and no methods, so they are left out; see `answer_attention`.
 
     Args:
         installed: The policies to choose from; None is all that are installed.
+        adapter: Policies that need what this adapter of a model cannot capture are left out; None leaves out
+            none of them.
     """
     found = registry.load() if installed is None else installed
     specs, left_out = [], {}
@@ -51,6 +56,19 @@ def every_policy(installed: Registry | None = None) -> Everything:
         if required:
             left_out[name] = f"needs {', '.join(required)}; add it with --policy"
             continue
-        onward = "onward" in typing.get_args(types.get("reach"))
-        specs.append(str(PolicySpec(name, {"reach": "onward"} if onward else {})))
+        options = {"reach": "onward"} if "onward" in typing.get_args(types.get("reach")) else {}
+        spec = PolicySpec(name, options)
+        missing = () if adapter is None else _missing(found, spec, adapter)
+        if adapter is not None and missing:
+            left_out[name] = (
+                f"needs {', '.join(missing)}, which the {adapter.family} adapter does not provide"
+            )
+            continue
+        specs.append(str(spec))
     return Everything(tuple(specs), left_out)
+
+
+def _missing(installed: Registry, spec: PolicySpec, adapter: type[ModelAdapter]) -> list[str]:
+    """Return what a policy needs and an adapter does not provide."""
+    policy = installed.resolve(replace(spec, options={**spec.options, "keep_ratio": 0.5})).policy
+    return sorted(policy.needs - adapter.provides)

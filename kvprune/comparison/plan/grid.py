@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kvprune.errors import PolicyOptionError
+from kvprune.errors import KVPruneError, PolicyOptionError, SpecError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.nesting import parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
 from kvprune.session.registry import Registry
+from kvprune.text import suggestion
 
 __all__ = [
+    "ANSWER_ATTENTION",
     "BUDGETS",
     "DEFAULT_KEEP_RATIOS",
     "DEFAULT_POLICIES",
     "REFERENCE",
     "Configuration",
+    "answer_attention",
     "exactly",
     "expand",
+    "partner",
+    "unite",
 ]
 
 REFERENCE = "full"
 """The policy that every other one is compared with; it drops nothing."""
+
+ANSWER_ATTENTION = "answer-attention"
+"""The reference that may look at the answer of the full cache; it is no method."""
 
 DEFAULT_POLICIES = (
     "lossless",
@@ -104,6 +112,81 @@ def exactly(specs: Sequence[str]) -> tuple[Configuration, ...]:
     """
     installed = registry.load()
     return tuple(replace(_configure(installed, PolicySpec.parse(spec)), spec=spec) for spec in specs)
+
+
+def answer_attention(configurations: Sequence[Configuration]) -> tuple[Configuration, ...]:
+    """Return the reference that may look at the answer, once for each keep ratio in use.
+
+    Args:
+        configurations: What is compared.
+
+    Returns:
+        Nothing where no policy of this name is installed.
+    """
+    installed = registry.load()
+    if ANSWER_ATTENTION not in installed.policies:
+        return ()
+    ratios = dict.fromkeys(one.keep_ratio for one in configurations if one.keep_ratio is not None)
+    return tuple(
+        _configure(installed, PolicySpec(ANSWER_ATTENTION, {"keep_ratio": ratio})) for ratio in ratios
+    )
+
+
+def unite(
+    earlier: Sequence[str], wanted: Sequence[Configuration], *, with_answer_attention: bool
+) -> tuple[tuple[Configuration, ...], Mapping[str, str]]:
+    """Return the union of what a results folder compares and what is asked for now.
+
+    Args:
+        earlier: Specs of the folder, in order.
+        wanted: Configurations asked for now, the full cache first.
+        with_answer_attention: Add the reference that may look at the answer.
+
+    Returns:
+        The full cache, the earlier configurations in their order, the new ones, and last those of
+        `answer_attention`; and the earlier specs that do not run any more, with the reason.
+    """
+    found = {one.spec: one for one in wanted[:1]}
+    asked = {one.spec: one for one in wanted}
+    gone = {}
+    for spec in earlier:
+        try:
+            found[spec] = asked[spec] if spec in asked else exactly([spec])[0]
+        except KVPruneError as error:
+            gone[spec] = str(error)
+    found |= asked
+    if with_answer_attention:
+        found |= {one.spec: one for one in answer_attention(tuple(found.values())) if one.spec not in found}
+    return tuple(sorted(found.values(), key=lambda one: one.policy.reads_answer)), gone
+
+
+def partner(against: str, configurations: Sequence[Configuration], *, optional: bool = False) -> str:
+    """Return the label or name of the policy that others are compared with.
+
+    Args:
+        against: A label, which is a spec without its budget, or the name of a policy.
+        configurations: What is compared.
+        optional: Return `against` where nothing has this label or name.
+
+    Returns:
+        The label as the table has it, or the name.
+
+    Raises:
+        PolicyOptionError: If there is no such label or name; lists what there is.
+    """
+    labels = list(dict.fromkeys(one.label for one in configurations))
+    try:
+        label = str(PolicySpec.parse(against))
+    except SpecError:
+        label = against
+    if label in labels:
+        return label
+    if optional or any(one.policy.name == against for one in configurations):
+        return against
+    raise PolicyOptionError(
+        f"there is no {against!r} to compare with{suggestion(against, labels)}; "
+        f"choose one of: {', '.join(labels)}"
+    )
 
 
 def _cross(spec: PolicySpec, cls: type[CrossKVPolicy], keep_ratios: Sequence[float]) -> list[PolicySpec]:

@@ -10,9 +10,17 @@ from typing import Literal
 from kvprune.comparison.plan.devices import DTYPES
 from kvprune.errors import KVPruneError
 
-__all__ = ["DEFAULT_OUTPUT", "Progress", "Settings"]
+__all__ = ["DEFAULT_AGAINST", "DEFAULT_OUTPUT", "PICTURE_TOKENS", "Progress", "Settings"]
 
 DEFAULT_OUTPUT = "kvprune-results"
+
+DEFAULT_AGAINST = "trim"
+"""The policy that others are compared with, unless another one is chosen."""
+
+PICTURE_TOKENS = 16
+"""Limit on new tokens of an answer to a question about a picture, unless another one is given."""
+
+DEMOS = ("pictures", "speech")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +52,8 @@ class Settings:
         seed: Seed for policies that draw at random, and for the demo's questions.
         output: Results folder.
         batch_size: Examples per call of `generate`.
-        max_new_tokens: Limit on the length of an answer, in tokens.
+        max_new_tokens: Limit on the length of an answer, in tokens; None is 16 for questions about pictures,
+            and for speech what the model permits.
         reread: Read the last token of each prompt again from the pruned cache; see `kvprune.compress`.
         draws: How many seeds a policy that draws at random runs with: `seed`, `seed` + 1, ...
         against: Name or label of the policy that others are compared with at the same budget.
@@ -67,10 +76,10 @@ class Settings:
     seed: int = 0
     output: Path = Path(DEFAULT_OUTPUT)
     batch_size: int = 16
-    max_new_tokens: int = 16
+    max_new_tokens: int | None = None
     reread: bool = True
     draws: int = 1
-    against: str = "trim"
+    against: str = DEFAULT_AGAINST
     answer_attention: bool = True
     device: str | None = None
     dtype: str = "auto"
@@ -89,5 +98,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise KVPruneError(f"{name} is {value}; it must be at least {least}")
+        if self.demo not in DEMOS:
+            raise KVPruneError(f"unknown demo {self.demo!r}; choose from {', '.join(DEMOS)}")
         if self.dtype not in DTYPES:
             raise KVPruneError(f"unknown dtype {self.dtype!r}; choose from {', '.join(DTYPES)}")

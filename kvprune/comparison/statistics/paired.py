@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from kvprune.comparison.statistics.rates import rate
 
-__all__ = ["PairedDifference", "paired_difference"]
+__all__ = ["PairedDifference", "newcombe", "paired_difference"]
 
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """The difference of two accuracies with its 95 % interval, as fractions.
+    """The difference of two rates with its 95 % interval, as fractions.
 
     Attributes:
-        value: the own accuracy minus the other one.
+        value: the own rate minus the other one.
         low: lower end of the interval.
         high: upper end of the interval.
     """
@@ -41,10 +41,26 @@ def paired_difference(own: Sequence[bool], other: Sequence[bool]) -> PairedDiffe
         ValueError: If there are no answers, or the two sequences differ in length.
     """
     pairs = list(zip(own, other, strict=True))
-    total = len(pairs)
-    first, second = (rate(sum(pair[side] for pair in pairs), total) for side in (0, 1))
-    phi = _correlation([sum(pair == kind for pair in pairs) for kind in _KINDS])
-    value = first.value - second.value
+    both, first, second, neither = (sum(pair == kind for pair in pairs) for kind in _KINDS)
+    return newcombe(both, first, second, neither)
+
+
+def newcombe(both: int, own: int, other: int, neither: int) -> PairedDifference:
+    """Return the same as `paired_difference` from the four counts of the 2x2 table.
+
+    Args:
+        both: Questions that both answer rightly.
+        own: Questions that only the own one answers rightly.
+        other: Questions that only the other one answers rightly.
+        neither: Questions that nobody answers rightly.
+
+    Raises:
+        ValueError: If all counts are 0.
+    """
+    total = both + own + other + neither
+    first, second = rate(both + own, total), rate(both + other, total)
+    phi = _correlation(both, own, other, neither)
+    value = (own - other) / total
     down, up = first.value - first.low, first.high - first.value
     other_down, other_up = second.value - second.low, second.high - second.value
     return PairedDifference(
@@ -63,13 +79,12 @@ def _combined(one: float, other: float, phi: float) -> float:
     return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
 
 
-def _correlation(counts: Sequence[int]) -> float:
+def _correlation(both: int, own: int, other: int, neither: int) -> float:
     """Return phi of a 2x2 table, with a continuity correction if positive; 0 where phi is undefined."""
-    both, own, other, neither = counts
     sides = (both + own) * (other + neither) * (both + other) * (own + neither)
     if not sides:
         return 0.0
     product = float(both * neither - own * other)
     if product > 0:
-        product = max(0.0, product - sum(counts) / 2)
+        product = max(0.0, product - (both + own + other + neither) / 2)
     return product / math.sqrt(sides)

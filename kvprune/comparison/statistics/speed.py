@@ -49,10 +49,13 @@ def speeds(laps: Mapping[int, Mapping[str | None, Lap]]) -> dict[str | None, Spe
     """Return the speed of each configuration by spec, that of the untouched model under None.
 
     Args:
-        laps: Times by repetition and spec; see `read_laps`.
+        laps: Times by repetition and spec. Repetitions may time different configurations; each times the full
+            cache, and ratios are taken within a repetition.
     """
-    names = list(next(iter(laps.values()), {}))
-    return {name: _speed([(one[name], one[REFERENCE]) for one in laps.values()]) for name in names}
+    names = dict.fromkeys(name for one in laps.values() for name in one)
+    return {
+        name: _speed([(one[name], one[REFERENCE]) for one in laps.values() if name in one]) for name in names
+    }
 
 
 def _speed(pairs: Sequence[tuple[Lap, Lap]]) -> Speed:

@@ -1,7 +1,7 @@
 """Which of kvprune's own files a results folder depends on, and their digest.
 
-A results folder is resumed only while the code that produced its lines is the same. `CODE` says for each
-part of the package whether it counts, and why. The same table is in docs/results-folder.md.
+Answers count only while the code that produced them is the same: its digest is part of their addresses.
+`CODE` says for each part of the package whether it counts, and why; docs/results-folder.md shows it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         path: a folder, written with a slash at its end, or a file; relative to the package.
-        covered: whether an edit of it makes a results folder belong to another run.
+        covered: whether answers of a results folder are old after an edit of it.
         reason: why.
     """
 
@@ -74,7 +74,7 @@ def find_part(file: str) -> Part | None:
 def covered_files(package: Path = PACKAGE) -> Iterator[Path]:
     """Yield the Python files that a results folder depends on, in a fixed order.
 
-    A file without an entry in `CODE` counts: refusing to resume is safer than mixing answers of two programs.
+    A file without an entry in `CODE` counts: computing anew is safer than mixing answers of two programs.
 
     Args:
         package: The folder of the package.

@@ -13,7 +13,7 @@ from typing import Any
 from kvprune.comparison.data.safe_json import parse
 from kvprune.errors import ResultsError
 
-__all__ = ["Journal", "check_plain_file", "read_plain_file", "write_atomically", "write_json"]
+__all__ = ["Journal", "check_plain_file", "read_plain_file", "remove", "write_atomically", "write_json"]
 
 
 class Journal:
@@ -33,12 +33,20 @@ class Journal:
             ResultsError: If a finished line is not a JSON object; the file then stays as it is.
         """
         rows, finished = self.read()
+        self.cut(finished)
+        return rows
+
+    def cut(self, finished: int) -> None:
+        """Cut off what comes after the first `finished` bytes: an unfinished last line.
+
+        Raises:
+            ResultsError: If the file cannot be written.
+        """
         with _typed(self.path, "written"):
             if self.path.exists() and finished < self.path.stat().st_size:
                 with self.path.open("r+b") as file:
                     file.truncate(finished)
                     os.fsync(file.fileno())
-        return rows
 
     def read(self) -> tuple[list[dict[str, Any]], int]:
         """Return the objects of all finished lines in file order, and how many bytes these lines take.
@@ -46,12 +54,26 @@ class Journal:
         Raises:
             ResultsError: If the file cannot be read, or a finished line is not a JSON object.
         """
-        raw = read_plain_file(self.path)
-        if raw is None:
-            return [], 0
-        finished = raw.rfind(b"\n") + 1
-        lines = raw[:finished].split(b"\n")[:-1]
-        return [self._parse(number, line) for number, line in enumerate(lines, start=1)], finished
+        rows, finished = [], 0
+        for number, line in enumerate(self.lines(), start=1):
+            rows.append(self._parse(number, line))
+            finished += len(line) + 1
+        return rows, finished
+
+    def lines(self) -> Iterator[bytes]:
+        """Yield the finished lines in file order, without their line breaks; the file is not held in memory.
+
+        Raises:
+            ResultsError: If the file cannot be read.
+        """
+        check_plain_file(self.path)
+        with _typed(self.path, "read"):
+            if not self.path.exists():
+                return
+            with self.path.open("rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):
+                        yield line[:-1]
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append one line for each row, all in one write.
@@ -109,6 +131,16 @@ def write_atomically(path: Path, content: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        ResultsError: If it cannot be deleted.
+    """
+    with _typed(path, "deleted"):
+        path.unlink(missing_ok=True)
 
 
 def read_plain_file(path: Path) -> bytes | None:

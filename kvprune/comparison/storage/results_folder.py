@@ -1,23 +1,33 @@
-"""A results folder: claims it for one run, refuses foreign and damaged ones, reads what is already done."""
+"""A results folder: keeps other processes out, refuses foreign and damaged folders, reads what is there."""
 
 from __future__ import annotations
 
-import json
+import datetime
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from kvprune.comparison.data.safe_json import parse
-from kvprune.comparison.storage.answers import Answer, Key, from_row
-from kvprune.comparison.storage.journal import Journal, check_plain_file, read_plain_file, write_json
-from kvprune.comparison.storage.manifest import FORMAT, KIND, digest, refusal
+from kvprune.comparison.storage.addresses import digest
+from kvprune.comparison.storage.answer_lines import LineReader, StoredAnswer
+from kvprune.comparison.storage.journal import Journal, check_plain_file, read_plain_file, remove, write_json
+from kvprune.comparison.storage.recorded_grid import (
+    PLACES,
+    Earlier,
+    RecordedGrid,
+    read_about,
+    read_earlier,
+    read_grid,
+)
 from kvprune.errors import ResultsError
 
 __all__ = [
+    "COST_PLOT",
     "DATA",
+    "FORMAT",
+    "KIND",
     "MANIFEST",
     "PLOT",
     "RESULTS",
@@ -25,12 +35,13 @@ __all__ = [
     "TEMPORARY",
     "TIMINGS",
     "ResultsFolder",
-    "index_answers",
     "lock",
 ]
 
+KIND, FORMAT = "kvprune comparison", 4
+
 MANIFEST, RESULTS, TIMINGS = "manifest.json", "results.jsonl", "timings.jsonl"
-SUMMARY, PLOT = "summary.json", "accuracy_vs_kept.png"
+SUMMARY, PLOT, COST_PLOT = "summary.json", "accuracy_vs_kept.png", "cost_vs_accuracy.png"
 
 DATA = "data"
 """Folder inside the results folder that holds the demo's pictures and questions."""
@@ -41,6 +52,8 @@ TEMPORARY = ".kvprune-"
 _WHY = {
     "1": ", since format 1 has no receipts of what was kept, so its answers cannot be verified",
     "2": ", since format 2 does not say how many tokens of a prompt were decoded after pruning",
+    "3": ", since format 3 does not say with which ingredients each answer was computed, so nothing can be "
+    "added to it",
 }
 """Why old formats are no longer read."""
 
@@ -48,7 +61,7 @@ _REMEDY = "choose another --output, or delete this folder to start again"
 
 
 class ResultsFolder:
-    """A folder that holds one run; as a context manager, it keeps other processes out while it is open.
+    """A folder that holds a comparison; as a context manager, it keeps other processes out while it is open.
 
     Args:
         path: The folder; entering the context creates it if it is missing.
@@ -80,74 +93,90 @@ class ResultsFolder:
             os.close(self._lock)
             self._lock = None
 
-    def claim(self, manifest: Mapping[str, Any]) -> None:
-        """Make this the folder of the run that `manifest` describes, or resume that run.
-
-        A folder whose run has not finished anything yet may be claimed by another run.
-
-        Raises:
-            ResultsError: If the folder holds another run (the message names a difference), or something other
-                than a plain file is where a file of the run belongs.
-        """
-        new = json.loads(json.dumps(manifest))
-        self._check_places()
-        old = self._read_manifest()
-        difference = None if old is None else refusal(_planned(old), new["run"])
-        if old is not None and difference is None:
-            if old.get("run_sha256") != digest(old["run"]):
-                raise ResultsError(
-                    f"{self.path / MANIFEST} is damaged: its 'run' was changed after it was written "
-                    f"(run_sha256 {str(old.get('run_sha256'))[:70]!r}); restore it, or {_REMEDY}"
-                )
-            self.manifest = old
-            return
-        if old is not None and any(journal.path.exists() for journal in (self.results, self.timings)):
-            raise ResultsError(
-                f"{self.path} holds another run: {difference}. "
-                f"Results of different runs do not mix; {_REMEDY}"
-            )
-        if old is not None:
-            shutil.rmtree(self.path / DATA, ignore_errors=True)
-        self.manifest = new
-        self._write_manifest()
-
-    def pin(self, name: str, value: str) -> None:
-        """Record a digest in the manifest as soon as it is known, or compare it with the recorded one.
+    @property
+    def grid(self) -> RecordedGrid | None:
+        """The grid that the manifest records; None where there is no manifest.
 
         Raises:
-            ResultsError: If another value is recorded: what the finished part of the run used has changed.
+            ResultsError: If the manifest is damaged.
         """
-        assert self.manifest is not None, "call claim first"
-        pinned = self.manifest["run"].setdefault("pinned", {})
-        if name not in pinned:
-            pinned[name] = value
-            self._write_manifest()
-        elif pinned[name] != value:
-            raise ResultsError(
-                f"{self.path} holds another run: {name} was {pinned[name]!r} and is now {value!r}. "
-                f"Results of different runs do not mix; {_REMEDY}"
-            )
+        return None if self.manifest is None else read_grid(self.path / MANIFEST, self.manifest["run"])
 
-    def answers(self, specs: Sequence[str], ids: Sequence[str]) -> dict[Key, Answer]:
-        """Return finished answers by spec, seed and example id; cuts an unfinished last line off the file.
+    @property
+    def earlier(self) -> list[Earlier]:
+        """What earlier grids had in place of what the grid has now, in order.
 
         Raises:
-            ResultsError: If a line is damaged, repeated, or not part of this run.
+            ResultsError: If the manifest is damaged.
         """
-        return index_answers(self.results.path, self.results.recover(), specs, ids)
+        return [] if self.manifest is None else read_earlier(self.path / MANIFEST, self.manifest)
 
-    def _check_places(self) -> None:
-        """Raise now, and not after hours of work, if a file cannot be written where it belongs."""
-        for name in (MANIFEST, RESULTS, TIMINGS, SUMMARY, PLOT):
+    def check(self) -> None:
+        """Raise now, and not after hours of work, if the folder cannot be added to.
+
+        Raises:
+            ResultsError: If something other than a plain file is where a file belongs, or the manifest was
+                changed after it was written.
+        """
+        for name in (MANIFEST, RESULTS, TIMINGS, SUMMARY, PLOT, COST_PLOT):
             check_plain_file(self.path / name)
         data = self.path / DATA
         if data.is_symlink() or (data.exists() and not data.is_dir()):
             raise ResultsError(f"{data} is not a folder; move it away, or {_REMEDY}")
+        self.manifest = self._read_manifest()  # another process may have written it before we had the lock
+        if self.manifest is not None and self.manifest.get("run_sha256") != digest(self.manifest["run"]):
+            raise ResultsError(
+                f"{self.path / MANIFEST} is damaged: its 'run' was changed after it was written "
+                f"(run_sha256 {str(self.manifest.get('run_sha256'))[:70]!r}); restore it, or {_REMEDY}"
+            )
+        if self.manifest is not None:
+            read_about(self.path / MANIFEST, self.manifest)
 
-    def _write_manifest(self) -> None:
-        assert self.manifest is not None, "no manifest to write"
-        self.manifest["run_sha256"] = digest(self.manifest["run"])
-        write_json(self.path / MANIFEST, self.manifest)
+    @property
+    def is_free(self) -> bool:
+        """Whether the folder holds nothing that was computed; another comparison may then take it."""
+        return not any(journal.path.exists() for journal in (self.results, self.timings))
+
+    def record(self, grid: RecordedGrid, earlier: Sequence[Earlier], about: Mapping[str, Any]) -> None:
+        """Write the manifest, unless it says all this already.
+
+        The summary and the figure of another grid are deleted before; they are made again at the end.
+
+        Args:
+            grid: The grid.
+            earlier: What earlier grids had, in order.
+            about: What does not change an answer. Where the model and the data are counts as a change; the
+                machine does not.
+        """
+        old = self.manifest or {}
+        today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        new: dict[str, Any] = {
+            "kind": KIND,
+            "format": FORMAT,
+            "created": old.get("created", today),
+            "run": grid.to_json(),
+            "run_sha256": digest(grid.to_json()),
+            "about": dict(about),
+            "earlier": [one.to_json() for one in earlier],
+        }
+        same_places = all(old.get("about", {}).get(name) == about[name] for name in PLACES)
+        if same_places and all(old.get(name) == new[name] for name in ("run", "earlier")):
+            return
+        if old.get("run") != new["run"]:
+            for name in (SUMMARY, PLOT, COST_PLOT):
+                remove(self.path / name)
+        self.manifest = new
+        write_json(self.path / MANIFEST, new)
+
+    def answers(self) -> list[StoredAnswer]:
+        """Return all finished lines of the results; cuts an unfinished last line off the file.
+
+        Raises:
+            ResultsError: If a line is damaged.
+        """
+        found, finished = read_answers(self.results)
+        self.results.cut(finished)
+        return found
 
     def _read_manifest(self) -> dict[str, Any] | None:
         """Return the manifest, or None where there is nothing or an empty folder."""
@@ -175,6 +204,20 @@ class ResultsFolder:
             raise ResultsError(f"{self.path} cannot be read: {error.strerror or error}") from error
 
 
+def read_answers(journal: Journal) -> tuple[list[StoredAnswer], int]:
+    """Return all finished lines of the results, and how many bytes they take.
+
+    Raises:
+        ResultsError: If the file cannot be read, or a line is damaged.
+    """
+    reader, found, finished = LineReader(), [], 0
+    where = str(journal.path)
+    for number, line in enumerate(journal.lines(), start=1):
+        found.append(reader.read(where, number, line))
+        finished += len(line) + 1
+    return found, finished
+
+
 def _parse_manifest(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         manifest = parse(raw)
@@ -188,49 +231,9 @@ def _parse_manifest(path: Path, raw: bytes) -> dict[str, Any]:
             f"{path} has format {found[:20]}, but this kvprune reads {FORMAT}{_WHY.get(found, '')}; {_REMEDY}"
         )
     run = manifest.get("run")
-    pinned = run.get("pinned", {}) if isinstance(run, dict) else {}
-    for name, value in (("run", run), ("run.pinned", pinned)):
-        if not isinstance(value, dict):
-            raise ResultsError(f"{path} is damaged: field {name!r} is {str(value)[:60]}; {_REMEDY}")
+    if not isinstance(run, dict):
+        raise ResultsError(f"{path} is damaged: field 'run' is {str(run)[:60]}; {_REMEDY}")
     return manifest
-
-
-def index_answers(
-    path: Path, rows: Sequence[Mapping[str, Any]], specs: Sequence[str], ids: Sequence[str]
-) -> dict[Key, Answer]:
-    """Return answers by spec, seed and example id.
-
-    Args:
-        path: Path of results.jsonl, for messages.
-        rows: The finished lines of that file.
-        specs: Specs of the run's configurations.
-        ids: Ids of the run's examples.
-
-    Raises:
-        ResultsError: If a line is damaged, repeated, or not part of the run.
-    """
-    done: dict[Key, Answer] = {}
-    known_specs, known_ids = set(specs), set(ids)
-    for number, row in enumerate(rows, start=1):
-        answer = from_row(f"{path}, line {number}", row)
-        key = answer.key
-        if answer.spec not in known_specs or answer.id not in known_ids:
-            raise ResultsError(
-                f"{path}, line {number}: spec {answer.spec!r} with example {answer.id!r} "
-                f"is not part of this run; {_REMEDY}"
-            )
-        if key in done:
-            raise ResultsError(
-                f"{path}, line {number}: spec {answer.spec!r} with example {answer.id!r} "
-                "appears twice; delete one of the two lines"
-            )
-        done[key] = answer
-    return done
-
-
-def _planned(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stands under "run" without what was recorded while the run was going on."""
-    return {name: value for name, value in manifest["run"].items() if name != "pinned"}
 
 
 def lock(folder: Path, *, shared: bool = False) -> int | None:

@@ -1,29 +1,48 @@
-"""The sources of examples and weights: the user's files, or the embedded demo."""
+"""The sources of examples and weights: the user's files, or one of the demos."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvprune.comparison.data.examples import Example, choose, choose_tasks, read_examples
+from kvprune.comparison.data.examples import Example, Kind, choose_tasks, read_examples
+from kvprune.comparison.plan.settings import Settings
+from kvprune.comparison.storage.journal import write_atomically
+from kvprune.comparison.storage.recorded_grid import RecordedGrid
 from kvprune.comparison.storage.results_folder import DATA, TEMPORARY
 from kvprune.errors import ResultsError
 
-__all__ = ["DEFAULT_LIMIT", "check_demo_tasks", "demo_examples", "own_examples", "weights"]
+__all__ = [
+    "DEFAULT_LIMIT",
+    "check_demo_tasks",
+    "data_file",
+    "demo_folder",
+    "model_of",
+    "speech_data",
+    "weights",
+    "write_demo",
+]
 
 DEFAULT_LIMIT = 64
-"""How many of the demo's examples are asked per task, if no limit is given."""
+"""How many of the demo's questions about pictures are asked per task, if no limit is given."""
+
+_ROWS = "data.jsonl"
 
 
-def own_examples(data: Path, tasks: Sequence[str] | None, limit: int | None) -> tuple[Example, ...]:
-    """Read the user's file and choose from it; see `read_examples` and `choose`."""
-    return choose(read_examples(data), tasks, limit)
+def model_of(settings: Settings, kind: Kind) -> str | None:
+    """Return the model of a run: that of the settings, or of the demo; None is the embedded one."""
+    if settings.model is not None or kind == "pictures":
+        return settings.model
+    from kvprune import demo
+
+    return demo.SPEECH_MODEL
 
 
 def check_demo_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the chosen tasks of the demo; None chooses all.
+    """Return the chosen tasks of the demo about pictures; None chooses all.
 
     Raises:
         DataError: If the demo has no such task.
@@ -33,35 +52,84 @@ def check_demo_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
     return choose_tasks(tasks, demo.TASKS, "demo")
 
 
-def demo_examples(folder: Path, tasks: Sequence[str], limit: int, seed: int) -> tuple[Example, ...]:
-    """Write the demo's pictures and questions into a results folder, and read them as a user's file is read.
+def speech_data() -> Path:
+    """Return the file of recordings that comes with kvprune."""
+    from kvprune import demo
 
-    They are written once. An interrupted write leaves nothing that could be mistaken for data, since the
-    folder `DATA` appears all at once.
+    return demo.speech_data()
+
+
+def demo_folder(folder: Path, seed: int) -> Path:
+    """Return where the demo's pictures and questions belong in a results folder; each seed has its own."""
+    return folder / (DATA if seed == 0 else f"{DATA}-seed-{seed}")
+
+
+def data_file(folder: Path, grid: RecordedGrid, data: Path | None) -> Path:
+    """Return the file that holds the examples of a grid.
 
     Args:
-        folder: Results folder, already claimed.
+        folder: The results folder.
+        grid: Its grid.
+        data: The user's file, where the examples come from one.
+    """
+    if data is not None:
+        return data
+    if grid.origin == "speech":
+        return speech_data()
+    return demo_folder(folder, grid.data_seed or 0) / _ROWS
+
+
+def write_demo(folder: Path, tasks: Sequence[str], limit: int, seed: int) -> tuple[Example, ...]:
+    """Write the demo's questions into a results folder, beside those that are there, and read all of them.
+
+    What was written before stays as it is. An interrupted write leaves nothing that could be mistaken for
+    data: the folder appears all at once, and later its list of questions is replaced whole.
+
+    Args:
+        folder: Results folder, already locked.
         tasks: What `check_demo_tasks` returned.
-        limit: Examples per task.
+        limit: Questions per task.
         seed: Seed of the pictures and questions.
+
+    Returns:
+        All questions in the folder, more than asked for where an earlier run asked more.
 
     Raises:
         ResultsError: If the files cannot be written.
+        DataError: If what was written before is damaged.
     """
     from kvprune import demo
 
-    target = folder / DATA
+    target = demo_folder(folder, seed)
+    partial = folder / f"{TEMPORARY}{DATA}"
+    found = read_examples(target / _ROWS) if target.exists() else ()
+    counts = {task: sum(one.task == task for one in found) for task in tasks}
+    if found and all(counts[task] >= limit for task in tasks):
+        return found
     try:
-        if not target.exists():
-            partial = folder / f"{TEMPORARY}{DATA}"
-            if partial.is_symlink() or partial.is_file():
-                partial.unlink()
-            shutil.rmtree(partial, ignore_errors=True)
-            demo.write_dataset(partial, tasks=tuple(tasks), per_task=limit, seed=seed)
+        if partial.is_symlink() or partial.is_file():
+            partial.unlink()
+        shutil.rmtree(partial, ignore_errors=True)
+        demo.write_dataset(partial, tasks=tuple(tasks), per_task=limit, seed=seed)
+        if found:
+            _add_rows(target, partial, {one.id for one in found})
+            shutil.rmtree(partial)
+        else:
             os.replace(partial, target)
     except OSError as error:
         raise ResultsError(f"cannot write the demo's data to {target}: {error.strerror or error}") from error
-    return read_examples(target / "data.jsonl")
+    return read_examples(target / _ROWS)
+
+
+def _add_rows(target: Path, more: Path, known: set[str]) -> None:
+    """Move pictures and rows of one data set into another, except those that it has."""
+    rows = (target / _ROWS).read_bytes()
+    for line in (more / _ROWS).read_bytes().splitlines(keepends=True):
+        row = json.loads(line)
+        if row["id"] not in known:
+            os.replace(more / row["image"], target / row["image"])
+            rows += line
+    write_atomically(target / _ROWS, rows)
 
 
 def weights(model: str | None) -> str:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvprune.comparison.plan.grid import REFERENCE
+from kvprune.comparison.storage.addresses import Addresses, batch_key
 from kvprune.errors import ResultsError
 
-__all__ = ["TIMED_TOKENS", "Lap", "laps_to_row", "read_laps"]
+__all__ = ["TIMED_TOKENS", "Lap", "Laps", "Timings", "laps_to_row", "read_timings", "timing_row"]
 
 
 TIMED_TOKENS = 64
@@ -37,8 +39,30 @@ class Lap:
         return (self.all - self.first) / (TIMED_TOKENS - 1)
 
 
-def laps_to_row(repetition: int, laps: Mapping[str | None, Lap]) -> dict[str, Any]:
-    """Return the JSON object that stands for one repetition in timings.jsonl.
+Laps = Mapping[str | None, Lap]
+"""The times of one repetition by spec, those of the untouched model under None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """The times that a results folder holds.
+
+    Attributes:
+        laps: times of the present grid by repetition, in file order. Repetitions may time different
+            configurations; each times the full cache and the untouched model.
+        next: a number above those of all repetitions in the file.
+        examples: ids of the examples of the batch that was timed; None where nothing was timed.
+        old: repetitions that were timed with other ingredients.
+    """
+
+    laps: Mapping[int, Laps]
+    next: int
+    examples: tuple[str, ...] | None
+    old: int
+
+
+def laps_to_row(repetition: int, laps: Laps) -> dict[str, Any]:
+    """Return the measured part of the JSON object that stands for one repetition in timings.jsonl.
 
     Args:
         repetition: Number of the repetition.
@@ -49,32 +73,78 @@ def laps_to_row(repetition: int, laps: Mapping[str | None, Lap]) -> dict[str, An
     return {"repetition": repetition, "stock": stock, "policies": pairs}
 
 
-def read_laps(
-    where: str, rows: Sequence[Mapping[str, Any]], specs: Sequence[str]
-) -> dict[int, dict[str | None, Lap]]:
-    """Return times by repetition and spec, those of the untouched model under None.
+def timing_row(
+    measured: Mapping[str, Any], addresses: Addresses, ids: Sequence[str], digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """Add to what `laps_to_row` made the ingredients that the times depend on.
+
+    Args:
+        measured: What `laps_to_row` returned.
+        addresses: The addresses of the grid.
+        ids: Ids of the examples of the timed batch.
+        digests: Digests of the grid's examples by id.
+    """
+    return {
+        **measured,
+        "keys": {spec: addresses.policies[spec] for spec in measured["policies"]},
+        "context": addresses.context,
+        "examples": list(ids),
+        "batch": batch_key([digests[name] for name in ids], None),
+    }
+
+
+def read_timings(
+    where: str, rows: Sequence[Mapping[str, Any]], addresses: Addresses, digests: Mapping[str, str]
+) -> Timings:
+    """Read the rows of timings.jsonl; times that were taken with other ingredients are only counted.
 
     Args:
         where: Name of the file, for messages.
-        rows: JSON objects that `laps_to_row` made.
-        specs: Specs of the run's configurations.
+        rows: JSON objects that `timing_row` made.
+        addresses: The addresses of the grid.
+        digests: Digests of the grid's examples by id.
 
     Raises:
-        ResultsError: If a row is damaged or times other configurations.
+        ResultsError: If a row is damaged, or a repetition appears twice.
     """
-    found: dict[int, dict[str | None, Lap]] = {}
+    laps: dict[int, Laps] = {}
+    numbers: set[int] = set()
+    examples: tuple[str, ...] | None = None
     for number, row in enumerate(rows, start=1):
         try:
-            repetition, policies = row["repetition"], row["policies"]
-            if isinstance(repetition, bool) or not isinstance(repetition, int) or repetition in found:
+            repetition = row["repetition"]
+            if isinstance(repetition, bool) or not isinstance(repetition, int) or repetition in numbers:
                 raise ValueError(f"repetition is {repetition!r:.40}")
-            if set(policies) != set(specs):
-                raise ValueError("it times other configurations")
-            laps: dict[str | None, Lap] = {None: _read_lap(row["stock"])}
-            found[repetition] = laps | {spec: _read_lap(policies[spec]) for spec in specs}
+            numbers.add(repetition)
+            timed, keys, ids = _read_times(row["policies"]), row["keys"], _read_ids(row["examples"])
+            if REFERENCE not in timed:
+                raise ValueError(f"it does not time {REFERENCE!r}")
+            if not isinstance(keys, dict) or set(keys) != set(timed):
+                raise ValueError("its keys are not those of its times")
+            own: dict[str | None, Lap] = {None: _read_lap(row["stock"])}
+            own |= {spec: lap for spec, lap in timed.items() if addresses.policies.get(spec) == keys[spec]}
+            context, batch = row["context"], row["batch"]
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(f"{where}, line {number} is damaged ({error!r}); delete this line") from error
-    return found
+        known = all(name in digests for name in ids)
+        if context == addresses.context and known and batch == batch_key([digests[i] for i in ids], None):
+            laps[repetition] = own
+            examples = ids
+    return Timings(
+        laps=laps, next=max(numbers, default=-1) + 1, examples=examples, old=len(numbers) - len(laps)
+    )
+
+
+def _read_times(value: object) -> dict[str, Lap]:
+    if not isinstance(value, dict):
+        raise TypeError(f"policies is {value!r:.40}")
+    return {spec: _read_lap(lap) for spec, lap in value.items()}
+
+
+def _read_ids(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise TypeError(f"examples is {value!r:.40}")
+    return tuple(value)
 
 
 def _read_lap(value: object) -> Lap:

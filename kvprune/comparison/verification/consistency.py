@@ -10,14 +10,19 @@ from typing import Any
 
 from kvprune.comparison.data.examples import is_correct, normalise
 from kvprune.comparison.data.safe_json import parse
+from kvprune.comparison.execution.generation import Generator, Measured
 from kvprune.comparison.plan.grid import REFERENCE
 from kvprune.comparison.statistics.summary import summarise
-from kvprune.comparison.storage.manifest import differences, digest
-from kvprune.comparison.storage.recorded_settings import describe
+from kvprune.comparison.storage.addresses import digest
+from kvprune.comparison.storage.answers import Transcript, to_row
+from kvprune.comparison.storage.differences import differences
+from kvprune.comparison.storage.identity import policy_identities
+from kvprune.comparison.storage.manifest import build_about, build_context
 from kvprune.comparison.storage.results_folder import MANIFEST, RESULTS, SUMMARY
 from kvprune.comparison.storage.stored_run import StoredRun
+from kvprune.errors import ResultsError
 
-__all__ = ["Difference", "changes_since", "check_consistency", "compare_values"]
+__all__ = ["Difference", "changes_since", "check_consistency", "compare_values", "judge_transcripts"]
 
 _ROUNDING = 1e-9
 """Relative difference up to which floats count as equal: versions of libraries round differently."""
@@ -54,16 +59,27 @@ def changes_since(stored: StoredRun) -> list[str]:
     Raises:
         UnsupportedModelError: If the model is missing.
     """
-    now = describe(stored.configurations, stored.settings)
-    before = stored.manifest["run"]
+    context, policies = stored.grid.context, policy_identities(stored.configurations)
+    # Device and trust are choices of whoever verifies, and no change of what was compared.
+    chosen = {name: context[name] for name in ("device", "trust_remote_code")}
+    now = {
+        **build_context(stored.settings, stored.examples[0].kind, policies[0]),
+        **chosen,
+        "policies": {one["spec"]: one for one in policies},
+        "examples": {one.id: one.digest for one in stored.examples},
+    }
+    before = {
+        **context,
+        "policies": {one["spec"]: one for one in stored.grid.policies},
+        "examples": dict(stored.grid.digests),
+    }
+    about, machine = stored.manifest["about"], build_about(stored.settings)
     return [
-        *differences(
-            _by_spec(before), _by_spec({**now["run"], "pinned": {"data_sha256": stored.data_sha256}})
-        ),
+        *differences(before, now),
         *(
             change
             for name in ("platform", "python", "threads")
-            for change in differences({name: stored.manifest["about"].get(name)}, {name: now["about"][name]})
+            for change in differences({name: about.get(name)}, {name: machine[name]})
         ),
     ]
 
@@ -92,20 +108,36 @@ def _judgements(stored: StoredRun) -> Iterator[Difference]:
     examples = {example.id: example for example in stored.examples}
     for (spec, _, name), answer in stored.answers.items():
         full = stored.answers.get((REFERENCE, None, name))
-        derived: dict[str, Any] = {
-            "task": examples[name].task,
-            "correct": is_correct(answer.answer, examples[name].answers),
-        }
+        derived: dict[str, Any] = {"task": examples[name].task}
+        if not isinstance(answer, Transcript):  # see `judge_transcripts`
+            derived["correct"] = is_correct(answer.answer, examples[name].answers)
         if full is not None:
             derived["agrees_with_full"] = normalise(answer.answer) == normalise(full.answer)
         judged = {field: getattr(answer, field) for field in derived}
         yield from compare_values(f"{spec}, example {name}", judged, derived, spec, name)
 
 
+def judge_transcripts(stored: StoredRun, generator: Generator) -> Iterator[Difference]:
+    """Count the errors of every stored transcript again; needs the model's normalisation of spelling.
+
+    Args:
+        stored: The comparison.
+        generator: The model, which is not run.
+    """
+    examples = {example.id: example for example in stored.examples}
+    measured = Measured.__annotations__
+    for (spec, _, name), answer in stored.answers.items():
+        if isinstance(answer, Transcript):
+            row = to_row(answer)
+            given = Measured(**{field: row[field] for field in measured})  # type: ignore[typeddict-item]
+            again = generator.judge(examples[name], given, tokens=answer.tokens, cap=answer.cap)
+            yield from compare_values(f"{spec}, example {name}", row, to_row(again), spec, name)
+
+
 def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
     """Check that all answers are there and that summary.json follows from them; see `check_consistency`."""
-    wanted = len(stored.configurations) * len(stored.examples)
-    missing = wanted - len(stored.answers)
+    missing = stored.missing
+    wanted = len(stored.answers) + missing
     if stored.summary is None:
         state = f"{missing} of {wanted} answers are missing" if missing else f"{SUMMARY} is not written yet"
         return [], [f"the comparison is unfinished: {state}"]
@@ -123,21 +155,19 @@ def _summary(stored: StoredRun) -> tuple[list[Difference], list[str]]:
         return [Difference(SUMMARY, what)], []
     # A run that adds repetitions may be killed before it writes its summary. The summary in the folder is
     # then that of the earlier repetitions.
-    derived = summarise(
-        stored.configurations,
-        stored.examples,
-        stored.answers,
-        dict(islice(stored.laps.items(), timed)),
-        batch_size=min(stored.settings.batch_size, len(stored.examples)),
-        device=str(stored.manifest["run"]["device"]),
-        reread=stored.settings.reread,
-        against=stored.settings.against,
-    )
+    try:
+        derived = summarise(
+            stored.configurations,
+            stored.examples,
+            stored.answers,
+            dict(islice(stored.laps.items(), timed)),
+            batch_size=stored.settings.batch_size,
+            device=str(stored.grid.context["device"]),
+            reread=stored.settings.reread,
+            against=str(written.get("against", stored.settings.against)),
+        )
+    except ResultsError as error:  # transcripts that cannot be of the same recordings
+        return [Difference(RESULTS, str(error))], []
     untimed = timed != len(stored.laps)
     notes = [f"{SUMMARY} counts {timed} of {len(stored.laps)} timed repetitions"] if untimed else []
     return list(compare_values(SUMMARY, written, json.loads(json.dumps(derived.to_dict())))), notes
-
-
-def _by_spec(run: dict[str, Any]) -> dict[str, Any]:
-    """Return what stands under "run" with its policies by spec instead of in a list."""
-    return {**run, "policies": {str(one["spec"]): one for one in run["policies"]}}

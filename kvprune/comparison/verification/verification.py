@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from kvprune.comparison.data.examples import Example
-from kvprune.comparison.execution.batches import ask, batches, load_generator
+from kvprune.comparison.execution.batches import ask, load_generator
 from kvprune.comparison.execution.comparison import require
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Progress, Settings
-from kvprune.comparison.storage.answers import Answer
+from kvprune.comparison.storage.answers import Answer, to_row
+from kvprune.comparison.storage.recorded_grid import Batch
 from kvprune.comparison.storage.results_folder import SUMMARY
 from kvprune.comparison.storage.stored_run import StoredRun, read_run
 from kvprune.comparison.verification.consistency import (
@@ -23,6 +24,7 @@ from kvprune.comparison.verification.consistency import (
     changes_since,
     check_consistency,
     compare_values,
+    judge_transcripts,
 )
 from kvprune.errors import KVPruneError, ResultsError
 from kvprune.text import printable
@@ -32,7 +34,9 @@ __all__ = ["DEFAULT_SAMPLE", "Verification", "verify"]
 DEFAULT_SAMPLE = 8
 """How many pairs of a batch and a configuration are run again, besides the full cache."""
 
-_COMPARED = ("answer", "finished", "kept_fraction", "bytes_held", "bytes_full", "receipt")
+_JUDGED = ("spec", "id", "task", "correct", "agrees_with_full")
+"""Fields that are judged without the model, or say which answer it is; all others are compared."""
+
 _SHOWN = 20
 
 
@@ -120,11 +124,12 @@ def verify(
     changed = changes_since(stored)
     found, notes = check_consistency(stored)
     plan = _draw(stored, sample, seed)
-    calls = sum(len(configurations) for _, configurations in plan)
-    pairs = _run_again(stored, plan, calls, on_progress)
+    calls = sum(len(runners) for _, runners in plan)
+    pairs, misjudged = _run_again(stored, plan, calls, on_progress)
+    found += misjudged
     for old, new in pairs:
-        before, after = ({name: getattr(one, name) for name in _COMPARED} for one in (old, new))
-        found += compare_values(f"{old.spec}, example {old.id}", before, after, old.spec, old.id)
+        where = f"{old.spec}, example {old.id}"
+        found += compare_values(where, _measured(old), _measured(new), old.spec, old.id)
     found.sort(key=lambda one: one.where == SUMMARY)  # differences of the summary follow from the others
     return Verification(
         folder=str(folder),
@@ -134,8 +139,20 @@ def verify(
         same_answers=sum(old.answer == new.answer for old, new in pairs),
         same_receipts=sum(old.receipt == new.receipt for old, new in pairs),
         differences=tuple(found),
-        notes=(*(f"changed since: {change}" for change in changed), *stored.notes, *notes),
+        notes=(*(f"changed since: {change}" for change in changed), *stored.notes, *_old(stored), *notes),
     )
+
+
+def _measured(answer: Answer) -> dict[str, Any]:
+    return {name: value for name, value in to_row(answer).items() if name not in _JUDGED}
+
+
+def _old(stored: StoredRun) -> list[str]:
+    """Return a note for each reason why answers in the folder were not verified."""
+    return [
+        f"{count} answers are not part of the present comparison, and were not verified: {reason}"
+        for reason, count in stored.old.items()
+    ]
 
 
 def _settings_here(settings: Settings, trust_remote_code: bool) -> Settings:
@@ -145,60 +162,78 @@ def _settings_here(settings: Settings, trust_remote_code: bool) -> Settings:
     return replace(settings, trust_remote_code=trust_remote_code)
 
 
-_Plan = list[tuple[Sequence[Example], list[Configuration]]]
-"""Batches to run again, and for each the configurations to run it under, the full cache first."""
+_Runner = tuple[Configuration, int | None]
+"""A configuration, and the seed to run it with; None where it drew nothing."""
+
+_Plan = list[tuple[Sequence[Example], list[_Runner]]]
+"""Batches to run again, and for each what to run it under, the full cache first."""
 
 
 def _draw(stored: StoredRun, sample: int | None, seed: int) -> _Plan:
-    """Choose what to run again: batches, and the configurations to run each of them under."""
-    every = batches(stored.examples, stored.settings.batch_size)
-    turns = _turns(stored, every, seed)
-    chosen = turns if sample is None else turns[:sample]
+    """Choose what to run again: batches, and the configurations and seeds to run each of them under."""
+    turns = _turns(stored, seed)
+    chosen = set(turns if sample is None else turns[:sample])
+    by_id = {one.id: one for one in stored.examples}
     reference, *others = stored.configurations
-    plan = []
-    for number, batch in enumerate(every):
-        drawn = {spec for spec, drawn_number in chosen if drawn_number == number}
-        if drawn or (sample is None and _is_answered(stored, REFERENCE, batch)):
-            plan.append((batch, [reference, *(one for one in others if one.spec in drawn)]))
+    plan: _Plan = []
+    for number, batch in enumerate(stored.batches):
+        drawn: list[_Runner] = [
+            (one, of)
+            for one in others
+            for of in (None, *stored.grid.seeds)
+            if (one.spec, of, number) in chosen
+        ]
+        alone = (reference.spec, None, number) in chosen
+        if drawn or alone or (sample is None and _is_answered(stored, REFERENCE, None, batch)):
+            plan.append(([by_id[name] for name in batch], [(reference, None), *drawn]))
     return plan
 
 
-def _turns(stored: StoredRun, every: Sequence[Sequence[Example]], seed: int) -> list[tuple[str, int]]:
-    """Return all pairs of a spec and the number of an answered batch, in an order drawn at random.
+def _turns(stored: StoredRun, seed: int) -> list[tuple[str, int | None, int]]:
+    """Return all answered triples of a spec, a seed and the number of a batch, in an order drawn at random.
 
-    Configurations take turns, so that a large enough sample meets each of them. The full cache is left out,
-    since it answers each chosen batch anyway, except where there is no other configuration.
+    Configurations take turns, and so do the seeds of one, so that a large enough sample meets each of them.
+    The full cache is left out, since it answers each chosen batch anyway, except where there is no other
+    configuration.
     """
     generator = random.Random(seed)
     queues = []
     for one in stored.configurations:
-        queue = [number for number, batch in enumerate(every) if _is_answered(stored, one.spec, batch)]
-        if one.spec != REFERENCE or len(stored.configurations) == 1:
-            queues.append((one.spec, generator.sample(queue, len(queue))))
+        for of in (None, *stored.grid.seeds):
+            numbers = enumerate(stored.batches)
+            queue = [number for number, batch in numbers if _is_answered(stored, one.spec, of, batch)]
+            if queue and (one.spec != REFERENCE or len(stored.configurations) == 1):
+                queues.append((one.spec, of, generator.sample(queue, len(queue))))
     generator.shuffle(queues)
-    return [(spec, queue[turn]) for turn in range(len(every)) for spec, queue in queues if turn < len(queue)]
+    rounds = range(len(stored.batches))
+    return [(spec, of, queue[turn]) for turn in rounds for spec, of, queue in queues if turn < len(queue)]
 
 
-def _is_answered(stored: StoredRun, spec: str, batch: Sequence[Example]) -> bool:
-    """Whether the folder has an answer of a configuration to any example of a batch."""
-    return any((spec, None, example.id) in stored.answers for example in batch)
+def _is_answered(stored: StoredRun, spec: str, seed: int | None, batch: Batch) -> bool:
+    """Whether the folder has an answer of a configuration, with a seed, to any example of a batch."""
+    return any((spec, seed, name) in stored.answers for name in batch)
 
 
 def _run_again(
     stored: StoredRun, plan: _Plan, calls: int, on_progress: Callable[[Progress], None]
-) -> list[tuple[Answer, Answer]]:
-    """Run the batches of a plan; return pairs of the stored and the new answer to the same example."""
+) -> tuple[list[tuple[Answer, Answer]], list[Difference]]:
+    """Run the batches of a plan, and judge all transcripts again.
+
+    Returns:
+        Pairs of the stored and the new answer to the same example, and transcripts that were misjudged.
+    """
     pairs: list[tuple[Answer, Answer]] = []
     on_progress(Progress("loading the model", 0, calls))
-    generator, done = load_generator(stored.settings), 0
-    full: dict[str, str] = {}
-    for batch, configurations in plan:
+    generator, done = load_generator(stored.settings, stored.examples[0].kind), 0
+    full: dict[str, Answer] = {}
+    for batch, runners in plan:
         inputs = generator.encode(batch)
-        for one in configurations:
-            fresh = ask(generator, batch, inputs, one, stored.settings.seed, full)
+        for one, seed in runners:
+            fresh = ask(generator, batch, inputs, one, stored.grid.seeds[0] if seed is None else seed, full)
             if one.spec == REFERENCE:
-                full = {answer.id: answer.answer for answer in fresh}
-            pairs += [(stored.answers[new.key], new) for new in fresh if new.key in stored.answers]
+                full = {answer.id: answer for answer in fresh}
+            known = [(stored.answers.get((one.spec, seed, new.id)), new) for new in fresh]
+            pairs += [(old, new) for old, new in known if old is not None]
             done += 1
             on_progress(Progress("verifying", done, calls))
-    return pairs
+    return pairs, list(judge_transcripts(stored, generator))

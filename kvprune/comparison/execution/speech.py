@@ -1,0 +1,168 @@
+"""Lets a Whisper write down recordings: greedily, without timestamps, up to half a minute each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvprune.adapters.whisper_text import normaliser
+from kvprune.comparison.data.audio import read_audio, resampled
+from kvprune.comparison.data.examples import Example, Utterance
+from kvprune.comparison.execution.generation import Generator, Measured
+from kvprune.comparison.execution.quiet import without_warnings
+from kvprune.comparison.execution.transcripts import count_errors, repeats
+from kvprune.comparison.storage.answers import Transcript
+from kvprune.errors import DataError, KVPruneError, UnsupportedModelError
+from kvprune.text import shown
+
+__all__ = ["SpeechGenerator"]
+
+_PROMPT = 4
+"""Tokens of the prompt: start, language, task, no timestamps. Models for English alone have two of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechGenerator(Generator):
+    """A Whisper with its feature extractor and tokenizer."""
+
+    kind = "speech"
+    packages = ("jiwer", "soundfile", "soxr")
+
+    @classmethod
+    def check_model(cls, name: str, model: Any, processor: Any, max_new_tokens: int | None) -> int:
+        """Return the limit on new tokens: by default, what is left of the decoder's positions.
+
+        Raises:
+            UnsupportedModelError: If the model is no Whisper, does not say which languages it knows, or has
+                not as many positions as were asked for.
+        """
+        config = model.generation_config
+        if getattr(model.config, "model_type", None) != "whisper" or not hasattr(
+            processor, "feature_extractor"
+        ):
+            raise UnsupportedModelError(
+                f"cannot transcribe with {name!r}: it is a {type(model).__name__} with a "
+                f"{type(processor).__name__}; speech needs a Whisper with its feature extractor and tokenizer"
+            )
+        if getattr(config, "is_multilingual", True) and not getattr(config, "lang_to_id", None):
+            raise UnsupportedModelError(
+                f"cannot transcribe with {name!r}: its generation_config.json does not list languages "
+                "(lang_to_id); take that file from the same model in a newer version"
+            )
+        most = int(model.config.max_target_positions) - _PROMPT
+        if max_new_tokens is not None and max_new_tokens > most:
+            raise UnsupportedModelError(
+                f"max_new_tokens is {max_new_tokens}, but {name!r} can write at most {most} tokens"
+            )
+        return most if max_new_tokens is None else max_new_tokens
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raise unless the model knows the language of each recording, and hears all of it at once.
+
+        Raises:
+            DataError: With the example, and what would be right.
+        """
+        known, longest = self._languages, float(self.processor.feature_extractor.chunk_length)
+        for example in examples:
+            assert isinstance(example, Utterance)
+            if example.language not in known:
+                raise DataError(
+                    f"example {shown(example.id, 80)} is in the language {example.language!r}, which this "
+                    f"model does not know; it knows: {', '.join(known)}"
+                )
+            if example.seconds > longest:
+                raise DataError(
+                    f"example {shown(example.id, 80)} lasts {example.seconds:.2f} s; more than {longest:g} "
+                    "s, which is what this model hears at once, is refused until long-form transcription is "
+                    "supported"
+                )
+
+    @property
+    def _languages(self) -> list[str]:
+        """Codes of the languages that the model knows."""
+        if not self._is_multilingual:
+            return ["en"]
+        return sorted(name.strip("<|>") for name in self.model.generation_config.lang_to_id)
+
+    @property
+    def _is_multilingual(self) -> bool:
+        return bool(getattr(self.model.generation_config, "is_multilingual", True))
+
+    def encode(self, examples: Sequence[Example]) -> Mapping[str, Any]:
+        """Return features and options for a batch of recordings; all prompts have the same length.
+
+        Raises:
+            DataError: If a recording cannot be read.
+        """
+        self.encoder.forget()
+        extractor = self.processor.feature_extractor
+        samples, languages = [], []
+        for example in examples:
+            assert isinstance(example, Utterance)
+            samples.append(resampled(read_audio(example.file), extractor.sampling_rate))
+            languages.append(example.language)
+        features = extractor(
+            samples,
+            sampling_rate=extractor.sampling_rate,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        inputs = dict(features.to(self.model.device, self.model.dtype))
+        if not self._is_multilingual:
+            return inputs
+        same = len(set(languages)) == 1
+        return {**inputs, "language": languages[0] if same else languages, "task": "transcribe"}
+
+    def generate(
+        self, inputs: Mapping[str, Any], tokens: int | None = None, *, limit: int | None = None
+    ) -> torch.Tensor:
+        """Return new tokens without the prompt and the token that ends a transcript, int64 ``[B, new]``.
+
+        Args:
+            inputs: What `encode` returned.
+            tokens: Exact number of new tokens; the token that ends a transcript is suppressed.
+            limit: Most new tokens; None is `max_new_tokens`.
+
+        Raises:
+            KVPruneError: If the model cannot write that many tokens.
+        """
+        length = {"max_new_tokens": self.max_new_tokens if limit is None else limit}
+        if tokens is not None:
+            most = int(self.model.config.max_target_positions) - _PROMPT
+            if tokens > most:
+                raise KVPruneError(
+                    f"{tokens} new tokens are asked for, but the model can write at most {most}"
+                )
+            length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        # One temperature, so Whisper has nothing to fall back to if it does not trust a transcript.
+        with torch.inference_mode(), without_warnings():
+            new: torch.Tensor = self.model.generate(
+                **inputs, **length, return_timestamps=False, do_sample=False, num_beams=1, temperature=None
+            )
+        return new
+
+    def lengths(self, new: torch.Tensor) -> list[int]:
+        """Return the length of each transcript in tokens; Whisper pads where it has ended."""
+        lengths: list[int] = (new != self.model.generation_config.pad_token_id).sum(-1).tolist()
+        return lengths
+
+    def judge(self, example: Example, measured: Measured, *, tokens: int, cap: int) -> Transcript:
+        """Return the transcript with its errors; no word is wrong if it is correct."""
+        assert isinstance(example, Utterance)
+        spelling = getattr(self.processor.tokenizer, "english_spelling_normalizer", None)
+        normalise = normaliser(example.language, spelling)
+        errors = count_errors(normalise(example.reference), normalise(measured["answer"]))
+        return Transcript(
+            **measured,
+            correct=errors.word_errors == 0,
+            word_errors=errors.word_errors,
+            words=errors.words,
+            character_errors=errors.character_errors,
+            characters=errors.characters,
+            tokens=tokens,
+            cap=cap,
+            loops=repeats(measured["answer"]),
+        )

@@ -1,0 +1,88 @@
+"""One row of a summary: everything that is known about one configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvprune.comparison.statistics.contrasts import Contrast
+from kvprune.comparison.statistics.error_rates import SpeechRates
+from kvprune.comparison.statistics.rates import Rate
+from kvprune.comparison.statistics.speed import Speed
+
+__all__ = ["Row"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The results of one configuration.
+
+    Attributes:
+        spec: canonical spec of the policy.
+        label: the spec without its budget.
+        budget: the requested budget as text; empty where the policy has none.
+        keep_ratio: the requested fraction of visible tokens; None where the budget is not a fraction.
+        reach: the policy's option `reach`; None where it has no such option.
+        is_reference: whether the policy looks at the answer before it prunes: the row then shows what is
+            possible, is no method, and is not ranked.
+        seeds: the seeds that the policy drew with; empty where it drew nothing.
+        kept_fraction: measured fraction of visible tokens kept, mean over examples and draws.
+        bytes_held: measured size of the cross-attention cache of one example in bytes, mean over the same.
+        bytes_full: its size in stock transformers.
+        accuracy: share of right answers; for speech, of transcripts without a wrong word.
+        speech: error rates; None for pictures.
+        tasks: accuracy by task; for speech, word error rate by task.
+        agreement: share of answers equal to those of the full cache.
+        versus_full: comparison with the full cache; None for the full cache itself.
+        versus_baseline: comparison with `Summary.partner` at the same budget; None where there is no such
+            row, and for that row itself.
+        versus_answer_attention: comparison with the row that may look at the answer, at the same budget; None
+            where there is no such row, and for that row itself.
+        unfinished: number of answers that were cut at the limit on new tokens, over all draws.
+        speed: measured times; None where nothing was timed.
+    """
+
+    spec: str
+    label: str
+    budget: str
+    keep_ratio: float | None
+    reach: str | None
+    is_reference: bool
+    seeds: tuple[int, ...]
+    kept_fraction: float
+    bytes_held: float
+    bytes_full: float
+    accuracy: Rate
+    speech: SpeechRates | None
+    tasks: Mapping[str, Rate]
+    agreement: Rate
+    versus_full: Contrast | None
+    versus_baseline: Contrast | None
+    versus_answer_attention: Contrast | None
+    unfinished: int
+    speed: Speed | None
+
+    @property
+    def main(self) -> Rate:
+        """What rows are ranked and compared by: accuracy, or for speech the word error rate."""
+        return self.accuracy if self.speech is None else self.speech.word_error_rate
+
+    @property
+    def draws(self) -> int:
+        """How often each example was answered."""
+        return len(self.seeds) or 1
+
+    @property
+    def lost(self) -> int:
+        """Answers that are worse than those of the full cache; see `Contrast`."""
+        return self.versus_full.lost if self.versus_full else 0
+
+    @property
+    def gained(self) -> int:
+        """Answers that are better than those of the full cache."""
+        return self.versus_full.gained if self.versus_full else 0
+
+    @property
+    def p_value(self) -> float:
+        """P-value of the difference to the full cache."""
+        return self.versus_full.p_value if self.versus_full else 1.0

@@ -1,0 +1,116 @@
+"""What identifies a model, a policy and the versions of libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvprune.comparison.plan.grid import Configuration
+from kvprune.errors import UnsupportedModelError
+from kvprune.policy.nesting import parts
+
+__all__ = ["installed_version", "model_digest", "policy_identities"]
+
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""Files of a model that can change an answer: weights, settings, tokenizer, chat template, code."""
+
+
+def model_digest(model: str) -> str:
+    """Return what identifies a model: SHA-256 of a folder's files, or commit of a hub model, or its name.
+
+    Args:
+        model: Local folder or hub id.
+
+    Raises:
+        UnsupportedModelError: If there is no such model.
+    """
+    try:
+        return _digest_of(Path(model)) if Path(model).is_dir() else _commit_of(model)
+    except Exception as error:  # the hub client and the file system raise errors of many classes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"cannot find model {model!r}: {reason}") from error
+
+
+def policy_identities(configurations: Sequence[Configuration]) -> list[dict[str, Any]]:
+    """Return for each configuration all that identifies its policy, as JSON values.
+
+    The digest of its source covers the file that defines the policy, the files of the classes that it
+    extends, and the same for each policy among its options.
+    """
+    sources: dict[type, str] = {}
+    versions: dict[str, str] = {}
+    identities = []
+    for one in configurations:
+        classes = [type(part) for part in parts(one.policy)]
+        for cls in classes:
+            if cls not in sources:
+                sources[cls] = _source_digest(cls)
+        digests = [sources[cls] for cls in classes]
+        names = dict.fromkeys((one.distribution, *one.inner))
+        for name in names:
+            if name not in versions:
+                versions[name] = installed_version(name)
+        identities.append(
+            {
+                "spec": one.spec,
+                **one.policy.spec.to_dict(),
+                "plugin": one.plugin,
+                "distribution": one.distribution,
+                "versions": {name: versions[name] for name in names},
+                "source_sha256": digests[0] if len(digests) == 1 else _joint_digest(digests),
+            }
+        )
+    return identities
+
+
+def installed_version(name: str) -> str:
+    """Return the version of an installed distribution, or "not installed"."""
+    try:
+        return importlib.metadata.version(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "not installed"
+
+
+def _digest_of(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()}):
+        with file.open("rb") as opened:
+            total.update(f"{file.name}:{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _commit_of(model: str) -> str:
+    from transformers import PretrainedConfig
+
+    # This reads config.json and nothing else; AutoConfig could run code that comes with the model.
+    found, _ = PretrainedConfig.get_config_dict(model)
+    commit = found.get("_commit_hash")
+    return f"commit:{commit}" if commit else f"name:{model}"
+
+
+def _source_digest(cls: type) -> str:
+    """Return the digest of the file that defines a policy, and of the files of its bases outside kvprune.
+
+    An edited policy is therefore never taken for what it was. kvprune's own bases are in `code_digest`.
+    """
+    try:
+        bases = [base for base in cls.__mro__[1:] if _is_foreign(base)]
+        paths = dict.fromkeys(inspect.getsourcefile(one) for one in (cls, *bases))
+        digests = [hashlib.sha256(Path(path or "").read_bytes()).hexdigest() for path in paths]
+    except (OSError, TypeError):
+        return "unavailable"
+    return digests[0] if len(digests) == 1 else _joint_digest(digests)
+
+
+def _joint_digest(digests: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _is_foreign(cls: type) -> bool:
+    """Whether a class belongs neither to kvprune nor to Python itself."""
+    return cls.__module__.partition(".")[0] not in {"kvprune", *sys.stdlib_module_names}
