@@ -86,7 +86,7 @@ def compare(
         ratios = [_ratio(part) for part in re.split("[,;]", keep_ratios)]
         policies = _specs(policy or (), settings if every else None)
         with redirect_stdout(sys.stderr), progress_bar() as on_progress:  # plugins may print
-            summary = run(policies, ratios, settings, on_progress)
+            summary = run(policies, ratios, settings, on_progress, say)
         if json_output:
             print(printable_json(summary.to_dict()))
         else:

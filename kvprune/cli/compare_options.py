@@ -54,9 +54,9 @@ Every = Annotated[
     ),
 ]
 KeepRatios = Annotated[str, typer.Option(help="Fractions of visible tokens kept, separated by commas.")]
-Model = Annotated[str | None, typer.Option(help="Hub id or folder. Default: the embedded demo.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder. Default: the demo's.")]
 Data = Annotated[
-    Path | None, typer.Option(help="JSON-lines file of questions. Default: the embedded demo's.")
+    Path | None, typer.Option(help="JSON-lines file of questions or recordings. Default: the demo's.")
 ]
 Tasks = Annotated[str | None, typer.Option(help="Tasks, separated by commas. Default: all.")]
 Limit = Annotated[
@@ -66,7 +66,11 @@ Seed = Annotated[
     int, typer.Option(help="Seed for policies that draw random numbers, and for the demo's questions.")
 ]
 Output = Annotated[
-    Path, typer.Option(help="Results folder. The same command continues there where it was interrupted.")
+    Path,
+    typer.Option(
+        help="Results folder. The same command continues where it was interrupted, and another one adds what "
+        "is new."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Examples per call of generate.")]
 MaxNewTokens = Annotated[
@@ -83,11 +87,22 @@ Reread = Annotated[
         "what was dropped.",
     ),
 ]
-Demo = Annotated[str, typer.Option(help="Which demo runs where --data is not given: pictures or speech.")]
+Demo = Annotated[
+    str,
+    typer.Option(
+        help="Which demo runs where --data is not given: pictures (with the embedded model) or speech (with "
+        "openai/whisper-base, or --model)."
+    ),
+]
 Draws = Annotated[
     int, typer.Option(help="Seeds for each policy that draws random numbers: --seed, --seed + 1, ...")
 ]
-Against = Annotated[str, typer.Option(help="Policy that others are compared with at the same budget.")]
+Against = Annotated[
+    str,
+    typer.Option(
+        help="Policy, by name or by spec without budget, that others are compared with at the same budget."
+    ),
+]
 AnswerAttention = Annotated[
     bool,
     typer.Option(

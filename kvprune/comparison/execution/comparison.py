@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 
+from kvprune.comparison.display.difference_notes import plan_note
 from kvprune.comparison.display.figures import figures
 from kvprune.comparison.execution.claim import claim, find_data
 from kvprune.comparison.execution.run import Run
@@ -40,8 +41,9 @@ def compare(
         keep_ratios: Fractions of visible tokens to keep, in (0, 1].
         settings: Model, data and everything else; the embedded demo by default.
         on_progress: Called before the first and after each unit of work.
-        on_note: Called, before anything is computed, with each sentence that a user should read: which
-            answers in the folder no longer count and why, and what the folder has beyond this call.
+        on_note: Called with each sentence that a user should read; before anything is computed: which
+            answers in the folder no longer count and why, what the folder has beyond this call, and which
+            differences its number of examples can show; after answering, what was reused of the encoder.
 
     Raises:
         KVPruneError: If something is wrong with a policy, the data, the folder or the model; the class tells
@@ -53,8 +55,13 @@ def compare(
     require("scipy", "matplotlib", "PIL")
     wanted, data = expand(policies, keep_ratios), find_data(settings)
     with ResultsFolder(settings.output) as folder:
-        run = Run(folder, claim(folder, wanted, data, settings, on_note), on_progress)
+        claimed = claim(folder, wanted, data, settings, on_note)
+        run = Run(folder, claimed, on_progress)
+        if not run.is_answered:
+            on_note(plan_note(len(claimed.examples), claimed.examples[0].kind))
         run.answer()
+        if run.encoder_note is not None:
+            on_note(run.encoder_note)
         run.time()
         summary = run.summary()
         write_json(folder.path / SUMMARY, summary.to_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self, TypedDict
@@ -177,7 +177,12 @@ class Generator(ABC):
 
     @abstractmethod
     def generate(
-        self, inputs: Mapping[str, Any], tokens: int | None = None, *, limit: int | None = None
+        self,
+        inputs: Mapping[str, Any],
+        tokens: int | None = None,
+        *,
+        limit: int | None = None,
+        on_first: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Return new tokens without the prompt, int64 ``[B, new]``, decoded greedily.
 
@@ -185,6 +190,7 @@ class Generator(ABC):
             inputs: What `encode` returned.
             tokens: Exact number of new tokens to generate; None lets the model end its answers.
             limit: Most new tokens; None is `max_new_tokens`.
+            on_first: Called once, when the first new token of the batch is there.
         """
 
     def lengths(self, new: torch.Tensor) -> list[int]:

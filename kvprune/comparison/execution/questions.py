@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from kvprune.comparison.data.examples import Example, Question, is_correct
 from kvprune.comparison.data.pictures import read_picture
+from kvprune.comparison.execution.first_token import criteria
 from kvprune.comparison.execution.generation import Generator, Measured
 from kvprune.comparison.plan.settings import PICTURE_TOKENS
 from kvprune.comparison.storage.answers import Answer
@@ -93,7 +94,12 @@ class PictureGenerator(Generator):
         return dict(inputs)
 
     def generate(
-        self, inputs: Mapping[str, Any], tokens: int | None = None, *, limit: int | None = None
+        self,
+        inputs: Mapping[str, Any],
+        tokens: int | None = None,
+        *,
+        limit: int | None = None,
+        on_first: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Return new tokens, int64 ``[B, new]``; see `Generator.generate`."""
         length = {"max_new_tokens": self.max_new_tokens if limit is None else limit}
@@ -102,7 +108,7 @@ class PictureGenerator(Generator):
         # Sampling options of a checkpoint's generation config would only cause warnings here.
         greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         with torch.inference_mode():
-            out = self.model.generate(**inputs, **length, **greedy)
+            out = self.model.generate(**inputs, **length, **greedy, **criteria(on_first))
         new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
         return new
 

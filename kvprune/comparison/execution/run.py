@@ -76,6 +76,29 @@ class Run:
             for one in pending:
                 self._answer_batch(one, batch, examples, inputs)
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether no answer is missing."""
+        return all(
+            self._next_seed(one, batch) is None
+            for batch in self._grid.batches
+            for one in self._configurations
+        )
+
+    @property
+    def encoder_note(self) -> str | None:
+        """Say how often the encoder ran for the answers of this run; None if nothing was answered."""
+        if self._generator is None or not self._generator.encoder.computed:
+            return None
+        encoder = self._generator.encoder
+        own = (
+            f"; {', '.join(encoder.own)} ran it themselves, since they look inside it" if encoder.own else ""
+        )
+        return (
+            f"The encoder ran {encoder.computed} times for answers, and its output was reused "
+            f"{encoder.reused} times{own}. Times are taken end to end, with the encoder."
+        )
+
     def time(self) -> None:
         """Time the repetitions that are missing, always the same batch of examples."""
         for configurations, numbers in self._sessions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from kvprune.adapters.whisper_text import normaliser
 from kvprune.comparison.data.audio import read_audio, resampled
 from kvprune.comparison.data.examples import Example, Utterance
+from kvprune.comparison.execution.first_token import criteria
 from kvprune.comparison.execution.generation import Generator, Measured
 from kvprune.comparison.execution.quiet import without_warnings
 from kvprune.comparison.execution.transcripts import count_errors, repeats
@@ -117,7 +118,12 @@ class SpeechGenerator(Generator):
         return {**inputs, "language": languages[0] if same else languages, "task": "transcribe"}
 
     def generate(
-        self, inputs: Mapping[str, Any], tokens: int | None = None, *, limit: int | None = None
+        self,
+        inputs: Mapping[str, Any],
+        tokens: int | None = None,
+        *,
+        limit: int | None = None,
+        on_first: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Return new tokens without the prompt and the token that ends a transcript, int64 ``[B, new]``.
 
@@ -125,6 +131,7 @@ class SpeechGenerator(Generator):
             inputs: What `encode` returned.
             tokens: Exact number of new tokens; the token that ends a transcript is suppressed.
             limit: Most new tokens; None is `max_new_tokens`.
+            on_first: Called once, when the first new token of the batch is there.
 
         Raises:
             KVPruneError: If the model cannot write that many tokens.
@@ -140,7 +147,13 @@ class SpeechGenerator(Generator):
         # One temperature, so Whisper has nothing to fall back to if it does not trust a transcript.
         with torch.inference_mode(), without_warnings():
             new: torch.Tensor = self.model.generate(
-                **inputs, **length, return_timestamps=False, do_sample=False, num_beams=1, temperature=None
+                **inputs,
+                **length,
+                **criteria(on_first),
+                return_timestamps=False,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
             )
         return new
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ def measure(
     """Time the untouched model and every configuration; yield a row of timings.jsonl for each repetition.
 
     Within a repetition each of them runs once, in an order drawn anew each time, so that a machine that slows
-    down, or a cache that a predecessor filled, does not favour one of them. A warm-up round comes first and
-    is not counted.
+    down, or a cache that a predecessor filled, does not favour one of them. Before the first repetition, each
+    of them generates one token, which is not counted. A call is timed end to end, from the prompt to the last
+    token: nothing is reused, not even the output of the encoder.
 
     Args:
         generator: The model.
@@ -37,32 +39,34 @@ def measure(
         configurations: The configurations to time.
         repetitions: Numbers of the repetitions to run.
         seed: Seed for policies that draw at random.
-        on_lap: Called after each pair of timed calls, in the warm-up round, too.
+        on_lap: Called after each call, also after those that are not counted.
     """
     runners: list[Configuration | None] = [None, *configurations]
-    for repetition in [None, *repetitions] if repetitions else []:  # None is the warm-up round
+    for repetition in [None, *repetitions] if repetitions else []:  # None is the warm-up
         laps: dict[str | None, Lap] = {}
         for runner in random.Random(repetition).sample(runners, len(runners)):
-            if runner is None:
-                laps[None] = _lap(generator, inputs)
-            else:
-                with generator.compress(runner.policy, inputs, seed):
-                    laps[runner.spec] = _lap(generator, inputs)
+            policy = nullcontext() if runner is None else generator.compress(runner.policy, inputs, seed)
+            with policy:
+                if repetition is None:
+                    generator.generate(inputs, 1)
+                else:
+                    laps[None if runner is None else runner.spec] = _lap(generator, inputs)
             on_lap()
         if repetition is not None:
             yield laps_to_row(repetition, laps)
 
 
 def _lap(generator: Generator, inputs: Mapping[str, Any]) -> Lap:
-    return Lap(_seconds(generator, inputs, 1), _seconds(generator, inputs, TIMED_TOKENS))
+    """Generate `TIMED_TOKENS` tokens; return the seconds until the first one and until the last one."""
+    device, times = generator.model.device, list[float]()
 
+    def note() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter())
 
-def _seconds(generator: Generator, inputs: Mapping[str, Any], tokens: int) -> float:
-    device = generator.model.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    generator.generate(inputs, tokens)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    note()
+    generator.generate(inputs, TIMED_TOKENS, on_first=note)
+    note()
+    start, first, end = times
+    return Lap(first - start, end - start)

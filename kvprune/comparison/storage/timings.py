@@ -13,7 +13,7 @@ from kvprune.errors import ResultsError
 __all__ = ["TIMED_TOKENS", "Lap", "Laps", "Timings", "laps_to_row", "read_timings", "timing_row"]
 
 
-TIMED_TOKENS = 64
+TIMED_TOKENS = 32
 """New tokens of a timed answer: prefill gives the first one, decoding the others."""
 
 
@@ -23,11 +23,11 @@ _LONGEST = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """The times of two calls of `generate`, one after the other.
+    """The times of one call of `generate`, from its start.
 
     Attributes:
-        first: seconds for one new token.
-        all: seconds for `TIMED_TOKENS` new tokens.
+        first: seconds until the first new token.
+        all: seconds until `TIMED_TOKENS` new tokens.
     """
 
     first: float
