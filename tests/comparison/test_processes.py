@@ -18,18 +18,20 @@ from comparison_helpers import contents
 from kvprune.comparison import Settings, compare
 from kvprune.comparison.execution.comparison import require
 from kvprune.errors import ResultsError
+from kvprune.session import registry
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL and file locks")
 
 POLICIES = ("trim", "norm:reach=onward")
 RATIOS = (0.5, 0.1)
 TASKS, LIMIT, TOKENS = ("read", "count"), 3, 3
-LINES = (1 + len(POLICIES) * len(RATIOS)) * len(TASKS) * LIMIT
+CONFIGURATIONS = 1 + (len(POLICIES) + 1) * len(RATIOS)  # the full cache; answer-attention at each ratio
+LINES = CONFIGURATIONS * len(TASKS) * LIMIT
 PATIENCE = 120.0
 
 
 def start(output: Path) -> subprocess.Popen[str]:
-    """Start a comparison of 30 answers, one at a time, so that there are many moments to be killed at."""
+    """Start a comparison of 42 answers, one at a time, so that there are many moments to be killed at."""
     command = [sys.executable, "-m", "kvprune", "compare", "--output", str(output)]
     command += [part for policy in POLICIES for part in ("--policy", policy)]
     command += ["--keep-ratios", ",".join(map(str, RATIOS)), "--tasks", ",".join(TASKS)]
@@ -102,6 +104,7 @@ def race(folder: Path) -> list[int]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of a race, whose winner nobody disturbs."""
     require("scipy", "matplotlib", "PIL")  # now, so that the third run is quick
+    registry.load()
     for _ in range(3):
         folder = tmp_path_factory.mktemp("race") / "new" / "results"
         codes = race(folder)
