@@ -23,7 +23,7 @@ __all__ = ["results"]
 results = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List, export and compare results folders that `kvprune compare` wrote.",
+    help="List, export and compare results folders.",
 )
 
 _MANIFEST = "manifest.json"

@@ -18,8 +18,10 @@ from kvprune.cli import app
 from kvprune.comparison.storage import sources
 from kvprune.session import registry
 
-COMMANDS = [[name] for name in ("list", "show", "cite", "doctor", "check", "compare", "verify", "bench")]
-COMMANDS.append(["bench", "memory"])
+COMMANDS = [
+    [name] for name in ("list", "show", "cite", "doctor", "check", "compare", "verify", "results", "bench")
+]
+COMMANDS += [["bench", "memory"], *(["results", name] for name in ("list", "export", "diff"))]
 
 
 def test_version() -> None:
@@ -219,7 +221,7 @@ finally:
 def test_help_has_one_whole_line_on_each_command() -> None:
     out = kvprune_command("--help")
     lines = out[out.index("Commands:") :].splitlines()[1:]
-    assert [line.split()[0] for line in lines] == [command[0] for command in COMMANDS[:-1]]
+    assert [line.split()[0] for line in lines] == [command[0] for command in COMMANDS if len(command) == 1]
     for line in lines:
         assert line.endswith("."), line
         assert not line.endswith("..."), line

@@ -55,8 +55,8 @@ def edited(compared: Path, tmp_path: Path) -> Path:
 def test_a_verdict_in_one_line_and_code_0(compared: Path) -> None:
     out = run("verify", str(compared)).stdout
     assert out == (
-        "reproduces: 4 of 4 answers, 4 of 4 receipts "
-        "(4 batches run again; all 4 lines and the summary checked)\n"
+        "reproduces: 6 of 6 answers, 6 of 6 receipts "
+        "(6 batches run again; all 6 lines and the summary checked)\n"
     )
     sampled = run("verify", str(compared), "--sample", "1", "--seed", "3").stdout
     assert sampled.startswith("reproduces: 2 of 2 answers, 2 of 2 receipts (2 batches")
@@ -64,7 +64,7 @@ def test_a_verdict_in_one_line_and_code_0(compared: Path) -> None:
 
 def test_differences_by_spec_and_example_and_code_1(edited: Path) -> None:
     out = run("verify", str(edited), "--all", code=1).stdout
-    assert "does not reproduce: 3 of 4 answers, 4 of 4 receipts" in out
+    assert "does not reproduce: 5 of 6 answers, 6 of 6 receipts" in out
     assert '  trim:keep_ratio=0.1, example read-0001: answer was "none" and is now "' in out
 
 

@@ -25,6 +25,7 @@ from kvprune.comparison import Progress, Settings, Summary, compare, describe_fo
 from kvprune.comparison.data.examples import Example
 from kvprune.comparison.display import plot
 from kvprune.comparison.execution import run
+from kvprune.comparison.execution.encoder_reuse import EncoderReuse
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.storage import identity, manifest
 from kvprune.comparison.storage.answers import Answer
@@ -40,6 +41,7 @@ class World:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / "results"
+        self.encoder = EncoderReuse(None)
         self.model, self.tokens, self.source = "model-0", 16, {"trim": 0, "norm": 0}
         self.rows = [self.row(number) for number in range(6)]
         Image.new("RGB", (4, 4), "red").save(root / "picture.png")

@@ -89,14 +89,14 @@ def test_speed_is_the_median_of_paired_ratios() -> None:
     # A machine that slows down threefold must not change a ratio that is taken side by side.
     laps = {
         number: {
-            None: Lap(1.0 * slow, 1.0 * slow + 63 * 0.1 * slow),
-            "full": Lap(2.0 * slow, 2.0 * slow + 63 * 0.1 * slow),
-            "trim": Lap(1.0 * slow, 1.0 * slow + 63 * 0.05 * slow),
+            None: Lap(1.0 * slow, 1.0 * slow + 31 * 0.1 * slow),
+            "full": Lap(2.0 * slow, 2.0 * slow + 31 * 0.1 * slow),
+            "trim": Lap(1.0 * slow, 1.0 * slow + 31 * 0.05 * slow),
         }
         for number, slow in enumerate((1.0, 2.0, 3.0))
     }
     found = speeds(laps)
-    assert TIMED_TOKENS == 64
+    assert TIMED_TOKENS == 32
     assert found["trim"].prefill_ratio.median == pytest.approx(0.5)
     assert found["trim"].token_ratio is not None
     assert found["trim"].token_ratio.median == pytest.approx(0.5)
