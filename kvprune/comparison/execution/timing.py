@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def measure(
     Within a repetition each of them runs once, in an order drawn anew each time, so that a machine that slows
     down, or a cache that a predecessor filled, does not favour one of them. Before the first repetition, each
     of them generates one token, which is not counted. A call is timed end to end, from the prompt to the last
-    token: nothing is reused, not even the output of the encoder.
+    token: nothing is reused, not even the output of the encoder. No prompt token is read again, since
+    that only serves fair answers.
 
     Args:
         generator: The model.
@@ -41,6 +43,7 @@ def measure(
         seed: Seed for policies that draw at random.
         on_lap: Called after each call, also after those that are not counted.
     """
+    generator = replace(generator, reread=False)
     runners: list[Configuration | None] = [None, *configurations]
     for repetition in [None, *repetitions] if repetitions else []:  # None is the warm-up
         laps: dict[str | None, Lap] = {}
