@@ -117,12 +117,12 @@ def _captions(data: dict[str, Any]) -> list[str]:
             f"(`kvprune bench memory`; {_where(memory)})."
         )
     if demo:
-        late = f"token{'s' if demo['late_tokens'] != 1 else ''} of each prompt decoded after pruning"
+        mode = "the last prompt token read again" if demo["reread"] else "plain generate"
         lines += [
             "",
             f"*Right at 25 %*: right answers on the embedded demo in per cent of {demo['examples']}, with "
             f"95 % Wilson intervals, at `keep_ratio={RATIO}` (`reach=onward` where there is that option), "
-            f"the last {demo['late_tokens']} {late}; the full cache: {demo['full']:.0f} "
+            f"{mode}; the full cache: {demo['full']:.0f} "
             f"(`kvprune compare --all`; {_where(demo)}).",
         ]
     return lines
@@ -196,14 +196,14 @@ def from_results(folder: Path) -> dict[str, Any]:
         if not row["budget"] or (row["keep_ratio"] == RATIO and set(spec.options) <= {"reach"}):
             found[spec.name] = {key: round(100 * row["accuracy"][key], 1) for key in ("value", "low", "high")}
             found[spec.name]["right"] = found[spec.name].pop("value")
-    about, versions = manifest["about"], manifest["run"]["versions"]
+    about, context = manifest["about"], manifest["run"]["context"]
     return {
         "date": manifest["created"][:10],
-        "machine": f"{manifest['run']['device']}, threads: {about['threads']}",
-        "versions": {"python": about["python"]}
-        | {name: versions[name] for name in ("kvprune", "torch", "transformers")},
+        "machine": f"{context['device']}, threads: {about['threads']}",
+        "versions": {name: about[name] for name in ("python", "kvprune")}
+        | {name: context["versions"][name] for name in ("torch", "transformers")},
         "examples": summary["examples"],
-        "late_tokens": summary["late_tokens"],
+        "reread": summary["reread"],
         "full": round(100 * summary["rows"][0]["accuracy"]["value"], 1),
         "policies": found,
     }

@@ -88,5 +88,5 @@ def test_measurements_are_read_from_what_the_commands_write(tmp_path: Path):
     subprocess.run([*command, "--max-new-tokens", "1"], check=True, capture_output=True)
     found = policies_table.from_results(tmp_path / "out")
     assert {"full", "lossless", "trim", "norm", "random", "uniform"} <= set(found["policies"])
-    assert (found["examples"], found["late_tokens"]) == (1, 1)
+    assert (found["examples"], found["reread"]) == (1, True)
     assert found["policies"]["full"]["right"] == found["full"]

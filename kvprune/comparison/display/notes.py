@@ -171,7 +171,8 @@ def _timing_notes(summary: Summary) -> list[str]:
     token = times(stock.token_ratio, invert=True)
     return [
         "prefill is the time until the first token, token that per later token, relative to "
-        f"{summary.reference.spec}, under plain generate; measured in turns on {summary.device}, batches of {summary.batch_size}, "
+        f"{summary.reference.spec}, under plain generate; measured in turns on {summary.device}, batches of "
+        f"{summary.batch_size}, "
         f"{TIMED_TOKENS} tokens, median of {summary.repetitions} repetitions, typical quartiles "
         f"+-{100 * spread:.0f} %.",
         f"{summary.reference.spec}: {full.prefill_ms:.1f} ms prefill, {full.token_ms:.2f} ms per token, "
