@@ -83,9 +83,9 @@ class FastV(BudgetPolicy):
     best token of each image always stays.
 
     On the embedded demo, the last row at the first cross-attention layer ranks tokens against ink: its mean
-    rank correlation with the length of values is -0.77 (-0.66 with late tokens). Training silenced that layer
+    rank correlation with the length of values is -0.77. Training silenced that layer
     for many questions, which may be why. So this policy is below random there, at a quarter with
-    ``kvprune compare --late-tokens 1``: 9.9 % right, 75.5 with ``rows=mean``, and 94.8 with ``rank=2``, which
+    ``kvprune compare``: 17.2 % right, 73.4 with ``rows=mean``, and 91.1 with ``rank=2``, which
     ranks in the second layer and leaves only the third to prune.
     """
     differs = "K counts cross-attention layers; softmax over image tokens only; a ranking for each sample"

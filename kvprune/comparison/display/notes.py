@@ -80,8 +80,9 @@ def _transcript_notes(summary: Summary) -> list[str]:
         return row.speech.loops if row.speech else 0
 
     said = [
-        "Each transcript has its own limit on new tokens (cap in results.jsonl). capped counts transcripts "
-        "cut there; loops counts transcripts that repeat themselves endlessly. Both count as errors in full."
+        "A transcript is cut at 1.5 times the tokens of the full cache's transcript plus 10 (cap in "
+        "results.jsonl). capped counts transcripts cut there; loops counts transcripts that repeat themselves "
+        "endlessly. Both count as errors in full."
     ]
     capped, endless = max(summary.rows, key=lambda row: row.unfinished), max(summary.rows, key=loops)
     if capped.unfinished:
