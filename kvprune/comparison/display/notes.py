@@ -81,8 +81,8 @@ def _transcript_notes(summary: Summary) -> list[str]:
 
     said = [
         "A transcript is cut at 1.5 times the tokens of the full cache's transcript plus 10 (cap in "
-        "results.jsonl). capped counts transcripts cut there; loops counts transcripts that repeat themselves "
-        "endlessly. Both count as errors in full."
+        "results.jsonl). capped counts transcripts cut there; loops counts transcripts that repeat "
+        "themselves endlessly. Both count as errors in full."
     ]
     capped, endless = max(summary.rows, key=lambda row: row.unfinished), max(summary.rows, key=loops)
     if capped.unfinished:
