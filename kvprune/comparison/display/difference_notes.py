@@ -66,10 +66,11 @@ def plan_note(examples: int, kind: str = "pictures", summary: Summary | None = N
             "two-sided 5 %)."
         )
     counts = ", ".join(str(questions_needed(0.05, share)) for share in shares)
-    least = ", ".join(f"{100 * smallest_difference(examples, share):.1f}" for share in shares)
+    found = [smallest_difference(examples, share) for share in shares]
+    least = ", ".join("none" if one is None else f"{100 * one:.1f} points" for one in found)
     assumed = ", ".join(f"{100 * share:.0f}" for share in shares)
     return (
-        f"{start}the smallest difference that can be shown is about {least} points if exactly one of two "
+        f"{start}the smallest difference that can be shown is {least} if exactly one of two "
         f"policies is right on {assumed} % of them; a difference of 5 points needs about {counts} "
         "(80 % power, two-sided 5 %)."
     )

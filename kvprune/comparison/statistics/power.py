@@ -41,15 +41,16 @@ def examples_for_means(difference: float, deviation: float) -> int:
     return max(2, math.ceil(((_ALPHA + _POWER) * deviation / difference) ** 2))
 
 
-def smallest_difference(questions: int, discordant: float) -> float:
+def smallest_difference(questions: int, discordant: float) -> float | None:
     """Return the smallest true difference that `questions` suffice for; see `questions_needed`.
 
     Returns:
-        A fraction; `discordant` itself (no difference can be larger) if the questions do not suffice for it.
+        A fraction; None if the questions do not even suffice for a difference of `discordant`, the largest
+        that there can be.
     """
     low, high = 0.0, discordant
     if questions_needed(high, discordant) > questions:
-        return discordant
+        return None
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if questions_needed(middle, discordant) <= questions else (middle, high)
