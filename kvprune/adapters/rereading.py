@@ -31,6 +31,9 @@ from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 
 __all__ = ["Rereading", "last_row", "require_rereadable"]
 
+_OF_ENCODER = "image_outputs", "video_outputs", "audio_outputs"
+"""Parts of an output that only a call with an image, a video or a sound has; since transformers 5.24."""
+
 _BY_TOKEN = {"input_ids": -1, "inputs_embeds": -2, "position_ids": -1, "cache_position": -1}
 """Arguments with one entry for each token of a call, and the axis of the tokens."""
 
@@ -219,18 +222,23 @@ def _spliced(output: Any, again: Any, name: str) -> Any:
     """Return an output whose last row is that of the second call.
 
     Args:
-        output: A `ModelOutput` or a tuple. Its tensors are ``[..., T, X]``.
+        output: A `ModelOutput` or a tuple. Its tensors are ``[..., T, X]``, without those of the encoder.
         again: The same of the second call, with tensors ``[..., 1, X]``.
         name: Class of the module, for messages.
 
     Raises:
         UnsupportedModelError: If a part of the output has another shape.
     """
-    if isinstance(output, ModelOutput) and isinstance(again, ModelOutput) and output.keys() == again.keys():
-        return type(output)(**{key: _part(output[key], again[key], name, key) for key in output})
-    if type(output) is tuple and type(again) is tuple and len(output) == len(again):
-        pairs = enumerate(zip(output, again, strict=True))
-        return tuple(_part(*pair, name, f"output {number}") for number, pair in pairs)
+    if isinstance(output, ModelOutput) and isinstance(again, ModelOutput):
+        once = {key: part for key, part in output.items() if key in _OF_ENCODER and key not in again}
+        if output.keys() - once.keys() == again.keys():
+            rows = {key: _part(output[key], again[key], name, key) for key in again}
+            return type(output)(**rows, **once)
+    if type(output) is tuple and type(again) is tuple:
+        shared, rest = output[: len(again)], output[len(again) :]
+        if len(shared) == len(again) and all(isinstance(part, ModelOutput) for part in rest):
+            pairs = enumerate(zip(shared, again, strict=True))
+            return *(_part(*pair, name, f"output {number}") for number, pair in pairs), *rest
     raise UnsupportedModelError(
         f"reread=True replaces the last row of what {name} returns, but it returned {type(output).__name__} "
         f"for the prompt and {type(again).__name__} for its last token, with other parts"

@@ -33,7 +33,10 @@ def model_digest(model: str) -> str:
         return _digest_of(Path(model)) if Path(model).is_dir() else _commit_of(model)
     except Exception as error:  # the hub client and the file system raise errors of many classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"cannot find model {model!r}: {reason}") from error
+        raise UnsupportedModelError(
+            f"cannot find model {model!r}: {reason.rstrip('.')}. Without a network, give a folder on this "
+            "machine (--model FOLDER)"
+        ) from error
 
 
 def policy_identities(configurations: Sequence[Configuration]) -> list[dict[str, Any]]:
