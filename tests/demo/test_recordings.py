@@ -52,7 +52,6 @@ def test_their_names_say_nothing_else():
 
 
 def test_a_wheel_has_them(tmp_path):
-    pytest.importorskip("setuptools")
     source = tmp_path / "source"
     for folder in ("kvprune", "strategies"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("model", "__pycache__"))

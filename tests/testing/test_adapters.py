@@ -160,6 +160,7 @@ def test_what_is_not_known_of_a_family_is_not_applicable():
         assert outcome == "not applicable"
         assert "does not say where flat attends" in why
     assert outcomes.pop("drafts")[0] == "not applicable"
+    assert outcomes.pop("reread") == ("not applicable", "FlatAdapter cannot read the last token again")
     assert {outcome for outcome, _ in outcomes.values()} == {"passed"}
 
 

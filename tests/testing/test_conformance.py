@@ -313,7 +313,7 @@ def test_a_badly_behaved_policy_does_not_spoil_the_process():
 
 
 def test_the_table_covers_the_documented_invariants():
-    in_words = ["views", "history", "rows", "padding"]
+    in_words = ["views", "history", "rows", "padding", "reread"]
     assert [row.id for row in INVARIANTS] == [f"KV{number:02d}" for number in range(1, 16)] + in_words
     for row in INVARIANTS:
         assert row.on_layers or row.on_models

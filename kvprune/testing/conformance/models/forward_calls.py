@@ -110,8 +110,8 @@ def next_turn(model: Any, inputs: dict[str, Tensor], cache: Any, turn: int) -> N
 def start_token(model: Any) -> int:
     """Return the token with which an encoder-decoder model begins, as `generate` finds it."""
     for settings in (model.generation_config, model.config):
-        for name in ("decoderstart_token_id", "bos_token_id"):
+        for name in ("decoder_start_token_id", "bos_token_id"):
             token = getattr(settings, name, None)
             if isinstance(token, int):
                 return token
-    raise NotApplicable("the model does not say with which token its decoder starts (decoderstart_token_id)")
+    raise NotApplicable("the model does not say with which token its decoder starts (decoder_start_token_id)")
