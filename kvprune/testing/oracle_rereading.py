@@ -73,8 +73,13 @@ class _Step:
         for name in list(named):
             if name in _OF_IMAGES or named[name] is cache:
                 del named[name]
-            elif name in ("input_ids", "inputs_embeds", "cross_attention_mask") and named[name] is not None:
+            elif name in ("input_ids", "inputs_embeds") and named[name] is not None:
                 named[name] = named[name][:, -1:]
+            elif name == "cross_attention_mask" and named[name] is not None:
+                rows = named[name].shape[
+                    1
+                ]  # those of the whole text stay: transformers 5.17 looks up its own
+                named[name] = named[name][:, 0 if rows == cache.get_seq_length() + 1 else -1 :]
             elif name in ("position_ids", "cache_position") and named[name] is not None:
                 named[name] = named[name][..., -1:]
         self._is_running = True
