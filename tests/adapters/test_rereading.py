@@ -149,11 +149,13 @@ def by_hand_prompt(model, inputs):
     def step(token):
         seen.append(torch.ones_like(seen[0][:, :1]))
         at[0] = at[0] + 1
+        tiles = inputs["cross_attention_mask"]  # of the whole text: transformers 5.17 looks up its own rows
+        written = tiles[:, -1:].expand(-1, len(seen) - 2, -1, -1)
         return {
             "input_ids": token,
             "attention_mask": torch.cat(seen, 1),
             "position_ids": at[0],
-            "cross_attention_mask": inputs["cross_attention_mask"][:, -1:],
+            "cross_attention_mask": torch.cat([tiles, written], 1),
         }
 
     return inputs, {"tokens": inputs["input_ids"], "step": step}, {"position_ids": positions}
@@ -381,7 +383,6 @@ class Steered:
             name = "input_ids" if text is None else "decoder_input_ids"
             step[name] = step[name][:, -1:]
             if text is None:
-                step["cross_attention_mask"] = step["cross_attention_mask"][:, -1:]
                 for image in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
                     del step[image]
             again = self.model(**step, **cache_argument(self.model, cache)).logits
