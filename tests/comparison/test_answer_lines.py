@@ -122,7 +122,7 @@ def test_odd_lines_are_read_alike(old: str, new: str) -> None:
 
 
 MEASURE = """
-import resource, sys, time
+import re, sys, time
 from pathlib import Path
 from kvprune.comparison.statistics.summary import summarise
 from kvprune.comparison.storage.stored_run import read_run
@@ -136,7 +136,10 @@ summarise(
     against="trim",
 )
 whole = time.process_time() - began
-print(len(stored.answers), read, whole, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# ru_maxrss would be that of the process that started this one, if it was larger.
+status = Path("/proc/self/status")
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1]) / 1024 if status.exists() else 0
+print(len(stored.answers), read, whole, peak)
 """
 
 
