@@ -165,15 +165,17 @@ class Attachment:
         self.calls += 1
         self.end_of_call()
 
-    def close_call(self) -> bool:
-        """End a forward call; false if this thread is in none, because `open_call` refused it."""
+    @property
+    def in_call(self) -> bool:
+        """Whether this thread is in a forward call; not if `open_call` refused it."""
+        return torch.compiler.is_compiling() or self._caller is threading.current_thread()
+
+    def close_call(self) -> None:
+        """End the forward call of this thread; from then on, others may call the model."""
         if torch.compiler.is_compiling():
-            return True
-        if self._caller is not threading.current_thread():
-            return False
+            return
         self.end_of_call()
         self._caller = None
-        return True
 
     def end_of_call(self) -> None:
         """Remove the hooks that were added for one forward call."""

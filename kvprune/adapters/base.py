@@ -197,11 +197,14 @@ class ModelAdapter(Attachment, Declaration):
         """
         if self.is_rereading:
             self._call = None
-        elif self.close_call():
-            self._call = None
-            vars(self._noted).clear()
-            if self.manager.in_prefill:
-                self.manager.end(completed=completed, reread=reread)
+        elif self.in_call:
+            try:
+                self._call = None
+                vars(self._noted).clear()
+                if self.manager.in_prefill:
+                    self.manager.end(completed=completed, reread=reread)
+            finally:
+                self.close_call()  # last: from now on another thread may call
 
     def _forget_call(self) -> None:
         """Discard the state of a forward call that never ended."""

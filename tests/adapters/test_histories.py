@@ -14,6 +14,7 @@ import kvprune
 from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.whisper import WhisperAdapter
+from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import CompressionStateError, UnsupportedModelError
 from kvprune.testing.conformance.models.moments import acting_at
 
@@ -129,6 +130,39 @@ def test_each_of_40_calls_from_two_threads_is_right_or_refused(adapter):
                 assert (result - wanted).abs().max() <= 1e-6
                 right += 1
     assert right >= 20  # of two calls at the same time, one is answered
+
+
+@pytest.mark.parametrize("adapter", [BartAdapter, MllamaAdapter], ids=["bart", "mllama"])
+def test_a_call_whose_prefill_is_being_ended_is_still_a_call(adapter, monkeypatch):
+    """Otherwise the next call of another thread would begin a prefill that the first one then ends."""
+    model, inputs = adapter.example(torch.float64)
+    if adapter is not MllamaAdapter:
+        inputs["decoder_input_ids"] = torch.full((len(next(iter(inputs.values()))), 3), 5)
+    with torch.no_grad(), kvprune.compress(model, "trim:keep_ratio=0.3"):
+        expected = model(**inputs, use_cache=True).logits
+    found, end = [], CrossKVManager.end
+
+    def call():
+        try:
+            with torch.no_grad():
+                found.append(model(**inputs, use_cache=True).logits)
+        except CompressionStateError as error:
+            found.append(error)
+
+    def meanwhile(self, *, completed, **options):
+        if completed and not found:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join(60)
+        end(self, completed=completed, **options)
+
+    monkeypatch.setattr(CrossKVManager, "end", meanwhile)
+    with torch.no_grad(), kvprune.compress(model, "trim:keep_ratio=0.3") as run:
+        logits = model(**inputs, use_cache=True).logits
+        assert torch.equal(logits, expected)
+        assert run.report.prefills == 1
+        assert torch.equal(model(**inputs, use_cache=True).logits, expected)
+    assert isinstance(found[0], CompressionStateError), found
 
 
 @contextmanager

@@ -51,6 +51,7 @@ def test_their_names_say_nothing_else():
     assert {path.suffix for path in FOLDER.iterdir()} == {".flac", ".jsonl", ".md"}
 
 
+@pytest.mark.skipif(not (ROOT / "kvprune").exists(), reason="what is tested is installed, not in place")
 def test_a_wheel_has_them(tmp_path):
     source = tmp_path / "source"
     for folder in ("kvprune", "strategies"):
