@@ -125,7 +125,7 @@ def _versus(summary: Summary) -> list[Column]:
             found = row.versus_answer_attention
             return "" if found is None else f"{100 * found.value:+.1f}"
 
-        found.append(Column(group=ANSWER_ATTENTION, heading=f"- {ANSWER_ATTENTION}", cell=to_best))
+        found.append(Column(group=ANSWER_ATTENTION, heading="- answer", cell=to_best))
     return found
 
 

@@ -32,7 +32,7 @@ def difference_notes(summary: Summary, *, ranked: bool) -> list[str]:
     if references:
         found.append(
             f"{', '.join(references)}: looks at the full cache's answer before it prunes. It shows what a "
-            "budget can hold, is no method, and has no rank."
+            "budget can hold, is no method, and has no rank; '- answer' is the difference to it."
         )
     if summary.disagreement is not None:
         found.append(_needed_note(summary))

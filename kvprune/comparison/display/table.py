@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "groups", "layout", "ranking", "table"]
 
 _DROPPED_FIRST = (
-    ANSWER_ATTENTION,
     "stock",
     "tasks",
     "window",
     "times",
     "= full %",
+    ANSWER_ATTENTION,
     "CER",
     "MiB",
     "capped",
