@@ -16,7 +16,7 @@ import pytest
 from comparison_helpers import contents
 
 from kvprune.comparison import Settings, compare
-from kvprune.comparison.execution.comparison import require
+from kvprune.comparison.data.packages import require
 from kvprune.errors import ResultsError
 from kvprune.session import registry
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvprune.comparison.display.naming import named, times
+from kvprune.comparison.plan.grid import ANSWER_ATTENTION
 from kvprune.comparison.statistics.paired import PairedDifference
-from kvprune.comparison.statistics.partner import ANSWER_ATTENTION
 from kvprune.comparison.statistics.rates import Rate
 from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.text import printable

@@ -42,7 +42,7 @@ def pareto_front(rows: Sequence[Row], cost: Cost) -> list[Row]:
     Returns:
         The rows by ascending cost.
     """
-    known = [(price, _badness(row), row) for row in rows if (price := cost(row)) is not None]
+    known = [(price, row.badness, row) for row in rows if (price := cost(row)) is not None]
     front: list[Row] = []
     best = float("inf")
     for _, badness, row in sorted((one for one in known if not one[2].is_reference), key=lambda one: one[:2]):
@@ -144,10 +144,6 @@ def _name(row: Row, summary: Summary) -> str:
         if row.budget
         else (f"{name}  ({100 * row.main.value:.1f} %)")
     )
-
-
-def _badness(row: Row) -> float:
-    return -row.main.value if row.speech is None else row.main.value
 
 
 def _mebibytes(row: Row) -> float | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvprune.comparison.display.cells import Column, columns
 from kvprune.comparison.display.naming import budget
-from kvprune.comparison.statistics.partner import ANSWER_ATTENTION
+from kvprune.comparison.plan.grid import ANSWER_ATTENTION
 from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.text import printable
 
@@ -127,11 +127,7 @@ def ranking(group: Sequence[Row]) -> list[Row]:
     """
     if group[0].keep_ratio is None:
         return list(group)
-    return sorted(group, key=lambda row: (row.is_reference, _badness(row)))
-
-
-def _badness(row: Row) -> float:
-    return -row.main.value if row.speech is None else row.main.value
+    return sorted(group, key=lambda row: (row.is_reference, row.badness))
 
 
 def _build(
@@ -217,4 +213,4 @@ def _place(row: Row, group: Sequence[Row]) -> str:
         return ""
     if row.is_reference:
         return "ref"
-    return str(1 + sum(_badness(other) < _badness(row) for other in group if not other.is_reference))
+    return str(1 + sum(other.badness < row.badness for other in group if not other.is_reference))

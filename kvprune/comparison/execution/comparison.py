@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 
+from kvprune.comparison.data.packages import require
 from kvprune.comparison.display.difference_notes import plan_note
 from kvprune.comparison.display.figures import figures
 from kvprune.comparison.execution.claim import claim, find_data
@@ -16,7 +16,7 @@ from kvprune.comparison.storage.journal import write_atomically, write_json
 from kvprune.comparison.storage.results_folder import SUMMARY, ResultsFolder
 from kvprune.policy.spec import PolicySpec
 
-__all__ = ["compare", "require"]
+__all__ = ["compare"]
 
 
 def compare(
@@ -68,18 +68,3 @@ def compare(
         for name, picture in figures(summary).items():
             write_atomically(folder.path / name, picture)
     return summary
-
-
-def require(*modules: str) -> None:
-    """Raise now, and not after hours of work, if an optional dependency is missing.
-
-    Raises:
-        ModuleNotFoundError: If a module cannot be imported; names it and the command that installs it.
-    """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f'this needs {module}, which is not installed: pip install "kvprune[demo]"', name=module
-            ) from error

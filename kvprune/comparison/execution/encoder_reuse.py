@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.base import ModelAdapter
 from kvprune.policy.base import CrossKVPolicy
 
@@ -73,8 +74,18 @@ class EncoderReuse:
                 self.own.append(spec)
             yield
             return
-        with _replaced(self.encoder, self._call):
+        forward = self.encoder.forward
+
+        @functools.wraps(forward)  # generate reads the signature
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            return self._call(forward, *args, **kwargs)
+
+        attachment = Attachment(self.encoder, "encoder reuse")
+        attachment.override(self.encoder, "forward", remembering)
+        try:
             yield
+        finally:
+            attachment.detach()
 
     def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.encoder is not None
@@ -90,27 +101,6 @@ class EncoderReuse:
         # Inputs are copied, since the caller may write to them before the next call.
         self._inputs, self._output = _copied(inputs), _handed_out(output)
         return output
-
-
-@contextmanager
-def _replaced(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
-    """Let `around` get the calls of a module's ``forward``; its signature stays, since generate reads it."""
-    missing = object()
-    before = module.__dict__.get("forward", missing)
-    forward = module.forward
-
-    @functools.wraps(forward)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return around(forward, *args, **kwargs)
-
-    module.__dict__["forward"] = replacement
-    try:
-        yield
-    finally:
-        if before is missing:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Self, TypedDict
 import torch
 
 from kvprune.comparison.data.examples import Example, Kind
+from kvprune.comparison.data.packages import require
 from kvprune.comparison.execution.answer_guidance import AnswerGuidance
 from kvprune.comparison.execution.encoder_reuse import EncoderReuse
 from kvprune.comparison.execution.loading import load_model
@@ -130,8 +130,7 @@ class Generator(ABC):
                 cannot answer examples of this kind.
             ModuleNotFoundError: If a package is missing; says how to install it.
         """
-        for module in cls.packages:
-            _require(module, cls.kind)
+        require(*cls.packages, extra=cls.kind, who=f"{cls.kind}: this")
         loaded, processor = load_model(
             model,
             cls.kind,
@@ -224,13 +223,3 @@ class Generator(ABC):
             tokens: Its length in tokens.
             cap: Limit on its length.
         """
-
-
-def _require(module: str, kind: Kind) -> None:
-    """Raise now, and not after the first batch, if a package is missing."""
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{kind}: this needs {module}, which is not installed: pip install "kvprune[{kind}]"', name=module
-        ) from error

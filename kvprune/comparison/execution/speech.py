@@ -53,7 +53,7 @@ class SpeechGenerator(Generator):
                 f"cannot transcribe with {name!r}: its generation_config.json does not list languages "
                 "(lang_to_id); take that file from the same model in a newer version"
             )
-        most = int(model.config.max_target_positions) - _PROMPT
+        most = _most_tokens(model)
         if max_new_tokens is not None and max_new_tokens > most:
             raise UnsupportedModelError(
                 f"max_new_tokens is {max_new_tokens}, but {name!r} can write at most {most} tokens"
@@ -138,7 +138,7 @@ class SpeechGenerator(Generator):
         """
         length = {"max_new_tokens": self.max_new_tokens if limit is None else limit}
         if tokens is not None:
-            most = int(self.model.config.max_target_positions) - _PROMPT
+            most = _most_tokens(self.model)
             if tokens > most:
                 raise KVPruneError(
                     f"{tokens} new tokens are asked for, but the model can write at most {most}"
@@ -179,3 +179,8 @@ class SpeechGenerator(Generator):
             cap=cap,
             loops=repeats(measured["answer"]),
         )
+
+
+def _most_tokens(model: Any) -> int:
+    """Return how many tokens a model can write after its prompt."""
+    return int(model.config.max_target_positions) - _PROMPT

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 from kvprune.comparison.plan.grid import Configuration
 
-__all__ = ["ANSWER_ATTENTION", "named", "partner_label", "partners"]
-
-ANSWER_ATTENTION = "answer-attention"
-"""Policy that looks at the answer before it prunes: it shows what is possible, and is no method."""
+__all__ = ["named", "partner_label", "partners"]
 
 
 def named(label: str) -> str:

@@ -68,6 +68,11 @@ class Row:
         return self.accuracy if self.speech is None else self.speech.word_error_rate
 
     @property
+    def badness(self) -> float:
+        """`main` as a number that is lower for better rows: right answers count negatively."""
+        return -self.main.value if self.speech is None else self.main.value
+
+    @property
     def draws(self) -> int:
         """How often each example was answered."""
         return len(self.seeds) or 1

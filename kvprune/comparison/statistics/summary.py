@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from kvprune.comparison.data.examples import Example, Kind, is_correct, normalise
-from kvprune.comparison.plan.grid import REFERENCE, Configuration
+from kvprune.comparison.plan.grid import ANSWER_ATTENTION, REFERENCE, Configuration
 from kvprune.comparison.statistics.columns import Columns, columns, drawn_seeds
 from kvprune.comparison.statistics.contrasts import Contrast, accuracy_contrast, error_contrast
 from kvprune.comparison.statistics.error_rates import ErrorRates
 from kvprune.comparison.statistics.multiple import holm
-from kvprune.comparison.statistics.partner import ANSWER_ATTENTION, partner_label, partners
+from kvprune.comparison.statistics.partner import partner_label, partners
 from kvprune.comparison.statistics.power import POINTS, examples_for_means, questions_needed
 from kvprune.comparison.statistics.rates import mean_rate
 from kvprune.comparison.statistics.row import Row

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from kvprune.comparison.data.safe_json import parse
 from kvprune.comparison.storage.addresses import UNIT_DIGITS
 from kvprune.comparison.storage.answers import Answer, Key, Transcript, from_row, to_row
 from kvprune.comparison.storage.growth import Reasons
+from kvprune.comparison.storage.journal import parse_line
 from kvprune.comparison.storage.recorded_grid import Earlier, RecordedGrid
 from kvprune.errors import ResultsError
 
@@ -148,16 +148,7 @@ def read_line(where: str, line: bytes) -> StoredAnswer:
     Raises:
         ResultsError: If the line is damaged.
     """
-    try:
-        row = parse(line)
-    except ValueError as error:
-        shown = line[:60].decode(errors="replace")
-        raise ResultsError(
-            f"{where} is damaged ({error}): {shown!r}; "
-            "delete this line to have it computed again, or choose another --output"
-        ) from error
-    if not isinstance(row, dict):
-        raise ResultsError(f"{where} is damaged: {line[:60]!r} is not a JSON object; delete this line")
+    row = parse_line(where, line)
     unit = row.pop(UNIT, None)
     if not isinstance(unit, str) or not _UNIT.fullmatch(unit):
         raise ResultsError(

@@ -13,7 +13,15 @@ from typing import Any
 from kvprune.comparison.data.safe_json import parse
 from kvprune.errors import ResultsError
 
-__all__ = ["Journal", "check_plain_file", "read_plain_file", "remove", "write_atomically", "write_json"]
+__all__ = [
+    "Journal",
+    "check_plain_file",
+    "parse_line",
+    "read_plain_file",
+    "remove",
+    "write_atomically",
+    "write_json",
+]
 
 
 class Journal:
@@ -56,7 +64,7 @@ class Journal:
         """
         rows, finished = [], 0
         for number, line in enumerate(self.lines(), start=1):
-            rows.append(self._parse(number, line))
+            rows.append(parse_line(f"{self.path}, line {number}", line))
             finished += len(line) + 1
         return rows, finished
 
@@ -91,20 +99,28 @@ class Journal:
             if new:
                 _sync_folder(self.path.parent)
 
-    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            row = parse(line)
-        except ValueError as error:
-            shown = line[:60].decode(errors="replace")
-            raise ResultsError(
-                f"{self.path}, line {number} is damaged ({error}): {shown!r}; "
-                "delete this line to have it computed again, or choose another --output"
-            ) from error
-        if not isinstance(row, dict):
-            raise ResultsError(
-                f"{self.path}, line {number} is damaged: {line[:60]!r} is not a JSON object; delete this line"
-            )
-        return row
+
+def parse_line(where: str, line: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line.
+
+    Args:
+        where: Name of the file and number of the line, for messages.
+        line: The line without its line break.
+
+    Raises:
+        ResultsError: If the line is damaged, or no object.
+    """
+    try:
+        row = parse(line)
+    except ValueError as error:
+        shown = line[:60].decode(errors="replace")
+        raise ResultsError(
+            f"{where} is damaged ({error}): {shown!r}; "
+            "delete this line to have it computed again, or choose another --output"
+        ) from error
+    if not isinstance(row, dict):
+        raise ResultsError(f"{where} is damaged: {line[:60]!r} is not a JSON object; delete this line")
+    return row
 
 
 def write_json(path: Path, value: object) -> None:

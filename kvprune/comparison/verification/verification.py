@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from kvprune.comparison.data.examples import Example
+from kvprune.comparison.data.packages import require
 from kvprune.comparison.execution.batches import ask, load_generator
-from kvprune.comparison.execution.comparison import require
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.storage.answers import Answer, to_row
