@@ -75,7 +75,7 @@ def study(
 ) -> None:
     """Compare policies on several data sets, as a study file states, and print one table of all."""
     with one_line_errors(debug, resumes=not check):
-        from kvprune.comparison.studies.plan import Overrides, plan
+        from kvprune.comparison.studies.plan import Overrides, plan_study
         from kvprune.comparison.studies.run import run_study
         from kvprune.comparison.studies.study import find_study
 
@@ -88,7 +88,7 @@ def study(
             return
         hide_progress_bars()
         with redirect_stdout(sys.stderr):  # plugins may print
-            planned = plan(
+            planned = plan_study(
                 found,
                 output=Path(f"kvprune-study-{found.path.stem}") if output is None else output,
                 data_folder=data_folder,

@@ -18,7 +18,7 @@ from kvprune.comparison.studies.study import DataSet, Study
 from kvprune.errors import DataError, KVPruneError, StudyError
 from kvprune.text import shown, suggestion
 
-__all__ = ["Overrides", "Part", "Plan", "plan"]
+__all__ = ["Overrides", "Part", "Plan", "plan_study"]
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class Plan:
     parts: tuple[Part, ...]
 
 
-def plan(
+def plan_study(
     study: Study,
     *,
     output: Path,

@@ -31,7 +31,7 @@ def run_study(
     model. The table is written after each data set, and says which ones are not finished.
 
     Args:
-        plan: What `kvprune.comparison.studies.plan.plan` returned.
+        plan: What `plan_study` returned.
         on_progress: Called as by `compare`; the phase begins with the title of the data set.
         on_note: Called as by `compare`; each note begins with the title of the data set.
 
