@@ -73,7 +73,11 @@ def study(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Compare policies on several data sets, as a study file states, and print one table of all."""
+    """Compare policies on several data sets, and print one table.
+
+    A study file states model, policies, budgets and data sets. Each data set gets a results folder of its
+    own.
+    """
     with one_line_errors(debug, resumes=not check):
         from kvprune.comparison.studies.plan import Overrides, plan_study
         from kvprune.comparison.studies.run import run_study

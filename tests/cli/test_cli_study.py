@@ -85,6 +85,7 @@ def test_a_study_runs_and_prints_its_table_and_then_json(small: Path) -> None:
     stored = json.loads(kvprune_command(*arguments, "--json"))
     assert stored == json.loads((small.parent / "kvprune-study-small" / "study.json").read_text())
     assert len(stored["rows"]) == 4
+    assert "Careful: not as the study file states" not in out
     checked = kvprune_command(*arguments, "--check")
     assert checked.count("4 of 4") == 2
     one = json.loads(kvprune_command(*arguments, "--only", "Second", "--limit", "2", "--json"))

@@ -131,6 +131,12 @@ def test_the_notes_say_where_numbers_come_from_and_what_was_measured(
     for one in llama().notes:
         assert one in notes
     assert "Plain generate" in notes
+    changed = (
+        f"model {demo.model_path()} and not meta-llama/Llama-3.2-11B-Vision-Instruct, at most 3 examples"
+    )
+    assert f"Careful: not as the study file states: {changed}" in notes
+    assert f"Model {demo.model_path()} (bfloat16) on cpu, seed 0, batches of 8." in notes
+    assert "Careful: random:reach=onward drew once" in notes
     assert "SEED-Bench (images): 3 questions; always giving the most frequent answer" in notes
     assert str(output / FOLDERS[0]) in notes
     assert "Not finished" not in notes
@@ -206,6 +212,7 @@ def test_a_study_grows_by_policies_and_questions(
     table = run_study(plan(wider, output, benchmarks, limit=4, only=[llama().data[0].title]))
     (summary,) = table.summaries
     assert summary.examples == 4
+    assert "1 of 3 data sets" in "\n".join(table.notes())
     assert len(summary.rows) == len(SPECS) + 1
     columns = [record["spec"] for record in table.records()]
     assert columns == ["full", "trim:k_ratio=0.05", "uniform:keep_ratio=0.3,reach=onward"]
@@ -233,7 +240,9 @@ def test_the_demo_writes_its_own_questions_and_more_of_them_later(tmp_path: Path
         table = run_study(planned)
         assert table.summaries[0].examples == limit
         assert table.to_dict()["data"][0]["file"].endswith("data.jsonl")
-    assert "The last token of each prompt was read again" in "\n".join(table.notes())
+    notes = "\n".join(table.notes())
+    assert "The last token of each prompt was read again" in notes
+    assert "Model the embedded demo (float32) on cpu" in notes
 
 
 # What is refused, before anything runs.

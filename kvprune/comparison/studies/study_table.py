@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from kvprune.comparison.display.cells import survives
 from kvprune.comparison.display.naming import budget, times
 from kvprune.comparison.display.records import Record
 from kvprune.comparison.display.table_formats import markdown, pipe_table, to_csv
+from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.comparison.studies.plan import Part, Plan
 from kvprune.text import printable
@@ -105,6 +106,7 @@ class StudyTable:
         """Return the sentences under the table, printable."""
         said = [
             *self._unfinished(),
+            *self._what_was_run(),
             *self.plan.study.notes,
             *self._what_is_shown(),
             *(note for part, summary in self._finished() for note in _data_set_notes(part, summary)),
@@ -151,6 +153,25 @@ class StudyTable:
         left = [part.data.title for part in self.plan.parts[len(self.summaries) :]]
         return [f"Not finished: {', '.join(left)}. The same command goes on."] if left else []
 
+    def _what_was_run(self) -> list[str]:
+        """Say which model ran, and what the command line stated in place of the study file."""
+        own, used, stated = self.plan.study.settings, self.plan.parts[0].settings, self.plan.overrides
+        changed = []
+        if stated.model is not None:
+            changed.append(f"model {stated.model} and not {_model(own)}")
+        if stated.limit is not None:
+            changed.append(f"at most {stated.limit} examples of each task")
+        if stated.batch_size is not None:
+            changed.append(f"batches of {stated.batch_size} and not {own.batch_size}")
+        if len(self.plan.parts) < len(self.plan.study.data):
+            changed.append(f"{len(self.plan.parts)} of {len(self.plan.study.data)} data sets")
+        device = self.summaries[0].device if self.summaries else used.device
+        return [
+            f"Model {_model(used)} ({used.dtype}) on {device}, seed {used.seed}, "
+            f"batches of {used.batch_size}.",
+            *([f"Careful: not as the study file states: {', '.join(changed)}."] if changed else []),
+        ]
+
     def _what_is_shown(self) -> list[str]:
         if not self.summaries:
             return []
@@ -178,7 +199,27 @@ class StudyTable:
             mode,
             *timed,
             *seen,
+            *_draws_note(self._rows(first)),
         ]
+
+
+def _draws_note(rows: Sequence[Row]) -> list[str]:
+    """Say which policies drew at random, how often, and whether their luck is in the intervals."""
+    drawn = [row for row in rows if row.seeds]
+    if not drawn:
+        return []
+    names = ", ".join(dict.fromkeys(row.label for row in drawn))
+    draws = len(drawn[0].seeds)
+    if draws > 1:
+        return [f"{names} drew {draws} times; intervals count the luck of questions and of draws."]
+    return [
+        f"Careful: {names} drew once, and the luck of that draw is not in the intervals; draws = 5 in the "
+        "study file counts it."
+    ]
+
+
+def _model(settings: Settings) -> str:
+    return "the embedded demo" if settings.model is None else settings.model
 
 
 def _metric(row: Row, intervals: bool) -> str:
