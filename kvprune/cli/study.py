@@ -122,6 +122,7 @@ def study(
 
 def _listing() -> Table:
     """Return the studies that come with kvprune; a file that is damaged is an error."""
+    from kvprune.comparison.studies.plan import model_name
     from kvprune.comparison.studies.study import built_in_studies, read_study
 
     table = make_table("study", "table", "model", "data sets", "status")
@@ -130,7 +131,7 @@ def _listing() -> Table:
         cells = (
             name,
             found.title,
-            found.settings.model or "the demo's",
+            model_name(found.settings, found.data[0].metric),
             ", ".join(one.title for one in found.data),
             found.status or "",
         )
@@ -141,6 +142,8 @@ def _listing() -> Table:
 def _show_plan(planned: Plan) -> None:
     """Print what would run: one line for each data set, then the configurations and the notes."""
     from rich.text import Text
+
+    from kvprune.comparison.studies.plan import model_name
 
     console = make_console()
     first = planned.parts[0].settings
@@ -159,12 +162,14 @@ def _show_plan(planned: Plan) -> None:
         )
         table.add_row(*map(printable, cells))
     answers = len(planned.configurations) * sum(part.examples for part in planned.parts)
+    more = ", and those of further draws of policies that draw at random" * (first.draws > 1)
     lines = [
         planned.study.title,
         *([f"Status: {planned.study.status}."] if planned.study.status else []),
-        f"Model: {first.model or 'the embedded demo'} ({first.dtype}), batches of {first.batch_size}.",
+        f"Model: {model_name(first, planned.parts[0].data.metric)} ({first.dtype}), "
+        f"batches of {first.batch_size}.",
         f"Configurations: {', '.join(one.spec for one in planned.configurations)}.",
-        f"{answers} answers in all, and more where a policy draws several times. Nothing was run.",
+        f"{answers} answers in all{more}. Nothing was run.",
         *planned.study.notes,
     ]
     console.print(table)

@@ -82,6 +82,11 @@ def test_what_a_file_leaves_out_has_the_defaults_of_compare(read: Callable[[str]
             r"key 'metric' is 'acuracy'; it must be one of accuracy, word_error_rate",
         ),
         ('"one.jsonl"', '"one.jsonl"\nlimit = 0', r"data set 1: key 'limit' is 0; it must be at least 1"),
+        (
+            'metric = "accuracy"\nfile = "one.jsonl"',
+            'metric = "word_error_rate"\ndemo_task = "read"',
+            r"key 'metric' is 'word_error_rate'; the demo's questions are about pictures",
+        ),
         ('"One"', '"?!"', r"data set 1: key 'title' is '\?!'; it must have a letter or a digit"),
         ('"One"', f'"{"o" * 81}"', r"data set 1: key 'title' is 'oo.*at most 80 characters"),
         ("title", "title title", r"study\.toml is not TOML: .*line 2"),

@@ -11,14 +11,15 @@ from kvprune.comparison.data.examples import choose, read_examples
 from kvprune.comparison.data.rows import GOOD_ROWS
 from kvprune.comparison.plan.grid import Configuration, answer_attention, expand, partner
 from kvprune.comparison.plan.settings import DEFAULT_AGAINST, Settings
+from kvprune.comparison.statistics.summary import Metric
 from kvprune.comparison.storage.folder_description import FolderDescription, describe_folder
 from kvprune.comparison.storage.results_folder import ResultsFolder, read_answers
-from kvprune.comparison.storage.sources import DEFAULT_LIMIT, check_demo_tasks, demo_folder
+from kvprune.comparison.storage.sources import DEFAULT_LIMIT, check_demo_tasks, demo_folder, model_of
 from kvprune.comparison.studies.study import DataSet, Study
 from kvprune.errors import DataError, KVPruneError, StudyError
 from kvprune.text import shown, suggestion
 
-__all__ = ["Overrides", "Part", "Plan", "plan_study"]
+__all__ = ["Overrides", "Part", "Plan", "model_name", "plan_study"]
 
 T = TypeVar("T")
 
@@ -54,7 +55,6 @@ class Part:
         settings: the settings of the comparison; its data and its results folder are among them.
         demo_folder: folder that the demo's questions are written to; None where the data set is a file.
         examples: number of examples that are asked.
-        tasks: names of their tasks.
         there: what the results folder holds already; None where there is none.
     """
 
@@ -62,7 +62,6 @@ class Part:
     settings: Settings
     demo_folder: Path | None
     examples: int
-    tasks: tuple[str, ...]
     there: FolderDescription | None
 
 
@@ -83,6 +82,12 @@ class Plan:
     configurations: tuple[Configuration, ...]
     overrides: Overrides
     parts: tuple[Part, ...]
+
+
+def model_name(settings: Settings, metric: Metric) -> str:
+    """Return the model of a comparison in words: a hub id, a folder, or the embedded demo."""
+    model = model_of(settings, "speech" if metric == "word_error_rate" else "pictures")
+    return "the embedded demo" if model is None else model
 
 
 def plan_study(
@@ -178,13 +183,11 @@ def _part(study: Study, one: DataSet, output: Path, data_folder: Path | None, ov
     settings = _settings(study, one, overrides, file, output / one.folder)
     if demo is not None:
         settings = replace(settings, limit=settings.limit or DEFAULT_LIMIT)
-    examples, tasks = _examples(study, one, settings, written=demo is None or file.exists())
     return Part(
         data=one,
         settings=settings,
         demo_folder=demo,
-        examples=examples,
-        tasks=tasks,
+        examples=_examples(study, one, settings),
         there=_there(settings.output),
     )
 
@@ -212,20 +215,18 @@ def _first(*values: T | None) -> T | None:
     return next((value for value in values if value is not None), None)
 
 
-def _examples(
-    study: Study, one: DataSet, settings: Settings, *, written: bool
-) -> tuple[int, tuple[str, ...]]:
-    """Return how many examples are asked, and their tasks; those of the demo may not be written yet."""
+def _examples(study: Study, one: DataSet, settings: Settings) -> int:
+    """Return how many examples are asked; reads and checks all of a file."""
+    assert settings.data is not None, "each part has a file"
     if one.demo_task is not None:
         try:
             check_demo_tasks((one.demo_task,))
         except KVPruneError as error:
-            raise StudyError(
-                f"{study.path}: data set {shown(one.title)}, key 'demo_task': {error}"
-            ) from error
-    if one.demo_task is not None and not written:
-        return settings.limit or DEFAULT_LIMIT, (one.demo_task,)
-    assert settings.data is not None
+            where = f"{study.path}: data set {shown(one.title)}"
+            raise StudyError(f"{where}, key 'demo_task': {error}") from error
+        if settings.data.exists():
+            read_examples(settings.data)
+        return settings.limit or DEFAULT_LIMIT  # what is not there is written before the run
     found = read_examples(settings.data)
     speech = found[0].kind == "speech"
     if speech != (one.metric == "word_error_rate"):
@@ -234,10 +235,7 @@ def _examples(
             f"{study.path}: data set {shown(one.title)}, key 'metric' is {one.metric!r}, but "
             f"{settings.data} is about {found[0].kind}, which is measured by {right!r}"
         )
-    asked = choose(found, None, settings.limit)
-    if one.demo_task is not None:  # fewer may be there than will be asked: the rest is written before the run
-        return settings.limit or DEFAULT_LIMIT, (one.demo_task,)
-    return len(asked), tuple(dict.fromkeys(example.task for example in asked))
+    return len(choose(found, None, settings.limit))
 
 
 def _there(folder: Path) -> FolderDescription | None:

@@ -209,6 +209,8 @@ def _data_set(table: TomlTable) -> DataSet:
         max_new_tokens=_at_least_one(table, "max_new_tokens"),
         source=table.get("source", TEXT),
     )
+    if task is not None and chosen != "accuracy":
+        raise table.wrong("metric", "the demo's questions are about pictures, so it must be 'accuracy'")
     if not 1 <= len(found.folder) <= _LONGEST_TITLE:
         raise table.wrong(
             "title",

@@ -11,9 +11,8 @@ from kvprune.comparison.display.cells import survives
 from kvprune.comparison.display.naming import budget, times
 from kvprune.comparison.display.records import Record
 from kvprune.comparison.display.table_formats import markdown, pipe_table, to_csv
-from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.statistics.summary import Row, Summary
-from kvprune.comparison.studies.plan import Part, Plan
+from kvprune.comparison.studies.plan import Part, Plan, model_name
 from kvprune.text import printable
 
 if TYPE_CHECKING:
@@ -156,9 +155,10 @@ class StudyTable:
     def _what_was_run(self) -> list[str]:
         """Say which model ran, and what the command line stated in place of the study file."""
         own, used, stated = self.plan.study.settings, self.plan.parts[0].settings, self.plan.overrides
+        metric = self.plan.parts[0].data.metric
         changed = []
         if stated.model is not None:
-            changed.append(f"model {stated.model} and not {_model(own)}")
+            changed.append(f"model {stated.model} and not {model_name(own, metric)}")
         if stated.limit is not None:
             changed.append(f"at most {stated.limit} examples of each task")
         if stated.batch_size is not None:
@@ -167,7 +167,7 @@ class StudyTable:
             changed.append(f"{len(self.plan.parts)} of {len(self.plan.study.data)} data sets")
         device = self.summaries[0].device if self.summaries else used.device
         return [
-            f"Model {_model(used)} ({used.dtype}) on {device}, seed {used.seed}, "
+            f"Model {model_name(used, metric)} ({used.dtype}) on {device}, seed {used.seed}, "
             f"batches of {used.batch_size}.",
             *([f"Careful: not as the study file states: {', '.join(changed)}."] if changed else []),
         ]
@@ -216,10 +216,6 @@ def _draws_note(rows: Sequence[Row]) -> list[str]:
         f"Careful: {names} drew once, and the luck of that draw is not in the intervals; draws = 5 in the "
         "study file counts it."
     ]
-
-
-def _model(settings: Settings) -> str:
-    return "the embedded demo" if settings.model is None else settings.model
 
 
 def _metric(row: Row, intervals: bool) -> str:
