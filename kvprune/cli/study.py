@@ -125,12 +125,12 @@ def _listing() -> Table:
     from kvprune.comparison.studies.plan import model_name
     from kvprune.comparison.studies.study import built_in_studies, read_study
 
-    table = make_table("study", "table", "model", "data sets", "status")
+    table = make_table("study", "model", "data sets", "status")
+    table.columns[1].overflow = "fold"
     for name, path in built_in_studies().items():
         found = read_study(path)
         cells = (
             name,
-            found.title,
             model_name(found.settings, found.data[0].metric),
             ", ".join(one.title for one in found.data),
             found.status or "",
