@@ -17,8 +17,6 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # where this file was loaded by its path
-
 from evidence.figure import figures
 from evidence.gather import check_together, gather
 from evidence.numbers import EvidenceSet, from_json, to_json

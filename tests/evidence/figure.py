@@ -45,7 +45,8 @@ def render(panels: Sequence[EvidenceSet]) -> bytes:
     made = figure((2.2 + 3.9 * len(panels), 1.6 + 0.23 * len(places)))
     axes = made.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, one in zip(axes, panels, strict=True):
-        _panel(axis, one, places, looks)
+        alike = [other for other in panels if other.speech == one.speech]
+        _panel(axis, one, places, looks, _reach(alike))
     axes[0].set_yticks(list(places.values()), [shown[label] for label in places], fontsize=8.5)
     axes[0].set_ylim(min(places.values()) - 0.7, 0.7)
     for label, text in zip(places, axes[0].get_yticklabels(), strict=True):
@@ -76,6 +77,7 @@ def _panel(
     one: EvidenceSet,
     places: Mapping[str, float],
     looks: Mapping[float, tuple[str, str]],
+    reach: tuple[float, float],
 ) -> None:
     """Draw one set: for each policy a mark for each budget, on a thin line."""
     by_label: dict[str, list[Row]] = {}
@@ -92,8 +94,9 @@ def _panel(
                 value,
                 places[label] - shift,
                 marker="*" if row.reference else mark,
-                color=colour,
+                markeredgecolor=colour if row.misses_budget else "white",
                 markerfacecolor="white" if row.misses_budget else colour,
+                markeredgewidth=1.2 if row.misses_budget else 0.4,
                 markersize=8 if row.reference else 5.5,
                 zorder=3,
             )
@@ -101,9 +104,7 @@ def _panel(
     if one.chance:
         constant = sum(one.chance[task] * count for task, count in one.tasks.items()) / one.examples
         axis.axvline(constant, color="0.6", linestyle=":", linewidth=1.2, zorder=0)
-    every = [one.full.rate.value, *(_drawn(one, row) for rows in by_label.values() for row in rows)]
-    low, high = (0.0, 1.0) if not one.speech else (min(every), max(every))
-    rate_scale(axis, low, high, shares=not one.speech, along="x")
+    rate_scale(axis, *reach, shares=not one.speech, along="x")
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -112,6 +113,14 @@ def _panel(
     axis.set_title(f"{one.title} ({one.examples} {unit})", fontsize=9, parse_math=False)
     metric = "word error rate (log scale, lower is better)" if one.speech else "right answers"
     axis.set_xlabel(metric, fontsize=9)
+
+
+def _reach(panels: Sequence[EvidenceSet]) -> tuple[float, float]:
+    """Return the lowest and highest rate of an axis that panels of one metric share."""
+    if not panels[0].speech:
+        return 0.0, 1.0
+    every = [_drawn(one, row) for one in panels for row in one.rows]
+    return min(every), max(every)
 
 
 def _drawn(one: EvidenceSet, row: Row) -> float:

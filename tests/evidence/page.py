@@ -80,7 +80,7 @@ def _regimes(sets: Mapping[str, EvidenceSet]) -> list[str]:
     lines += [
         "The lead is in points, and positive where the policy that reads the prompt is better (more right",
         "answers, or fewer wrong words). Both were chosen as the best of several, and intervals do not count",
-        "that.",
+        "that. Policies that kept another share than asked take no part.",
         *_leads(sets),
         "",
     ]
