@@ -32,14 +32,14 @@ _TEMPLATES = (
     "the {thing} that {person} bought {time} is {trait} but {trait}.",
     "when {event}, {person} and {person} decided to {task}.",
     "did {person} forget to {task} {time}?",
-    "there was {food} and {food} on the table {time}.",
-    "the {colour} {animal} ran {path} and hid {shelter}.",
-    "{person} would rather {task} than {task}.",
+    "we enjoyed {food} and {food} {time}.",
+    "the {colour} {animal} ran {path} and stopped {shelter}.",
+    "{person} wants to {task} and then {task}.",
     "the {colour} {thing} is much {more} than the {colour} {thing}.",
     "nobody knew why {person} wanted to {task} {time}.",
     "{person} ordered {food} with {food} {time}.",
     "how long did it take {person} to {task}?",
-    "{person} sold the {colour} {thing}.",
+    "{person} bought the {colour} {thing}.",
     "where did {person} put the {trait} {thing}?",
     "the {animal} looked {feeling} but {person} looked {feeling}.",
     "{person} found the {animal} {shelter}.",
@@ -55,13 +55,13 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     ),
     "left": ("left", "found", "dropped", "forgot", "noticed", "lost", "placed", "saw"),
     "thing": (
-        *("basket", "blanket", "letter", "lamp", "umbrella", "suitcase", "bottle", "ladder", "mirror"),
+        *("basket", "blanket", "letter", "clock", "umbrella", "suitcase", "bottle", "ladder", "mirror"),
         *("camera", "hammer", "jacket", "chair", "candle", "picture", "guitar", "newspaper"),
     ),
     "colour": ("green", "yellow", "brown", "white", "purple", "pink", "black", "silver"),
     "trait": (
         *("small", "heavy", "expensive", "beautiful", "old", "clean", "strong", "soft", "simple"),
-        *("useful", "strange", "modern"),
+        *("useful", "special", "modern"),
     ),
     "more": ("larger", "smaller", "cheaper", "heavier", "older", "lighter", "cleaner", "stronger"),
     "place": (
@@ -71,7 +71,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     ),
     "shelter": (
         *("behind the house", "under the bridge", "among the trees", "in the tall grass"),
-        *("under a picnic table", "behind an old wall", "in an empty box"),
+        *("under a picnic table", "behind the old wall", "in the empty box"),
     ),
     "path": (
         *("across the field", "along the river", "through the forest", "up the hill", "down the street"),
@@ -97,7 +97,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
         *("clean the kitchen", "finish the report", "call the office", "visit the museum", "fix the roof"),
         *("water the plants", "learn a new song", "wait for the train", "cook dinner"),
         *("wash the dishes", "plan the birthday party", "take a long walk", "read a good story"),
-        *("sell the house", "paint the fence", "play the piano"),
+        *("sell the house", "paint the ceiling", "play the piano"),
     ),
     "food": (
         *("fresh bread", "vegetable soup", "hot chocolate", "rice and beans", "roasted chicken"),

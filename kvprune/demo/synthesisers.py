@@ -113,7 +113,7 @@ class EspeakNg:
     Version 1.51 ignores a variant of ``en-gb`` without a word, so ``en-gb+f3`` is no other voice.
     """
 
-    voices: tuple[str, ...] = ("en-us", "en-gb", "en-gb-scotland", "en-us+f3", "en-us+m3")
+    voices: tuple[str, ...] = ("en-us", "en-gb-x-rp", "en-us+f2", "en-us+m1")
     name: str = "espeak-ng"
     licence: str = (
         "program and voices: GPL-3.0-or-later, Copyright (c) 2005-2014 Jonathan Duddington, 2013-2016 Reece "
