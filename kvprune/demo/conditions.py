@@ -40,7 +40,7 @@ class Recipe:
     """
 
     level: float = -26.0
-    snr: float = 10.0
+    snr: float = 20.0
     room: float = 45.0
     silence: tuple[float, float] = (0.5, 3.0)
 

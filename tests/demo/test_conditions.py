@@ -39,9 +39,9 @@ def test_noise_is_so_many_decibels_below_the_speech():
     noisy = prepared(tone(), RECIPE, RECIPE.draw("noisy", rng()), rng(7))
     noise = noisy - clean
     ratio = decibels(speech_power(clean)) - decibels(float((noise**2).mean()))
-    assert ratio == pytest.approx(10.0, abs=1e-6)
-    assert np.array_equal(noisy, prepared(tone(), RECIPE, {"snr_db": 10.0}, rng(7)))
-    assert not np.array_equal(noisy, prepared(tone(), RECIPE, {"snr_db": 10.0}, rng(8)))
+    assert ratio == pytest.approx(20.0, abs=1e-6)
+    assert np.array_equal(noisy, prepared(tone(), RECIPE, {"snr_db": 20.0}, rng(7)))
+    assert not np.array_equal(noisy, prepared(tone(), RECIPE, {"snr_db": 20.0}, rng(8)))
 
 
 def test_silence_goes_around_the_speech_and_is_a_quiet_room():
@@ -56,7 +56,7 @@ def test_silence_goes_around_the_speech_and_is_a_quiet_room():
 
 def test_what_is_drawn_for_each_condition():
     assert RECIPE.draw("clean", rng()) == {}
-    assert RECIPE.draw("noisy", rng()) == {"snr_db": 10.0}
+    assert RECIPE.draw("noisy", rng()) == {"snr_db": 20.0}
     drawn = [RECIPE.draw("silence", rng(seed)) for seed in range(300)]
     for name in ("silence_before", "silence_after"):
         values = [facts[name] for facts in drawn]
@@ -94,7 +94,7 @@ def test_without_soxr(monkeypatch):
 def test_the_facts_say_all_numbers():
     assert RECIPE.facts() == {
         "level": -26.0,
-        "snr": 10.0,
+        "snr": 20.0,
         "room": 45.0,
         "silence": (0.5, 3.0),
         "rate": 16000,

@@ -96,7 +96,7 @@ def test_the_manifest_says_where_all_comes_from(twelve):
         "voice": {"low": 6, "high": 6},
     }
     assert manifest["seconds"] == pytest.approx(sum(row["seconds"] for row in rows(twelve)), abs=0.06)
-    assert manifest["conditions"]["snr"] == 10.0
+    assert manifest["conditions"]["snr"] == 20.0
     assert set(manifest["packages"]) == {"numpy", "soxr", "soundfile", "libsndfile"}
     assert manifest["command"] == "python -m kvprune.demo.voices --output FOLDER --count 12 --seed 3"
     assert str(twelve) not in json.dumps(manifest)
