@@ -32,7 +32,7 @@ _TEMPLATES = (
     "the {thing} that {person} bought {time} is {trait} but {trait}.",
     "when {event}, {person} and {person} decided to {task}.",
     "did {person} forget to {task} {time}?",
-    "we enjoyed {food} and {food} {time}.",
+    "we enjoyed {food} with {food} {time}.",
     "the {colour} {animal} ran {path} and stopped {shelter}.",
     "{person} wants to {task} and then {task}.",
     "the {colour} {thing} is much {more} than the {colour} {thing}.",
@@ -100,9 +100,9 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
         *("sell the house", "paint the ceiling", "play the piano"),
     ),
     "food": (
-        *("fresh bread", "vegetable soup", "hot chocolate", "rice and beans", "roasted chicken"),
+        *("fresh bread", "vegetable soup", "hot chocolate", "a plate of rice", "roasted chicken"),
         *("orange juice", "a plate of cheese", "a bowl of salad", "a slice of pizza", "cold lemonade"),
-        *("a glass of milk", "butter and honey"),
+        *("a glass of milk", "a jar of honey"),
     ),
 }
 
