@@ -30,6 +30,7 @@ __all__ = [
     "SelectionError",
     "SpecError",
     "StudyError",
+    "SynthesisError",
     "UnknownInvariantError",
     "UnknownPolicyError",
     "UnsupportedCacheError",
@@ -121,7 +122,11 @@ class PolicyNeverRanError(KVPruneError):
 
 
 class DataError(KVPruneError):
-    """A row of a data file is not valid; the message names the file, the row and the field."""
+    """A row of a data file is not valid, or a folder cannot take a data set; the message says why."""
+
+
+class SynthesisError(KVPruneError):
+    """A speech synthesiser is missing, lacks a voice, fails, or gives a sound that cannot be used."""
 
 
 class ResultsError(KVPruneError):
