@@ -265,8 +265,9 @@ def _require_same_geometry(guide: ModelAdapter, target: ModelAdapter) -> None:
         def listed(geometry: Any) -> str:
             return ", ".join(f"{name} {value}" for name, value in geometry.items())
 
+        names = ", ".join(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise GuideError(
-            f"the guide {type(guide.model).__name__} has another geometry than the target "
+            f"the guide {type(guide.model).__name__} has another geometry ({names}) than the target "
             f"{type(target.model).__name__}, so its ranking would be about other tokens.\n"
             f"guide:  {listed(ours)}\ntarget: {listed(theirs)}"
         )

@@ -39,7 +39,7 @@ class Provenance:
 
     model: str
     model_digest: str
-    guide: str
+    guide: str = NO_GUIDE
     data: str
     device: str
     dtype: str
