@@ -1,4 +1,4 @@
-"""A small untrained Mllama with the processor and the vision geometry of the demo, to guide the demo model."""
+"""A small untrained Mllama with the processor and the vision geometry of the demo, to guide its model."""
 
 from __future__ import annotations
 

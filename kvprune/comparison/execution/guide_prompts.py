@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,5 +57,5 @@ def _unequal(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> I
 
 def _settings(processor: Any) -> Mapping[str, Any]:
     """Return the settings of the part of a processor that reads pictures."""
-    found = processor.image_processor.to_dict()
+    found = json.loads(processor.image_processor.to_json_string())
     return {name: value for name, value in found.items() if name not in _NAMES}
