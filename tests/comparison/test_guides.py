@@ -243,6 +243,7 @@ def test_the_embedded_guide_is_the_default_of_the_embedded_model(
     found = run(tmp_path / "results", repetitions=0)
     assert [row.spec for row in found.rows] == (SPECS if there else ["full", OWN])
     assert read_run(tmp_path / "results").settings.guide == (EMBEDDED_GUIDE if there else NO_GUIDE)
+    assert verify(tmp_path / "results", sample=3).reproduces
     copied = shutil.copytree(demo.model_path(), tmp_path / "copy")
     found = run(tmp_path / "copied", repetitions=0, model=str(copied))
     assert [row.spec for row in found.rows] == ["full", OWN], "another model has no guide unless one is named"

@@ -19,7 +19,7 @@ class Row:
     """The results of one configuration.
 
     Attributes:
-        spec: canonical spec of the policy.
+        spec: spec of the configuration; see `Configuration`.
         label: the spec without its budget.
         budget: the requested budget as text; empty where the policy has none.
         keep_ratio: the requested fraction of visible tokens; None where the budget is not a fraction.

@@ -139,7 +139,7 @@ class ResultsFolder:
                 f"(run_sha256 {str(self.manifest.get('run_sha256'))[:70]!r}); restore it, or {_REMEDY}"
             )
         if self.manifest is not None:
-            _ = self.about
+            read_about(self.path / MANIFEST, self.manifest)
 
     @property
     def is_free(self) -> bool:
