@@ -382,3 +382,5 @@ def test_another_geometry_is_refused_before_anything_is_computed(tmp_path: Path)
     with pytest.raises(GuideError, match=r"another geometry \(patch size, columns per tile"):
         run(tmp_path / "results", guide=str(other))
     assert not (tmp_path / "results" / "results.jsonl").exists()
+    found = run(tmp_path / "results", repetitions=0, model=str(demo.model_path()))
+    assert [row.spec for row in found.rows] == ["full", OWN], "a guide that never took part is forgotten"

@@ -110,7 +110,7 @@ def claim(
     settings = replace(settings, model=model, device=device, max_new_tokens=limit)
     lines = folder.answers()
     old = None if folder.is_free else folder.grid
-    recorded = NO_GUIDE if folder.manifest is None else folder.about["guide"]
+    recorded = _recorded_guide(folder, old, lines)
     guide = sources.guide_of(settings, data.kind, recorded)
     wanted = wanted if guide == NO_GUIDE else with_guide(wanted)
     configurations, gone = _unite(old, wanted, lines, settings)
@@ -173,6 +173,14 @@ def _unite(
     answered = {line.answer.spec for line in lines}
     earlier = [] if old is None else [spec for spec in old.specs if spec in answered]
     return unite(earlier, wanted, with_answer_attention=settings.answer_attention)
+
+
+def _recorded_guide(folder: ResultsFolder, old: RecordedGrid | None, lines: Sequence[StoredAnswer]) -> str:
+    """Return the guide of a folder's answers; one that was named, but never took part, is forgotten."""
+    answered = {line.answer.spec for line in lines}
+    policies = () if old is None else old.policies
+    took_part = any("guide_digest" in one and one["spec"] in answered for one in policies)
+    return folder.about["guide"] if took_part else NO_GUIDE
 
 
 def _guide_of_all(configurations: Sequence[Configuration], guide: str, recorded: str, *, chosen: bool) -> str:
