@@ -29,6 +29,7 @@ __all__ = [
     "ScoreError",
     "SelectionError",
     "SpecError",
+    "StudyError",
     "UnknownInvariantError",
     "UnknownPolicyError",
     "UnsupportedCacheError",
@@ -125,6 +126,10 @@ class DataError(KVPruneError):
 
 class ResultsError(KVPruneError):
     """A folder is not a results folder, is damaged, or belongs to another run."""
+
+
+class StudyError(KVPruneError):
+    """A study file is not valid; the message names the file, the key, its value and what would be right."""
 
 
 class PolicyFailedError(KVPruneError):

@@ -1,8 +1,10 @@
-"""Commands for results folders: results list, results export, results diff."""
+"""Commands for results folders: results list, results export, results diff, results tau."""
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +18,9 @@ from kvprune.text import printable, printable_json
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from kvprune.comparison.statistics.rank_agreement import RankAgreement
     from kvprune.comparison.statistics.run_differences import RunDifferences
+    from kvprune.comparison.statistics.summary import Summary
 
 __all__ = ["results"]
 
@@ -131,6 +135,41 @@ def diff(
         console.print(printable(line))
 
 
+@results.command()
+def tau(
+    first: Annotated[Path, typer.Argument(help="A results folder.")],
+    second: Annotated[Path, typer.Argument(help="Another results folder.")],
+    keep_ratios: Annotated[
+        str | None,
+        typer.Option(help="Budgets to look at, such as 0.25,0.1. Default: all that both folders have."),
+    ] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say how far two results folders agree on which policy is better: Kendall's tau-b of their rankings.
+
+    The folders may differ in model, data and metric: pictures are ranked by right answers, speech by word
+    error rate. Policies are the same if their specs are.
+    """
+    with one_line_errors(debug):
+        from kvprune.comparison.statistics.rank_agreement import rank_agreements, ranked_scores
+        from kvprune.comparison.statistics.stored_summary import summary_of
+        from kvprune.comparison.storage.stored_run import read_run
+
+        ratios = None if keep_ratios is None else [_ratio(part) for part in re.split("[,;]", keep_ratios)]
+        summaries = [summary_of(read_run(folder)) for folder in (first, second)]
+        scores = [ranked_scores(summary) for summary in summaries]
+        found = rank_agreements(scores[0], scores[1], ratios)
+    if json_output:
+        print(printable_json([asdict(one) for one in found]))
+        return
+    console = make_console()
+    console.print(_agreement_table(found))
+    console.print()
+    for line in _agreement_notes(found, summaries):
+        console.print(printable(line))
+
+
 def _here() -> list[Path]:
     """Return the results folders at the current place: it itself, and those in it."""
     here = Path()
@@ -231,3 +270,57 @@ def _difference_notes(found: RunDifferences) -> list[str]:
     if len(found.changed) > _MOST_CHANGES:
         said.append(f"  and {len(found.changed) - _MOST_CHANGES} more (--json has all)")
     return said
+
+
+def _agreement_table(found: Sequence[RankAgreement]) -> Table:
+    from kvprune.cli.common import make_table
+    from kvprune.comparison.display.naming import p_text
+
+    table = make_table("budget", "tau-b", "p", "policies")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in found:
+        table.add_row(
+            "mean rank" if one.keep_ratio is None else f"{100 * one.keep_ratio:.4g} %",
+            "-" if one.tau is None else f"{one.tau:+.2f}",
+            "-" if one.p_value is None else p_text(one.p_value),
+            str(len(one.policies)),
+        )
+    return table
+
+
+def _agreement_notes(found: Sequence[RankAgreement], summaries: Sequence[Summary]) -> list[str]:
+    """Return what the table does not say: what tau means, and which policies are not in it."""
+    said = [
+        "tau-b is 1 where both folders rank the policies in the same order, 0 where the orders are "
+        "unrelated, -1 where one is the reverse of the other."
+    ]
+    budgets = [one for one in found if one.keep_ratio is not None]
+    if len(found) > len(budgets):
+        said.append("mean rank: policies are ranked by the mean of their ranks over the budgets above.")
+    if any(one.tau is None for one in found):
+        said.append("- : fewer than two policies are in both folders, or all are equal in one of them.")
+    chosen = [one.keep_ratio for one in budgets]
+    rows = [row for summary in summaries for row in summary.rows if row.keep_ratio in chosen]
+    labels = [{row.label for row in summary.rows if row.keep_ratio in chosen} for summary in summaries]
+    references = {row.label for row in rows if row.is_reference}
+    for what, names in (
+        ("Not ranked, because it looks at the answer", references),
+        (
+            "Not ranked at each budget at which it kept another share",
+            {r.label for r in rows if r.misses_budget},
+        ),
+        ("Only in one of the folders", (labels[0] ^ labels[1]) - references),
+    ):
+        if names:
+            said.append(f"{what}: {', '.join(sorted(names))}.")
+    return said
+
+
+def _ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise KVPruneError(
+            f"keep ratio {text.strip()!r} is no number; expected fractions such as 0.5,0.25"
+        ) from None

@@ -11,6 +11,10 @@ from kvprune.comparison.statistics.rates import Rate
 from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.comparison.storage.folder_description import FolderDescription, describe_folder
 from kvprune.comparison.storage.stored_run import StoredRun, read_run
+from kvprune.comparison.studies.plan import Overrides, Plan, plan_study
+from kvprune.comparison.studies.run import run_study
+from kvprune.comparison.studies.study import Study, find_study
+from kvprune.comparison.studies.study_table import StudyTable
 from kvprune.comparison.verification.consistency import Difference
 from kvprune.comparison.verification.verification import Verification, verify
 
@@ -20,19 +24,26 @@ __all__ = [
     "Difference",
     "Everything",
     "FolderDescription",
+    "Overrides",
     "PairedDifference",
+    "Plan",
     "Progress",
     "Rate",
     "Row",
     "Settings",
     "StoredRun",
+    "Study",
+    "StudyTable",
     "Summary",
     "Verification",
     "compare",
     "describe_folder",
     "every_policy",
+    "find_study",
     "notes",
+    "plan_study",
     "read_run",
+    "run_study",
     "table",
     "verify",
 ]

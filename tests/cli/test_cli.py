@@ -19,7 +19,8 @@ from kvprune.comparison.storage import sources
 from kvprune.session import registry
 
 COMMANDS = [
-    [name] for name in ("list", "show", "cite", "doctor", "check", "compare", "verify", "results", "bench")
+    [name]
+    for name in ("list", "show", "cite", "doctor", "check", "compare", "study", "verify", "results", "bench")
 ]
 COMMANDS += [["bench", "memory"], *(["results", name] for name in ("list", "export", "diff"))]
 

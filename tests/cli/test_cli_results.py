@@ -1,4 +1,4 @@
-"""`kvprune results` as a user meets it: list, export, diff."""
+"""`kvprune results` as a user meets it: list, export, diff, tau."""
 
 from __future__ import annotations
 
@@ -130,6 +130,31 @@ def test_diff_names_what_changed(place: Path) -> None:
     found = json.loads(run("diff", "first", "third", "--json").stdout)
     assert [row["examples"] for row in found["rows"]] == [2, 2]
     assert found["only_second"] == ["trim:keep_ratio=0.5"]
+
+
+def test_tau_of_two_folders(place: Path) -> None:
+    small = "--policy norm:reach=onward --policy trim --policy fastv --keep-ratios 0.1,0.5"
+    small += " --tasks read --limit 3 --repetitions 0 --max-new-tokens 2"
+    for name in ("third", "fourth"):
+        done = CliRunner().invoke(app, ["compare", "--output", name, *small.split()])
+        assert done.exit_code == 0, done.output
+    text = run("tau", "third", "fourth").stdout
+    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["50", "10", "mean"]
+    assert "Not ranked, because it looks at the answer: answer-attention." in text
+    assert "Not ranked at each budget at which it kept another share: fastv." in text
+    found = json.loads(run("tau", "first", "third", "--json").stdout)
+    assert [(one["keep_ratio"], one["policies"]) for one in found] == [(0.1, ["trim"])]
+    assert (found[0]["tau"], found[0]["p_value"]) == (None, None)
+    text = run("tau", "first", "third").stdout
+    assert "Only in one of the folders: fastv, norm:reach=onward." in text
+    assert "- : fewer than two policies are in both folders" in text
+
+
+def test_tau_names_what_is_wrong(place: Path) -> None:
+    found = run("tau", "first", "second", "--keep-ratios", "0.3", code=2)
+    assert "keep ratio 0.3 is not in both comparisons; in both are: 0.1" in found.stderr
+    assert "keep ratio 'x' is no number" in run("tau", "first", "second", "--keep-ratios", "x", code=2).stderr
+    assert "there are no results at" in run("tau", "first", "else", code=2).stderr
 
 
 def test_what_others_wrote_is_printable(place: Path) -> None:

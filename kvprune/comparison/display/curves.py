@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvprune.comparison.statistics.summary import Row, Summary
 
@@ -24,6 +24,7 @@ __all__ = [
     "metric_label",
     "metric_scale",
     "png",
+    "rate_scale",
     "references",
     "style",
 ]
@@ -124,28 +125,50 @@ def metric_scale(axis: Axes, summary: Summary, *, whole: bool = True) -> None:
         summary: What is drawn.
         whole: Show all of 0 to 100 % and not only the range of the points.
     """
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
-
     values = [row.main.value for row in summary.rows]
     if summary.higher_is_better:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         low, high = (0.0, 1.0) if whole else (min(values), max(values))
-        margin = 0.03 if whole else max(0.03, 0.08 * (high - low))
-        axis.set_ylim(low - margin, high + margin)
     else:
-        highest = max([row.main.high for row in summary.rows] if whole else values)
-        ticks = [value / 100 for value in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)]
-        axis.set_yscale("symlog", linthresh=_LINEAR, linscale=0.5)
-        axis.yaxis.set_major_locator(FixedLocator(ticks))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.0f} %")
         by_task = [rate.value for row in summary.rows for rate in row.tasks.values()]
-        lowest = min([*(row.main.low for row in summary.rows), *by_task] if whole else values)
-        bottom = max(tick for tick in ticks if tick <= lowest)
-        axis.set_ylim(bottom, next((tick for tick in ticks if tick > highest), highest))
+        low = min([*(row.main.low for row in summary.rows), *by_task] if whole else values)
+        high = max([row.main.high for row in summary.rows] if whole else values)
+    rate_scale(axis, low, high, shares=summary.higher_is_better, margin=0.03 if whole else 0.08)
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def rate_scale(
+    axis: Axes, low: float, high: float, *, shares: bool, margin: float = 0.03, along: Literal["x", "y"] = "y"
+) -> None:
+    """Set scale, ticks and limits of one axis: linear for shares, logarithmic for error rates.
+
+    Args:
+        axis: The axes.
+        low: The lowest rate to show.
+        high: The highest rate to show.
+        shares: Whether these are shares of right answers, and not error rates.
+        margin: What is shown beyond them on either side, as a part of the range; at least 3 points. Error
+            rates reach to the next tick instead.
+        along: Which axis.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+    ticks_of = axis.yaxis if along == "y" else axis.xaxis
+    set_limits = axis.set_ylim if along == "y" else axis.set_xlim
+    if shares:
+        ticks_of.set_major_formatter(PercentFormatter(1.0))
+        room = max(0.03, margin * (high - low))
+        set_limits(low - room, high + room)
+        return
+    ticks = [value / 100 for value in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)]
+    set_scale = axis.set_yscale if along == "y" else axis.set_xscale
+    set_scale("symlog", linthresh=_LINEAR, linscale=0.5)
+    ticks_of.set_major_locator(FixedLocator(ticks))
+    ticks_of.set_minor_locator(NullLocator())
+    ticks_of.set_major_formatter(lambda rate, _: f"{100 * rate:.0f} %")
+    bottom = max(tick for tick in ticks if tick <= low)
+    set_limits(bottom, next((tick for tick in ticks if tick > high), high))
 
 
 def metric_label(summary: Summary) -> str:

@@ -13,9 +13,6 @@ from kvprune.text import printable
 
 __all__ = ["notes"]
 
-_TOLERANCE = 0.03
-"""Kept fractions farther from the requested one get a note. In small images rounding up may add 0.02."""
-
 
 def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None) -> list[str]:
     """Return the sentences under the table, printable: what was measured, what to be careful about.
@@ -138,7 +135,7 @@ def _budget_notes(summary: Summary) -> list[str]:
         f"Careful: {row.spec} kept {100 * row.kept_fraction:.1f} % of visible tokens instead of "
         f"{100 * row.keep_ratio:.4g} %; do not compare it with its neighbours."
         for row in summary.rows
-        if row.keep_ratio is not None and abs(row.kept_fraction - row.keep_ratio) > _TOLERANCE
+        if row.keep_ratio is not None and row.misses_budget
     ]
 
 

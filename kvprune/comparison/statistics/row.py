@@ -13,6 +13,9 @@ from kvprune.comparison.statistics.speed import Speed
 
 __all__ = ["Row"]
 
+_TOLERANCE = 0.03
+"""Kept fractions farther from the requested one are noticed. In small images rounding up may add 0.02."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -80,6 +83,11 @@ class Row:
     def badness(self) -> float:
         """`main` as a number that is lower for better rows: right answers count negatively."""
         return -self.main.value if self.speech is None else self.main.value
+
+    @property
+    def misses_budget(self) -> bool:
+        """Whether it kept noticeably more or less than asked, and so cannot be compared at its budget."""
+        return self.keep_ratio is not None and abs(self.kept_fraction - self.keep_ratio) > _TOLERANCE
 
     @property
     def draws(self) -> int:

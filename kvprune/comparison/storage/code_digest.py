@@ -48,6 +48,7 @@ CODE = (
     Part("comparison/statistics/", False, "each run computes its summary anew from all lines"),
     Part("comparison/display/", False, "only shows a summary: table, notes, figure, progress"),
     Part("comparison/verification/", False, "only reads a results folder"),
+    Part("comparison/studies/", False, "starts comparisons; their manifests record the settings"),
     Part("comparison/__init__.py", False, "public names only"),
     Part("testing/", False, "tests policies and adapters; a comparison does not use it"),
     Part("cli/", False, "only reads options and prints; the manifest records the settings"),
