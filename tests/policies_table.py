@@ -192,6 +192,8 @@ def from_results(folder: Path) -> dict[str, Any]:
     )
     found = {}
     for row in summary["rows"]:
+        if row["guide"]:  # the row of another model
+            continue
         spec = PolicySpec.parse(row["label"])
         if not row["budget"] or (row["keep_ratio"] == RATIO and set(spec.options) <= {"reach"}):
             found[spec.name] = {key: round(100 * row["accuracy"][key], 1) for key in ("value", "low", "high")}

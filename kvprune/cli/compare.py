@@ -32,6 +32,7 @@ def compare(
     every: options.Every = False,
     keep_ratios: options.KeepRatios = "0.5,0.25,0.1,0.05",
     model: options.Model = None,
+    guide: options.Guide = None,
     data: options.Data = None,
     demo: options.Demo = "pictures",
     tasks: options.Tasks = None,
@@ -64,6 +65,7 @@ def compare(
 
         settings = Settings(
             model=model,
+            guide=guide,
             data=data,
             demo=demo,  # type: ignore[arg-type]  # checked by Settings
             tasks=None if tasks is None else tuple(part.strip() for part in tasks.split(",")),

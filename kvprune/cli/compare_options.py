@@ -23,6 +23,7 @@ __all__ = [
     "Draws",
     "Dtype",
     "Every",
+    "Guide",
     "Json",
     "KeepRatios",
     "Limit",
@@ -55,6 +56,13 @@ Every = Annotated[
 ]
 KeepRatios = Annotated[str, typer.Option(help="Fractions of visible tokens kept, separated by commas.")]
 Model = Annotated[str | None, typer.Option(help="Hub id or folder. Default: the demo's.")]
+Guide = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id or folder of a model that guides policies such as guided, in rows of their own; "
+        "embedded is that of the embedded model, self is none. Default: embedded for the embedded model."
+    ),
+]
 Data = Annotated[
     Path | None, typer.Option(help="JSON-lines file of questions or recordings. Default: the demo's.")
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "TASKS",
     "Example",
     "examples",
+    "guide_path",
     "load",
     "model_path",
     "speech_data",
@@ -29,6 +30,11 @@ __all__ = [
 def model_path() -> Path:
     """Return the folder of the embedded model, for any `from_pretrained`."""
     return Path(__file__).resolve().parent / "model"
+
+
+def guide_path() -> Path:
+    """Return the folder of a smaller model that can guide the embedded one; `load` loads it."""
+    return Path(__file__).resolve().parent / "guide"
 
 
 def load(

@@ -8,10 +8,9 @@ timing of that call includes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -260,13 +259,16 @@ def _require_same_geometry(guide: ModelAdapter, target: ModelAdapter) -> None:
                 f"{type(adapter.model).__name__} ({adapter.family}) takes no part in guiding between models: "
                 "what its encoder tokens mean to another model is not known; it can guide itself (guide=None)"
             )
+    assert ours is not None
+    assert theirs is not None
     if ours != theirs:
 
-        def listed(geometry: Any) -> str:
+        def listed(geometry: Mapping[str, object]) -> str:
             return ", ".join(f"{name} {value}" for name, value in geometry.items())
 
+        names = ", ".join(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise GuideError(
-            f"the guide {type(guide.model).__name__} has another geometry than the target "
+            f"the guide {type(guide.model).__name__} has another geometry ({names}) than the target "
             f"{type(target.model).__name__}, so its ranking would be about other tokens.\n"
             f"guide:  {listed(ours)}\ntarget: {listed(theirs)}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 from kvprune.comparison.display.difference_notes import difference_notes
+from kvprune.comparison.display.guide_notes import guide_notes
 from kvprune.comparison.display.naming import named, times
 from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.comparison.storage.timings import TIMED_TOKENS
@@ -27,6 +28,7 @@ def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None)
         _reading_note(summary),
         *([encoder] if encoder else []),
         *difference_notes(summary, ranked=ranked),
+        *guide_notes(summary),
         *_draws_notes(summary),
         *_timing_notes(summary),
         *(_unfinished_note(summary) if summary.kind == "pictures" else _transcript_notes(summary)),

@@ -8,6 +8,7 @@ from kvprune.comparison.display.notes import notes
 from kvprune.comparison.display.records import Provenance
 from kvprune.comparison.display.table import groups
 from kvprune.comparison.display.table_formats import latex, markdown, pipe_table
+from kvprune.comparison.plan.settings import NO_GUIDE
 from kvprune.comparison.statistics.contrasts import Contrast
 from kvprune.comparison.statistics.paired import PairedDifference
 from kvprune.comparison.statistics.rates import Rate
@@ -137,7 +138,8 @@ def _caption(summary: Summary, made: Provenance) -> str:
 
 def _origin(summary: Summary, made: Provenance) -> str:
     mode = "last token of the prompt read again from the pruned cache" if summary.reread else "plain generate"
+    guide = "" if made.guide == NO_GUIDE else f", guide {made.guide}"
     return (
-        f"Model {made.model} ({made.dtype}), data {made.data}; {mode}; device {made.device}, {made.machine}; "
-        f"{made.versions}; {made.created}."
+        f"Model {made.model} ({made.dtype}){guide}, data {made.data}; {mode}; device {made.device}, "
+        f"{made.machine}; {made.versions}; {made.created}."
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvprune.comparison.plan.settings import NO_GUIDE
 from kvprune.comparison.statistics.contrasts import Contrast
 from kvprune.comparison.statistics.power import POINTS
 from kvprune.comparison.statistics.rates import Rate
@@ -27,6 +28,7 @@ class Provenance:
     Attributes:
         model: hub id or folder of the model.
         model_digest: what identifies it.
+        guide: hub id or folder of the guide; "self" where there is none.
         data: file of the examples.
         device: torch device.
         dtype: data type of the weights.
@@ -37,6 +39,7 @@ class Provenance:
 
     model: str
     model_digest: str
+    guide: str = NO_GUIDE
     data: str
     device: str
     dtype: str
@@ -54,6 +57,7 @@ def provenance(stored: StoredRun) -> Provenance:
     return Provenance(
         model=str(known.get("model")),
         model_digest=str(context["model_digest"]),
+        guide=str(known.get("guide", NO_GUIDE)),
         data=str(known.get("data")),
         device=str(context["device"]),
         dtype=str(context["dtype"]),
@@ -82,6 +86,7 @@ def _record(row: Row, summary: Summary) -> Record:
         "keep_ratio": row.keep_ratio,
         "reach": row.reach,
         "reference": row.is_reference,
+        "guide": row.guide,
         "examples": summary.examples,
         "draws": row.draws,
         "seeds": " ".join(map(str, row.seeds)),
@@ -100,6 +105,7 @@ def _record(row: Row, summary: Summary) -> Record:
         "partner": summary.partner,
         **_contrast("versus_partner", row.versus_baseline),
         **_contrast("versus_answer_attention", row.versus_answer_attention),
+        **_contrast("versus_self_guided", row.versus_self_guided),
         "unfinished": row.unfinished,
         **({} if row.speech is None else {"loops": row.speech.loops}),
         **_speed(row.speed),
@@ -143,4 +149,6 @@ def _speed(speed: Speed | None) -> Record:
         "token_ms": speed.token_ms if speed else None,
         **ratio("prefill_ratio", speed.prefill_ratio if speed else None),
         **ratio("token_ratio", speed.token_ratio if speed else None),
+        **ratio("guide_ratio", speed.guide_ratio if speed else None),
+        "guide_bytes": speed.guide_bytes if speed else None,
     }

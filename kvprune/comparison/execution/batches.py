@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvprune.comparison.data.examples import Example, Kind, Utterance, normalise
 from kvprune.comparison.execution.generation import Generator, Measured
+from kvprune.comparison.execution.guide_prompts import require_same_prompts
 from kvprune.comparison.execution.questions import PictureGenerator
 from kvprune.comparison.execution.receipt_digests import receipts
 from kvprune.comparison.execution.speech import SpeechGenerator
@@ -15,6 +18,7 @@ from kvprune.comparison.execution.transcripts import cap_after
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Settings
+from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.answers import Answer, Transcript
 from kvprune.errors import ResultsError
 
@@ -35,16 +39,31 @@ def batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
 
 
 def load_generator(settings: Settings, kind: Kind) -> Generator:
-    """Load the model that the settings name, to answer examples of this kind; see `Generator.load`."""
-    return _GENERATORS[kind].load(
-        settings.model,
+    """Load the model that the settings name, and its guide, to answer examples of this kind.
+
+    Args:
+        settings: The settings. Only the guide that they name is loaded; None is none here.
+        kind: What the examples are.
+
+    Raises:
+        UnsupportedModelError, ModuleNotFoundError: See `Generator.load`.
+        GuideError: If the guide reads prompts or pictures otherwise than the model.
+    """
+    load = functools.partial(
+        _GENERATORS[kind].load,
         device=resolve_device(settings.device),
-        dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         max_new_tokens=settings.max_new_tokens,
         reread=settings.reread,
         trust_remote_code=settings.trust_remote_code,
     )
+    generator, named = load(settings.model, dtype=settings.dtype), sources.guide_weights(settings.guide)
+    if named is None:
+        return generator
+    # Both read the same inputs, so the guide has the dtype of the model.
+    guide = load(named, dtype=str(generator.model.dtype).removeprefix("torch."))
+    require_same_prompts(guide, generator)
+    return replace(generator, guide=guide)
 
 
 def ask(
@@ -80,9 +99,9 @@ def ask(
     is_reference = one.spec == REFERENCE
     most = generator.max_new_tokens
     caps = [most if is_reference else min(most, _cap(full[example.id], most)) for example in batch]
-    compression = generator.compress(one.policy, inputs, seed)
-    with generator.encoder.during(one.policy), compression as run:
-        new = generator.generate(inputs, limit=max(caps))  # [B, new]
+    who = generator.answering(one)
+    with generator.encoding_once(one), generator.compress_for(one, inputs, seed) as run:
+        new = who.generate(inputs, limit=max(caps))  # [B, new]
     if is_reference:
         generator.note_full(inputs, new)
     report = run.report
@@ -96,7 +115,7 @@ def ask(
     answers = []
     for number, (example, cap) in enumerate(zip(batch, caps, strict=True)):
         of_example = new[number : number + 1, :cap]  # [1, up to cap]
-        (tokens,), (text,) = generator.lengths(of_example), generator.texts(of_example)
+        (tokens,), (text,) = who.lengths(of_example), who.texts(of_example)
         measured = Measured(
             spec=one.spec,
             seed=drawn,

@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 from kvprune.comparison.data.examples import Example, Kind, choose, read_examples
 from kvprune.comparison.execution.batches import batches
 from kvprune.comparison.plan.devices import resolve_device
-from kvprune.comparison.plan.grid import Configuration, partner, unite
-from kvprune.comparison.plan.settings import DEFAULT_AGAINST, PICTURE_TOKENS, Settings
+from kvprune.comparison.plan.grid import Configuration, partner, unite, with_guide
+from kvprune.comparison.plan.settings import DEFAULT_AGAINST, NO_GUIDE, PICTURE_TOKENS, Settings
 from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.answer_lines import StoredAnswer, current
 from kvprune.comparison.storage.answers import Answer, Key
 from kvprune.comparison.storage.growth import grow
 from kvprune.comparison.storage.identity import policy_identities
-from kvprune.comparison.storage.manifest import build_about, build_context
+from kvprune.comparison.storage.manifest import build_about, build_context, guide_digest
 from kvprune.comparison.storage.recorded_grid import Origin, RecordedGrid
 from kvprune.comparison.storage.results_folder import ResultsFolder
 from kvprune.comparison.storage.stored_run import choose_examples
 from kvprune.comparison.storage.timings import Timings, read_timings
+from kvprune.errors import GuideError
+from kvprune.text import shown
 
 __all__ = ["Claimed", "Data", "claim", "find_data"]
 
@@ -50,7 +52,7 @@ class Claimed:
     """A results folder that was claimed for a comparison.
 
     Attributes:
-        settings: the settings, in which model, device and partner are those of the run.
+        settings: the settings, in which model, guide, device and partner are those of the run.
         grid: the whole grid.
         configurations: its configurations, the full cache first.
         examples: its examples.
@@ -98,8 +100,9 @@ def claim(
     Raises:
         ResultsError: If the folder is damaged.
         DataError: If an example is damaged, or a task is unknown.
-        UnsupportedModelError: If there is no such model.
+        UnsupportedModelError: If there is no such model or guide.
         PolicyOptionError: If the policy to compare with is not part of the grid.
+        GuideError: If a guide would do nothing, or is missing.
     """
     folder.check()
     model, device = sources.model_of(settings, data.kind), resolve_device(settings.device)
@@ -107,8 +110,15 @@ def claim(
     settings = replace(settings, model=model, device=device, max_new_tokens=limit)
     lines = folder.answers()
     old = None if folder.is_free else folder.grid
+    recorded = _recorded_guide(folder, old, lines)
+    guide = sources.guide_of(settings, data.kind, recorded)
+    wanted = wanted if guide == NO_GUIDE else with_guide(wanted)
     configurations, gone = _unite(old, wanted, lines, settings)
-    settings = replace(settings, against=_partner(settings.against, configurations))
+    settings = replace(
+        settings,
+        against=_partner(settings.against, configurations),
+        guide=_guide_of_all(configurations, guide, recorded, chosen=settings.guide is not None),
+    )
     asked = _asked(configurations, data, settings, lines, old)
     about = build_about(settings)
     if folder.manifest is None:
@@ -165,6 +175,40 @@ def _unite(
     return unite(earlier, wanted, with_answer_attention=settings.answer_attention)
 
 
+def _recorded_guide(folder: ResultsFolder, old: RecordedGrid | None, lines: Sequence[StoredAnswer]) -> str:
+    """Return the guide of a folder's answers; one that was named, but never took part, is forgotten."""
+    answered = {line.answer.spec for line in lines}
+    policies = () if old is None else old.policies
+    took_part = any("guide_digest" in one and one["spec"] in answered for one in policies)
+    return folder.about["guide"] if took_part else NO_GUIDE
+
+
+def _guide_of_all(configurations: Sequence[Configuration], guide: str, recorded: str, *, chosen: bool) -> str:
+    """Return the guide of a whole folder: that of now, or that of its earlier configurations.
+
+    Args:
+        configurations: All configurations of the folder.
+        guide: The guide of now.
+        recorded: The guide of earlier configurations.
+        chosen: Whether the user chose the guide of now.
+
+    Raises:
+        GuideError: If no configuration has a guide, but the user chose one, or the other way round.
+    """
+    guided = next((one.spec for one in configurations if one.guide), None)
+    if guided is None:
+        if chosen and guide != NO_GUIDE:
+            raise GuideError(
+                f"no policy here asks for a guide, so {shown(guide)} would do nothing; add one that does "
+                "(--policy guided), or leave --guide out"
+            )
+        return NO_GUIDE
+    guide = recorded if guide == NO_GUIDE else guide
+    if guide == NO_GUIDE:
+        raise GuideError(f"{guided} needs a guide; name one with --guide FOLDER (Settings.guide)")
+    return guide
+
+
 def _partner(against: str, configurations: Sequence[Configuration]) -> str:
     return partner(against, configurations, optional=against == DEFAULT_AGAINST)
 
@@ -177,7 +221,7 @@ def _asked(
     old: RecordedGrid | None,
 ) -> RecordedGrid:
     """Return the grid with the ingredients of now, but without examples."""
-    policies = policy_identities(configurations)
+    policies = policy_identities(configurations, guide_digest(settings))
     drawn = {line.answer.seed for line in lines if line.answer.seed is not None}
     seeds = {settings.seed + number for number in range(settings.draws)}
     seeds |= {seed for seed in (() if old is None else old.seeds) if seed in drawn}

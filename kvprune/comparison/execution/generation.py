@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self, TypedDict
@@ -15,7 +16,7 @@ from kvprune.comparison.data.packages import require
 from kvprune.comparison.execution.answer_guidance import AnswerGuidance
 from kvprune.comparison.execution.encoder_reuse import EncoderReuse
 from kvprune.comparison.execution.loading import load_model
-from kvprune.comparison.plan.grid import REFERENCE
+from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.storage.answers import Answer
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.nesting import parts
@@ -50,6 +51,7 @@ class Generator(ABC):
         processor: Its processor.
         max_new_tokens: Limit on the length of an answer, in tokens.
         reread: Read the last token of each prompt again from the pruned cache; see `kvprune.compress`.
+        guide: A model that guides this one, or answers in its place, where a configuration says so.
 
     Class attributes:
         kind: The kind of examples.
@@ -63,6 +65,7 @@ class Generator(ABC):
     processor: Any
     max_new_tokens: int
     reread: bool = False
+    guide: Generator | None = None
 
     @cached_property
     def encoder(self) -> EncoderReuse:
@@ -73,6 +76,29 @@ class Generator(ABC):
     def answers(self) -> AnswerGuidance:
         """Remembers what the full cache answered to the latest batch."""
         return AnswerGuidance(self.model)
+
+    def answering(self, one: Configuration) -> Generator:
+        """Return who answers under a configuration: this model, or the guide alone."""
+        if one.guide != "answers":
+            return self
+        assert self.guide is not None
+        return self.guide
+
+    @contextmanager
+    def encoding_once(self, one: Configuration) -> Iterator[None]:
+        """Let all encoders that run under a configuration reuse their output for a batch."""
+        with ExitStack() as stack:
+            stack.enter_context(self.answering(one).encoder.during(one.policy))
+            if one.guide == "guides" and self.guide is not None:
+                stack.enter_context(self.guide.encoder.during(one.policy))
+            yield
+
+    def compress_for(self, one: Configuration, inputs: Mapping[str, Any], seed: int) -> Compression:
+        """Return the compression under which a configuration answers a batch; see `compress`."""
+        if one.guide == "guides":
+            assert self.guide is not None
+            return compress(self.model, one.policy, seed=seed, guide=self.guide.model, reread=self.reread)
+        return self.answering(one).compress(one.policy, inputs, seed)
 
     def compress(self, policy: CrossKVPolicy, inputs: Mapping[str, Any], seed: int) -> Compression:
         """Return the compression under which a policy answers a batch.

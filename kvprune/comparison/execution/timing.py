@@ -14,6 +14,7 @@ import torch
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.plan.grid import Configuration
 from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, laps_to_row
+from kvprune.session.compression import Compression
 
 __all__ = ["measure"]
 
@@ -43,24 +44,29 @@ def measure(
         seed: Seed for policies that draw at random.
         on_lap: Called after each call, also after those that are not counted.
     """
-    generator = replace(generator, reread=False)
+    guide = None if generator.guide is None else replace(generator.guide, reread=False)
+    generator = replace(generator, reread=False, guide=guide)
     runners: list[Configuration | None] = [None, *configurations]
     for repetition in [None, *repetitions] if repetitions else []:  # None is the warm-up
         laps: dict[str | None, Lap] = {}
         for runner in random.Random(repetition).sample(runners, len(runners)):
-            policy = nullcontext() if runner is None else generator.compress(runner.policy, inputs, seed)
-            with policy:
+            who = generator if runner is None else generator.answering(runner)
+            policy = nullcontext() if runner is None else generator.compress_for(runner, inputs, seed)
+            with policy as run:
                 if repetition is None:
-                    generator.generate(inputs, 1)
+                    who.generate(inputs, 1)
                 else:
-                    laps[None if runner is None else runner.spec] = _lap(generator, inputs)
+                    laps[None if runner is None else runner.spec] = _lap(who, inputs, run)
             on_lap()
         if repetition is not None:
             yield laps_to_row(repetition, laps)
 
 
-def _lap(generator: Generator, inputs: Mapping[str, Any]) -> Lap:
-    """Generate `TIMED_TOKENS` tokens; return the seconds until the first one and until the last one."""
+def _lap(generator: Generator, inputs: Mapping[str, Any], run: Compression | None) -> Lap:
+    """Generate `TIMED_TOKENS` tokens; return the seconds until the first one and until the last one.
+
+    The cost of a guide comes from the report of the compression.
+    """
     device, times = generator.model.device, list[float]()
 
     def note() -> None:
@@ -72,4 +78,8 @@ def _lap(generator: Generator, inputs: Mapping[str, Any]) -> Lap:
     generator.generate(inputs, TIMED_TOKENS, on_first=note)
     note()
     start, first, end = times
-    return Lap(first - start, end - start)
+    guide = None if run is None else run.report.guide
+    if run is None or guide is None:
+        return Lap(first - start, end - start)
+    samples = len(run.report.kept_per_sample)
+    return Lap(first - start, end - start, guide.seconds, guide.bytes_peak // samples)

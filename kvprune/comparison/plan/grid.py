@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
 
+from kvprune.comparison.plan.settings import NO_GUIDE
 from kvprune.errors import KVPruneError, PolicyOptionError, SpecError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.nesting import parts
@@ -21,11 +24,13 @@ __all__ = [
     "DEFAULT_POLICIES",
     "REFERENCE",
     "Configuration",
+    "GuideRole",
     "answer_attention",
     "exactly",
     "expand",
     "partner",
     "unite",
+    "with_guide",
 ]
 
 REFERENCE = "full"
@@ -53,13 +58,22 @@ BUDGETS = ("keep_ratio", "keep_tokens", "k_ratio")
 """Options that state how much is kept."""
 
 
+GuideRole = Literal["guides", "answers"]
+"""What the guide of a comparison does in a configuration: rank tokens for the model, or answer alone."""
+
+_ROLES: Mapping[GuideRole, tuple[str, str]] = MappingProxyType(
+    {"guides": ("guide", "other"), "answers": ("model", "guide")}
+)
+"""How a spec in a comparison says so, with an option that is not the policy's."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
     """One policy with all its options: a row of the table.
 
     Attributes:
         policy: what `kvprune.compress` gets.
-        spec: its canonical spec.
+        spec: its canonical spec; with a `guide`, one more option says what that does.
         label: the spec without its budget; configurations of one label make one curve.
         budget: the budget as text, such as ``keep_ratio=0.25``; empty where the policy has none.
         keep_ratio: the requested fraction of visible tokens, where the budget is one.
@@ -67,6 +81,7 @@ class Configuration:
         plugin: entry point that provides the policy.
         distribution: installed distribution of that entry point.
         inner: installed distributions of the policies among its options.
+        guide: what the guide of the comparison does; None where it takes no part.
     """
 
     policy: CrossKVPolicy
@@ -78,6 +93,7 @@ class Configuration:
     plugin: str
     distribution: str
     inner: tuple[str, ...] = ()
+    guide: GuideRole | None = None
 
 
 def expand(policies: Sequence[str | PolicySpec], keep_ratios: Sequence[float]) -> tuple[Configuration, ...]:
@@ -112,6 +128,32 @@ def exactly(specs: Sequence[str]) -> tuple[Configuration, ...]:
     """
     installed = registry.load()
     return tuple(replace(_configure(installed, PolicySpec.parse(spec)), spec=spec) for spec in specs)
+
+
+def with_guide(configurations: Sequence[Configuration]) -> tuple[Configuration, ...]:
+    """Add what a guide can do: guide in place of the model itself, and answer alone with its full cache.
+
+    Args:
+        configurations: What is compared, the full cache first.
+
+    Returns:
+        The full cache; the guide alone; and the others, each that asks for guidance followed by itself with
+        the guide. If none asks, nothing is added.
+
+    Raises:
+        PolicyOptionError: If a policy has an option of its own where its spec would name the guide.
+    """
+    found: dict[str, Configuration] = {}
+    for one in configurations:
+        found.setdefault(one.spec, one)
+        if one.guide is None and _may("guides", one):
+            other = _in_role(one, "guides")
+            found.setdefault(other.spec, other)
+    if not any(one.guide for one in found.values()):
+        return tuple(found.values())
+    reference, *others = found.values()
+    alone = _in_role(reference, "answers")
+    return (reference, *{one.spec: one for one in (alone, *others)}.values())
 
 
 def answer_attention(configurations: Sequence[Configuration]) -> tuple[Configuration, ...]:
@@ -200,7 +242,37 @@ def _cross(spec: PolicySpec, cls: type[CrossKVPolicy], keep_ratios: Sequence[flo
     return [replace(spec, options={**spec.options, "keep_ratio": ratio}) for ratio in keep_ratios]
 
 
+def _may(role: GuideRole, one: Configuration) -> bool:
+    """Whether the guide can have a role in a configuration: only the full cache is answered by it alone."""
+    if role == "answers":
+        return one.spec == REFERENCE
+    return "guidance" in one.policy.needs and not one.policy.reads_answer
+
+
+def _in_role(one: Configuration, role: GuideRole) -> Configuration:
+    """Return a configuration in which the guide has a role; its spec and label say so."""
+    option, value = _ROLES[role]
+    if option in type(one.policy).option_types():
+        raise PolicyOptionError(
+            f"policy {one.policy.name!r} has an option {option!r} of its own, so its spec cannot say that "
+            f"{option}={value}; compare it with --guide {NO_GUIDE} (Settings.guide)"
+        )
+
+    def named(text: str) -> str:
+        spec = PolicySpec.parse(text)
+        return str(replace(spec, options={option: value, **spec.options}))
+
+    return replace(one, spec=named(one.spec), label=named(one.label), guide=role)
+
+
 def _configure(installed: Registry, spec: PolicySpec) -> Configuration:
+    own = installed.policy_class(spec.name).option_types()
+    for role, (option, value) in _ROLES.items():
+        if option not in own and spec.options.get(option) == value:
+            rest = {name: given for name, given in spec.options.items() if name != option}
+            one = _configure(installed, replace(spec, options=rest))
+            if _may(role, one):
+                return _in_role(one, role)
     resolved = installed.resolve(spec)
     policy = resolved.policy
     values = policy.option_values

@@ -10,7 +10,15 @@ from typing import Literal
 from kvprune.comparison.plan.devices import DTYPES
 from kvprune.errors import KVPruneError
 
-__all__ = ["DEFAULT_AGAINST", "DEFAULT_OUTPUT", "PICTURE_TOKENS", "Progress", "Settings"]
+__all__ = [
+    "DEFAULT_AGAINST",
+    "DEFAULT_OUTPUT",
+    "EMBEDDED_GUIDE",
+    "NO_GUIDE",
+    "PICTURE_TOKENS",
+    "Progress",
+    "Settings",
+]
 
 DEFAULT_OUTPUT = "kvprune-results"
 
@@ -21,6 +29,9 @@ PICTURE_TOKENS = 16
 """Limit on new tokens of an answer to a question about a picture, unless another one is given."""
 
 DEMOS = ("pictures", "speech")
+
+EMBEDDED_GUIDE, NO_GUIDE = "embedded", "self"
+"""Values of `Settings.guide` that are no models: the guide that comes with kvprune, and no guide at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,9 @@ class Settings:
 
     Args:
         model: Hub id or local folder; None is the demo's.
+        guide: Hub id or local folder of a model that guides policies which ask for guidance, such as
+            ``guided``, in rows of their own; "embedded" is that of the embedded model. With "self", models
+            only guide themselves. None is "embedded" for the embedded model and "self" for others.
         data: JSON-lines file of questions or utterances; None takes the demo's.
         demo: Which demo: questions about pictures to the embedded model, or recordings that come with kvprune
             for Whisper base.
@@ -69,6 +83,7 @@ class Settings:
     """
 
     model: str | None = None
+    guide: str | None = None
     data: Path | None = None
     demo: Literal["pictures", "speech"] = "pictures"
     tasks: Sequence[str] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvprune.comparison.plan.grid import Configuration
 
-__all__ = ["named", "partner_label", "partners"]
+__all__ = ["named", "partner_label", "partners", "self_guided"]
 
 
 def named(label: str) -> str:
@@ -48,3 +48,10 @@ def partners(configurations: Sequence[Configuration], label: str | None) -> dict
         if spec is not None and one.label != label:
             found[one.spec] = spec
     return found
+
+
+def self_guided(configurations: Sequence[Configuration]) -> dict[str, str]:
+    """Return for each spec under which a guide guides the spec of the same policy that guides itself."""
+    own = {str(one.policy.spec): one.spec for one in configurations if one.guide is None}
+    guided = {one.spec: str(one.policy.spec) for one in configurations if one.guide == "guides"}
+    return {spec: own[policy] for spec, policy in guided.items() if policy in own}

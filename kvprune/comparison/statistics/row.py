@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvprune.comparison.plan.grid import GuideRole
 from kvprune.comparison.statistics.contrasts import Contrast
 from kvprune.comparison.statistics.error_rates import SpeechRates
 from kvprune.comparison.statistics.rates import Rate
@@ -21,13 +22,17 @@ class Row:
     """The results of one configuration.
 
     Attributes:
-        spec: canonical spec of the policy.
+        spec: spec of the configuration; see `Configuration`.
         label: the spec without its budget.
         budget: the requested budget as text; empty where the policy has none.
         keep_ratio: the requested fraction of visible tokens; None where the budget is not a fraction.
         reach: the policy's option `reach`; None where it has no such option.
         is_reference: whether the policy looks at the answer before it prunes: the row then shows what is
             possible, is no method, and is not ranked.
+        guide: what the guide of the comparison does: it "guides" in place of the model itself, or "answers"
+            alone with its full cache; None where it takes no part.
+        self_guided: where it guides, the spec of the same policy and budget if the model guides itself; None
+            where there is no such row.
         seeds: the seeds that the policy drew with; empty where it drew nothing.
         kept_fraction: measured fraction of visible tokens kept, mean over examples and draws.
         bytes_held: measured size of the cross-attention cache of one example in bytes, mean over the same.
@@ -41,6 +46,7 @@ class Row:
             row, and for that row itself.
         versus_answer_attention: comparison with the row that may look at the answer, at the same budget; None
             where there is no such row, and for that row itself.
+        versus_self_guided: comparison with the row `self_guided`; None where there is none.
         unfinished: number of answers that were cut at the limit on new tokens, over all draws.
         speed: measured times; None where nothing was timed.
     """
@@ -51,6 +57,8 @@ class Row:
     keep_ratio: float | None
     reach: str | None
     is_reference: bool
+    guide: GuideRole | None
+    self_guided: str | None
     seeds: tuple[int, ...]
     kept_fraction: float
     bytes_held: float
@@ -62,6 +70,7 @@ class Row:
     versus_full: Contrast | None
     versus_baseline: Contrast | None
     versus_answer_attention: Contrast | None
+    versus_self_guided: Contrast | None
     unfinished: int
     speed: Speed | None
 

@@ -37,12 +37,17 @@ class Speed:
         prefill_ratio: time until the first token, relative to the full cache under kvprune.
         token_ratio: time per later token, relative to the full cache; None where in no repetition both times
             could be told from that of prefill.
+        guide_ratio: time of the guide's pass, relative to a whole answer of the full cache; None where there
+            was no guide. The pass is a part of the time until the first token.
+        guide_bytes: most bytes of cross-attention cache that the guide held for one example.
     """
 
     prefill_ms: float
     token_ms: float
     prefill_ratio: Ratio
     token_ratio: Ratio | None
+    guide_ratio: Ratio | None = None
+    guide_bytes: int = 0
 
 
 def speeds(laps: Mapping[int, Mapping[str | None, Lap]]) -> dict[str | None, Speed]:
@@ -69,6 +74,10 @@ def _speed(pairs: Sequence[tuple[Lap, Lap]]) -> Speed:
         token_ms=1000 * statistics.median(own.per_token for own, _ in pairs),
         prefill_ratio=_ratio([own.first / reference.first for own, reference in pairs]),
         token_ratio=_ratio(tokens) if tokens else None,
+        guide_ratio=_ratio([own.guide / reference.all for own, reference in pairs if own.guide])
+        if any(own.guide for own, _ in pairs)
+        else None,
+        guide_bytes=max(own.guide_bytes for own, _ in pairs),
     )
 
 

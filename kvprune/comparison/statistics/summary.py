@@ -14,7 +14,7 @@ from kvprune.comparison.statistics.columns import Columns, columns, drawn_seeds
 from kvprune.comparison.statistics.contrasts import Contrast, accuracy_contrast, error_contrast
 from kvprune.comparison.statistics.error_rates import ErrorRates
 from kvprune.comparison.statistics.multiple import holm
-from kvprune.comparison.statistics.partner import partner_label, partners
+from kvprune.comparison.statistics.partner import partner_label, partners, self_guided
 from kvprune.comparison.statistics.power import POINTS, examples_for_means, questions_needed
 from kvprune.comparison.statistics.rates import mean_rate
 from kvprune.comparison.statistics.row import Row
@@ -190,6 +190,7 @@ class _Table:
         }
         self._partners = partners(configurations, partner)
         self._best = partners(configurations, partner_label(configurations, ANSWER_ATTENTION))
+        self._self_guided = self_guided(configurations)
         self._errors: ErrorRates | None = None
         if examples[0].kind == "speech":
             _check_references(given)
@@ -211,6 +212,8 @@ class _Table:
             keep_ratio=one.keep_ratio,
             reach=one.reach,
             is_reference=one.policy.reads_answer,
+            guide=one.guide,
+            self_guided=self._self_guided.get(one.spec),
             seeds=tuple(seed for seed in own.seeds if seed is not None),
             kept_fraction=float(own.kept.mean()),
             bytes_held=float(own.held.mean()),
@@ -222,6 +225,7 @@ class _Table:
             versus_full=self._contrast(one.spec, None if one.spec == REFERENCE else REFERENCE),
             versus_baseline=self._contrast(one.spec, self._partners.get(one.spec)),
             versus_answer_attention=self._contrast(one.spec, self._best.get(one.spec)),
+            versus_self_guided=self._contrast(one.spec, self._self_guided.get(one.spec)),
             unfinished=int((1 - own.finished).sum()),
             speed=speed,
         )

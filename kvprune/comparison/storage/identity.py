@@ -20,11 +20,12 @@ _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"
 """Files of a model that can change an answer: weights, settings, tokenizer, chat template, code."""
 
 
-def model_digest(model: str) -> str:
+def model_digest(model: str, option: str = "--model") -> str:
     """Return what identifies a model: SHA-256 of a folder's files, or commit of a hub model, or its name.
 
     Args:
         model: Local folder or hub id.
+        option: The option that named it, for messages.
 
     Raises:
         UnsupportedModelError: If there is no such model.
@@ -35,15 +36,21 @@ def model_digest(model: str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
             f"cannot find model {model!r}: {reason.rstrip('.')}. Without a network, give a folder on this "
-            "machine (--model FOLDER)"
+            f"machine ({option} FOLDER)"
         ) from error
 
 
-def policy_identities(configurations: Sequence[Configuration]) -> list[dict[str, Any]]:
+def policy_identities(
+    configurations: Sequence[Configuration], guide: str | None = None
+) -> list[dict[str, Any]]:
     """Return for each configuration all that identifies its policy, as JSON values.
 
     The digest of its source covers the file that defines the policy, the files of the classes that it
     extends, and the same for each policy among its options.
+
+    Args:
+        configurations: What is compared.
+        guide: Digest of the guide's model; identifies only configurations in which a guide takes part.
     """
     sources: dict[type, str] = {}
     versions: dict[str, str] = {}
@@ -66,6 +73,7 @@ def policy_identities(configurations: Sequence[Configuration]) -> list[dict[str,
                 "distribution": one.distribution,
                 "versions": {name: versions[name] for name in names},
                 "source_sha256": digests[0] if len(digests) == 1 else _joint_digest(digests),
+                **({"guide_digest": guide} if one.guide else {}),
             }
         )
     return identities

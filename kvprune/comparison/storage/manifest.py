@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from kvprune.comparison.data.examples import Kind
-from kvprune.comparison.plan.settings import Settings
+from kvprune.comparison.plan.settings import EMBEDDED_GUIDE, NO_GUIDE, Settings
 from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.addresses import policy_key
 from kvprune.comparison.storage.code_digest import code_digest
 from kvprune.comparison.storage.identity import installed_version, model_digest
 
-__all__ = ["DEMO", "build_about", "build_context"]
+__all__ = ["DEMO", "build_about", "build_context", "guide_digest"]
 
 DEMO = "embedded demo"
 """How a manifest names the demo's model and data."""
@@ -52,10 +52,21 @@ def build_context(settings: Settings, kind: Kind, reference: Mapping[str, Any]) 
     }
 
 
+def guide_digest(settings: Settings) -> str | None:
+    """Return what identifies the guide that the settings name; None where they name none.
+
+    Raises:
+        UnsupportedModelError: If there is no such model.
+    """
+    guide = sources.guide_weights(settings.guide)
+    return None if guide is None else model_digest(guide, "--guide")
+
+
 def build_about(settings: Settings) -> dict[str, Any]:
-    """Return what cannot change an answer: where model and data are, and the machine."""
+    """Return what cannot change an answer: where model, guide and data are, and the machine."""
     return {
         "model": DEMO if settings.model is None else _absolute(settings.model),
+        "guide": NO_GUIDE if settings.guide is None else _absolute(settings.guide),
         "data": DEMO if settings.data is None else str(settings.data.resolve()),
         "against": settings.against,
         "platform": platform.platform(),
@@ -66,4 +77,5 @@ def build_about(settings: Settings) -> dict[str, Any]:
 
 
 def _absolute(model: str) -> str:
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    is_folder = model not in (EMBEDDED_GUIDE, NO_GUIDE) and Path(model).is_dir()
+    return str(Path(model).resolve()) if is_folder else model

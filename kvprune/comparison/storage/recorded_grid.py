@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kvprune.comparison.plan.settings import NO_GUIDE
 from kvprune.comparison.storage.addresses import Addresses
 from kvprune.errors import ResultsError
 
 __all__ = ["PLACES", "Batch", "Earlier", "Origin", "RecordedGrid", "read_about", "read_earlier", "read_grid"]
 
-PLACES = ("model", "data", "against")
+PLACES = ("model", "guide", "data", "against")
 """What a manifest must have under "about"."""
 
 Batch = tuple[str, ...]
@@ -171,7 +172,9 @@ def read_earlier(path: Path, manifest: Mapping[str, Any]) -> list[Earlier]:
 
 
 def read_about(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return where the model and the data are, and the partner, as they stand under "about".
+    """Return where model, guide and data are, and the partner, as they stand under "about".
+
+    A manifest of an earlier kvprune names no guide, and used none.
 
     Raises:
         ResultsError: If something is missing or of another type.
@@ -179,6 +182,7 @@ def read_about(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, str]:
     about, created = manifest.get("about"), manifest.get("created")
     if not isinstance(about, dict):
         raise ResultsError(f"{path} is damaged: about is {about!r:.60}")
+    about = {"guide": NO_GUIDE, **about}
     for name in PLACES:
         if not isinstance(about.get(name), str):
             raise ResultsError(f"{path} is damaged: about.{name} is {about.get(name)!r:.60}")

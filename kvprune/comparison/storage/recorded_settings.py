@@ -33,6 +33,7 @@ def recorded_settings(folder: Path, manifest: Mapping[str, Any], grid: RecordedG
     about = read_about(folder / "manifest.json", manifest)
     return Settings(
         model=None if about["model"] == DEMO else about["model"],
+        guide=about["guide"],
         data=Path(about["data"]) if grid.origin == "file" else None,
         demo="speech" if grid.origin == "speech" else "pictures",
         seed=grid.seeds[0],

@@ -111,6 +111,15 @@ class ResultsFolder:
         """
         return [] if self.manifest is None else read_earlier(self.path / MANIFEST, self.manifest)
 
+    @property
+    def about(self) -> Mapping[str, str]:
+        """Where model, guide and data are, and the partner, as the manifest records it.
+
+        Raises:
+            ResultsError: If the manifest is damaged.
+        """
+        return read_about(self.path / MANIFEST, self.manifest or {})
+
     def check(self) -> None:
         """Raise now, and not after hours of work, if the folder cannot be added to.
 
@@ -145,7 +154,7 @@ class ResultsFolder:
         Args:
             grid: The grid.
             earlier: What earlier grids had, in order.
-            about: What does not change an answer. Where the model and the data are counts as a change; the
+            about: What does not change an answer. Where model, guide and data are counts as a change; the
                 machine does not.
         """
         old = self.manifest or {}

@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvprune.comparison.data.examples import Example, Kind, choose_tasks, read_examples
-from kvprune.comparison.plan.settings import Settings
+from kvprune.comparison.plan.settings import EMBEDDED_GUIDE, NO_GUIDE, Settings
 from kvprune.comparison.storage.journal import write_atomically
 from kvprune.comparison.storage.recorded_grid import RecordedGrid
 from kvprune.comparison.storage.results_folder import DATA, TEMPORARY
-from kvprune.errors import ResultsError
+from kvprune.errors import ResultsError, UnsupportedModelError
 
 __all__ = [
     "DEFAULT_LIMIT",
     "check_demo_tasks",
     "data_file",
     "demo_folder",
+    "guide_of",
+    "guide_weights",
     "model_of",
     "speech_data",
     "weights",
@@ -39,6 +41,42 @@ def model_of(settings: Settings, kind: Kind) -> str | None:
     from kvprune import demo
 
     return demo.SPEECH_MODEL
+
+
+def guide_of(settings: Settings, kind: Kind, recorded: str) -> str:
+    """Return the guide of a run: that of the settings or of its folder, or the embedded model's.
+
+    Args:
+        settings: The settings.
+        kind: What the examples are.
+        recorded: The guide that the results folder records.
+    """
+    if settings.guide is not None:
+        return settings.guide
+    if recorded != NO_GUIDE:
+        return recorded
+    from kvprune import demo
+
+    embedded = kind == "pictures" and settings.model is None and demo.guide_path().is_dir()
+    return EMBEDDED_GUIDE if embedded else NO_GUIDE
+
+
+def guide_weights(guide: str | None) -> str | None:
+    """Return the hub id or folder to load a guide from, given `Settings.guide`; None where there is no guide.
+
+    Raises:
+        UnsupportedModelError: If the embedded guide is missing.
+    """
+    if guide != EMBEDDED_GUIDE:
+        return None if guide == NO_GUIDE else guide
+    from kvprune import demo
+
+    if not demo.guide_path().is_dir():
+        raise UnsupportedModelError(
+            f"this kvprune comes without a guide: {demo.guide_path()} is missing; give a model with "
+            "--guide FOLDER (Settings.guide)"
+        )
+    return str(demo.guide_path())
 
 
 def check_demo_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:

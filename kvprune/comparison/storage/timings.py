@@ -28,10 +28,14 @@ class Lap:
     Attributes:
         first: seconds until the first new token.
         all: seconds until `TIMED_TOKENS` new tokens.
+        guide: seconds of these that a guide took; 0 where there was none.
+        guide_bytes: most bytes of cross-attention cache that the guide held, divided by the examples.
     """
 
     first: float
     all: float
+    guide: float = 0.0
+    guide_bytes: int = 0
 
     @property
     def per_token(self) -> float:
@@ -68,9 +72,12 @@ def laps_to_row(repetition: int, laps: Laps) -> dict[str, Any]:
         repetition: Number of the repetition.
         laps: Times by spec, those of the untouched model under None.
     """
-    pairs = {spec: [lap.first, lap.all] for spec, lap in laps.items()}
-    stock = pairs.pop(None)
-    return {"repetition": repetition, "stock": stock, "policies": pairs}
+    times = {
+        spec: [lap.first, lap.all, *([lap.guide, lap.guide_bytes] if lap.guide else [])]
+        for spec, lap in laps.items()
+    }
+    stock = times.pop(None)
+    return {"repetition": repetition, "stock": stock, "policies": times}
 
 
 def timing_row(
@@ -150,9 +157,10 @@ def _read_ids(value: object) -> tuple[str, ...]:
 def _read_lap(value: object) -> Lap:
     if (
         isinstance(value, list)
-        and len(value) == 2
+        and len(value) in (2, 4)
         and all(isinstance(one, float | int) and not isinstance(one, bool) for one in value)
-        and all(0 < one < _LONGEST for one in value)
+        and all(0 < one < _LONGEST for one in value[:3])
+        and all(isinstance(one, int) and one >= 0 for one in value[3:])
     ):
         return Lap(*value)
-    raise ValueError(f"{value!r:.40} is not a pair of seconds")
+    raise ValueError(f"{value!r:.40} is not a pair of seconds, with or without the cost of a guide")

@@ -17,7 +17,7 @@ from kvprune.comparison.storage.addresses import digest
 from kvprune.comparison.storage.answers import Transcript, to_row
 from kvprune.comparison.storage.differences import differences
 from kvprune.comparison.storage.identity import policy_identities
-from kvprune.comparison.storage.manifest import build_about, build_context
+from kvprune.comparison.storage.manifest import build_about, build_context, guide_digest
 from kvprune.comparison.storage.results_folder import MANIFEST, RESULTS, SUMMARY
 from kvprune.comparison.storage.stored_run import StoredRun
 from kvprune.errors import ResultsError
@@ -57,9 +57,12 @@ def changes_since(stored: StoredRun) -> list[str]:
     """Return a sentence for each change of model, data, policies, kvprune, versions or machine since the run.
 
     Raises:
-        UnsupportedModelError: If the model is missing.
+        UnsupportedModelError: If the model or the guide is missing.
     """
-    context, policies = stored.grid.context, policy_identities(stored.configurations)
+    context, policies = (
+        stored.grid.context,
+        policy_identities(stored.configurations, guide_digest(stored.settings)),
+    )
     # Device and trust are choices of whoever verifies, and no change of what was compared.
     chosen = {name: context[name] for name in ("device", "trust_remote_code")}
     now = {
