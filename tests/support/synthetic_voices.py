@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvprune.demo.synthesisers import Sound
+from kvprune.demo.voices.synthesisers import Sound
 from kvprune.errors import SynthesisError
 
 

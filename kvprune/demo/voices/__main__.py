@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvprune.demo.speech_set import write_speech_set
+from kvprune.demo.voices.speech_set import write_speech_set
 from kvprune.errors import KVPruneError
 from kvprune.text import printable
 

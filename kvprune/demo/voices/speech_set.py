@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprune.demo.conditions import CONDITIONS, RATE, Recipe, prepared
-from kvprune.demo.sentences import FEWEST_WORDS, MOST_WORDS, sentences, vocabulary_digest
-from kvprune.demo.speech_folder import AGAIN, SpeechFolder, named
-from kvprune.demo.synthesisers import SYNTHESISERS, Synthesiser, load_package
+from kvprune.demo.voices.conditions import CONDITIONS, RATE, Recipe, prepared
+from kvprune.demo.voices.sentences import FEWEST_WORDS, MOST_WORDS, sentences, vocabulary_digest
+from kvprune.demo.voices.speech_folder import AGAIN, SpeechFolder, named
+from kvprune.demo.voices.synthesisers import SYNTHESISERS, Synthesiser, load_package
 from kvprune.errors import DataError, SynthesisError
 from kvprune.text import printable
 

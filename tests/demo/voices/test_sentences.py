@@ -6,8 +6,14 @@ from itertools import chain
 import pytest
 
 from kvprune.adapters.whisper_text import normaliser
-from kvprune.demo import sentences as module
-from kvprune.demo.sentences import FEWEST_WORDS, MOST_SENTENCES, MOST_WORDS, sentences, vocabulary_digest
+from kvprune.demo.voices import sentences as module
+from kvprune.demo.voices.sentences import (
+    FEWEST_WORDS,
+    MOST_SENTENCES,
+    MOST_WORDS,
+    sentences,
+    vocabulary_digest,
+)
 
 MANY = sentences(1500, seed=4)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprune.demo.synthesisers import Sound, load_package
+from kvprune.demo.voices.synthesisers import Sound, load_package
 from kvprune.errors import SynthesisError
 
 __all__ = ["CONDITIONS", "RATE", "Recipe", "decibels", "pink_noise", "prepared", "speech_power"]

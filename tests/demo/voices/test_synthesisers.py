@@ -8,8 +8,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from kvprune.demo import synthesisers
-from kvprune.demo.synthesisers import SYNTHESISERS, EspeakNg, Flite, load_package
+from kvprune.demo.voices import synthesisers
+from kvprune.demo.voices.synthesisers import SYNTHESISERS, EspeakNg, Flite, load_package
 from kvprune.errors import SynthesisError
 
 FLITE = """

@@ -12,9 +12,9 @@ import soundfile
 from synthetic_voices import Hum
 
 from kvprune.comparison.data.examples import Utterance, read_examples
-from kvprune.demo.conditions import CONDITIONS
-from kvprune.demo.sentences import sentences
-from kvprune.demo.speech_set import plan, write_speech_set
+from kvprune.demo.voices.conditions import CONDITIONS
+from kvprune.demo.voices.sentences import sentences
+from kvprune.demo.voices.speech_set import plan, write_speech_set
 from kvprune.errors import DataError, SynthesisError
 
 

@@ -5,8 +5,16 @@ import sys
 import numpy as np
 import pytest
 
-from kvprune.demo.conditions import CONDITIONS, RATE, Recipe, decibels, pink_noise, prepared, speech_power
-from kvprune.demo.synthesisers import Sound
+from kvprune.demo.voices.conditions import (
+    CONDITIONS,
+    RATE,
+    Recipe,
+    decibels,
+    pink_noise,
+    prepared,
+    speech_power,
+)
+from kvprune.demo.voices.synthesisers import Sound
 from kvprune.errors import SynthesisError
 
 RECIPE = Recipe()

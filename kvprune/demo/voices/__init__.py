@@ -1,0 +1,1 @@
+"""Recordings of synthetic voices: `python -m kvprune.demo.voices`."""
