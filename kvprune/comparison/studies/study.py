@@ -44,6 +44,7 @@ _SETTINGS: Mapping[str, Kind[str | int | bool]] = {
     "reread": FLAG,
     "answer_attention": FLAG,
     "against": TEXT,
+    "guide": TEXT,
 }
 """Settings of a comparison that a study may state. Those that depend on the machine are not among them."""
 
