@@ -70,7 +70,11 @@ def gather(planned: PlannedSet, root: Path) -> EvidenceSet:
         questions_digest=_digest([[one.id, one.digest] for one in stored.examples]),
         made=_made(stored),
         contests=tuple(_contests(stored, summary)),
-        rows=tuple(_row(row, configurations[row.spec], against is not None) for row in summary.rows),
+        rows=tuple(
+            _row(row, configurations[row.spec], against is not None)
+            for row in summary.rows
+            if row.guide is None
+        ),
     )
 
 
@@ -177,7 +181,7 @@ def _contests(stored: StoredRun, summary: Summary) -> list[Contest]:
     by_spec = {one.spec: one for one in stored.configurations}
     found = []
     for ratio in sorted({row.keep_ratio for row in summary.rows if row.keep_ratio is not None}, reverse=True):
-        rows = [row for row in summary.rows if row.keep_ratio == ratio]
+        rows = [row for row in summary.rows if row.keep_ratio == ratio and row.guide is None]
         rows = [row for row in rows if not row.is_reference and not row.misses_budget]
         best = [
             min((row for row in rows if reads_prompt(by_spec[row.spec]) is reads), key=_order, default=None)
