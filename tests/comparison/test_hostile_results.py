@@ -59,7 +59,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Generator, "load", load)
     monkeypatch.setattr(plot, "render", lambda _: b"a picture")
-    monkeypatch.setattr("kvprune.comparison.storage.manifest.model_digest", lambda _: "sha256:fixed")
+    monkeypatch.setattr("kvprune.comparison.storage.manifest.model_digest", lambda *_: "sha256:fixed")
 
 
 @pytest.fixture(scope="module")

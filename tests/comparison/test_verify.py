@@ -187,7 +187,7 @@ def test_changed_policies_versions_and_weights_are_notes(
 ) -> None:
     monkeypatch.setattr("kvprune.comparison.storage.identity._source_digest", lambda _: "edited")
     monkeypatch.setattr("kvprune.comparison.storage.manifest.code_digest", lambda: "edited, too")
-    monkeypatch.setattr("kvprune.comparison.storage.manifest.model_digest", lambda _: "sha256:other")
+    monkeypatch.setattr("kvprune.comparison.storage.manifest.model_digest", lambda *_: "sha256:other")
     edit_json(folder / "manifest.json", lambda m: m["about"].update(python="2.7"))
     found = verify_unchanged(folder)
     assert found.reproduces, "what is not run again is still as it was"
