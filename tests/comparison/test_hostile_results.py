@@ -109,7 +109,7 @@ def test_the_undamaged_folder_is_done(whole: Path) -> None:
         assert attempt(folder) == "done"
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(name=st.sampled_from(FILES), share=st.floats(0, 1))
 @example(name="manifest.json", share=0.0)
 @example(name="results.jsonl", share=0.0)
@@ -129,7 +129,7 @@ def test_cut_at_any_byte(whole: Path, name: str, share: float) -> None:
             assert outcome == ("would compute" if name in JOURNALS else "done")
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(name=st.sampled_from(FILES), share=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_any_byte_flipped(whole: Path, name: str, share: float, flip: int) -> None:
     with copy_of(whole) as folder:
@@ -139,7 +139,7 @@ def test_any_byte_flipped(whole: Path, name: str, share: float, flip: int) -> No
         attempt(folder)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(name=st.sampled_from(FILES), start=st.floats(0, 1), rubbish=st.binary(min_size=1, max_size=64))
 def test_rubbish_in_the_middle(whole: Path, name: str, start: float, rubbish: bytes) -> None:
     with copy_of(whole) as folder:
@@ -167,7 +167,7 @@ def nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 ODD = [None, True, -1, 0, 1e300, -0.5, 2**70, "", "x", "\u2028", [], {}, [[]], [1, 2], {"a": {}}, ["a", "b"]]
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(data=st.data(), name=st.sampled_from(FILES), odd=st.sampled_from(ODD))
 def test_values_of_another_kind(whole: Path, data: st.DataObject, name: str, odd: Any) -> None:
     with copy_of(whole) as folder:
