@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprune.errors import KVPruneError
+from kvprune.errors import KVPruneError, PolicyOptionError
 from kvprune.text import printable
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "make_console",
     "make_table",
     "one_line_errors",
+    "read_ratios",
     "say",
 ]
 
@@ -115,3 +117,21 @@ def make_console() -> Console:
 def say(text: str) -> None:
     """Print a message on standard error, apart from a command's result; what does not print is escaped."""
     print(f"kvprune: {printable(text, newlines=True)}", file=sys.stderr)
+
+
+def read_ratios(text: str) -> list[float]:
+    """Return the fractions of a text such as ``0.5,0.25``; whether each is a budget is checked later.
+
+    Raises:
+        PolicyOptionError: If a part is no number.
+    """
+    return [_ratio(part) for part in re.split("[,;]", text)]
+
+
+def _ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise PolicyOptionError(
+            f"keep ratio {text.strip()!r} is no number; expected fractions such as 0.5,0.25"
+        ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -16,9 +15,9 @@ from kvprune.cli.common import (
     load_quietly,
     make_console,
     one_line_errors,
+    read_ratios,
     say,
 )
-from kvprune.errors import PolicyOptionError
 from kvprune.text import printable_json
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def compare(
             trust_remote_code=trust_remote_code,
         )
         hide_progress_bars()
-        ratios = [_ratio(part) for part in re.split("[,;]", keep_ratios)]
+        ratios = read_ratios(keep_ratios)
         policies = _specs(policy or (), settings if every else None)
         with redirect_stdout(sys.stderr), progress_bar() as on_progress:  # plugins may print
             summary = run(policies, ratios, settings, on_progress, say)
@@ -106,12 +105,3 @@ def _specs(given: Sequence[str], every: Settings | None) -> list[str]:
     for name, why in found.left_out.items():
         say(f"left out: {name} {why}")
     return [*DEFAULT_POLICIES, *found.specs, *given]
-
-
-def _ratio(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise PolicyOptionError(
-            f"keep ratio {text.strip()!r} is no number; expected fractions such as 0.5,0.25"
-        ) from None

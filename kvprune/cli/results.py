@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvprune.cli.common import Debug, make_console, one_line_errors, say
+from kvprune.cli.common import Debug, make_console, one_line_errors, read_ratios, say
 from kvprune.errors import KVPruneError, ResultsError
 from kvprune.text import printable, printable_json
 
@@ -156,7 +155,7 @@ def tau(
         from kvprune.comparison.statistics.stored_summary import summary_of
         from kvprune.comparison.storage.stored_run import read_run
 
-        ratios = None if keep_ratios is None else [_ratio(part) for part in re.split("[,;]", keep_ratios)]
+        ratios = None if keep_ratios is None else read_ratios(keep_ratios)
         summaries = [summary_of(read_run(folder)) for folder in (first, second)]
         scores = [ranked_scores(summary) for summary in summaries]
         found = rank_agreements(scores[0], scores[1], ratios)
@@ -315,12 +314,3 @@ def _agreement_notes(found: Sequence[RankAgreement], summaries: Sequence[Summary
         if names:
             said.append(f"{what}: {', '.join(sorted(names))}.")
     return said
-
-
-def _ratio(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise KVPruneError(
-            f"keep ratio {text.strip()!r} is no number; expected fractions such as 0.5,0.25"
-        ) from None
