@@ -68,7 +68,8 @@ Data = Annotated[
 ]
 Tasks = Annotated[str | None, typer.Option(help="Tasks, separated by commas. Default: all.")]
 Limit = Annotated[
-    int | None, typer.Option(help="Examples per task. Default: all of --data, or 64 of the demo.")
+    int | None,
+    typer.Option(help="Examples per task. Default: all of --data, or 32 of each task of the demo."),
 ]
 Seed = Annotated[
     int, typer.Option(help="Seed for policies that draw random numbers, and for the demo's questions.")

@@ -1,4 +1,4 @@
-"""Data to try policies on: a small trained Mllama with pictures of digits, and recorded speech."""
+"""Data to try policies on: a small trained Mllama with pictures full of glyphs, and recorded speech."""
 
 from __future__ import annotations
 

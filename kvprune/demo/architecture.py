@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvprune.demo.pictures import COLOURS, TILE
+from kvprune.demo.glyphs import GLYPHS
+from kvprune.demo.pictures import CELLS, COLOURS, TILE
+from kvprune.demo.tasks import WORDS
 
 if TYPE_CHECKING:
     from transformers import MllamaForConditionalGeneration, PreTrainedTokenizerFast, ProcessorMixin
@@ -21,6 +24,32 @@ MAX_TILES = 4
 
 TILINGS = tuple((down, across) for down in range(1, 5) for across in range(1, MAX_TILES // down + 1))
 """Arrangements of tiles (down, across) that the processor knows, by aspect ratio id minus 1."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is; all sizes have the same vision geometry, so one can guide another.
+
+    Attributes:
+        vision_width: width of the vision tower.
+        vision_layers: its layers, without the global one.
+        text_width: width of the text layers.
+        text_layers: their number, those of cross-attention included.
+        cross_layers: which of them are cross-attention layers.
+    """
+
+    vision_width: int
+    vision_layers: int
+    text_width: int
+    text_layers: int
+    cross_layers: tuple[int, ...]
+
+
+SIZES = {
+    "model": Size(96, 3, 96, 6, (1, 3, 5)),
+    "guide": Size(64, 3, 64, 4, (1, 3)),
+}
+"""The sizes of the demo's models: the model, and a smaller one that guides it."""
 
 _SPECIAL = {
     "bos_token": "<|begin_of_text|>",
@@ -36,7 +65,7 @@ _MORE_SPECIAL = (
     "<|python_tag|>",
 )
 _IMAGE = "<|image|>"
-_WORDS = "system user assistant which digit is how many digits are read the from left to right ? ."
+_ROLES = ("system", "user", "assistant")
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -68,7 +97,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    names = [*_SPECIAL.values(), *_MORE_SPECIAL, *"0123456789", *COLOURS, *dict.fromkeys(_WORDS.split())]
+    names = [*_SPECIAL.values(), *_MORE_SPECIAL, *GLYPHS, *COLOURS, *CELLS, *_ROLES, *WORDS]
     vocabulary = {name: number for number, name in enumerate(names)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=_SPECIAL["unk_token"]))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -98,7 +127,7 @@ def build_processor() -> ProcessorMixin:
     return processor
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGeneration:
+def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "model") -> MllamaForConditionalGeneration:
     """Return an untrained model, initialised so that it learns within minutes.
 
     Mllama initialises the gates of its cross-attention layers with 0, so that pictures do not reach the text;
@@ -107,16 +136,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGener
 
     Args:
         tokenizer: Tokenizer that the vocabulary size and the ids of special tokens are taken from.
+        size: Which of `SIZES`.
     """
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
     hf = _transformers()
     names = [_IMAGE, _SPECIAL["eos_token"], "<|end_of_text|>", "<|eom_id|>"]
     image_id, *ends = (tokenizer.get_vocab()[name] for name in names)
-    width, intermediate = 128, [1]
+    chosen, intermediate = SIZES[size], [1]
+    width = chosen.vision_width
     vision: dict[str, Any] = {
         "hidden_size": width,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": chosen.vision_layers,
         "num_global_layers": 1,
         "attention_heads": 4,
         "intermediate_size": 4 * width,
@@ -128,12 +159,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGener
     }
     text = MllamaTextConfig(
         vocab_size=image_id,
-        hidden_size=128,
-        num_hidden_layers=6,
-        cross_attention_layers=[1, 3, 5],
+        hidden_size=chosen.text_width,
+        num_hidden_layers=chosen.text_layers,
+        cross_attention_layers=list(chosen.cross_layers),
         num_attention_heads=4,
         num_key_value_heads=2,
-        intermediate_size=256,
+        intermediate_size=2 * chosen.text_width,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,

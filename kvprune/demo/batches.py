@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from kvprune.demo.handwriting import Handwriting, handwriting
-from kvprune.demo.pictures import COLOURS, Picture
+from kvprune.demo.pictures import Picture, draw
 from kvprune.demo.prompts import Packed, pack
 from kvprune.demo.recipe import Recipe
-from kvprune.demo.tasks import TASKS, Query, ask, compose
-from kvprune.demo.tiles import PatchLabels, Tiles, crowd, label_patches, to_tiles
+from kvprune.demo.tasks import Query, ask
+from kvprune.demo.tiles import PatchLabels, Tiles, label_patches, to_tiles
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 __all__ = ["Batch", "Batches"]
-
-_MIX = ("row", "count", "row", "read")  # tasks of the pictures after the first stage; half are the hardest
 
 
 @dataclass(frozen=True)
@@ -58,35 +56,16 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """Make batch `index`."""
-        torch.set_num_threads(1)  # this process makes batches; the other cores are for the training
         step = self.first + index
-        hand = handwriting("train")
         rng = np.random.default_rng([self.recipe.seed, step])
-        if step < self.recipe.see_steps:
-            pictures = []
-            for _ in range(self.recipe.pictures):
-                large = rng.random() < 0.8
-                pictures.append(crowd(rng, hand, (2, 2) if large else None))
-            return Batch(to_tiles(pictures), label_patches(pictures), None)
-        return self._with_questions(rng, hand)
+        pictures = [draw(rng, "train") for _ in range(self.recipe.pictures)]
+        text = None
+        if step >= self.recipe.see_steps:
+            text = pack(self.processor, [self._questions(rng, picture) for picture in pictures])
+        return Batch(to_tiles(pictures), label_patches(pictures), text)
 
-    def _with_questions(self, rng: np.random.Generator, hand: Handwriting) -> Batch:
-        pictures: list[Picture] = []
-        queries: list[list[Query]] = []
-        for number in range(self.recipe.pictures):
-            picture, query = compose(_MIX[number % len(_MIX)], rng, hand)
-            pictures.append(picture)
-            queries.append([query, *_more_queries(rng, picture, query, self.recipe.questions - 1)])
-        tiles = to_tiles(pictures)
-        text = pack(self.processor, queries, tiles.aspect_ratio_mask.sum((1, 2)).tolist())
-        return Batch(tiles, label_patches(pictures), text)
-
-
-def _more_queries(rng: np.random.Generator, picture: Picture, first: Query, count: int) -> list[Query]:
-    """Draw up to `count` other questions that the picture answers; rare kinds of answers more often."""
-    asked = [ask(task, colour, picture.digits) for task in TASKS for colour in COLOURS]
-    possible = [query for query in asked if query is not None and query != first]
-    kinds = [query.answer if query.task == "count" else query.task for query in possible]
-    chances = np.array([1 / kinds.count(kind) for kind in kinds])
-    picks = rng.choice(len(possible), min(count, len(possible)), replace=False, p=chances / chances.sum())
-    return [possible[int(pick)] for pick in picks]
+    def _questions(self, rng: np.random.Generator, picture: Picture) -> Sequence[Query]:
+        """Draw questions about a picture, in any order, so that none is always asked first."""
+        tasks = rng.choice(list(self.recipe.mix), self.recipe.questions, p=self.recipe.shares)
+        drawn = (ask(str(task), rng, picture.glyphs) for task in tasks)
+        return [query for query in drawn if query is not None]

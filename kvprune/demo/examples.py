@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kvprune.demo.handwriting import Split, handwriting
-from kvprune.demo.pictures import Digit
-from kvprune.demo.tasks import EXAMPLE_ROW_LENGTHS, TASKS, check_task, compose
+from kvprune.demo.pictures import Glyph, draw
+from kvprune.demo.strokes import Split, check_split
+from kvprune.demo.tasks import TASKS, ask, check_task
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Example:
         image: the picture, mode RGB.
         question: the question.
         answers: right answers; examples of the demo have exactly one.
-        digits: all digits of the picture, to check answers against.
+        glyphs: all glyphs of the picture, to check answers against.
     """
 
     task: str
     image: Image.Image
     question: str
     answers: tuple[str, ...]
-    digits: tuple[Digit, ...] = ()
+    glyphs: tuple[Glyph, ...] = ()
 
 
 def examples(task: str, count: int, seed: int = 0, split: Split = "held-out") -> list[Example]:
@@ -44,22 +44,25 @@ def examples(task: str, count: int, seed: int = 0, split: Split = "held-out") ->
         task: One of `TASKS`.
         count: Number of examples.
         seed: Another seed gives other examples.
-        split: Which handwriting: "held-out", on which the model was not trained, or "train".
+        split: Which drawings and photographs: "held-out", on which the model was not trained, or "train".
 
     Raises:
         ValueError: If task or split is unknown, or the count is negative.
-        ImportError: If scikit-learn is not installed.
+        ImportError: If scikit-learn or matplotlib is not installed.
     """
     check_task(task)
+    check_split(split)
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
-    hand = handwriting(split)
     key = zlib.crc32(f"{task} {split}".encode())
     made = []
     for number in range(count):
         rng = np.random.default_rng([key, seed, number])
-        picture, query = compose(task, rng, hand, row_lengths=EXAMPLE_ROW_LENGTHS)
-        made.append(Example(task, picture.image(), query.question, (query.answer,), picture.digits))
+        query = None
+        while query is None:
+            picture = draw(rng, split)
+            query = ask(task, rng, picture.glyphs)
+        made.append(Example(task, picture.image(), query.question, (query.answer,), picture.glyphs))
     return made
 
 
@@ -86,7 +89,7 @@ def write_dataset(
 
     Raises:
         ValueError: If a task or the split is unknown, or `per_task` is negative.
-        ImportError: If scikit-learn is not installed.
+        ImportError: If scikit-learn or matplotlib is not installed.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from kvprune.demo.pictures import COLOURS
+from kvprune.demo.glyphs import GLYPHS
+from kvprune.demo.pictures import COLOURS, GRID
 from kvprune.demo.prompts import Packed
-from kvprune.demo.tiles import SIDE, PatchLabels, Tiles
+from kvprune.demo.tiles import PatchLabels, Tiles
 
 if TYPE_CHECKING:
     from transformers import MllamaForConditionalGeneration
 
-__all__ = ["PatchHeads", "answer_loss", "float32_attention", "see", "silenced", "speaks"]
+__all__ = ["PatchHeads", "answer_loss", "float32_attention", "see"]
 
 
 class PatchHeads(nn.Module):
@@ -27,15 +26,17 @@ class PatchHeads(nn.Module):
         width: Width of the features.
     """
 
-    weights: ClassVar = {"value": 1.0, "colour": 0.5, "centre": 0.3, "column": 0.1, "rank": 0.5}
+    weights: ClassVar = {"glyph": 1.0, "colour": 0.5, "row": 0.1, "column": 0.1}
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        sizes = {"value": 11, "colour": len(COLOURS) + 1, "centre": 2, "column": 2 * SIDE, "rank": 6}
+        sizes = {"glyph": len(GLYPHS) + 1, "colour": len(COLOURS) + 1, "row": GRID, "column": GRID}
         self.classes = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
-        self.balance = {name: torch.ones(size) for name, size in sizes.items()}
-        self.balance["value"][-1] = self.balance["colour"][-1] = 0.05  # most patches show no digit
-        self.balance["centre"][0] = 0.3
+        for name, size in sizes.items():
+            balance = torch.ones(size)
+            if name in ("glyph", "colour"):
+                balance[-1] = 0.1  # many patches show no glyph
+            self.register_buffer(f"balance_{name}", balance, persistent=False)
 
     def forward(self, features: torch.Tensor, labels: PatchLabels) -> dict[str, torch.Tensor]:
         """Return the weighted loss of each head.
@@ -48,7 +49,8 @@ class PatchHeads(nn.Module):
         losses = {}
         for name, head in self.classes.items():
             logits, wanted = head(patches).float().flatten(0, 2), getattr(labels, name).flatten()
-            losses[name] = self.weights[name] * functional.cross_entropy(logits, wanted, self.balance[name])
+            balance = self.get_buffer(f"balance_{name}")
+            losses[name] = self.weights[name] * functional.cross_entropy(logits, wanted, balance)
         return losses
 
 
@@ -61,20 +63,6 @@ def see(model: MllamaForConditionalGeneration, tiles: Tiles) -> torch.Tensor:
     ).last_hidden_state
     features: torch.Tensor = model.model.multi_modal_projector(seen)[:, 0]
     return features
-
-
-@contextmanager
-def silenced(layer: nn.Module, speaks: torch.Tensor) -> Iterator[None]:
-    """Multiply the output of a cross-attention layer at each text row by ``speaks`` [B, T]."""
-
-    def silence(_: nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
-        return output[0] * speaks[..., None].to(output[0].dtype), output[1]
-
-    handle = layer.register_forward_hook(silence)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def answer_loss(model: MllamaForConditionalGeneration, features: torch.Tensor, text: Packed) -> torch.Tensor:
@@ -90,18 +78,6 @@ def answer_loss(model: MllamaForConditionalGeneration, features: torch.Tensor, t
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), text.labels[:, 1:].flatten())
 
 
-def speaks(text: Packed, share: float) -> torch.Tensor:
-    """Draw for each question whether the first cross-attention layer has an output: 0 or 1, [B, T].
-
-    Args:
-        text: The questions.
-        share: Share of questions for which it has an output.
-    """
-    question = (text.position_ids == 0).cumsum(1)  # [B, T], number of the question that a row belongs to
-    drawn = (torch.rand(question.shape[0], int(question.max()) + 1) < share).float()
-    return drawn.gather(1, question)
-
-
 def float32_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -113,7 +89,7 @@ def float32_attention(
 ) -> tuple[torch.Tensor, None]:
     """Compute attention in float32: on a CPU its gradient is faster than in bfloat16. A mask is required."""
     mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask.float()
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         mixed = functional.scaled_dot_product_attention(
             query.float(),
             key.float(),

@@ -48,20 +48,22 @@ def prompt(processor: ProcessorMixin, question: str) -> str:
     return str(processor.apply_chat_template(chat(question), add_generation_prompt=True))
 
 
-def pack(processor: ProcessorMixin, queries: Sequence[Sequence[Query]], tiles: Sequence[int]) -> Packed:
+def pack(processor: ProcessorMixin, queries: Sequence[Sequence[Query]]) -> Packed:
     """Tokenise questions with their answers for training.
 
     Args:
         processor: Processor with the chat template and the tokenizer.
-        queries: The questions about each picture.
-        tiles: How many tiles each picture has.
+        queries: The questions about each picture, which has four tiles.
     """
     tokenizer: Any = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<|image|>")
-    texts = [
-        [(tokenizer(prompt(processor, q.question)).input_ids, tokenizer(q.answer).input_ids) for q in asked]
-        for asked in queries
-    ]
+    # The template is filled in once, not for each question.
+    before, after = prompt(processor, "\0").split("\0")
+    flat = [query for asked in queries for query in asked]
+    heads = tokenizer([f"{before}{query.question}{after}" for query in flat]).input_ids
+    tails = tokenizer([query.answer for query in flat]).input_ids
+    pairs = iter(zip(heads, tails, strict=True))
+    texts = [[next(pairs) for _ in asked] for asked in queries]
     longest = max(sum(len(head) + len(tail) + 1 for head, tail in row) for row in texts)
     shape = (len(texts), longest)
     input_ids = torch.full(shape, tokenizer.pad_token_id)
@@ -78,7 +80,7 @@ def pack(processor: ProcessorMixin, queries: Sequence[Sequence[Query]], tiles: S
             position_ids[row, start:end] = torch.arange(end - start)
             labels[row, answer:end] = torch.tensor(tail)
             owner[row, start:end] = number
-            cross[row, start + head.index(image_id) : end, 0, : tiles[row]] = 1
+            cross[row, start + head.index(image_id) : end, 0] = 1
             start = end
     together = (owner[:, :, None] == owner[:, None, :]).tril()  # [B, T, T]
     return Packed(input_ids, position_ids, labels, together[:, None], cross)

@@ -1,12 +1,11 @@
-"""The recipe of the demo model's training: stages, optimizers, learning rates and loss weights."""
+"""The recipe of the demo models' training: stages, questions, optimizers, learning rates and loss weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,35 +14,49 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "fade", "optimizers", "rate"]
 
+_MIX = {
+    "read": 0.8,
+    "place": 0.6,
+    "beside": 1.5,
+    "count": 2.2,
+    "row": 0.8,
+    "compare": 2.0,
+    "presence": 1.8,
+    "where": 1.0,
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """All numbers of a training run; `see_steps`, `answer_steps` and `polish_steps` are its stages.
+    """All numbers of a training run; `see_steps` and `answer_steps` are its two stages.
 
-    `first_look` and `polish_look` are the shares of questions for which the first cross-attention layer has
-    an output, in the second and in the third stage. For the other questions, later layers have to find the
-    answer in the picture themselves. Without this, the first layer alone would answer most questions, and
-    pruning behind it would not show.
+    `mix` says how often each task is asked, and `hold` for which share of the second stage the learning rate
+    stays before it falls.
     """
 
+    size: str = "model"
     seed: int = 0
-    see_steps: int = 900
-    answer_steps: int = 1800
-    pictures: int = 16
-    questions: int = 6
-    adamw_rate: float = 1.5e-3
-    muon_rate: float = 5e-3
+    see_steps: int = 500
+    answer_steps: int = 5500
+    pictures: int = 24
+    questions: int = 10
+    mix: dict[str, float] = field(default_factory=lambda: dict(_MIX))
+    adamw_rate: float = 1e-3
+    muon_rate: float = 3e-3
     weight_decay: float = 0.02
-    warm_up: int = 50
-    first_look: float = 0.3
-    polish_steps: int = 1500
-    polish_look: float = 0.7
-    polish_rate: float = 0.5
+    warm_up: int = 100
+    hold: float = 0.3
 
     @property
     def steps(self) -> int:
-        """Return the number of steps of all stages."""
-        return self.see_steps + self.answer_steps + self.polish_steps
+        """Return the number of steps of both stages."""
+        return self.see_steps + self.answer_steps
+
+    @property
+    def shares(self) -> list[float]:
+        """Return the share of each task of `mix` among all questions."""
+        total = sum(self.mix.values())
+        return [weight / total for weight in self.mix.values()]
 
 
 def optimizers(
@@ -70,27 +83,23 @@ def optimizers(
 def rate(recipe: Recipe) -> Callable[[int], float]:
     """Return the schedule of the learning rate, as a factor by step.
 
-    In the first stage the rate warms up and stays. In the second and third stage it warms up and falls to 0
-    along a cosine.
+    In both stages the rate warms up and stays. In the second it then falls to 0 along a straight line.
     """
-
-    def fall(step: int, steps: int) -> float:
-        done = min(step / max(steps, 1), 1.0)
-        return min(1.0, (step + 1) / recipe.warm_up) * (0.5 + 0.5 * float(np.cos(np.pi * done)))
 
     def factor(step: int) -> float:
         answered = step - recipe.see_steps
-        polished = answered - recipe.answer_steps
         if answered < 0:
             return min(1.0, (step + 1) / recipe.warm_up)
-        if polished < 0:
-            return fall(answered, recipe.answer_steps)
-        return recipe.polish_rate * fall(polished, recipe.polish_steps)
+        done = min(answered / max(recipe.answer_steps, 1), 1.0)
+        return min(1.0, (answered + 1) / recipe.warm_up, (1.0 - done) / (1.0 - recipe.hold))
 
     return factor
 
 
 def fade(recipe: Recipe, step: int) -> float:
-    """Return the weight of the patch losses: 1 up to the middle of the second stage, 0 from 85 % of it."""
+    """Return the weight of the patch losses.
+
+    It is 1 up to the middle of the second stage, then falls along a straight line, and stays at 0.1.
+    """
     answered = (step - recipe.see_steps) / max(recipe.answer_steps, 1)
-    return min(1.0, max(0.0, (0.85 - answered) / 0.35))
+    return min(1.0, max(0.1, (0.85 - answered) / 0.35))

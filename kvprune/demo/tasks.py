@@ -1,36 +1,33 @@
-"""The three tasks of the demo: what a picture has to show, the question, and its one right answer."""
+"""The tasks of the demo: questions about a picture that have exactly one right answer.
+
+Each question needs one to three glyphs of a picture that shows about thirty, or, to count and to rule
+something out, those of one kind or colour.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvprune.demo.handwriting import Handwriting
-from kvprune.demo.pictures import (
-    COLOURS,
-    ROW_GAP,
-    SHAPES,
-    Digit,
-    NoRoomError,
-    Picture,
-    paint,
-    place,
-    random_size,
-)
+from kvprune.demo.glyphs import GLYPHS, KINDS, kind_of
+from kvprune.demo.pictures import COLOURS, Glyph
 
-TASKS = ("read", "count", "row")
-"""`read` one digit, `count` digits, read a `row` of digits."""
-
-ROW_LENGTHS = (3, 4, 5, 6)
-"""How many digits a row can have in training."""
-
-EXAMPLE_ROW_LENGTHS = (3,)
-"""How many digits a row can have in examples: as many as the model reads reliably."""
+__all__ = ["COUNTS", "LESSONS", "TASKS", "WORDS", "Query", "ask", "check_task"]
 
 COUNTS = (0, 1, 2, 3, 4, 5)
-"""How many digits there can be to count."""
+"""How many glyphs there can be to count."""
+
+WORDS = (
+    *("which", "what", "where", "how", "many", "is", "are", "there", "at", "of", "the", "a", "and", "or"),
+    *("read", "from", "to", "left", "right", "above", "below", "yes", "no", "?", ",", "."),
+    *(f"{kind}{ending}" for kind in KINDS for ending in ("", "s")),
+)
+"""All words of questions and answers, without glyphs, colours and cells."""
+
+_ROW = 3  # how many glyphs a row to read has
+_SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,11 @@ class Query:
 
     Attributes:
         task: one of `TASKS`.
-        colour: the colour that the question names.
         question: the text of the question.
         answer: the one right answer.
     """
 
     task: str
-    colour: str
     question: str
     answer: str
 
@@ -60,69 +55,132 @@ def check_task(task: str) -> None:
         raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
 
 
-def ask(task: str, colour: str, digits: Sequence[Digit]) -> Query | None:
-    """Return the question of a task about digits of a colour, or None where its answer would be ambiguous.
+def ask(task: str, rng: np.random.Generator, glyphs: Sequence[Glyph]) -> Query | None:
+    """Draw a question of a task about a picture; None where the picture permits none.
 
     Args:
-        task: One of `TASKS`.
-        colour: One of `COLOURS`.
-        digits: All digits of the picture.
-
-    Raises:
-        ValueError: If `task` is not one of `TASKS`.
-    """
-    check_task(task)
-    matching = sorted((digit for digit in digits if digit.colour == colour), key=lambda digit: digit.x)
-    if task == "read":
-        if len(matching) != 1:
-            return None
-        return Query(task, colour, f"which digit is {colour}?", str(matching[0].value))
-    if task == "count":
-        if len(matching) > max(COUNTS):
-            return None
-        return Query(task, colour, f"how many digits are {colour}?", str(len(matching)))
-    gaps = np.diff([digit.x for digit in matching])
-    if len(matching) not in ROW_LENGTHS or bool((gaps < ROW_GAP - 0.01).any()):
-        return None
-    answer = " ".join(str(digit.value) for digit in matching)
-    return Query(task, colour, f"read the {colour} digits from left to right.", answer)
-
-
-def compose(
-    task: str,
-    rng: np.random.Generator,
-    hand: Handwriting,
-    shape: tuple[int, int] | None = None,
-    row_lengths: tuple[int, ...] = ROW_LENGTHS,
-) -> tuple[Picture, Query]:
-    """Make a picture and a question of a task; counts, row lengths and shapes are equally frequent.
-
-    Args:
-        task: One of `TASKS`.
+        task: One of `LESSONS`.
         rng: Source of all randomness.
-        hand: Handwriting to use.
-        shape: Tiles down and across; drawn from `SHAPES` where None.
-        row_lengths: How many digits a row can have.
+        glyphs: All glyphs of the picture.
 
     Raises:
-        ValueError: If `task` is not one of `TASKS`.
+        KeyError: If `task` is not one of `LESSONS`.
     """
-    check_task(task)
-    wanted = {"read": (1,), "count": COUNTS, "row": row_lengths}[task]
-    down, across = shape if shape is not None else SHAPES[int(rng.integers(len(SHAPES)))]
-    tiles = down * across
-    names = [str(name) for name in rng.permutation(COLOURS)]
-    asked, others = names[0], names[1 : 1 + int(rng.integers(2, len(names)))]
-    number = int(rng.choice(wanted))
-    distractors = int(rng.integers(2, 5)) if tiles == 1 else int(rng.integers(tiles + 1, 2 * tiles + 4))
-    colours = [asked] * number + [str(name) for name in rng.choice(others, distractors)]
-    height, width = random_size(rng, (down, across))
-    while True:
-        try:
-            digits = place(rng, height, width, colours, in_a_row=asked if task == "row" else None)
-            break
-        except NoRoomError:
-            colours.pop()  # removes a digit that is not asked about; those asked about come first and fit
-    query = ask(task, asked, digits)
-    assert query is not None
-    return paint(rng, height, width, digits, hand), query
+    made = _LESSONS[task](rng, glyphs)
+    return None if made is None else Query(task, *made)
+
+
+def _read(rng: np.random.Generator, glyphs: Sequence[Glyph]) -> tuple[str, str] | None:
+    """Ask for the one glyph of a kind that has a colour."""
+    found: dict[tuple[str, str], list[Glyph]] = {}
+    for glyph in glyphs:
+        found.setdefault((kind_of(glyph.name), glyph.colour), []).append(glyph)
+    single = [(kind, colour, alike[0]) for (kind, colour), alike in found.items() if len(alike) == 1]
+    if not single:
+        return None
+    kind, colour, glyph = single[int(rng.integers(len(single)))]
+    return f"which {kind} is {colour}?", glyph.name
+
+
+def _place(rng: np.random.Generator, glyphs: Sequence[Glyph]) -> tuple[str, str]:
+    """Ask what a cell holds."""
+    glyph = glyphs[int(rng.integers(len(glyphs)))]
+    return f"what is at {glyph.cell}?", glyph.name
+
+
+def _beside(rng: np.random.Generator, glyphs: Sequence[Glyph]) -> tuple[str, str] | None:
+    """Ask in which cell something lies beside a glyph that is there only once, and what it is."""
+    at = {(glyph.row, glyph.column): glyph for glyph in glyphs}
+    looks = [(glyph.colour, glyph.name) for glyph in glyphs]
+    possible = [
+        (side, glyph, at[glyph.row + down, glyph.column + across])
+        for glyph, look in zip(glyphs, looks, strict=True)
+        if looks.count(look) == 1
+        for side, (down, across) in _SIDES.items()
+        if (glyph.row + down, glyph.column + across) in at
+    ]
+    if not possible:
+        return None
+    side, glyph, neighbour = possible[int(rng.integers(len(possible)))]
+    question = f"where and what is {side} the {glyph.colour} {glyph.name}?"
+    return question, f"{neighbour.cell} {neighbour.name}"
+
+
+def _where(rng: np.random.Generator, glyphs: Sequence[Glyph]) -> tuple[str, str] | None:
+    """Ask in which cell something is that is there only once."""
+    looks = [(glyph.colour, glyph.name) for glyph in glyphs]
+    single = [glyph for glyph, look in zip(glyphs, looks, strict=True) if looks.count(look) == 1]
+    if not single:
+        return None
+    glyph = single[int(rng.integers(len(single)))]
+    return f"where is the {glyph.colour} {glyph.name}?", glyph.cell
+
+
+def _count(rng: np.random.Generator, glyphs: Sequence[Glyph]) -> tuple[str, str]:
+    """Ask how many glyphs of a kind have a colour; numbers that the picture offers are equally frequent."""
+    looks = [(kind_of(glyph.name), glyph.colour) for glyph in glyphs]
+    pairs = {(kind, colour): looks.count((kind, colour)) for kind in KINDS for colour in COLOURS}
+    numbers = sorted({number for number in pairs.values() if number <= max(COUNTS)})
+    number = numbers[int(rng.integers(len(numbers)))]
+    possible = [pair for pair, found in pairs.items() if found == number]
+    kind, colour = possible[int(rng.integers(len(possible)))]
+    return f"how many {kind}s are {colour}?", str(number)
+
+
+def _row(rng: np.random.Generator, glyphs: Sequence[Glyph]) -> tuple[str, str] | None:
+    """Ask for three glyphs beside each other, from left to right."""
+    at = {(glyph.row, glyph.column): glyph for glyph in glyphs}
+    starts = [(row, column) for row, column in at if all((row, column + step) in at for step in range(_ROW))]
+    if not starts:
+        return None
+    row, column = starts[int(rng.integers(len(starts)))]
+    read = [at[row, column + step] for step in range(_ROW)]
+    return f"read from {read[0].cell} to {read[-1].cell}.", " ".join(glyph.name for glyph in read)
+
+
+def _compare(rng: np.random.Generator, glyphs: Sequence[Glyph]) -> tuple[str, str] | None:
+    """Ask which of two cells has a colour; one of them has."""
+    first, second = (glyphs[int(index)] for index in rng.choice(len(glyphs), 2, replace=False))
+    if first.colour == second.colour:
+        return None
+    wanted = (first, second)[int(rng.integers(2))]
+    return f"which is {wanted.colour}, {first.cell} or {second.cell}?", wanted.cell
+
+
+def _presence(rng: np.random.Generator, glyphs: Sequence[Glyph]) -> tuple[str, str]:
+    """Ask whether a glyph of a colour is there; half of them are.
+
+    In half of the questions about something absent, both the glyph and the colour are there, but not
+    together. In the other half the glyph is nowhere in the picture.
+    """
+    looks = {(glyph.colour, glyph.name) for glyph in glyphs}
+    names = sorted({glyph.name for glyph in glyphs})
+    colours = sorted({glyph.colour for glyph in glyphs})
+    if rng.random() < 0.5:
+        glyph = glyphs[int(rng.integers(len(glyphs)))]
+        return f"is there a {glyph.colour} {glyph.name}?", "yes"
+    apart = [(colour, name) for colour in colours for name in names if (colour, name) not in looks]
+    absent = [(colour, name) for colour in colours for name in GLYPHS if name not in names]
+    chosen = (apart if rng.random() < 0.5 else absent) or apart or absent
+    colour, name = chosen[int(rng.integers(len(chosen)))]
+    return f"is there a {colour} {name}?", "no"
+
+
+_QUESTIONS: dict[str, Callable[[np.random.Generator, Sequence[Glyph]], tuple[str, str] | None]] = {
+    "read": _read,
+    "place": _place,
+    "beside": _beside,
+    "count": _count,
+    "row": _row,
+    "compare": _compare,
+    "presence": _presence,
+}
+
+_LESSONS = {**_QUESTIONS, "where": _where}
+
+LESSONS = tuple(_LESSONS)
+"""What training asks: the tasks, and in addition `where` something is, which other tasks build on."""
+
+TASKS = tuple(_QUESTIONS)
+"""`read` the glyph of a colour, at a `place`, or `beside` another; `count` a kind; read a `row`; `compare`
+the colours of two places; say whether something is there (`presence`)."""

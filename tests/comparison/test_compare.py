@@ -416,3 +416,19 @@ def test_missing_package_is_named_before_work_begins(tmp_path: Path, monkeypatch
     with pytest.raises(ModuleNotFoundError, match=r'matplotlib, .*pip install "kvprune\[demo\]"'):
         run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_questions_of_another_version_of_the_demo_are_not_mixed_with_those_of_now(
+    finished: tuple[Path, Summary], tmp_path: Path, no_model: None, limit: int
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "old")
+    table = folder / "data" / "data.jsonl"
+    rows = [json.loads(line) for line in table.read_text("utf-8").splitlines()]
+    rows[0]["question"] = "which digit is purple?"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(
+        ResultsError, match=r"read-0000 asks 'which digit is purple\?'.* give another --output"
+    ):
+        run(folder, limit=limit)
+    assert not (folder / "data" / "images" / "read-0002.png").exists()

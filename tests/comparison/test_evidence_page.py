@@ -182,7 +182,7 @@ def test_missing_and_unfinished_folders_are_refused(root: Path) -> None:
     ("old", "new", "what"),
     [
         ("--limit 2", "--limit 3", "examples per task is 3 in the command and 2 in the folder"),
-        ("--limit 2", "", "examples per task is 64 in the command and 2 in the folder"),
+        ("--limit 2", "", "examples per task is 32 in the command and 2 in the folder"),
         ("--limit 2", "--limit 2 --draws 5", "draws is 5 in the command and 1 in the folder"),
         ("--limit 2", "--limit 2 --seed 7", "seed is 7 in the command and 0 in the folder"),
         ("--limit 2", "--limit 2 --no-reread", "reread is False in the command and True in the folder"),

@@ -1,14 +1,20 @@
-"""The embedded model: loads offline, is small, answers held-out questions, alone as in a batch."""
+"""The embedded models: they load offline, are small, and answer held-out questions, alone as in a batch."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from kvprune.demo import TASKS, examples, load, model_path
+from kvprune.demo import TASKS, examples, guide_path, load, model_path
+from kvprune.demo.architecture import CHAT_TEMPLATE, SIZES, build_model, build_processor
 from kvprune.demo.evaluate import accuracy, answer, encode
-from kvprune.demo.prompts import pack, prompt
-from kvprune.demo.tasks import ask
+
+FOLDERS = {"model": (model_path(), 6), "guide": (guide_path(), 2)}
+"""Each model's folder, and how many megabytes it may have."""
+
+ASKED = 24
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +22,56 @@ def demo():
     return load()
 
 
-def test_the_folder_is_an_ordinary_small_model_folder():
-    names = {path.name for path in model_path().iterdir()}
+def record(folder: Path):
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+
+
+def least(share: float) -> float:
+    """Return what a model that answers a share of all questions gets of ASKED ones, even with bad luck."""
+    cautious = (share * ASKED + 1) / (ASKED + 2)  # no share is so large that no error is possible
+    return share - 3 * (cautious * (1 - cautious) / ASKED) ** 0.5
+
+
+@pytest.mark.parametrize(("folder", "megabytes"), FOLDERS.values(), ids=FOLDERS)
+def test_the_folder_is_an_ordinary_small_model_folder(folder, megabytes):
+    names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"}
     assert names >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training.json"}
-    assert sum(path.stat().st_size for path in model_path().iterdir()) < 12 * 10**6
+    assert sum(path.stat().st_size for path in folder.iterdir()) < megabytes * 10**6
 
 
-def test_it_loads_without_network(monkeypatch):
+@pytest.mark.parametrize(("name", "folder"), [(name, folder) for name, (folder, _) in FOLDERS.items()])
+def test_the_folder_holds_what_training_would_write(name, folder):
+    model, processor = load(path=folder)
+    expected = build_processor()
+    assert record(folder)["recipe"]["size"] == name
+    assert processor.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert processor.tokenizer.padding_side == "left"
+    assert processor.chat_template == CHAT_TEMPLATE
+    assert processor.image_processor.to_dict() == expected.image_processor.to_dict()
+    built = build_model(expected.tokenizer, name).state_dict()
+    assert {one: value.shape for one, value in model.state_dict().items()} == {
+        one: value.shape for one, value in built.items()
+    }
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        assert {stored.get_tensor(one).dtype for one in stored.keys()} == {torch.float16}  # noqa: SIM118
+    assert json.loads((folder / "config.json").read_text("utf-8"))["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("folder", [folder for folder, _ in FOLDERS.values()], ids=FOLDERS)
+def test_the_training_record_tells_how_to_train_again(folder):
+    found = record(folder)
+    assert found["steps"] == found["recipe"]["see_steps"] + found["recipe"]["answer_steps"]
+    assert found["recipe"]["size"] in SIZES
+    assert set(found["held_out_accuracy"]) == set(TASKS)
+    assert min(found["held_out_accuracy"].values()) > 0.6
+    assert found["held_out_examples_per_task"] >= 200
+    assert found["minutes"] < 24 * 60
+    assert found["parameters"] == load(path=folder)[0].num_parameters()
+
+
+@pytest.mark.parametrize("folder", [folder for folder, _ in FOLDERS.values()], ids=FOLDERS)
+def test_it_loads_without_network_and_without_options(monkeypatch, folder):
     import socket
 
     def refuse(*_args, **_kwargs):
@@ -32,113 +80,50 @@ def test_it_loads_without_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", refuse)
     from transformers import AutoProcessor, MllamaForConditionalGeneration
 
-    processor = AutoProcessor.from_pretrained(model_path())
-    model = MllamaForConditionalGeneration.from_pretrained(model_path())
+    processor = AutoProcessor.from_pretrained(folder)
+    model = MllamaForConditionalGeneration.from_pretrained(folder)
     assert type(processor).__name__ == "MllamaProcessor"
-    assert processor.tokenizer.padding_side == "left"
+    assert model.dtype == torch.float32
     assert model.config.text_config.num_key_value_heads < model.config.text_config.num_attention_heads
 
 
-def test_a_full_size_picture_has_260_columns_in_the_cache(demo):
-    model, processor = demo
-    example = next(example for example in examples("count", 40) if min(example.image.size) > 112)
-    output = model.generate(
-        **encode(processor, [example]), max_new_tokens=2, do_sample=False, return_dict_in_generate=True
-    )
-    layer = model.config.text_config.cross_attention_layers[0]
-    assert output.past_key_values.layers[layer].keys.shape[2] == 4 * 65 == 260
-
-
-def test_prompts_begin_with_text_rows_that_see_no_image(demo):
-    _, processor = demo
-    example = examples("read", 1)[0]
-    assert prompt(processor, example.question).startswith("<|begin_of_text|><|start_header_id|>user")
-    inputs = encode(processor, [example])
-    text = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
-    assert text[:5] == ["<|begin_of_text|>", "<|start_header_id|>", "user", "<|end_header_id|>", "<|image|>"]
-    assert text[-4:] == ["<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>"]
-    seen = inputs["cross_attention_mask"][0].sum((1, 2)) > 0
-    assert not seen[:4].any()
-    assert seen[4:].all()
-
-
-def test_every_word_is_one_token(demo):
-    _, processor = demo
-    for task in TASKS:
-        for example in examples(task, 10):
-            ids = processor.tokenizer(prompt(processor, example.question)).input_ids
-            assert processor.tokenizer.unk_token_id not in ids
-            assert len(processor.tokenizer(example.answers[0]).input_ids) == len(example.answers[0].split())
-    assert processor.tokenizer("giraffe").input_ids == [processor.tokenizer.unk_token_id]
-
-
-def test_packed_questions_are_the_prompts_of_evaluation(demo):
-    model, processor = demo
-    (example,) = examples("row", 1)
-    queries = [ask("count", colour, example.digits) for colour in ("red", "blue", "purple")]
-    asked = [type(example)("count", example.image, query.question, (query.answer,)) for query in queries]
-    inputs = encode(processor, asked)
-    packed = pack(processor, [queries], [int(inputs["aspect_ratio_mask"][0].sum())])
-    first = (packed.labels[0] != -100) & (packed.labels[0].roll(1) == -100)
-    starts = first.nonzero()[:, 0]
-    for row, start in enumerate(starts.tolist()):
-        length = int(inputs["attention_mask"][row].sum())
-        before = slice(start - length, start)
-        assert packed.input_ids[0, before].tolist() == inputs["input_ids"][row, -length:].tolist()
-        assert (packed.cross_attention_mask[0, before] == inputs["cross_attention_mask"][row, -length:]).all()
-        assert packed.position_ids[0, before].tolist() == list(range(length))
-        said = packed.input_ids[0, start : start + 2].tolist()
-        assert said == processor.tokenizer(queries[row].answer + "<|eot_id|>").input_ids
-        assert packed.labels[0, start : start + 2].tolist() == said
-    picture = {name: inputs[name][:1] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
-    with torch.no_grad():
-        alone = model(**inputs).logits[:, -1]
-        together = model(
-            **picture,
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            attention_mask=packed.attention_mask,
-            cross_attention_mask=packed.cross_attention_mask,
-        ).logits[0, starts - 1]
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("task", TASKS)
-def test_it_answers_held_out_questions(demo, task):
+@pytest.mark.parametrize("folder", [folder for folder, _ in FOLDERS.values()], ids=FOLDERS)
+def test_it_answers_held_out_questions(folder, task):
+    expected = record(folder)["held_out_accuracy"][task]
+    model, processor = load(path=folder)
+    found = accuracy(model, processor, examples(task, ASKED, seed=11), batch_size=ASKED)
+    assert found >= least(expected)
+
+
+def test_every_picture_has_260_columns_in_the_cache(demo):
     model, processor = demo
-    assert accuracy(model, processor, examples(task, 48, seed=11), batch_size=48) >= 0.85
+    inputs = encode(processor, examples("count", 1))
+    output = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    for layer in model.config.text_config.cross_attention_layers:
+        assert output.past_key_values.layers[layer].keys.shape[2] == 4 * 65 == 260
 
 
 def test_it_needs_the_picture(demo):
     model, processor = demo
-    questions = examples("read", 48, seed=11)
-    others = examples("read", 49, seed=11)[1:]
+    questions, (_, *others) = (examples("place", count, seed=11) for count in (ASKED, ASKED + 1))
     swapped = [
         type(one)(one.task, other.image, one.question, one.answers)
         for one, other in zip(questions, others, strict=True)
     ]
-    assert accuracy(model, processor, swapped, batch_size=48) < 0.4
+    assert accuracy(model, processor, swapped, batch_size=ASKED) < 0.3
 
 
 def test_a_left_padded_batch_answers_as_each_example_alone(demo):
     model, processor = demo
-    batch = [example for task in TASKS for example in examples(task, 4, seed=12)]
+    batch = [example for task in TASKS for example in examples(task, 2, seed=12)]
     assert len(set(encode(processor, batch)["attention_mask"].sum(1).tolist())) > 1
     alone = [answer(model, processor, [example])[0] for example in batch]
     assert answer(model, processor, batch) == alone
 
 
 def test_options_of_load_are_honoured():
-    model, _ = load(dtype=torch.float64, attn_implementation="eager")
+    model, _ = load(dtype=torch.float64, attn_implementation="eager", path=guide_path())
     assert model.dtype == torch.float64
     assert model.config.text_config._attn_implementation == "eager"
     assert not model.training
-
-
-def test_the_training_record_tells_how_to_train_again():
-    record = json.loads((model_path() / "training.json").read_text(encoding="utf-8"))
-    stages = ("see_steps", "answer_steps", "polish_steps")
-    assert record["steps"] == sum(record["recipe"][stage] for stage in stages)
-    assert set(record["held_out_accuracy"]) == set(TASKS)
-    assert min(record["held_out_accuracy"].values()) >= 0.9
-    assert record["minutes"] < 60

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvprune.comparison.data.examples import Example, Kind, choose_tasks, read_examples
+from kvprune.comparison.data.examples import Example, Kind, Question, choose_tasks, read_examples
 from kvprune.comparison.plan.settings import EMBEDDED_GUIDE, NO_GUIDE, Settings
 from kvprune.comparison.storage.journal import write_atomically
 from kvprune.comparison.storage.recorded_grid import RecordedGrid
@@ -28,7 +28,7 @@ __all__ = [
     "write_demo",
 ]
 
-DEFAULT_LIMIT = 64
+DEFAULT_LIMIT = 32
 """How many of the demo's questions about pictures are asked per task, if no limit is given."""
 
 _ROWS = "data.jsonl"
@@ -133,7 +133,7 @@ def write_demo(folder: Path, tasks: Sequence[str], limit: int, seed: int) -> tup
         All questions in the folder, more than asked for where an earlier run asked more.
 
     Raises:
-        ResultsError: If the files cannot be written.
+        ResultsError: If the files cannot be written, or hold questions of another version of the demo.
         DataError: If what was written before is damaged.
     """
     from kvprune import demo
@@ -141,6 +141,7 @@ def write_demo(folder: Path, tasks: Sequence[str], limit: int, seed: int) -> tup
     target = demo_folder(folder, seed)
     partial = folder / f"{TEMPORARY}{DATA}"
     found = read_examples(target / _ROWS) if target.exists() else ()
+    _check_version(found, tasks, seed, target)
     counts = {task: sum(one.task == task for one in found) for task in tasks}
     if found and all(counts[task] >= limit for task in tasks):
         return found
@@ -157,6 +158,25 @@ def write_demo(folder: Path, tasks: Sequence[str], limit: int, seed: int) -> tup
     except OSError as error:
         raise ResultsError(f"cannot write the demo's data to {target}: {error.strerror or error}") from error
     return read_examples(target / _ROWS)
+
+
+def _check_version(found: Sequence[Example], tasks: Sequence[str], seed: int, target: Path) -> None:
+    """Raise unless the first question of each task is the one that the demo asks now.
+
+    Another version of the demo draws other pictures, which the embedded model of now was not trained on.
+    """
+    from kvprune import demo
+
+    for task in tasks:
+        one = next((one for one in found if one.task == task), None)
+        if not isinstance(one, Question):
+            continue
+        (now,) = demo.examples(task, 1, seed=seed)
+        if (one.question, one.answers) != (now.question, now.answers):
+            raise ResultsError(
+                f"{target} holds questions of another version of the demo: {one.id} asks {one.question!r}, "
+                f"and this kvprune asks {now.question!r}; give another --output (Settings.output)"
+            )
 
 
 def _add_rows(target: Path, more: Path, known: set[str]) -> None:
