@@ -20,7 +20,7 @@ _MIX = {
     "beside": 1.5,
     "count": 2.2,
     "row": 0.8,
-    "compare": 2.0,
+    "compare": 3.0,
     "presence": 1.8,
     "where": 1.0,
 }

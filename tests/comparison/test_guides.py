@@ -235,14 +235,13 @@ def test_a_guide_joins_a_folder_without_one(tmp_path: Path, guide: Path) -> None
     assert not any("former runs" in note for note in said)
 
 
-@pytest.mark.parametrize("there", [True, False])
 def test_the_embedded_guide_is_the_default_of_the_embedded_model(
-    there: bool, guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "guide_path", lambda: guide if there else tmp_path / "none")
+    monkeypatch.setattr(demo, "guide_path", lambda: guide)
     found = run(tmp_path / "results", repetitions=0)
-    assert [row.spec for row in found.rows] == (SPECS if there else ["full", OWN])
-    assert read_run(tmp_path / "results").settings.guide == (EMBEDDED_GUIDE if there else NO_GUIDE)
+    assert [row.spec for row in found.rows] == SPECS
+    assert read_run(tmp_path / "results").settings.guide == EMBEDDED_GUIDE
     assert verify(tmp_path / "results", sample=3).reproduces
     copied = shutil.copytree(demo.model_path(), tmp_path / "copy")
     found = run(tmp_path / "copied", repetitions=0, model=str(copied))

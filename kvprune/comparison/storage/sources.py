@@ -55,10 +55,7 @@ def guide_of(settings: Settings, kind: Kind, recorded: str) -> str:
         return settings.guide
     if recorded != NO_GUIDE:
         return recorded
-    from kvprune import demo
-
-    embedded = kind == "pictures" and settings.model is None and demo.guide_path().is_dir()
-    return EMBEDDED_GUIDE if embedded else NO_GUIDE
+    return EMBEDDED_GUIDE if kind == "pictures" and settings.model is None else NO_GUIDE
 
 
 def guide_weights(guide: str | None) -> str | None:
