@@ -90,10 +90,6 @@ class AirCache(ProportionalAllocator):
     before the image do not count for the largest weight, which the first token often has. Weights between
     text rows are those of the self-attention layer just before. What a layer cannot hold of its share goes to
     the other layers, and the report says so.
-
-    On the embedded demo, the elite rows cost accuracy, not the shares of layers: at a quarter, ``kvprune
-    compare`` has 68.2 % right by default and 94.3 with ``alpha=0`` (all rows vote), where `h2o`, in which all
-    rows vote and layers have equal shares, has 94.8.
     """
     differs = (
         "softmax over image tokens only, so strength is always 1; heads, normaliser and rounding are ours"

@@ -83,15 +83,13 @@ class CDPruner(BudgetPolicy):
     deviations = """
     There is no text encoder beside the vision tower, so attention takes the place of CLIP's image-text
     cosine (which the original negates), and ``relevance`` and ``floor`` are ours: the original scales its
-    cosine to lie between about 0 and 1, over the whole batch. What ``relevance`` does was measured. Right
-    answers on the embedded demo at a quarter / a tenth, in per cent (``kvprune compare --policy
-    cdpruner:relevance=log --keep-ratios 0.25,0.1``): attention 88.5 / 77.6, log 90.1 / 81.8, rank
-    87.0 / 77.1, none (floor=1) 95.3 / 89.1. Word error rate of Whisper base on 71 words of read English
-    at a tenth / a twentieth, the full cache 0.028 (``cdpruner:keep_ratio=0.05,relevance=log`` in
-    `kvprune.compress` around its ``generate``): attention 0.042 / 0.085, log and rank 0.028 / 0.028, none
-    0.028 / 0.535. Lengths and gains are computed in float64, lengths rounded to multiples of 2^-40, and
-    equal gains ordered by position. Once the picked vectors span the whole space, the other tokens are
-    ordered by relevance. An image that only earlier rows of a chat see is pruned on its own.
+    cosine to lie between about 0 and 1, over the whole batch. What ``relevance`` does was measured. Word
+    error rate of Whisper base on 71 words of read English at a tenth / a twentieth, the full cache 0.028
+    (``cdpruner:keep_ratio=0.05,relevance=log`` in `kvprune.compress` around its ``generate``): attention
+    0.042 / 0.085, log and rank 0.028 / 0.028, none 0.028 / 0.535. Lengths and gains are computed in float64,
+    lengths rounded to multiples of 2^-40, and equal gains ordered by position. Once the picked vectors span
+    the whole space, the other tokens are ordered by relevance. An image that only earlier rows of a chat see
+    is pruned on its own.
     """
     differs = (
         "relevance is attention, its logarithm or rank, not CLIP's negated image-text cosine; floor=0.01"

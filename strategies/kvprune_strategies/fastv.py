@@ -81,12 +81,6 @@ class FastV(BudgetPolicy):
     all. It decides once, in prefill, as the published variant with a cache does. The token count is rounded
     up. An image of an interleaved chat that only earlier rows see is ranked by the last row that sees it. The
     best token of each image always stays.
-
-    On the embedded demo, the last row at the first cross-attention layer ranks tokens against ink: its mean
-    rank correlation with the length of values is -0.77. Training silenced that layer
-    for many questions, which may be why. So this policy is below random there, at a quarter with
-    ``kvprune compare``: 17.2 % right, 73.4 with ``rows=mean``, and 91.1 with ``rank=2``, which
-    ranks in the second layer and leaves only the third to prune.
     """
     differs = "K counts cross-attention layers; softmax over image tokens only; a ranking for each sample"
     checked_against = (

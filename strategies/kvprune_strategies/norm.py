@@ -27,8 +27,6 @@ class Norm(ScoringPolicy):
         keep: Whether the "high" or the "low" norms stay.
         whole_layers: Number of first cross-attention layers that keep everything, with ``reach=layer``. The
             authors' script for language modeling leaves two layers whole: ``preset=script``.
-
-    No combination did better than the defaults on the embedded demo (see docs/policies.md).
     """
 
     of: Literal["values", "keys", "raw_keys"] = "values"

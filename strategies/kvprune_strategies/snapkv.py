@@ -31,7 +31,7 @@ class SnapKV(ScoringPolicy):
         pool: Which tokens are neighbours. "1d": tokens next to each other in the cache, within one tile, its
             class token first. "2d": a square of kernel x kernel patches of the image, across the borders of
             its tiles; class tokens keep their own score and are nobody's neighbours. "none": no pooling. The
-            paper has "1d"; on the embedded demo it does better than "2d", and "none" does better than both.
+            paper has "1d".
         reduction: "avg" or "max" over neighbours.
         border: What "avg" divides by where a window reaches beyond an image or, with "1d", a tile. "exists":
             the neighbours that exist. "zeros": the whole window, as if zeros were there, so tokens at a

@@ -132,17 +132,11 @@ class TopV(FeatureScoringPolicy):
     The authors published no code, and only summaries of the paper could be read. These name three costs (L2
     distance of features, Gaussian distance in space, distance from the centre), Sinkhorn with 3 iterations,
     and even recovery. Marginals, constants, scales and the order of the iterations could not be verified, and
-    they decide the result: on the embedded demo at a quarter of the tokens, the readings that these options
-    express span 11 to 92 % right (full cache 96). The default has 90, ``steps=1`` 92, ``marginals=free`` 11,
-    and ``last=sources``, for which the costs do not matter, 85. Each other option, changed alone, leaves 85
-    to 92. Version 1 of this policy has 31. To repeat it: ``kvprune compare --repetitions 0 --keep-ratios 0.25
-    --policy topv --policy topv:steps=1 --policy topv:marginals=free --policy topv:last=sources``.
-
-    A pretrained model ranks the readings the other way round, so neither is the better one. Word error rates
-    of Whisper base on five utterances of read speech at a quarter of the tokens (full cache 0.03): version 1
-    0.03, ``marginals=free`` 0.14, ``last=sources`` 2.1, ``marginals=uniform`` 2.2, the default 3.0,
-    ``steps=1`` 4.1; above 1 are endless repetitions. Version 1 is ``marginals=free``, ``features=unit``,
-    ``square=false``, ``scale=false``, ``diagonal=false``, ``gamma=0.1``.
+    they decide the result. Word error rates of Whisper base on five utterances of read speech at a quarter of
+    the tokens (full cache 0.03): version 1 of this policy 0.03, ``marginals=free`` 0.14, ``last=sources``
+    2.1, ``marginals=uniform`` 2.2, the default 3.0, ``steps=1`` 4.1; above 1 are endless repetitions. Version
+    1 is ``marginals=free``, ``features=unit``, ``square=false``, ``scale=false``, ``diagonal=false``,
+    ``gamma=0.1``.
 
     The defaults follow a public third-party port, except in two things. In the port each iteration ends with
     the sources, so that importance is the length of features; ``preset=port`` does that. And it recovers

@@ -53,6 +53,12 @@ class SpeechGenerator(Generator):
                 f"cannot transcribe with {name!r}: its generation_config.json does not list languages "
                 "(lang_to_id); take that file from the same model in a newer version"
             )
+        if getattr(config, "no_timestamps_token_id", None) is None:
+            raise UnsupportedModelError(
+                f"cannot transcribe with {name!r}: its generation_config.json does not name the token for "
+                "transcripts without timestamps (no_timestamps_token_id); take that file from the same model "
+                "in a newer version"
+            )
         most = _most_tokens(model)
         if max_new_tokens is not None and max_new_tokens > most:
             raise UnsupportedModelError(
@@ -146,16 +152,27 @@ class SpeechGenerator(Generator):
             length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         # One temperature, so Whisper has nothing to fall back to if it does not trust a transcript.
         with torch.inference_mode(), without_warnings():
-            new: torch.Tensor = self.model.generate(
+            found: torch.Tensor = self.model.generate(
                 **inputs,
                 **length,
                 **criteria(on_first),
                 return_timestamps=False,
+                # A model that lost what it needs may write timestamps all the same. `generate` would then
+                # decode the rest of that recording in another call, with another cache and decision.
+                force_unique_generate_call=True,
                 do_sample=False,
                 num_beams=1,
                 temperature=None,
             )
-        return new
+        return self._new_tokens(found)
+
+    def _new_tokens(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Return what stands after the prompt; the token that ends a transcript counts as padding."""
+        config = self.model.generation_config
+        prompt = int((sequences[0] == config.no_timestamps_token_id).nonzero()[0]) + 1
+        new = sequences[:, prompt:]  # [B, new]
+        ends = torch.as_tensor(config.eos_token_id, device=new.device)
+        return new.masked_fill(torch.isin(new, ends), config.pad_token_id)
 
     def lengths(self, new: torch.Tensor) -> list[int]:
         """Return the length of each transcript in tokens; Whisper pads where it has ended."""
