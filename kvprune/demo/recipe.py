@@ -1,4 +1,4 @@
-"""The recipe of the demo models' training: stages, questions, optimizers, learning rates and loss weights."""
+"""The recipes of the demo models' training: stages, questions, optimizers, learning rates, loss weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import MllamaForConditionalGeneration
 
-__all__ = ["Recipe", "fade", "optimizers", "rate"]
+__all__ = ["RECIPES", "Recipe", "fade", "optimizers", "rate"]
 
 _MIX = {
     "read": 0.8,
@@ -20,7 +20,7 @@ _MIX = {
     "beside": 1.5,
     "count": 2.2,
     "row": 0.8,
-    "compare": 3.0,
+    "compare": 1.2,
     "presence": 1.8,
     "where": 1.0,
 }
@@ -37,7 +37,7 @@ class Recipe:
     size: str = "model"
     seed: int = 0
     see_steps: int = 500
-    answer_steps: int = 5500
+    answer_steps: int = 5000
     pictures: int = 24
     questions: int = 10
     mix: dict[str, float] = field(default_factory=lambda: dict(_MIX))
@@ -57,6 +57,21 @@ class Recipe:
         """Return the share of each task of `mix` among all questions."""
         total = sum(self.mix.values())
         return [weight / total for weight in self.mix.values()]
+
+
+RECIPES = {
+    "model": Recipe(),
+    "guide": Recipe(
+        size="guide",
+        answer_steps=4300,
+        pictures=36,
+        mix={**_MIX, "where": 0.0},
+        adamw_rate=1.5e-3,
+        muon_rate=5e-3,
+        hold=0.5,
+    ),
+}
+"""The recipe of each size. The narrower guide learns with higher rates and without the lesson `where`."""
 
 
 def optimizers(

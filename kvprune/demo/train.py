@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,13 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvprune.demo.architecture import SIZES, build_model, build_processor
+from kvprune.demo.architecture import build_model, build_processor
 from kvprune.demo.batches import Batch, Batches
 from kvprune.demo.evaluate import accuracy
 from kvprune.demo.examples import examples
 from kvprune.demo.losses import PatchHeads, answer_loss, float32_attention, see
-from kvprune.demo.recipe import Recipe, fade, optimizers, rate
-from kvprune.demo.tasks import TASKS
+from kvprune.demo.recipe import RECIPES, Recipe, fade, optimizers, rate
+from kvprune.demo.tasks import LESSONS, TASKS
 
 if TYPE_CHECKING:
     from transformers import MllamaForConditionalGeneration
@@ -292,15 +293,35 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def _asked(text: str) -> tuple[str, float]:
+    """Read `TASK=WEIGHT`, how often training asks a task."""
+    task, _, weight = text.partition("=")
+    try:
+        asked = float(weight)
+    except ValueError:
+        asked = math.nan
+    if task not in LESSONS or not 0 <= asked < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not TASK=WEIGHT with a weight of at least 0 and a task of {', '.join(LESSONS)}"
+        )
+    return task, asked
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--size", default=Recipe.size, choices=tuple(SIZES), help="which of the models")
+    parser.add_argument("--size", default="model", choices=tuple(RECIPES), help="which of the models")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--see-steps", type=int, default=Recipe.see_steps, help="steps of the first stage")
+    parser.add_argument("--see-steps", type=int, help="steps of the first stage; default: the recipe's")
+    parser.add_argument("--answer-steps", type=int, help="steps of the second stage; default: the recipe's")
     parser.add_argument(
-        "--answer-steps", type=int, default=Recipe.answer_steps, help="steps of the second stage"
+        "--ask",
+        type=_asked,
+        action="append",
+        default=[],
+        metavar="TASK=WEIGHT",
+        help="how often a task is asked, relative to the others; default: the recipe's",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
@@ -308,11 +329,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=200, help="steps between two saves")
     parser.add_argument("--state", type=Path, help="file with the state to resume an interrupted training")
     options = parser.parse_args(arguments)
-    recipe = Recipe(
-        size=options.size,
+    usual = RECIPES[options.size]
+    recipe = replace(
+        usual,
         seed=options.seed,
-        see_steps=options.see_steps,
-        answer_steps=options.answer_steps,
+        see_steps=usual.see_steps if options.see_steps is None else options.see_steps,
+        answer_steps=usual.answer_steps if options.answer_steps is None else options.answer_steps,
+        mix={**usual.mix, **dict(options.ask)},
     )
     try:
         train(

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 
 from kvprune.demo import TASKS, Example, evaluate, load, train
-from kvprune.demo.architecture import build_processor
+from kvprune.demo.architecture import SIZES, build_processor
 from kvprune.demo.batches import Batches
 from kvprune.demo.evaluate import chance
-from kvprune.demo.recipe import Recipe, fade, rate
+from kvprune.demo.recipe import RECIPES, Recipe, fade, rate
 from kvprune.demo.tasks import LESSONS
 
 TINY = Recipe(size="guide", see_steps=1, answer_steps=3, pictures=2, questions=3, warm_up=1)
@@ -150,10 +150,15 @@ def test_a_training_killed_while_it_saves_leaves_the_state_before(tmp_path, monk
 
 
 def test_the_command_trains_reports_and_resumes(tmp_path, whole, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Recipe", lambda **changes: replace(TINY, **changes))
-    for name in ("size", "seed", "see_steps", "answer_steps"):
-        setattr(train.Recipe, name, getattr(TINY, name))
-    options = ["--output", str(tmp_path / "new" / "model"), "--state", str(tmp_path / "states" / "one")]
+    monkeypatch.setitem(train.RECIPES, "guide", TINY)
+    options = [
+        "--size",
+        "guide",
+        "--output",
+        str(tmp_path / "new" / "model"),
+        "--state",
+        str(tmp_path / "states" / "one"),
+    ]
     options += ["--threads", "1", "--workers", "0", "--save-every", "2"]
     train.main(options)
     out = capsys.readouterr()
@@ -169,6 +174,46 @@ def test_the_command_trains_reports_and_resumes(tmp_path, whole, capsys, monkeyp
     assert record["parameters"] == model.num_parameters()
     train.main(options)
     assert "is resumed at step 4 of 4" in capsys.readouterr().out
+
+
+def test_options_change_the_recipe(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(train, "train", lambda recipe, *_: used.append(recipe))
+    usual = ["--output", str(tmp_path)]
+    train.main(usual)
+    train.main([*usual, "--size", "guide"])
+    train.main(
+        [
+            *usual,
+            "--seed",
+            "3",
+            "--answer-steps",
+            "7",
+            "--see-steps",
+            "0",
+            "--ask",
+            "row=0",
+            "--ask",
+            "read=2",
+        ]
+    )
+    assert used[:2] == [RECIPES["model"], RECIPES["guide"]]
+    mix = {**RECIPES["model"].mix, "row": 0.0, "read": 2.0}
+    assert used[2] == replace(RECIPES["model"], seed=3, answer_steps=7, see_steps=0, mix=mix)
+
+
+@pytest.mark.parametrize("asked", ["row", "row=", "row=-1", "row=nan", "row=inf", "rows=1", "=1"])
+def test_a_weight_that_is_none_is_refused(tmp_path, capsys, asked):
+    with pytest.raises(SystemExit):
+        train.main(["--output", str(tmp_path), "--ask", asked])
+    assert f"{asked!r} is not TASK=WEIGHT with a weight of at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", RECIPES)
+def test_each_size_has_a_recipe(size):
+    assert RECIPES[size].size == size
+    assert set(RECIPES) == set(SIZES)
+    assert set(RECIPES[size].mix) == set(LESSONS)
 
 
 @pytest.mark.parametrize(
