@@ -18,8 +18,6 @@ class BartAdapter(EncoderDecoderAdapter):
 
     family = "BART"
     model_classes = ("BartForConditionalGeneration", "BartModel")
-    modeling_module = "transformers.models.bart.modeling_bart"
-    attention_class = "BartAttention"
     self_attention = "self_attn"
     provides = EncoderDecoderAdapter.provides | {"text"}
 

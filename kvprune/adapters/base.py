@@ -22,6 +22,7 @@ decides at each decode step, or about logits, takes one more hook that calls the
 
 from __future__ import annotations
 
+import functools
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -183,10 +184,10 @@ class ModelAdapter(Attachment, Declaration):
             return
         self._spreads_weights = True
         for site in self.sites:
-            self.after(site.module, self._spread, first=True)
+            self.after(site.module, functools.partial(self._spread, site), first=True)
 
-    def _spread(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        return None if self._call is None else self._call.all_columns(output, module)
+    def _spread(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return None if self._call is None else self._call.all_columns(output, site)
 
     def finish_call(self, *, completed: bool, reread: bool = False) -> None:
         """End a forward call, and its prefill if it was one.

@@ -3,7 +3,7 @@
 An adapter makes a `Call` when its model is called and discards it when the call ends, also by an exception.
 In prefill, each cross-attention layer uses it twice: `Call.before_layer` runs before the layer, and gets
 the columns that arrive from the manager. `Call.after_layer` runs after it, and hands the manager the tensors
-that hooks have captured in between (`Call.keep_output`, `Call.keep_input`).
+that hooks have captured in between (`Call.capture`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.features import gather_features, to_all_columns
 from kvprune.adapters.rereading import Rereading
+from kvprune.adapters.sites import Projection, Site
 from kvprune.cache.contents import Arrival, Contents
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.placement import open_for_prefill
@@ -46,9 +47,6 @@ class Call:
         transient: Holds the keys and values of the current layer if there is no cache.
         again: The call that reads the last token again when this prefill has completed; None if none will.
     """
-
-    keys_are_raw = False
-    """Whether keys are cached as projected, because the family has no key norm."""
 
     def __init__(self, manager: CrossKVManager, reader: Reader | None = None) -> None:
         self.manager = manager
@@ -93,16 +91,13 @@ class Call:
             self.tensors["features"] = features
         return arrival, features
 
-    def after_layer(
-        self, rank: int, layer_idx: int, cache: Cache | None, *, scaling: float, follows_text: bool = True
-    ) -> None:
+    def after_layer(self, rank: int, site: Site, cache: Cache | None, *, follows_text: bool = True) -> None:
         """Tell the manager that a layer has attended, and hand over what was captured in it.
 
         Args:
             rank: Index among the cross-attention layers.
-            layer_idx: Index of the decoder layer.
+            site: The cross-attention of the layer.
             cache: The cache that holds its keys and values; None if there is none.
-            scaling: Factor on attention logits.
             follows_text: Whether a self-attention layer comes before this layer.
         """
         layer = self.transient
@@ -110,52 +105,66 @@ class Call:
             layer.update(self.tensors.pop("keys"), self.tensors.pop("values"))
         else:
             assert cache is not None
-            found = cache.layers[layer_idx]
+            found = cache.layers[site.layer_idx]
             assert isinstance(found, CrossKVLayer)
             layer = found
-        if self.keys_are_raw and "raw_keys" in self.needs:
+        if site.key_norm is None and "raw_keys" in self.needs:
             self.tensors["raw_keys"] = layer.spread()[0]
         taken: dict[str, Any] = {name: self.tensors.pop(name) for name in _CAPTURED & self.tensors.keys()}
         self.manager.after_layer(
-            rank, layer, scaling=scaling, captured=Captured(**taken), follows_text=follows_text
+            rank, layer, scaling=site.scaling, captured=Captured(**taken), follows_text=follows_text
         )
         self.transient = None
 
-    def all_columns(self, output: Any, module: Any) -> Any:
+    def all_columns(self, output: Any, site: Site) -> Any:
         """Put the attention weights that a module returns back to their columns; dropped ones have weight 0.
 
         Args:
-            output: What the module returned; its second element are weights ``[B, Hq, T, K]``, or None.
-            module: The attention module.
+            output: What the module returned: a tuple with weights ``[B, Hq, T, K]`` or None at
+                `Site.weights_at`.
+            site: The module.
 
         Returns:
             The output with weights ``[B, Hq, T, S]``; None if there is nothing to change.
         """
-        if self.attended is None or not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
+        at = site.weights_at
+        if self.attended is None or not isinstance(output, tuple) or len(output) <= at or output[at] is None:
             return None
         contents, columns = self.attended
         if contents.slots is None:
             return None
-        return output[0], to_all_columns(output[1], contents, columns, module), *output[2:]
+        return *output[:at], to_all_columns(output[at], contents, columns), *output[at + 1 :]
 
-    def keep_output(self, attachment: Attachment, module: Any, name: str, heads: int | None = None) -> None:
-        """Capture the output of a module until its layer has attended.
+    def capture(self, attachment: Attachment, site: Site, *, cached: bool) -> None:
+        """Capture what the policy needs of a layer until it has attended.
 
         Args:
-            attachment: Removes the hook when the call ends.
-            module: Returns ``[B, H, N, D]``, or ``[B, N, H * D]`` if ``heads`` is given.
-            name: Key in `tensors`.
-            heads: Number of heads H into which the output is split.
+            attachment: Removes the hooks when the call ends.
+            site: The cross-attention of the layer.
+            cached: Whether a cache layer has its keys and values.
         """
+        if "queries" in self.needs:
+            self._keep_output(attachment, site.query, site.query_norm, "queries", site.heads)
+        if "raw_keys" in self.needs and site.key_norm is not None:  # else they are the cached ones
+            self._keep_input(attachment, site.key_norm, "raw_keys")
+        if not cached:
+            self._keep_output(attachment, site.key, site.key_norm, "keys", site.kv_heads)
+            self._keep_output(attachment, site.value, None, "values", site.kv_heads)
+
+    def _keep_output(
+        self, attachment: Attachment, projection: Projection, norm: Any, name: str, heads: int
+    ) -> None:
+        """Capture what a projection returns, or the norm after it, as ``[B, H, N, D]``."""
 
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            split = output if heads is None else rearrange(output, "b n (h d) -> b h n d", h=heads)
-            self.tensors[name] = split
+            if output.ndim == 3:  # [B, N, H * D]
+                output = rearrange(projection.of(output), "b n (h d) -> b h n d", h=heads)
+            self.tensors[name] = output
 
-        attachment.after(module, keep, for_one_call=True)
+        attachment.after(norm or projection.module, keep, for_one_call=True)
 
-    def keep_input(self, attachment: Attachment, module: Any, name: str) -> None:
-        """Capture the first argument of a module until its layer has attended; see `keep_output`."""
+    def _keep_input(self, attachment: Attachment, module: Any, name: str) -> None:
+        """Capture the first argument of a module."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
             self.tensors[name] = args[0]

@@ -2,8 +2,8 @@
 
 These families share one pattern. The first decoder call projects the encoder states, fills
 ``cross_attention_cache`` and sets a flag for each layer. Later calls get the full encoder states and the full
-mask again, but read the cache. So a family is a declaration: the cross-attention module and the names of its
-arguments.
+mask again, but read the cache. Where that happens is found by inspection of the model
+(`kvprune.adapters.inspection`), so a family is a declaration: its name and its model classes.
 
 The hooks, in the order in which they run:
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from kvprune.adapters.arguments import CACHE, cache_of, has_cache, named_arguments, with_cache
+from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
@@ -33,7 +33,8 @@ from kvprune.adapters.generation import (
     prompt_first,
     running_generation,
 )
-from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
+from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
+from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
 from kvprune.adapters.rereading import last_row
 from kvprune.adapters.text_capture import TextCapture
@@ -56,69 +57,72 @@ class _Call(Call):
     Args:
         manager: The cache manager.
         reader: Cuts the masks.
-        mask: The masks of the call.
     """
 
-    keys_are_raw = True
-
-    def __init__(self, manager: CrossKVManager, reader: Reader, mask: ColumnMask) -> None:
+    def __init__(self, manager: CrossKVManager, reader: Reader) -> None:
         super().__init__(manager, reader)
-        self.mask = mask
+        self.mask = ColumnMask()
 
 
 class EncoderDecoderAdapter(ModelAdapter):
-    """Base class of encoder-decoder families; a subclass declares the names below.
+    """Base class of encoder-decoder families; a subclass declares `family` and `model_classes`.
 
-    Class attributes:
-        modeling_module: Dotted name of the modeling file, for `probe`.
-        attention_class: Class name of the cross-attention module, for `probe`.
-        attention: Attribute of a decoder layer that holds the cross-attention module.
+    Class attributes, to set only where inspection misses something; "" means that inspection finds it:
+        attention: Path of the cross-attention module within a decoder layer, such as "encoder_attn".
         states: Argument of that module for encoder states.
         mask: Argument of that module for the attention mask.
         query: Attribute of that module that projects queries, ``[B, T, Hq * D]``.
         key: Attribute of that module that projects keys, ``[B, S, Hkv * D]``.
         value: Attribute of that module that projects values, ``[B, S, Hkv * D]``.
+        scaled_by_width: Whether a module that names no ``scaling`` multiplies logits by D ** -0.5.
         self_attention: Attribute of a decoder layer that holds its self-attention, if that is a module of
             the same kind, without rotation or relative positions; else "". Policies see it if `provides`
             has "text".
+
+    Raises:
+        UnsupportedModelError: When it is constructed, if the model does not look as expected. The error names
+            what was found.
     """
 
     provides = ModelAdapter.provides | {"guidance"}
     rereads = True
-    modeling_module: ClassVar[str]
-    attention_class: ClassVar[str]
-    attention: ClassVar[str] = "encoder_attn"
-    states: ClassVar[str] = "key_value_states"
-    mask: ClassVar[str] = "attention_mask"
-    query: ClassVar[str] = "q_proj"
-    key: ClassVar[str] = "k_proj"
-    value: ClassVar[str] = "v_proj"
+    attention: ClassVar[str] = ""
+    states: ClassVar[str] = ""
+    mask: ClassVar[str] = ""
+    query: ClassVar[str] = ""
+    key: ClassVar[str] = ""
+    value: ClassVar[str] = ""
+    scaled_by_width: ClassVar[bool] = False
     self_attention: ClassVar[str] = ""
 
     _call: _Call | None  # the current decoder call
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._decoder: Any = model.get_decoder()  # type: ignore[operator]
+        names = self.query, self.key, self.value
+        told = Overrides(self.attention, self.states, self.mask, names, self.scaled_by_width)
+        found = find_sites(model, self.family, told)
+        self._sites = tuple(found.values())
+        self._decoder: Any = find_decoder(model, self.family, tuple(found))
+        # Of each layer that attends to encoder states: its rank among them, and the module.
+        self._by_layer = {site.layer_idx: (rank, site) for rank, site in enumerate(self._sites)}
 
     @property
     def sites(self) -> Sequence[Site]:
-        """The cross-attention of each decoder layer."""
-        return [
-            Site(layer_idx, getattr(layer, self.attention), self.states, self.mask)
-            for layer_idx, layer in enumerate(self._decoder.layers)
-        ]
+        """The cross-attention modules of the decoder."""
+        return self._sites
 
     @property
-    def layer_indices(self) -> Sequence[int]:
-        """All decoder layers: each has a cross-attention."""
-        return range(len(self._decoder.layers))
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The encoder of the model."""
-        found: nn.Module = self.model.get_encoder()  # type: ignore[operator]
+    def decoder(self) -> nn.Module:
+        """The module whose calls are hooked: the innermost one that takes token ids and encoder states."""
+        found: nn.Module = self._decoder
         return found
+
+    @property
+    def encoder(self) -> nn.Module | None:
+        """The encoder of the model; None if the model does not say which it is."""
+        found = self.model.get_encoder()  # type: ignore[operator]
+        return None if found is self.model else found
 
     def attach(self, manager: CrossKVManager) -> None:
         """Hook the decoder's calls and each cross-attention module."""
@@ -128,13 +132,10 @@ class EncoderDecoderAdapter(ModelAdapter):
             self.before(site.module, self._before_attention)
         self.around(self.model, CANDIDATES, prompt_first)
 
-    def _new_call(self) -> _Call:
-        return _Call(self.manager, self.reader, ColumnMask(self._decoder.embed_tokens.weight.dtype))
-
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_call()
         self.spread_weights(self._decoder.config)
-        self._call = self._new_call()
+        self._call = _Call(self.manager, self.reader)
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
         if states is None or (
@@ -181,7 +182,9 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache that later calls read."""
-        if self._decoder.training and any(layer.gradient_checkpointing for layer in self._decoder.layers):
+        if self._decoder.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules()
+        ):
             raise UnsupportedModelError(
                 f"gradient checkpointing of {self.family} runs the hooks on its attention again in backward, "
                 "after the selection was discarded; train without it (gradient_checkpointing_disable)"
@@ -224,13 +227,8 @@ class EncoderDecoderAdapter(ModelAdapter):
     def _hook_layers(self, call: _Call, *, cached: bool) -> None:
         """Add the hooks that only prefill needs; decoding runs without them."""
         for site in self.sites:
-            attention, heads = site.module, site.module.num_heads
-            self.after(attention, self._after_attention, for_one_call=True)
-            if "queries" in call.needs:
-                call.keep_output(self, getattr(attention, self.query), "queries", heads)
-            if not cached:  # else the cache layer has them
-                call.keep_output(self, getattr(attention, self.key), "keys", heads)
-                call.keep_output(self, getattr(attention, self.value), "values", heads)
+            self.after(site.module, self._after_attention, for_one_call=True)
+            call.capture(self, site, cached=cached)
 
     def _hook_text(self, call: _Call, mask: Tensor | None, copies: int, *, cached: bool) -> None:
         """Add the hooks that capture the self-attention of each decoder layer."""
@@ -238,7 +236,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             layer_idx: getattr(layer, self.self_attention)
             for layer_idx, layer in enumerate(self._decoder.layers)
         }
-        projections = self.query, self.key, self.value
+        projections = self.query or "q_proj", self.key or "k_proj", self.value or "v_proj"
         name, manager = call.manager.policy.name, call.manager
         capture = TextCapture(
             name, lambda view, _: manager.after_text(view), modules, mask, copies, None, projections
@@ -249,36 +247,44 @@ class EncoderDecoderAdapter(ModelAdapter):
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         named = named_arguments(module, args, kwargs)
-        cache, states = cache_of(named), named.get(self.states)
+        rank, site = self._by_layer[module.layer_idx]
+        cache, states = cache_of(named), named.get(site.states)
         if states is None:
+            if self.manager.in_prefill:
+                raise UnsupportedModelError(
+                    f"{self.family} calls {type(module).__name__} of layer {site.layer_idx} without "
+                    f"{site.states} while it reads a prompt, so it is no cross-attention; set attention in "
+                    f"{type(self).__name__} to the path of the cross-attention within a layer"
+                )
             return None
+        if site.takes_position_bias:  # what a layer before has returned is as wide as what that layer holds
+            named = {**named, "position_bias": None}
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise UnsupportedCacheError(
                 f"{self.family} must cache cross-attention in an EncoderDecoderCache, "
                 f"got {type(cache).__name__}"
             )
-        call = self._call or self._new_call()  # attention may be called outside the decoder
-        if cache is not None and cache.is_updated.get(module.layer_idx):
-            return (), self._decode(call, module, cache, named)
-        return (), self._receive(call, module, cache, named)
+        call = self._call or _Call(self.manager, self.reader)  # attention may be called outside the decoder
+        if cache is not None and cache.is_updated.get(site.layer_idx):
+            return (), self._decode(call, site, cache, named)
+        return (), self._receive(call, rank, site, cache, named)
 
     def _receive(
-        self, call: _Call, module: Any, cache: EncoderDecoderCache | None, named: dict[str, Any]
+        self, call: _Call, rank: int, site: Site, cache: EncoderDecoderCache | None, named: dict[str, Any]
     ) -> dict[str, Any]:
         """Return a layer's arguments in prefill: the features that arrive, and a mask of the same width."""
         flat = None if cache is None else cache.cross_attention_cache
-        layer = call.layer_for(flat, module.layer_idx)
-        arrival, states = call.before_layer(
-            module.layer_idx, layer, named[self.states], named.get("hidden_states")
-        )
-        mask = call.mask.over(named.get(self.mask), arrival.contents, module)
-        return {**named, self.states: states, self.mask: mask}
+        layer, text = call.layer_for(flat, site.layer_idx), named["hidden_states"]
+        arrival, states = call.before_layer(rank, layer, named[site.states], text)
+        mask = call.mask.over(named.get(site.mask), arrival.contents, site, text)
+        return {**named, site.states: states, site.mask: mask}
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         assert self._call is not None
         cache = cache_of(kwargs)
         flat = None if cache is None else cache.cross_attention_cache
-        self._call.after_layer(module.layer_idx, module.layer_idx, flat, scaling=module.scaling)
+        rank, site = self._by_layer[module.layer_idx]
+        self._call.after_layer(rank, site, flat)
 
     def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return self.finish_prefill(module, output)
@@ -293,17 +299,17 @@ class EncoderDecoderAdapter(ModelAdapter):
         return last_row(named, self.family, ("encoder_hidden_states", "encoder_attention_mask"))
 
     def _decode(
-        self, call: _Call, module: Any, cache: EncoderDecoderCache, named: dict[str, Any]
+        self, call: _Call, site: Site, cache: EncoderDecoderCache, named: dict[str, Any]
     ) -> dict[str, Any]:
         """Return a layer's arguments in a decode step: the cut mask, and keys and values that it can read."""
-        layer = open_layer(require_cache(cache.cross_attention_cache), module.layer_idx, call.reader)
+        layer = open_layer(require_cache(cache.cross_attention_cache), site.layer_idx, call.reader)
         call.attended = layer.contents, layer.columns
-        mask = call.mask.over(named.get(self.mask), layer.contents, module)
+        mask = call.mask.over(named.get(site.mask), layer.contents, site, named["hidden_states"])
         if not layer.is_readable:
             named = with_cache(
-                named, OneCrossLayer(module.layer_idx, *layer.spread(), cache.self_attention_cache)
+                named, OneCrossLayer(site.layer_idx, *layer.spread(), cache.self_attention_cache)
             )
-        return {**named, self.mask: mask}
+        return {**named, site.mask: mask}
 
     def replay(
         self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
@@ -327,7 +333,7 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     @classmethod
     def probe(cls) -> list[Probe]:
-        """Check that transformers has the names that the declaration and the hooks use."""
+        """Check that transformers has the cache that these families share; a model is inspected later."""
         cache = EncoderDecoderCache.__init__.__code__.co_names
         missing = [name for name in ("is_updated", "cross_attention_cache") if name not in cache]
         detail = f"lacks {', '.join(missing)}" if missing else "has is_updated and cross_attention_cache"
@@ -335,5 +341,4 @@ class EncoderDecoderAdapter(ModelAdapter):
             probe_cache(),
             probe_generation(),
             Probe("EncoderDecoderCache", not missing, detail),
-            *probe_signatures(cls.modeling_module, {cls.attention_class: (cls.states, cls.mask, CACHE)}),
         ]

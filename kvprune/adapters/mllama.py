@@ -33,6 +33,7 @@ from kvprune.adapters.generation import (
     prompt_first,
     running_generation,
 )
+from kvprune.adapters.inspection import find_sites
 from kvprune.adapters.mllama_captures import capture_class_attention, capture_text, tile_layout
 from kvprune.adapters.mllama_probes import mllama_probes
 from kvprune.adapters.mllama_visibility import (
@@ -97,20 +98,14 @@ class MllamaAdapter(ModelAdapter):
         # The outer model holds the inner one as `.model`; the inner one holds vision and language models.
         self._inner = cast(Any, model if hasattr(model, "language_model") else model.get_submodule("model"))
         self._text = cast(Any, self._inner.language_model)
-        self._layer_indices: list[int] = sorted(self._text.config.cross_attention_layers)
+        self._sites = tuple(find_sites(self._text, self.family).values())
+        # Indices of the cross-attention layers (3, 8, 13, ... in Llama-3.2-11B-Vision).
+        self._layer_indices = [site.layer_idx for site in self._sites]
 
     @property
     def sites(self) -> Sequence[Site]:
         """The cross-attention modules of the language model."""
-        return [
-            Site(i, self._text.layers[i].cross_attn, "cross_attention_states", "attention_mask")
-            for i in self._layer_indices
-        ]
-
-    @property
-    def layer_indices(self) -> Sequence[int]:
-        """Indices of the cross-attention layers (3, 8, 13, ... in Llama-3.2-11B-Vision)."""
-        return self._layer_indices
+        return self._sites
 
     @property
     def encoder(self) -> nn.Module:
@@ -220,17 +215,9 @@ class MllamaAdapter(ModelAdapter):
 
     def _hook_layers(self, call: _Call, *, cached: bool) -> None:
         """Add the hooks that only prefill needs; decoding, which runs for each token, runs without them."""
-        for layer_idx in self._layer_indices:
-            layer = self._text.layers[layer_idx]
-            attention = layer.cross_attn
-            self.after(layer, self._after_layer, for_one_call=True)
-            if "queries" in call.needs:
-                call.keep_output(self, attention.q_norm, "queries")
-            if "raw_keys" in call.needs:
-                call.keep_input(self, attention.k_norm, "raw_keys")
-            if not cached:  # else the cache layer has them
-                call.keep_output(self, attention.k_norm, "keys")
-                call.keep_output(self, attention.v_proj, "values", self._text.config.num_key_value_heads)
+        for site in self._sites:
+            self.after(self._text.layers[site.layer_idx], self._after_layer, for_one_call=True)
+            call.capture(self, site, cached=cached)
 
     def _before_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,7 +243,7 @@ class MllamaAdapter(ModelAdapter):
         states = states.reshape(text.shape[0], -1, states.shape[-1])
         rank = self._layer_indices.index(module.layer_idx)
         arrival, states = call.before_layer(rank, layer, states, text)
-        mask = call.mask.over(arrival.contents, module.cross_attn)
+        mask = call.mask.over(arrival.contents, self._sites[rank])
         return self._masked(call, {**kwargs, "cross_attention_states": states}, mask)
 
     @staticmethod
@@ -269,13 +256,8 @@ class MllamaAdapter(ModelAdapter):
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         assert self._call is not None
         rank = self._layer_indices.index(module.layer_idx)
-        self._call.after_layer(
-            rank,
-            module.layer_idx,
-            cache_of(kwargs),
-            scaling=module.cross_attn.scaling,
-            follows_text=rank < module.layer_idx,  # a self-attention layer comes before it
-        )
+        follows_text = rank < module.layer_idx  # a self-attention layer comes before it
+        self._call.after_layer(rank, self._sites[rank], cache_of(kwargs), follows_text=follows_text)
 
     def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return self.finish_prefill(module, output)
@@ -300,7 +282,8 @@ class MllamaAdapter(ModelAdapter):
             raise UnsupportedCacheError(f"the cache holds {held} rows, but the batch has {batch}")
         if not layer.is_readable:
             kwargs = with_cache(kwargs, OneLayer.spread(module.layer_idx, layer))
-        return self._masked(call, kwargs, call.mask.over(layer.contents, module.cross_attn))
+        site = self._sites[self._layer_indices.index(module.layer_idx)]
+        return self._masked(call, kwargs, call.mask.over(layer.contents, site))
 
     def geometry(self) -> Mapping[str, object]:
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kvprune.adapters.features import to_query_heads
+from kvprune.adapters.sites import Site
 from kvprune.cache.contents import Contents
 
 __all__ = ["TileMask"]
@@ -38,12 +36,12 @@ class TileMask:
             bias = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
             self._bias = bias.masked_fill(sees & ~rows, torch.finfo(dtype).min)
 
-    def over(self, contents: Contents, module: Any) -> Tensor | None:
+    def over(self, contents: Contents, site: Site) -> Tensor | None:
         """Return the additive mask over held columns, ``[B, 1 or Hq, T, K]``; None if it would be all zero.
 
         Args:
             contents: Entries that the layer holds while it attends.
-            module: The attention module.
+            site: Where the mask is used.
         """
         slots, valid, bias = contents.slots, contents.valid, contents.bias
         if self._bias is None and not contents.ragged and bias is None:
@@ -54,7 +52,7 @@ class TileMask:
         made = self._all() if slots is None or valid is None else self._cut(slots, valid, contents)
         if bias is not None:
             made = made + bias.repeat_interleave(contents.copies, dim=0)[:, :, None].to(made)
-        made = to_query_heads(made, module)
+        made = site.by_query_head(made)
         self._made.append((slots, bias, made))
         return made
 

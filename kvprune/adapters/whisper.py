@@ -49,8 +49,6 @@ class WhisperAdapter(EncoderDecoderAdapter):
 
     family = "Whisper"
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
-    modeling_module = "transformers.models.whisper.modeling_whisper"
-    attention_class = "WhisperAttention"
     self_attention = "self_attn"
     provides = EncoderDecoderAdapter.provides | {"text"}
 

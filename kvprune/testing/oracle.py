@@ -13,17 +13,18 @@ token is read again, see `kvprune.testing.oracle_rereading`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import EncoderDecoderCache
 
-from kvprune.adapters.arguments import cache_of
-from kvprune.adapters.bart import BartAdapter
-from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.arguments import cache_of, named_arguments
+from kvprune.adapters.base import ModelAdapter, Site
+from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle_arithmetic import as_held, logit_bias, merged_features, with_merges
@@ -31,6 +32,12 @@ from kvprune.testing.oracle_rereading import rereading
 from kvprune.tokens.selection import Selection
 
 __all__ = ["masked_oracle"]
+
+
+class _Inspected(EncoderDecoderAdapter):
+    """Finds the sites of an encoder-decoder model whose adapter is not given."""
+
+    family = "this encoder-decoder model"
 
 
 @contextmanager
@@ -53,34 +60,40 @@ def masked_oracle(
         model: A model that is not compressed: Mllama, or one with an ``EncoderDecoderCache``.
         selections: What decoding may attend to, by layer index (``run.selections``).
         prefill_selections: What prefill may attend to; None for everything (``run.prefill_selections``).
-        adapter: The model's adapter, whose `sites` are used; that of Mllama or, for an encoder-decoder model,
-            that of BART by default.
+        adapter: The model's adapter, whose `sites` are used; by default, they are found by inspection.
         text_selections: Text tokens that decoding may attend to, by layer index (``run.text_selections``).
             Tokens that come later are attended to as well. Mllama only.
         prefill_text_selections: The same for a call that brings an image: what an earlier turn kept.
         reread: Whether the last prompt token is read again, as decoding reads, before an answer begins.
     """
     text = text_selections or {}, prefill_text_selections or {}
+    if adapter is None:
+        adapter = _Inspected if model.config.is_encoder_decoder else MllamaAdapter
+    attending = adapter(model)
+    sites = attending.sites
     with ExitStack() as stack:
-        stack.enter_context(temporary(_hooks(model, adapter, selections, prefill_selections, *text)))
+        stack.enter_context(temporary(_hooks(model, sites, selections, prefill_selections, *text)))
         if reread:
-            layers = [layer_idx for layer_idx, *_ in _sites(model, adapter)]
-            stack.enter_context(temporary(rereading(model, layers)))
+            inner = getattr(attending, "decoder", None) or getattr(model, "model", model)
+            stack.enter_context(temporary(rereading(inner, [site.layer_idx for site in sites])))
         yield
 
 
 def _hooks(
     model: Any,
-    adapter: type[ModelAdapter] | None,
+    sites: Sequence[Site],
     decode: Mapping[int, Selection],
     prefill: Mapping[int, Selection | None],
     decode_text: Mapping[int, Selection],
     prefill_text: Mapping[int, Selection],
 ) -> Iterator[RemovableHandle]:
     known: dict[tuple[Any, ...], list[float]] = {}
-    for layer_idx, module, states, mask in _sites(model, adapter):
-        if layer_idx in decode:
-            layer = _MaskedLayer(layer_idx, states, mask, decode[layer_idx], prefill[layer_idx], known)
+    for site in sites:
+        if site.layer_idx in decode:
+            layer, module = (
+                _MaskedLayer(site, decode[site.layer_idx], prefill[site.layer_idx], known),
+                site.module,
+            )
             yield module.register_forward_pre_hook(layer.before, with_kwargs=True)
             # Quantization is undone first, so that merging reads the layer's own numbers.
             yield module.register_forward_hook(layer.restore, with_kwargs=True, always_call=True)
@@ -91,14 +104,6 @@ def _hooks(
         yield module.register_forward_pre_hook(text.before, with_kwargs=True)
 
 
-def _sites(model: Any, adapter: type[ModelAdapter] | None) -> Iterator[tuple[int, Any, str, str]]:
-    """Yield layer index, module, and the names of its arguments for states and mask, of each cross layer."""
-    if adapter is None:
-        adapter = BartAdapter if model.config.is_encoder_decoder else MllamaAdapter
-    for site in adapter(model).sites:
-        yield site.layer_idx, site.module, site.states, site.mask
-
-
 def _text_model(model: Any) -> Any:
     return getattr(model, "model", model).language_model
 
@@ -107,9 +112,7 @@ class _MaskedLayer:
     """Hooks of one cross-attention layer.
 
     Args:
-        layer_idx: Index of the layer.
-        states: The layer's argument for encoder states.
-        mask: The layer's argument for the attention mask.
+        site: The layer's cross-attention.
         decode: What decoding may attend to.
         prefill: What prefill may attend to; None for everything.
         known: Vectors that were quantized before, see `as_held`.
@@ -117,14 +120,12 @@ class _MaskedLayer:
 
     def __init__(
         self,
-        layer_idx: int,
-        states: str,
-        mask: str,
+        site: Site,
         decode: Selection,
         prefill: Selection | None,
         known: dict[tuple[Any, ...], list[float]],
     ) -> None:
-        self._layer_idx, self._states, self._mask = layer_idx, states, mask
+        self._site, self._layer_idx = site, site.layer_idx
         self._decode, self._prefill = decode, prefill
         self._known = known
         self._in_prefill = False
@@ -132,17 +133,19 @@ class _MaskedLayer:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Mask what is dropped; in prefill merge features, in decoding quantize the cache for this call."""
-        self._in_prefill = self._is_prefill(kwargs)
+        named = named_arguments(module, args, kwargs)
+        self._in_prefill = self._is_prefill(named)
         selection = self._prefill if self._in_prefill else self._decode
         if selection is None:
             return None
         if selection.quantizes:
-            self._quantize(self._cache_layer(kwargs), selection)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        changed = {**kwargs, self._mask: _masked(kwargs.get(self._mask), selection, hidden, module)}
+            self._quantize(self._cache_layer(named), selection)
+        site = self._site
+        mask = _masked(named.get(site.mask), selection, named["hidden_states"], site.heads)
+        changed = {**named, site.mask: mask}
         if self._in_prefill and selection.merge is not None:
-            changed[self._states] = merged_features(kwargs[self._states], selection)
-        return args, changed
+            changed[site.states] = merged_features(named[site.states], selection)
+        return (), changed
 
     def restore(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Put the stock cache's own numbers back, followed by what the call appended."""
@@ -160,11 +163,11 @@ class _MaskedLayer:
             layer.keys = with_merges(layer.keys, self._decode, keys=True)
             layer.values = with_merges(layer.values, self._decode)
 
-    def _is_prefill(self, kwargs: dict[str, Any]) -> bool:
-        if self._states == "cross_attention_states":
-            return kwargs[self._states] is not None
-        cache = cache_of(kwargs)
-        return cache is None or not cache.is_updated.get(self._layer_idx)
+    def _is_prefill(self, named: dict[str, Any]) -> bool:
+        cache = cache_of(named)
+        if isinstance(cache, EncoderDecoderCache):  # the states are given at each step
+            return not cache.is_updated.get(self._layer_idx)
+        return named.get(self._site.states) is not None
 
     def _cache_layer(self, kwargs: dict[str, Any]) -> Any:
         """Return the stock cache layer of a call; None if there is no cache, or no such layer yet."""
@@ -213,9 +216,8 @@ class _MaskedText:
         }
 
 
-def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, module: Any) -> Tensor:
+def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, heads: int) -> Tensor:
     """Return an additive mask with the dropped columns at the minimum of the dtype."""
-    heads = getattr(module, "num_heads", None) or module.config.num_attention_heads
     if mask is None:
         shape = (hidden.shape[0], 1, hidden.shape[1], selection.columns)
         mask = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)

@@ -18,17 +18,13 @@ __all__ = ["rereading"]
 _OF_IMAGES = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_states"
 
 
-def rereading(model: Any, cross_layers: Collection[int]) -> Iterator[RemovableHandle]:
-    """Hook a model so that each call that brings encoder states is followed by a step for its last token.
+def rereading(inner: Any, cross_layers: Collection[int]) -> Iterator[RemovableHandle]:
+    """Hook a module so that each call that brings encoder states is followed by a step for its last token.
 
     Args:
-        model: An untouched model, Mllama or one with an ``EncoderDecoderCache``.
+        inner: The module of an untouched model that returns the last hidden state.
         cross_layers: Indices of the cross-attention layers.
     """
-    if model.config.is_encoder_decoder:
-        inner: Any = model.get_decoder()
-    else:
-        inner = getattr(model, "model", model)
     step = _Step(inner, cross_layers)
     yield inner.register_forward_pre_hook(step.before, with_kwargs=True)
     yield inner.register_forward_hook(step.after)

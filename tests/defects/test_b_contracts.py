@@ -129,8 +129,6 @@ class Speech2TextAdapter(EncoderDecoderAdapter):
 
     family = "Speech2Text"
     model_classes = ("Speech2TextForConditionalGeneration",)
-    modeling_module = "transformers.models.speech_to_text.modeling_speech_to_text"
-    attention_class = "Speech2TextAttention"
 
 
 def tiny_speech(dtype: torch.dtype) -> Any:

@@ -20,9 +20,6 @@ def made(family: Any, config: Any, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         model = family(config).eval()
     model.generation_config.eos_token_id = None
-    for module in model.modules():  # adapters ask the attention modules, and some do not say it
-        if hasattr(module, "q_proj") and not hasattr(module, "num_heads"):
-            module.num_heads = module.q_proj.out_features // module.head_dim
     return enliven(model).to(dtype)
 
 
@@ -40,8 +37,6 @@ class MoonshineAdapter(EncoderDecoderAdapter):
 
     family = "Moonshine"
     model_classes = ("MoonshineForConditionalGeneration",)
-    modeling_module = "transformers.models.moonshine.modeling_moonshine"
-    attention_class = "MoonshineAttention"
 
 
 def tiny_moonshine(dtype: torch.dtype) -> Any:
@@ -79,10 +74,6 @@ class T5GemmaAdapter(EncoderDecoderAdapter):
 
     family = "T5Gemma"
     model_classes = ("T5GemmaForConditionalGeneration",)
-    modeling_module = "transformers.models.t5gemma.modeling_t5gemma"
-    attention_class = "T5GemmaCrossAttention"
-    attention = "cross_attn"
-    states = "encoder_hidden_states"
 
 
 def tiny_t5gemma(dtype: torch.dtype, **changes: Any) -> Any:

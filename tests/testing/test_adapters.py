@@ -55,15 +55,11 @@ def test_built_in_adapters_pass(adapter):
 class MBartAdapter(EncoderDecoderAdapter):
     family = "mBART"
     model_classes = ("MBartForConditionalGeneration",)
-    modeling_module = "transformers.models.mbart.modeling_mbart"
-    attention_class = "MBartAttention"
 
 
 class PegasusAdapter(EncoderDecoderAdapter):
     family = "Pegasus"
     model_classes = ("PegasusForConditionalGeneration",)
-    modeling_module = "transformers.models.pegasus.modeling_pegasus"
-    attention_class = "PegasusAttention"
 
 
 def tiny(name, dtype):

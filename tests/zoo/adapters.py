@@ -14,6 +14,7 @@ from kvprune.adapters.arguments import cache_of
 from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.adapters.probes import probe_signatures
 from kvprune.adapters.tile_mask import TileMask
 
 
@@ -22,9 +23,9 @@ class StockDecodeMask(BartAdapter):
 
     caught_by = ("KV06", "KV13")
 
-    def _decode(self, call, module, cache, named):
-        decoded = super()._decode(call, module, cache, named)
-        return {**decoded, self.mask: named.get(self.mask)}
+    def _decode(self, call, site, cache, named):
+        decoded = super()._decode(call, site, cache, named)
+        return {**decoded, site.mask: named.get(site.mask)}
 
 
 class OneTooWide(BartAdapter):
@@ -32,12 +33,12 @@ class OneTooWide(BartAdapter):
 
     caught_by = ("KV06",)
 
-    def _decode(self, call, module, cache, named):
-        decoded = super()._decode(call, module, cache, named)
-        mask = decoded[self.mask]
+    def _decode(self, call, site, cache, named):
+        decoded = super()._decode(call, site, cache, named)
+        mask = decoded[site.mask]
         if mask is not None:
             mask = torch.cat([mask, mask[..., -1:]], dim=-1)
-        return {**decoded, self.mask: mask}
+        return {**decoded, site.mask: mask}
 
 
 class MasksByPosition(MllamaAdapter):
@@ -63,15 +64,15 @@ class RemembersTheMask(BartAdapter):
     caught_by = ("KV09",)
 
     class Mask(ColumnMask):
-        def __init__(self, dtype, made):
-            super().__init__(dtype)
+        def __init__(self, made):
+            super().__init__()
             self._by_width = made
 
-        def over(self, mask, contents, module):
+        def over(self, mask, contents, *layer):
             if contents.slots is None:
-                return super().over(mask, contents, module)
+                return super().over(mask, contents, *layer)
             if contents.slots.shape not in self._by_width:
-                self._by_width[contents.slots.shape] = super().over(mask, contents, module)
+                self._by_width[contents.slots.shape] = super().over(mask, contents, *layer)
             return self._by_width[contents.slots.shape]
 
     def _before_decoder(self, module, args, kwargs):
@@ -79,7 +80,7 @@ class RemembersTheMask(BartAdapter):
         if self._manager.in_prefill:
             self._made = {}
         else:
-            self._call.mask = self.Mask(self._decoder.dtype, self._made)
+            self._call.mask = self.Mask(self._made)
 
 
 class LeavesAHook(BartAdapter):
@@ -137,7 +138,7 @@ class SkipsTheLastLayer(MllamaAdapter):
 
     def __init__(self, model):
         super().__init__(model)
-        self._layer_indices = self._layer_indices[:-1]
+        self._layer_indices, self._sites = self._layer_indices[:-1], self._sites[:-1]
 
 
 class DecidesOnlyOnce(BartAdapter):
@@ -163,10 +164,10 @@ class OffByOneOnward(BartAdapter):
 
     caught_by = ("KV11", "KV13")
 
-    def _receive(self, call, module, cache, named):
+    def _receive(self, call, rank, site, cache, named):
         if self._manager._prefill.onward is not None:
-            named = {**named, self.states: named[self.states].roll(-1, dims=1)}
-        return super()._receive(call, module, cache, named)
+            named = {**named, site.states: named[site.states].roll(-1, dims=1)}
+        return super()._receive(call, rank, site, cache, named)
 
 
 class SeesPadding(BartAdapter):
@@ -239,8 +240,8 @@ class NormedRawKeys(MllamaAdapter):
         super()._hook_layers(call, cached=cached)
         call.needs = needs
         if "raw_keys" in needs:
-            for i in self._layer_indices:
-                call.keep_output(self, self._text.layers[i].cross_attn.k_norm, "raw_keys")
+            for site in self._sites:
+                call._keep_output(self, site.key, site.key_norm, "raw_keys", site.kv_heads)
 
 
 class RandomEachTime(BartAdapter):
@@ -316,7 +317,11 @@ class RottenProbe(BartAdapter):
     """Relies on a class that transformers does not have."""
 
     caught_by = ("class",)
-    attention_class = "BartCrossAttention"
+
+    @classmethod
+    def probe(cls):
+        wanted = {"BartCrossAttention": ("key_value_states",)}
+        return [*super().probe(), *probe_signatures("transformers.models.bart.modeling_bart", wanted)]
 
 
 ADAPTERS = [cls for cls in list(globals().values()) if inspect.isclass(cls) and hasattr(cls, "caught_by")]

@@ -32,14 +32,14 @@ def check_view(policy: CrossKVPolicy, scenario: Scenario) -> None:
     weights = _attention_of(scenario)
     views: list[LayerView] = []
     scenario.prefill(asking(views.append, keeps_everything=True))
-    sites = {site.layer_idx: site.module for site in scenario.sites(scenario.model)}
+    sites = {site.layer_idx: site for site in scenario.sites(scenario.model)}
     for view in views:
         where = f"layer {view.layer_idx}"
         if view.captured.queries is None or view.captured.raw_keys is None:
             raise Violation(f"{where} to show queries and raw keys to a policy that needs them", "None")
         got, seen = _recomputed(view)
         _require_attention(where, view, got, seen, weights[view.layer_idx])
-        norm = getattr(sites[view.layer_idx], "k_norm", None)
+        norm = sites[view.layer_idx].key_norm
         raw = view.captured.raw_keys
         with torch.no_grad():
             keys = raw if norm is None else norm(raw)
@@ -54,7 +54,8 @@ def _attention_of(scenario: Scenario) -> dict[int, Tensor]:
 
     def watch(site: Site) -> RemovableHandle:
         def note(module: Any, args: Any, output: Any) -> None:
-            weights[site.layer_idx] = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            at = site.weights_at
+            weights[site.layer_idx] = output[at] if isinstance(output, tuple) and len(output) > at else None
 
         handle: RemovableHandle = site.module.register_forward_hook(note)
         return handle

@@ -148,8 +148,9 @@ class _WeightsOf:
 
         def watch(site: Site) -> RemovableHandle:
             def note(module: Any, args: Any, output: Any) -> None:
-                if isinstance(output, tuple) and len(output) > 1 and output[1] is not None:
-                    self.calls[-1][site.layer_idx] = output[1]
+                at = site.weights_at
+                if isinstance(output, tuple) and len(output) > at and output[at] is not None:
+                    self.calls[-1][site.layer_idx] = output[at]
 
             handle: RemovableHandle = site.module.register_forward_hook(note)
             return handle

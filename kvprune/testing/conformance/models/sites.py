@@ -20,8 +20,9 @@ def attention_sites(adapter: type[ModelAdapter], model: Any) -> Sequence[Site]:
     Raises:
         NotApplicable: If the adapter does not say where they are.
     """
+    made = adapter(model)  # a model that does not look as expected is no reason to skip a check
     try:
-        return adapter(model).sites
+        return made.sites
     except UnsupportedModelError as error:
         raise NotApplicable(str(error)) from error
 
