@@ -61,7 +61,7 @@ def tiny_mllama(
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
-    return _random(MllamaForConditionalGeneration, config, seed, dtype, attn_implementation)
+    return random_model(MllamaForConditionalGeneration, config, seed, dtype, attn_implementation)
 
 
 def mllama_inputs(
@@ -140,7 +140,7 @@ def tiny_bart(seed: int = 0, *, dtype: torch.dtype = torch.float32, attn_impleme
         decoder_start_token_id=2,
         forced_eos_token_id=None,
     )
-    return _random(BartForConditionalGeneration, config, seed, dtype, attn_implementation)
+    return random_model(BartForConditionalGeneration, config, seed, dtype, attn_implementation)
 
 
 def tiny_whisper(
@@ -168,10 +168,10 @@ def tiny_whisper(
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )
-    return _random(WhisperForConditionalGeneration, config, seed, dtype, attn_implementation)
+    return random_model(WhisperForConditionalGeneration, config, seed, dtype, attn_implementation)
 
 
-def _random(cls: Any, config: Any, seed: int, dtype: torch.dtype, attn_implementation: str) -> Any:
+def random_model(cls: Any, config: Any, seed: int, dtype: torch.dtype, attn_implementation: str) -> Any:
     """Build a model in eval mode, with weights of `enliven`, that generates up to its length limit."""
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng():

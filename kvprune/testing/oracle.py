@@ -26,6 +26,7 @@ from kvprune.adapters.arguments import cache_of, named_arguments
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.errors import UnsupportedModelError
 from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle_arithmetic import as_held, logit_bias, merged_features, with_merges
 from kvprune.testing.oracle_rereading import rereading
@@ -141,7 +142,7 @@ class _MaskedLayer:
         if selection.quantizes:
             self._quantize(self._cache_layer(named), selection)
         site = self._site
-        mask = _masked(named.get(site.mask), selection, named["hidden_states"], site.heads)
+        mask = _masked(named.get(site.mask), selection, named["hidden_states"], site)
         changed = {**named, site.mask: mask}
         if self._in_prefill and selection.merge is not None:
             changed[site.states] = merged_features(named[site.states], selection)
@@ -216,8 +217,14 @@ class _MaskedText:
         }
 
 
-def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, heads: int) -> Tensor:
+def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, site: Site) -> Tensor:
     """Return an additive mask with the dropped columns at the minimum of the dtype."""
+    heads = site.heads
+    if site.one_mask and selection.indices.shape[1] > 1:
+        raise UnsupportedModelError(
+            f"the oracle masks what each head drops, but {type(site.module).__name__} takes one mask for "
+            f"all of its {heads} heads; compare a policy whose heads share tokens"
+        )
     if mask is None:
         shape = (hidden.shape[0], 1, hidden.shape[1], selection.columns)
         mask = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)

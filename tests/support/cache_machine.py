@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 from transformers import DynamicCache
 
+from kvprune.adapters.sites import by_query_head
 from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
@@ -308,9 +309,9 @@ class CacheMachine(RuleBasedStateMachine):
         seen = torch.arange(tiles) % 2 == 0  # every other tile
         rows = seen.expand(self.batch, 1, tiles)
         mask = TileMask(rows, PATCHES, torch.float32)
-        module = SimpleNamespace(num_heads=HEADS, config=SimpleNamespace(_attn_implementation="sdpa"))
+        site: Any = SimpleNamespace(by_query_head=functools.partial(by_query_head, heads=HEADS))
         for layer, plain in zip(self.layers, self.plain, strict=True):
-            bias = mask.over(layer.contents, module)
+            bias = mask.over(layer.contents, site)
             assert bias is not None
             assert bias.shape[0] == self.batch
             assert bias.shape[-1] == layer.width

@@ -87,9 +87,9 @@ class UnsortedSlots(BartAdapter):
             said = super().selection(*args, **kwargs)
             return Selection.trusted(said.indices.flip(-1), said.valid.flip(-1), said.columns)
 
-    def _receive(self, call, module, cache, named):
-        received = super()._receive(call, module, cache, named)
-        cache.cross_attention_cache.layers[module.layer_idx].__class__ = self.Layer
+    def _receive(self, call, rank, site, cache, named):
+        received = super()._receive(call, rank, site, cache, named)
+        cache.cross_attention_cache.layers[site.layer_idx].__class__ = self.Layer
         return received
 
 

@@ -73,12 +73,14 @@ class SharesEqualRows(BartAdapter):
         finally:
             del call.manager.begin
 
-    def _receive(self, call, module, cache, named):
-        text = named["hidden_states"]  # not shown to the core, which would compare the rows
-        return {
-            **super()._receive(call, module, cache, {**named, "hidden_states": None}),
-            "hidden_states": text,
-        }
+    def _receive(self, call, rank, site, cache, named):
+        before = call.before_layer
+        # The text is not shown to the core, which would compare the rows.
+        call.before_layer = lambda rank, layer, features, text: before(rank, layer, features)
+        try:
+            return super()._receive(call, rank, site, cache, named)
+        finally:
+            del call.before_layer
 
 
 class DropsTheMaskForEmptySamples(BartAdapter):
@@ -160,7 +162,7 @@ class ReturnsNarrowWeights(BartAdapter):
 
     caught_by = ("weights",)
 
-    def _spread(self, module, args, kwargs, output):
+    def _spread(self, site, module, args, kwargs, output):
         return None
 
 
