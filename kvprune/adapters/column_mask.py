@@ -46,9 +46,7 @@ class ColumnMask:
             cut = _cut(mask, *rows, site, text.dtype)
             if bias is not None:
                 cut = _biased(cut, bias.repeat_interleave(copies, dim=0), text.dtype)
-            cut = site.by_query_head(cut)
-            if site.one_mask:
-                cut = cut.expand(-1, -1, text.shape[1], -1)
+            cut = site.fit_mask(cut, text.shape[1])
         self._made.append((slots, bias, cut))
         return cut
 

@@ -11,6 +11,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
@@ -27,7 +28,7 @@ _PROJECTIONS = (
 _HEAD_WIDTHS = "head_dim", "attention_head_size", "key_value_proj_dim"
 _HEADS = "num_heads", "num_attention_heads", "n_heads", "num_attn_heads"
 _RIGID = "ask should be of size"
-"""Part of what older modules raise unless their mask is ``[B, 1, T, K]``."""
+"""Part of what older modules say of a mask that is not ``[B, 1, T, K]``."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Site:
         query_norm, key_norm: Norms of queries and keys, ``[B, H, N, D]``; None if there are none.
         weights_at: Where attention weights stand in what the module returns.
         takes_position_bias: Whether the module adds a bias that layers pass on to each other.
-        one_mask: Whether the module demands a mask ``[B, 1, T, K]``, with T rows and one for all heads.
+        one_mask: Whether the module refuses masks that do not look like ``[B, 1, T, K]``.
 
     Raises:
         UnsupportedModelError: If the module does not look as expected; names what was found.
@@ -145,28 +146,42 @@ class Site:
         for name, attribute in found.items():
             object.__setattr__(self, name, attribute)
 
-    def by_query_head(self, mask: Tensor) -> Tensor:
-        """Expand a mask ``[B, 1 or Hkv, T, K]`` to ``[B, 1 or Hq, T, K]``.
+    def fit_mask(self, mask: Tensor, rows: int) -> Tensor:
+        """Return a mask in the form that the module takes, ``[B, 1 or Hq, T or 1, K]``.
+
+        Args:
+            mask: ``[B, 1 or Hkv, T or 1, K]``.
+            rows: Number of text rows T.
 
         Raises:
-            UnsupportedCacheError: If the module applies one mask to all heads.
+            UnsupportedCacheError: If the module would apply one mask to all heads.
         """
-        if mask.shape[1] == 1:
-            return mask
         settings = getattr(self.module, "config", None)
-        if getattr(settings, "_attn_implementation", None) == "flex_attention":
+        if mask.shape[1] > 1 and getattr(settings, "_attn_implementation", None) == "flex_attention":
             raise UnsupportedCacheError(
                 "heads keep different tokens, but flex attention in transformers applies the mask of the "
                 "first head to all of them; use attn_implementation='sdpa', or a policy whose heads share "
                 "tokens"
             )
-        if self.one_mask:
-            raise UnsupportedCacheError(
-                f"heads keep different tokens, but {type(self.module).__name__} in transformers takes one "
-                f"mask for all of its {self.heads} heads; use a policy whose heads share tokens, such as "
-                "trim or h2o:by_head=false"
-            )
-        return by_query_head(mask, self.heads)
+        mask = by_query_head(mask, self.heads)
+        if not self.one_mask:
+            return mask
+        mask = mask.expand(-1, -1, rows, -1)
+        return mask if mask.shape[1] == 1 else mask.as_subclass(_TakenForOneHead)
+
+
+class _TakenForOneHead(Tensor):
+    """A mask ``[B, Hq, T, K]`` for modules that refuse any but ``[B, 1, T, K]``, and then add it to ``[B, Hq, T, K]``.
+
+    All they ask is its size. What is computed from it is an ordinary tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def size(self, *dim: Any) -> Any:
+        """Return the size that the module expects."""
+        batch, _, rows, entries = self.shape
+        return torch.Size((batch, 1, rows, entries))
 
 
 def by_query_head(by_head: Tensor, heads: int) -> Tensor:
@@ -233,6 +248,6 @@ def _scaling(module: Any, width: int, scaled_by_width: bool) -> float:
 
 
 def _is_rigid(module: nn.Module) -> bool:
-    """Whether a module refuses masks by head: those that do say so in an error message."""
+    """Whether a module refuses masks by head: those that do have an error message for it."""
     code = inspect.unwrap(type(module).forward).__code__
     return any(isinstance(text, str) and _RIGID in text for text in code.co_consts)

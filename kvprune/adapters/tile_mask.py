@@ -52,7 +52,7 @@ class TileMask:
         made = self._all() if slots is None or valid is None else self._cut(slots, valid, contents)
         if bias is not None:
             made = made + bias.repeat_interleave(contents.copies, dim=0)[:, :, None].to(made)
-        made = site.by_query_head(made)
+        made = site.fit_mask(made, made.shape[2])
         self._made.append((slots, bias, made))
         return made
 

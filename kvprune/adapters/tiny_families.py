@@ -195,6 +195,7 @@ _DECODER = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
 _SEAMLESS: Mapping[str, Any] = {
@@ -250,7 +251,14 @@ def _picture_texts(dtype: torch.dtype, padded: bool) -> Batch:
 
 def _pix2struct(transformers: Any) -> Any:
     sizes = {"hidden_size": 32, "d_kv": 8, "d_ff": 64}
-    text = {**sizes, "vocab_size": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    text = {
+        **sizes,
+        "vocab_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+        "use_cache": True,
+    }
     vision = {**sizes, "patch_embed_hidden_size": 14, "num_hidden_layers": 1, "num_attention_heads": 4}
     return transformers.Pix2StructConfig(text_config=text, vision_config={**vision, "seq_len": 64})
 
@@ -309,6 +317,7 @@ TINY_FAMILIES: Mapping[str, TinyFamily] = {
             conv_channels=16,
         ),
         _sounds("input_features", 40, 8, real=24),
+        sdpa=False,
     ),
     "CanaryForConditionalGeneration": TinyFamily(
         lambda transformers: transformers.CanaryConfig(

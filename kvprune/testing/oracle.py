@@ -26,7 +26,6 @@ from kvprune.adapters.arguments import cache_of, named_arguments
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.errors import UnsupportedModelError
 from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle_arithmetic import as_held, logit_bias, merged_features, with_merges
 from kvprune.testing.oracle_rereading import rereading
@@ -220,11 +219,6 @@ class _MaskedText:
 def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, site: Site) -> Tensor:
     """Return an additive mask with the dropped columns at the minimum of the dtype."""
     heads = site.heads
-    if site.one_mask and selection.indices.shape[1] > 1:
-        raise UnsupportedModelError(
-            f"the oracle masks what each head drops, but {type(site.module).__name__} takes one mask for "
-            f"all of its {heads} heads; compare a policy whose heads share tokens"
-        )
     if mask is None:
         shape = (hidden.shape[0], 1, hidden.shape[1], selection.columns)
         mask = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)
@@ -232,7 +226,18 @@ def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, site: Sit
     if selection.merge is not None:
         mask = mask + logit_bias(selection, heads).to(mask)
     dropped = _by_query_head(~selection.to_mask(), heads)  # [B, 1 or Hq, S]
-    return mask.masked_fill(dropped[:, :, None].to(mask.device), torch.finfo(hidden.dtype).min)
+    mask = mask.masked_fill(dropped[:, :, None].to(mask.device), torch.finfo(hidden.dtype).min)
+    return mask.as_subclass(_OneForAllHeads) if site.one_mask else mask
+
+
+class _OneForAllHeads(Tensor):
+    """A mask ``[B, Hq, T, S]`` that says that it is ``[B, 1, T, S]``, for modules that ask and refuse."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def size(self, *dim: Any) -> Any:
+        """Return the size that such a module wants."""
+        return torch.Size((self.shape[0], 1, *self.shape[2:]))
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
