@@ -15,17 +15,37 @@ from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.tiny_families import TINY_FAMILIES
 
 __all__ = [
-    "BlenderbotAdapter",
     "DECLARED",
+    "BigBirdPegasusAdapter",
+    "BlenderbotAdapter",
+    "BlipAdapter",
+    "CanaryAdapter",
+    "CohereAsrAdapter",
+    "DiaAdapter",
+    "EncoderDecoderModelAdapter",
+    "Florence2Adapter",
     "LedAdapter",
     "M2M100Adapter",
     "MBartAdapter",
     "MarianAdapter",
+    "MoonshineAdapter",
+    "MoonshineStreamingAdapter",
     "MvpAdapter",
+    "NllbMoeAdapter",
     "PLBartAdapter",
+    "PPFormulaNetAdapter",
     "PegasusAdapter",
     "PegasusXAdapter",
+    "Pix2StructAdapter",
+    "ProphetNetAdapter",
+    "SeamlessM4TAdapter",
+    "Speech2TextAdapter",
+    "SpeechEncoderDecoderAdapter",
+    "SwitchTransformersAdapter",
     "T5Adapter",
+    "T5GemmaAdapter",
+    "UdopAdapter",
+    "VisionEncoderDecoderAdapter",
 ]
 
 
@@ -117,14 +137,14 @@ class PLBartAdapter(_LikeBart):
 
 
 class MvpAdapter(_LikeBart):
-    """MVP. Its attention takes one mask for all heads, so policies whose heads differ are refused."""
+    """MVP, texts from data and from texts."""
 
     family = "MVP"
     model_classes = ("MvpForConditionalGeneration", "MvpModel")
 
 
 class LedAdapter(_LikeBart):
-    """LED, long texts. Its attention takes one mask for all heads, so policies whose heads differ are refused."""
+    """LED, long texts."""
 
     family = "LED"
     model_classes = ("LEDForConditionalGeneration", "LEDModel")
@@ -159,14 +179,11 @@ class CohereAsrAdapter(_Declared):
 
 
 class VisionEncoderDecoderAdapter(_Declared):
-    """Any encoder of pictures with any decoder of text: TrOCR, Donut, Nougat, captions by GPT-2.
-
-    The attention of TrOCR takes one mask for all heads, so where it needs one, policies whose heads differ are
-    refused.
-    """
+    """Any encoder of pictures with any decoder of text: TrOCR, Donut, Nougat, captions by GPT-2."""
 
     family = "vision encoder-decoder"
     model_classes = ("VisionEncoderDecoderModel",)
+    scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
 
 
 class Florence2Adapter(_Declared):
@@ -188,6 +205,99 @@ class EncoderDecoderModelAdapter(_Declared):
 
     family = "encoder-decoder of two models"
     model_classes = ("EncoderDecoderModel",)
+    scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+
+
+class NllbMoeAdapter(_Declared):
+    """NLLB-MoE, translation among 200 languages."""
+
+    family = "NLLB-MoE"
+    model_classes = ("NllbMoeForConditionalGeneration", "NllbMoeModel")
+
+
+class SwitchTransformersAdapter(_Declared):
+    """Switch Transformers, T5 with experts."""
+
+    family = "Switch Transformers"
+    model_classes = ("SwitchTransformersForConditionalGeneration", "SwitchTransformersModel")
+
+
+class SeamlessM4TAdapter(_Declared):
+    """SeamlessM4T, translation of text and speech to text."""
+
+    family = "SeamlessM4T"
+    model_classes = (
+        "SeamlessM4TForTextToText",
+        "SeamlessM4TForSpeechToText",
+        "SeamlessM4Tv2ForTextToText",
+        "SeamlessM4Tv2ForSpeechToText",
+    )
+
+
+class T5GemmaAdapter(_Declared):
+    """T5Gemma. The softcap on its logits is no part of what policies see of attention."""
+
+    family = "T5Gemma"
+    model_classes = ("T5GemmaForConditionalGeneration", "T5GemmaModel")
+
+
+class MoonshineStreamingAdapter(_Declared):
+    """Moonshine for streams of speech."""
+
+    family = "Moonshine Streaming"
+    model_classes = ("MoonshineStreamingForConditionalGeneration", "MoonshineStreamingModel")
+
+
+class BigBirdPegasusAdapter(_LikeBart):
+    """BigBird-Pegasus, summaries of long texts."""
+
+    family = "BigBird-Pegasus"
+    model_classes = ("BigBirdPegasusForConditionalGeneration", "BigBirdPegasusModel")
+
+
+class UdopAdapter(_Declared):
+    """UDOP, documents. Encoder columns are words on a page and its patches."""
+
+    family = "UDOP"
+    model_classes = ("UdopForConditionalGeneration",)
+
+
+class PPFormulaNetAdapter(_LikeBart):
+    """PP-FormulaNet, pictures of formulas."""
+
+    family = "PP-FormulaNet"
+    model_classes = ("PPFormulaNetForConditionalGeneration",)
+
+
+class BlipAdapter(_Declared):
+    """BLIP, captions of pictures."""
+
+    family = "BLIP"
+    model_classes = ("BlipForConditionalGeneration",)
+    scaled_by_width = True  # its attention divides by the square root and names no factor
+
+
+class SpeechEncoderDecoderAdapter(_Declared):
+    """Any encoder of speech with any decoder of text."""
+
+    family = "speech encoder-decoder"
+    model_classes = ("SpeechEncoderDecoderModel",)
+    scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+
+
+class DiaAdapter(_Declared):
+    """Dia, text to speech."""
+
+    family = "Dia"
+    model_classes = ("DiaForConditionalGeneration",)
+
+
+class ProphetNetAdapter(_Declared):
+    """ProphetNet, which predicts several tokens at once in training."""
+
+    family = "ProphetNet"
+    model_classes = ("ProphetNetForConditionalGeneration", "ProphetNetModel")
+    scaled_by_width = True  # its attention divides by the square root and names no factor
 
 
 DECLARED = (
@@ -209,5 +319,17 @@ DECLARED = (
     Florence2Adapter,
     Pix2StructAdapter,
     EncoderDecoderModelAdapter,
+    NllbMoeAdapter,
+    SwitchTransformersAdapter,
+    SeamlessM4TAdapter,
+    T5GemmaAdapter,
+    MoonshineStreamingAdapter,
+    BigBirdPegasusAdapter,
+    UdopAdapter,
+    PPFormulaNetAdapter,
+    BlipAdapter,
+    SpeechEncoderDecoderAdapter,
+    DiaAdapter,
+    ProphetNetAdapter,
 )
 """The adapters that ship with kvprune, in this order."""

@@ -79,7 +79,7 @@ def find_sites(root: nn.Module, family: str, overrides: Overrides | None = None)
         except UnsupportedModelError as error:
             where = f"{family} attends to encoder states at {path}"
             raise UnsupportedModelError(f"{where}, but {error}") from error
-    if not found:
+    if not found or (told.attention and lacking):
         raise UnsupportedModelError(_nothing_found(root, family, told, lacking))
     ordered = sorted(found.items(), key=lambda item: item[1].layer_idx)
     indices = [site.layer_idx for _, site in ordered]

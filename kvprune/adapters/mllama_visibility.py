@@ -55,11 +55,11 @@ def tiles_of_rows(mask: Tensor, length: int, cache: Any) -> Tensor:
             f"got {list(mask.shape)}"
         )
     if mask.shape[1] != length:  # rows of the whole conversation
-        seen = int(cache.get_seq_length()) if cache is not None else 0
-        missing = seen + length - mask.shape[1]
-        if missing > 0:  # draft tokens in older releases; repeat the last row, as generate does
-            mask = torch.cat([mask, mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
-        mask = mask[:, seen : seen + length]
+        seen = 0 if cache is None else cache.get_seq_length()  # a number, or a tensor of a static cache
+        rows = torch.arange(length, device=mask.device) + torch.as_tensor(seen, device=mask.device)  # [T]
+        # In older releases, draft tokens have no row. Repeat the last one, as generate does. Nothing branches
+        # on how many there are, so that decoding compiles into one graph.
+        mask = mask.index_select(1, rows.clamp(max=mask.shape[1] - 1))
     return (mask == 1).flatten(2)
 
 

@@ -171,12 +171,13 @@ class Site:
 
 
 class _TakenForOneHead(Tensor):
-    """A mask ``[B, Hq, T, K]`` for modules that refuse any but ``[B, 1, T, K]``, and then add it to ``[B, Hq, T, K]``.
+    """A mask ``[B, Hq, T, K]`` for modules that refuse any but ``[B, 1, T, K]``.
 
-    All they ask is its size. What is computed from it is an ordinary tensor.
+    They ask its size, and then add it to logits ``[B, Hq, T, K]``. What is computed from it is an ordinary
+    tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def size(self, *dim: Any) -> Any:
         """Return the size that the module expects."""

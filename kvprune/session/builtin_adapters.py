@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.families import DECLARED
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.session.hookspecs import hookimpl
@@ -14,4 +15,4 @@ __all__ = ["kvprune_adapters"]
 @hookimpl
 def kvprune_adapters() -> list[type[ModelAdapter]]:
     """Return the adapters that ship with kvprune."""
-    return [MllamaAdapter, BartAdapter, WhisperAdapter]
+    return [MllamaAdapter, BartAdapter, WhisperAdapter, *DECLARED]

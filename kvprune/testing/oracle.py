@@ -233,7 +233,7 @@ def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, site: Sit
 class _OneForAllHeads(Tensor):
     """A mask ``[B, Hq, T, S]`` that says that it is ``[B, 1, T, S]``, for modules that ask and refuse."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def size(self, *dim: Any) -> Any:
         """Return the size that such a module wants."""

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import kvprune
+from kvprune.adapters.mllama_visibility import tiles_of_rows
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import PolicyNeverRanError, UnsupportedCacheError
 from kvprune.testing import masked_oracle, mllama_inputs
@@ -352,3 +353,25 @@ def test_a_batch_of_which_one_sample_gets_a_second_image_equals_the_oracle(spec)
         kept = run.selections[1].to_mask()
         assert not kept[0, :, :20].any()  # sample 0 looks at its second image only
         assert not kept[1, :, 20:].any()  # sample 1 has none
+
+
+class _OfStaticCache:
+    """What `tiles_of_rows` asks of a static cache in older releases: its length is a tensor."""
+
+    def __init__(self, seen):
+        self.seen = torch.tensor(seen)
+
+    def get_seq_length(self):
+        return self.seen
+
+
+@pytest.mark.parametrize("seen", [0, 3, 5, 9])
+def test_rows_of_a_whole_conversation_are_found_without_a_branch_on_data(seen):
+    mask = (torch.rand(2, 6, 1, 4, generator=torch.Generator().manual_seed(0)) < 0.5).long()
+    find = torch.compile(tiles_of_rows, fullgraph=True, backend="eager")
+    found = find(mask, 2, _OfStaticCache(seen))
+    rows = [min(row, 5) for row in (seen, seen + 1)]  # draft tokens have no row; the last one is theirs
+    assert torch.equal(found, mask[:, rows].flatten(2) == 1)
+    counted = DynamicCache()
+    counted.update(torch.zeros(2, 1, seen, 1), torch.zeros(2, 1, seen, 1), 0)
+    assert torch.equal(tiles_of_rows(mask, 2, counted), found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st

@@ -1,0 +1,103 @@
+"""Every declared family: `full` is bit-identical to stock, and pruning equals the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generation import generate
+
+import kvprune
+from kvprune.adapters.families import DECLARED
+from kvprune.adapters.tiny_families import TINY_FAMILIES
+from kvprune.session.compression import Compression
+from kvprune.testing import masked_oracle
+
+STEPS = 4
+MOST = 1e-5
+"""Largest difference of logits in float32, relative to the largest logit."""
+
+ONWARD = ("trim:keep_ratio=0.5", "divprune:keep_ratio=0.5")
+"""Policies whose heads share tokens: by queries and by features, both also for later layers."""
+BY_HEAD = ("norm:keep_ratio=0.5", "h2o:keep_ratio=0.5")
+
+
+def adapter_of(name: str) -> Any:
+    return next(adapter for adapter in DECLARED if name.split()[0] in adapter.model_classes)
+
+
+def settings_of(name: str) -> list[tuple[str, bool, int]]:
+    """Return attention, padding and beams of each setting that stock transformers has."""
+    tiny = TINY_FAMILIES[name]
+    return [
+        (attention, padded, beams)
+        for attention in (("sdpa", "eager") if tiny.sdpa else ("eager",))
+        for padded in ((False, True) if tiny.pads else (False,))
+        for beams in ((1, 3) if tiny.beams else (1,))
+    ]
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference; Dia forbids tokens by logits of -inf, which are equal."""
+    differ = one != other
+    return float((one - other)[differ].abs().max()) if differ.any() else 0.0
+
+
+def check(name: str, attention: str, padded: bool, beams: int, specs: tuple[str, ...]) -> None:
+    """Compare a class in one setting with stock transformers and with the oracle."""
+    tiny, adapter = TINY_FAMILIES[name], adapter_of(name)
+    model = tiny.model(name, torch.float32, attention)
+    inputs = tiny.batch(torch.float32, padded)
+    sequences, stock, _ = generate(model, inputs, STEPS, num_beams=beams)
+
+    def run(spec: str) -> tuple[Any, Any, Any]:
+        with Compression(adapter(model), kvprune.get_policy(spec), seed=0) as run:
+            return *generate(model, inputs, STEPS, num_beams=beams)[:2], run
+
+    same, logits, _ = run("full")
+    assert torch.equal(same, sequences)
+    assert torch.equal(logits, stock)
+    for spec in specs:
+        got, logits, pruned = run(spec)
+        with masked_oracle(model, pruned.selections, pruned.prefill_selections, adapter=adapter):
+            expected, wanted, _ = generate(model, inputs, STEPS, num_beams=beams)
+        assert torch.equal(got, expected), spec
+        largest = wanted[wanted.isfinite()].abs().max()
+        assert apart(logits, wanted) <= MOST * largest, spec
+        assert pruned.report.bytes_held < pruned.report.bytes_full, spec
+        # The model depends on what it attends to, so the comparison above says something.
+        assert logits.shape != stock.shape or apart(logits, stock) > 10 * MOST * largest, spec
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_a_class_equals_stock_and_the_oracle(name: str) -> None:
+    attention, padded, beams = settings_of(name)[-1]
+    check(name, "sdpa" if TINY_FAMILIES[name].sdpa else attention, padded, beams, (*BY_HEAD, *ONWARD))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_a_class_equals_the_oracle_in_all_settings(name: str) -> None:
+    for setting in settings_of(name):
+        check(name, *setting, (*BY_HEAD, *ONWARD))
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in TINY_FAMILIES.items() if tiny.pads])
+def test_lossless_drops_padding_of_the_encoder(name: str) -> None:
+    tiny, adapter = TINY_FAMILIES[name], adapter_of(name)
+    model = tiny.model(name, torch.float32, "sdpa" if tiny.sdpa else "eager")
+    inputs = {key: tensor[1:] for key, tensor in tiny.batch(torch.float32, True).items()}  # the padded one
+    _, stock, _ = generate(model, inputs, 3)
+    with Compression(adapter(model), kvprune.get_policy("lossless"), seed=0) as run:
+        _, logits, _ = generate(model, inputs, 3)
+    assert apart(logits, stock) <= 1e-5 * stock[stock.isfinite()].abs().max()
+    assert run.report.kept_fraction == 1.0
+    assert run.report.bytes_held < run.report.bytes_full
+
+
+def test_every_declared_class_is_tested() -> None:
+    generating = {
+        name for adapter in DECLARED for name in adapter.model_classes if not name.endswith("Model")
+    } | {"VisionEncoderDecoderModel", "SpeechEncoderDecoderModel", "EncoderDecoderModel"}
+    assert {name.split()[0] for name in TINY_FAMILIES} == generating | {"MarianMTModel"}
