@@ -121,8 +121,9 @@ class EncoderDecoderAdapter(ModelAdapter):
     @property
     def encoder(self) -> nn.Module | None:
         """The encoder of the model; None if the model does not say which it is."""
-        found = self.model.get_encoder()  # type: ignore[operator]
-        return None if found is self.model else found
+        found: nn.Module = self.model.get_encoder()  # type: ignore[operator]
+        inside = set(found.modules())  # some models answer with themselves
+        return None if any(site.module in inside for site in self.sites) else found
 
     def attach(self, manager: CrossKVManager) -> None:
         """Hook the decoder's calls and each cross-attention module."""
@@ -176,6 +177,11 @@ class EncoderDecoderAdapter(ModelAdapter):
             layout=lambda: Layout.line(columns, states.device),
             prompt=decoder_prompt(named, tokens.shape[1], copies) if "guidance" in needs else None,
         )
+        caps = {site.softcap for site in self.sites} - {None}
+        if caps and "queries" in needs:
+            call.manager.report.warn(
+                f"{self.family} caps attention logits at {caps.pop()}; policies see attention without the cap"
+            )
         self._hook_layers(call, cached=cached)
         if "text" in needs:
             self._hook_text(call, named.get("attention_mask"), copies, cached=cached)

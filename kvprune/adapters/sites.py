@@ -75,6 +75,8 @@ class Site:
         head_width: D.
         scaling: Factor on attention logits.
         query_norm, key_norm: Norms of queries and keys, ``[B, H, N, D]``; None if there are none.
+        softcap: What the module caps attention logits at; None if it does not. Policies see attention
+            without the cap.
         weights_at: Where attention weights stand in what the module returns.
         takes_position_bias: Whether the module adds a bias that layers pass on to each other.
         one_mask: Whether the module refuses masks that do not look like ``[B, 1, T, K]``.
@@ -98,6 +100,7 @@ class Site:
     scaling: float = field(init=False)
     query_norm: Any = field(init=False)
     key_norm: Any = field(init=False)
+    softcap: float | None = field(init=False)
     weights_at: int = field(init=False)
     takes_position_bias: bool = field(init=False)
     one_mask: bool = field(init=False)
@@ -139,6 +142,7 @@ class Site:
             "scaling": _scaling(self.module, width, self.scaled_by_width),
             "query_norm": getattr(self.module, "q_norm", None),
             "key_norm": getattr(self.module, "k_norm", None),
+            "softcap": getattr(self.module, "attn_logit_softcapping", None),
             "weights_at": 2 if passes_bias else 1,
             "takes_position_bias": "position_bias" in parameters,
             "one_mask": _is_rigid(self.module),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from generation import generate
 
 import kvprune
+from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.families import DECLARED
 from kvprune.adapters.tiny_families import TINY_FAMILIES
+from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.session.compression import Compression
 from kvprune.testing import masked_oracle
 
@@ -101,3 +104,59 @@ def test_every_declared_class_is_tested() -> None:
         name for adapter in DECLARED for name in adapter.model_classes if not name.endswith("Model")
     } | {"VisionEncoderDecoderModel", "SpeechEncoderDecoderModel", "EncoderDecoderModel"}
     assert {name.split()[0] for name in TINY_FAMILIES} == generating | {"MarianMTModel"}
+
+
+DECODERS = {
+    "bert",
+    "bert_generation",
+    "camembert",
+    "data2vec",
+    "electra",
+    "ernie",
+    "gpt2",
+    "megatron_bert",
+    "rembert",
+    "roberta",
+    "roberta_prelayernorm",
+    "roc_bert",
+    "roformer",
+    "tapas",
+    "trocr",
+    "xglm",
+    "xlm_roberta",
+    "xlm_roberta_xl",
+    "xmod",
+}
+"""Families whose decoders are part of an EncoderDecoderModel or of its kin for pictures and speech."""
+
+NOT_DECLARED = {
+    "autoformer": "forecasts numbers; `generate` is its own",
+    "informer": "forecasts numbers; `generate` is its own",
+    "time_series_transformer": "forecasts numbers; `generate` is its own",
+    "decision_transformer": "predicts actions; nothing is cached between calls",
+    "bridgetower": "two encoders that attend to each other; nothing is generated",
+    "blt": "attends to patches of its own text",
+    "flaubert": "stock transformers generates with it without encoder states",
+    "xlm": "stock transformers generates with it without encoder states",
+    "kosmos2": "reads its picture among the tokens of the text",
+    "fsmt": "its attention takes time first, and other arguments",
+    "t5gemma2": "self-attention and cross-attention are one softmax",
+    "musicgen": "rows of codebooks: not yet",
+    "musicgen_melody": "no cross-attention: the condition precedes the text",
+    "pop2piano": "needs a composer in its generation config: not yet",
+    "speecht5": "its decoder takes input_values: not yet",
+}
+"""Folders of transformers' models that build an ``EncoderDecoderCache``, and why no adapter is for them."""
+
+
+def test_every_family_of_transformers_with_such_a_cache_is_known() -> None:
+    """A new release of transformers shows here what it added."""
+    import transformers
+
+    models = Path(transformers.__file__).parent / "models"
+    files = (file for file in models.glob("*/modeling_*.py"))
+    building = {file.parent.name for file in files if "EncoderDecoderCache(" in file.read_text("utf-8")}
+    classes = [name for adapter in (BartAdapter, WhisperAdapter, *DECLARED) for name in adapter.model_classes]
+    declared = {getattr(transformers, name).__module__.split(".")[2] for name in classes}
+    assert building - declared - DECODERS - NOT_DECLARED.keys() == set()
+    assert not declared & NOT_DECLARED.keys()
