@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from families import OLD
 from generation import POLICIES, difference_to_oracle, generate, mllama, tiny_mllama
 from transformers import CompileConfig
 
@@ -43,6 +44,7 @@ def test_copies_of_a_sample_are_held_once(options):
     assert several.report.verify() == one.report.bytes_held
 
 
+@pytest.mark.skipif(OLD, reason="stock Mllama of this release branches on the length of its static cache")
 def test_decoding_compiles_as_one_graph():
     from torch._dynamo.utils import counters
 
