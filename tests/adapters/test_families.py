@@ -15,7 +15,7 @@ from kvprune.adapters.families import DECLARED
 from kvprune.adapters.tiny_families import TINY_FAMILIES
 from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.session.compression import Compression
-from kvprune.testing import masked_oracle
+from kvprune.testing import check_adapter, masked_oracle
 
 STEPS = 4
 MOST = 1e-5
@@ -77,6 +77,27 @@ def check(name: str, attention: str, padded: bool, beams: int, specs: tuple[str,
 def test_a_class_equals_stock_and_the_oracle(name: str) -> None:
     attention, padded, beams = settings_of(name)[-1]
     check(name, "sdpa" if TINY_FAMILIES[name].sdpa else attention, padded, beams, (*BY_HEAD, *ONWARD))
+
+
+NOT_CALLED = {
+    "SwitchTransformersForConditionalGeneration": "its encoder refuses use_cache=True, which it is given, too",
+    "DiaForConditionalGeneration": "its decoder reads one token for each codebook",
+    "BlipForConditionalGeneration": "its forward call is for training; `generate` calls its decoder",
+    "ProphetNetForConditionalGeneration": "it returns logits where others return attention weights",
+}
+"""Classes whose attention the suite cannot see, and why."""
+
+
+@pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if name not in NOT_CALLED])
+def test_policies_see_the_attention_of_a_class(name: str) -> None:
+    tiny = TINY_FAMILIES[name]
+    report = check_adapter(
+        adapter_of(name),
+        lambda dtype: tiny.model(name, dtype, "eager"),
+        lambda dtype: tiny.batch(dtype, True),
+        only=["view"],
+    )
+    assert [result.outcome for result in report.results] == ["passed"]
 
 
 @pytest.mark.slow

@@ -60,8 +60,9 @@ def _attention_of(scenario: Scenario) -> dict[int, Tensor]:
         handle: RemovableHandle = site.module.register_forward_hook(note)
         return handle
 
+    batch: dict[str, Any] = {**scenario.batch(), "output_attentions": True}  # older modules want to be asked
     with temporary(map(watch, scenario.sites(model))), torch.no_grad():
-        forward(model, scenario.batch())
+        forward(model, batch)
     if any(weight is None for weight in weights.values()):
         raise NotApplicable(
             "the model's attention modules return no attention weights, not even in eager mode"
