@@ -29,6 +29,8 @@ _HEAD_WIDTHS = "head_dim", "attention_head_size", "key_value_proj_dim"
 _HEADS = "num_heads", "num_attention_heads", "n_heads", "num_attn_heads"
 _RIGID = "ask should be of size"
 """Part of what older modules say of a mask that is not ``[B, 1, T, K]``."""
+_BY_HEAD = "ask should have size"
+"""Part of what ProphetNet says of a mask that is not ``[B, Hq, 1, K]``."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Site:
         weights_at: Where attention weights stand in what the module returns.
         takes_position_bias: Whether the module adds a bias that layers pass on to each other.
         one_mask: Whether the module refuses masks that do not look like ``[B, 1, T, K]``.
+        mask_by_head: Whether it refuses masks that are not ``[B, Hq, 1, K]``.
 
     Raises:
         UnsupportedModelError: If the module does not look as expected; names what was found.
@@ -104,6 +107,7 @@ class Site:
     weights_at: int = field(init=False)
     takes_position_bias: bool = field(init=False)
     one_mask: bool = field(init=False)
+    mask_by_head: bool = field(init=False)
 
     def __post_init__(self) -> None:
         kind, parameters = type(self.module).__name__, inspect.signature(self.module.forward).parameters
@@ -145,7 +149,8 @@ class Site:
             "softcap": getattr(self.module, "attn_logit_softcapping", None),
             "weights_at": 2 if passes_bias else 1,
             "takes_position_bias": "position_bias" in parameters,
-            "one_mask": _is_rigid(self.module),
+            "one_mask": _says(self.module, _RIGID),
+            "mask_by_head": _says(self.module, _BY_HEAD),
         }
         for name, attribute in found.items():
             object.__setattr__(self, name, attribute)
@@ -168,6 +173,8 @@ class Site:
                 "tokens"
             )
         mask = by_query_head(mask, self.heads)
+        if self.mask_by_head:
+            return mask.expand(-1, self.heads, -1, -1)
         if not self.one_mask:
             return mask
         mask = mask.expand(-1, -1, rows, -1)
@@ -252,7 +259,7 @@ def _scaling(module: Any, width: int, scaled_by_width: bool) -> float:
     )
 
 
-def _is_rigid(module: nn.Module) -> bool:
-    """Whether a module refuses masks by head: those that do have an error message for it."""
+def _says(module: nn.Module, what: str) -> bool:
+    """Whether a module is particular about its mask: those that are have an error message for it."""
     code = inspect.unwrap(type(module).forward).__code__
-    return any(isinstance(text, str) and _RIGID in text for text in code.co_consts)
+    return any(isinstance(text, str) and what in text for text in code.co_consts)

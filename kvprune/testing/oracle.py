@@ -220,13 +220,16 @@ def _masked(mask: Tensor | None, selection: Selection, hidden: Tensor, site: Sit
     """Return an additive mask with the dropped columns at the minimum of the dtype."""
     heads = site.heads
     if mask is None:
-        shape = (hidden.shape[0], 1, hidden.shape[1], selection.columns)
+        rows = 1 if site.mask_by_head else hidden.shape[1]
+        shape = (hidden.shape[0], 1, rows, selection.columns)
         mask = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)
     mask = _additive(mask, hidden.dtype)  # [B, 1 or Hq, T, S]
     if selection.merge is not None:
         mask = mask + logit_bias(selection, heads).to(mask)
     dropped = _by_query_head(~selection.to_mask(), heads)  # [B, 1 or Hq, S]
     mask = mask.masked_fill(dropped[:, :, None].to(mask.device), torch.finfo(hidden.dtype).min)
+    if site.mask_by_head:
+        mask = mask.expand(-1, heads, -1, -1)
     return mask.as_subclass(_OneForAllHeads) if site.one_mask else mask
 
 

@@ -80,7 +80,7 @@ def test_a_class_equals_stock_and_the_oracle(name: str) -> None:
 
 
 NOT_CALLED = {
-    "SwitchTransformersForConditionalGeneration": "its encoder refuses use_cache=True, which it is given, too",
+    "SwitchTransformersForConditionalGeneration": "its encoder gets use_cache=True as well, and refuses it",
     "DiaForConditionalGeneration": "its decoder reads one token for each codebook",
     "BlipForConditionalGeneration": "its forward call is for training; `generate` calls its decoder",
     "ProphetNetForConditionalGeneration": "it returns logits where others return attention weights",

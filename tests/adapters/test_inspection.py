@@ -153,3 +153,31 @@ def test_masks_by_head_say_that_they_are_for_one_where_a_module_asks() -> None:
     assert mask.size() == (2, 1, 3, 5)
     assert mask.shape == (2, 4, 3, 5)
     assert type(mask + 1) is torch.Tensor
+
+
+def test_a_model_with_two_decoders_is_refused() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = tiny_bart(), tiny_bart()
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"same layer_idx \(\[0, 0, 1, 1, 2, 2\]\).*several decoders"
+    ):
+        BartAdapter(Two())
+
+
+def test_t5gemma2_whose_attentions_are_one_softmax_is_refused() -> None:
+    merged = pytest.importorskip("transformers.models.t5gemma2.modeling_t5gemma2").T5Gemma2MergedAttention
+
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            attention = merged.__new__(merged)
+            nn.Module.__init__(attention)
+            self.layers = nn.ModuleList([nn.ModuleDict({"self_attn": attention})])
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"inspection finds no cross-attention .* Found: no module is"
+    ):
+        find_sites(Merged(), "T5Gemma2")

@@ -11,7 +11,9 @@ from generation import generate, mllama
 from transformers import DynamicCache
 
 import kvprune
+from kvprune.adapters.families import DECLARED
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.adapters.tiny_families import TINY_FAMILIES
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.session.compression import Compression
 from kvprune.testing import mllama_inputs, tiny_mllama
@@ -93,6 +95,29 @@ def test_text_gives_the_models_attention(family, cached, seen):
     assert not model.training
     if family == "Mllama":
         assert (seen[0].text.real == inputs["attention_mask"].bool()).all()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name"),
+    [
+        (one, name)
+        for one in DECLARED
+        if "text" in one.provides
+        for name in one.model_classes
+        if name in TINY_FAMILIES
+    ],
+)
+def test_text_of_declared_families_is_the_models_attention(adapter, name, seen):
+    model = TINY_FAMILIES[name].model(name, attn_implementation="eager")
+    ids = torch.randint(4, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    inputs = TINY_FAMILIES[name].batch(torch.float32, True)
+    inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask, "output_attentions": True}
+    weights = attention_of(model, lambda: model(**inputs, use_cache=True))
+    with Compression(adapter(model), Reader(), seed=0), torch.no_grad():
+        model(**inputs, use_cache=True)
+    require_attention(seen, weights)
+    assert [view.text.layer_idx for view in seen] == [0, 1]
 
 
 def test_copies_of_a_sample_are_shown_once(seen):

@@ -1,4 +1,4 @@
-"""Families that kvprune does not ship: adapters as a third party would declare them, with tiny models."""
+"""Tiny models of families that do unusual things, as a third party would make them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.testing import enliven
 
 Batch = dict[str, Tensor]
@@ -30,13 +29,6 @@ def draws(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 # Moonshine: samples of sound; the encoder takes each 384th entry of the mask.
-
-
-class MoonshineAdapter(EncoderDecoderAdapter):
-    """A family whose encoder takes strides of its mask."""
-
-    family = "Moonshine"
-    model_classes = ("MoonshineForConditionalGeneration",)
 
 
 def tiny_moonshine(dtype: torch.dtype) -> Any:
@@ -67,13 +59,6 @@ def samples(dtype: torch.dtype) -> Batch:
 
 
 # T5Gemma: RMSNorm in float32 in any dtype.
-
-
-class T5GemmaAdapter(EncoderDecoderAdapter):
-    """A family that rounds to float32 in any dtype, in its norms."""
-
-    family = "T5Gemma"
-    model_classes = ("T5GemmaForConditionalGeneration",)
 
 
 def tiny_t5gemma(dtype: torch.dtype, **changes: Any) -> Any:
