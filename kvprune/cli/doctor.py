@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -210,19 +210,26 @@ def _adapters() -> Iterator[Check]:
     """Probe what each adapter relies on in transformers."""
     from kvprune.session import registry
 
+    sharing: dict[int, list[AdapterEntry]] = {}  # declared families rely on the same
     for entry in registry.load().adapters:
+        probe = getattr(entry.cls, "probe", None)
+        sharing.setdefault(id(getattr(probe, "__func__", entry.cls)), []).append(entry)
+    for entries in sharing.values():
+        families = ", ".join(entry.cls.family for entry in entries)
         try:
-            yield from _probes(entry)
+            yield from _probes(entries, f"adapter {families}")
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # foreign code; go on with the other adapters
-            yield _failure(f"adapter {entry.cls.family}", error, f"{entry.cls.__name__} of {entry.plugin}")
+            entry = entries[0]
+            yield _failure(f"adapter {families}", error, f"{entry.cls.__name__} of {entry.plugin}")
 
 
-def _probes(entry: AdapterEntry) -> Iterator[Check]:
-    for probe in entry.cls.probe():
+def _probes(entries: Sequence[AdapterEntry], section: str) -> Iterator[Check]:
+    classes = [name for entry in entries for name in entry.cls.model_classes]
+    for probe in entries[0].cls.probe():
         yield Check(
-            section=f"adapter {entry.cls.family}",
+            section=section,
             name=str(probe.name),
             ok=bool(probe.ok),
             detail=str(probe.detail),
@@ -230,7 +237,7 @@ def _probes(entry: AdapterEntry) -> Iterator[Check]:
             if probe.ok
             else (
                 "install a transformers version that kvprune supports (see versions above); until then "
-                f"compress() refuses {', '.join(entry.cls.model_classes)}"
+                f"compress() refuses {', '.join(classes)}"
             ),
         )
 

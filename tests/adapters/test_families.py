@@ -58,7 +58,9 @@ def check(name: str, attention: str, padded: bool, beams: int, specs: tuple[str,
         with Compression(adapter(model), kvprune.get_policy(spec), seed=0) as run:
             return *generate(model, inputs, STEPS, num_beams=beams)[:2], run
 
-    same, logits, _ = run("full")
+    with kvprune.compress(model, "full") as found:  # which finds the adapter
+        same, logits, _ = generate(model, inputs, STEPS, num_beams=beams)
+    assert found.report.bytes_held <= found.report.bytes_full
     assert torch.equal(same, sequences)
     assert torch.equal(logits, stock)
     for spec in specs:
@@ -118,6 +120,20 @@ def test_lossless_drops_padding_of_the_encoder(name: str) -> None:
     assert apart(logits, stock) <= 1e-5 * stock[stock.isfinite()].abs().max()
     assert run.report.kept_fraction == 1.0
     assert run.report.bytes_held < run.report.bytes_full
+
+
+def test_a_softcap_is_said_to_policies_that_look_at_attention() -> None:
+    name = "T5GemmaForConditionalGeneration"
+    model = TINY_FAMILIES[name].model(name, attn_implementation="eager")
+    for layer in model.get_decoder().layers:
+        layer.cross_attn.attn_logit_softcapping = 50.0
+    warnings = {}
+    for spec in ("trim", "norm"):
+        with kvprune.compress(model, spec) as run:
+            generate(model, TINY_FAMILIES[name].batch(torch.float32, True), 2)
+        warnings[spec] = " ".join(run.report.warnings)
+    assert "T5Gemma caps attention logits at 50.0; policies see attention without the cap" in warnings["trim"]
+    assert "caps" not in warnings["norm"]
 
 
 def test_every_declared_class_is_tested() -> None:

@@ -121,15 +121,15 @@ def test_an_adapter_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_adapter_without_an_example_is_told_what_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 
-    class MarianAdapter(EncoderDecoderAdapter):
-        family = "Marian"
-        model_classes = ("MarianMTModel",)
+    class OwnAdapter(EncoderDecoderAdapter):
+        family = "own"
+        model_classes = ("OwnForConditionalGeneration",)
 
-    with_adapters(monkeypatch, MarianAdapter)
-    _, err = run("MarianMTModel", code=2)
+    with_adapters(monkeypatch, OwnAdapter)
+    _, err = run("OwnForConditionalGeneration", code=2)
     assert err.count("\n") == 1
-    assert "MarianAdapter does not say how to make a tiny example; give it a classmethod example" in err
-    assert "kvprune.testing.check_adapter(MarianAdapter, make_model, make_inputs)" in err
+    assert "OwnAdapter does not say how to make a tiny example; give it a classmethod example" in err
+    assert "kvprune.testing.check_adapter(OwnAdapter, make_model, make_inputs)" in err
 
 
 def test_a_model_of_several_adapters_is_asked_about_by_an_adapters_name(
