@@ -50,6 +50,10 @@ def encoded(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
         raise NotApplicable(f"a {type(model).__name__} takes no encoder outputs by hand")
     encoder = model.get_encoder()
     read = inspect.signature(type(encoder).forward).parameters
+    if unread := sorted(inputs.keys() - read.keys() - {"attention_mask"}):
+        raise NotApplicable(
+            f"the encoder of a {type(model).__name__} does not read {', '.join(unread)} itself"
+        )
     outputs = encoder(**{key: value for key, value in inputs.items() if key in read})
     start = torch.full((len(inputs[name]), 1), start_token(model))
     rest = {key: value for key, value in inputs.items() if key != name}
