@@ -83,7 +83,8 @@ class _Step:
             step = self._inner(**{**named, **cache_argument(self._inner, cache), "use_cache": True})
         finally:
             self._is_running = False
-        rows = output["last_hidden_state"].clone()
-        rows[:, -1] = step["last_hidden_state"][:, 0]
-        output["last_hidden_state"] = rows
+        made = "last_hidden_state" if "last_hidden_state" in output else "logits"  # some decoders go that far
+        rows = output[made].clone()
+        rows[:, -1] = step[made][:, 0]
+        output[made] = rows
         return output

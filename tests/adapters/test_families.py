@@ -11,7 +11,18 @@ from generation import generate
 
 import kvprune
 from kvprune.adapters.bart import BartAdapter
-from kvprune.adapters.families import DECLARED
+from kvprune.adapters.families import (
+    DECLARED,
+    CohereAsrAdapter,
+    EncoderDecoderModelAdapter,
+    Florence2Adapter,
+    LedAdapter,
+    M2M100Adapter,
+    MoonshineAdapter,
+    Pix2StructAdapter,
+    T5Adapter,
+    VisionEncoderDecoderAdapter,
+)
 from kvprune.adapters.tiny_families import TINY_FAMILIES
 from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.session.compression import Compression
@@ -81,6 +92,16 @@ def test_a_class_equals_stock_and_the_oracle(name: str) -> None:
     check(name, "sdpa" if TINY_FAMILIES[name].sdpa else attention, padded, beams, (*BY_HEAD, *ONWARD))
 
 
+SUITE = (
+    T5Adapter,
+    M2M100Adapter,
+    MoonshineAdapter,
+    CohereAsrAdapter,
+    VisionEncoderDecoderAdapter,
+    LedAdapter,
+)
+"""One adapter of each kind, for the whole suite; the other declarations differ from these in names only."""
+
 NOT_CALLED = {
     "SwitchTransformersForConditionalGeneration": "its encoder gets use_cache=True as well, and refuses it",
     "DiaForConditionalGeneration": "its decoder reads one token for each codebook",
@@ -107,6 +128,15 @@ def test_policies_see_the_attention_of_a_class(name: str) -> None:
 def test_a_class_equals_the_oracle_in_all_settings(name: str) -> None:
     for setting in settings_of(name):
         check(name, *setting, (*BY_HEAD, *ONWARD))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", SUITE)
+def test_the_suite_passes(adapter: Any) -> None:
+    report = check_adapter(adapter)
+    assert {result.outcome for result in report.results} <= {"passed", "not applicable"}
+    skipped = {result.id for result in report.results if result.outcome != "passed"}
+    assert skipped <= {"logits", "drafts", "rows", "padding", "history"}
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TINY_FAMILIES.items() if tiny.pads])
