@@ -14,12 +14,9 @@ from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.families import (
     DECLARED,
     CohereAsrAdapter,
-    EncoderDecoderModelAdapter,
-    Florence2Adapter,
     LedAdapter,
     M2M100Adapter,
     MoonshineAdapter,
-    Pix2StructAdapter,
     T5Adapter,
     VisionEncoderDecoderAdapter,
 )
