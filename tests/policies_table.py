@@ -4,8 +4,8 @@
 than the classes or the measurements. Measurements are in docs/policies.json, which is written by
 
     kvprune bench memory --repetitions 0 --json > memory.json
-    kvprune compare --all --repetitions 0 --output results
-    python tests/policies_table.py --memory memory.json --demo results
+    kvprune compare --all --draws 5 --repetitions 0 --output demo
+    python tests/policies_table.py --memory memory.json --demo demo
 """
 
 from __future__ import annotations
