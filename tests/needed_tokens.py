@@ -6,9 +6,10 @@ none is ground. For each keep ratio, two tables are printed:
 
 1. How many answers are right, of all and of those that need something (the last prompt token is read again,
    as in `kvprune compare`). `+ ground` is the same after four of the kept tokens that are not ground were
-   replaced by four that are, both drawn at random; only for policies that keep one set in all layers and
-   merge nothing. Then which share of the needed tokens is kept: in all tasks, in each, and of each glyph of
-   tasks that need several in turn. The first rows are no policies: they keep the same at any keep ratio.
+   replaced by four that are, drawn at random, for policies that keep one set in all layers; what a policy
+   merged is not merged again. Then which share of the needed tokens is kept: in all tasks, in each, and of
+   each glyph of tasks that need several in turn. The first rows are no policies: they keep the same at any
+   keep ratio.
 2. The same share by cross-attention layer, and of what any head of the first one keeps; how many questions
    keep half of the ink of each glyph that they need, in some layer and head, and how many answers to these
    and to the others are right; and what kept tokens show. `(all)` says what all tokens show.
@@ -115,11 +116,10 @@ class Asked:
                 output = self.model.generate(**inputs, max_new_tokens=12, do_sample=False)
             answers = output[:, inputs["input_ids"].shape[1] :]
             texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            merged = any(selection.merge is not None for selection in run.selections.values())
             for number, (question, text) in enumerate(zip(batch, texts, strict=True)):
                 kept = {layer: one.mask[number] for layer, one in run.selections.items()}  # [H or 1, 260]
                 first = next(iter(kept.values()))[0]
-                same = not merged and all(bool((mask == first).all()) for mask in kept.values())
+                same = all(bool((mask == first).all()) for mask in kept.values())
                 rows.append(measure(question, kept, text.strip() in question.example.answers))
                 sets.append(first if same else None)
         return rows, sets
