@@ -4,8 +4,8 @@
 than the classes or the measurements. Measurements are in docs/policies.json, which is written by
 
     kvprune bench memory --repetitions 0 --json > memory.json
-    kvprune compare --all --repetitions 0 --output results
-    python tests/policies_table.py --memory memory.json --demo results
+    kvprune compare --all --draws 5 --repetitions 0 --output demo
+    python tests/policies_table.py --memory memory.json --demo demo
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _captions(data: dict[str, Any]) -> list[str]:
             f"*Right at 25 %*: right answers on the embedded demo in per cent of {demo['examples']}, with "
             f"95 % Wilson intervals, at `keep_ratio={RATIO}` (`reach=onward` where there is that option), "
             f"{mode}; the full cache: {demo['full']:.0f} "
-            f"(`kvprune compare --all`; {_where(demo)}).",
+            f"(`kvprune compare --all --draws 5`; {_where(demo)}).",
         ]
     return lines
 

@@ -328,25 +328,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that make batches")
     parser.add_argument("--save-every", type=int, default=200, help="steps between two saves")
     parser.add_argument("--state", type=Path, help="file with the state to resume an interrupted training")
-    options = parser.parse_args(arguments)
-    usual = RECIPES[options.size]
+    given = parser.parse_args(arguments)
+    usual = RECIPES[given.size]
     recipe = replace(
         usual,
-        seed=options.seed,
-        see_steps=usual.see_steps if options.see_steps is None else options.see_steps,
-        answer_steps=usual.answer_steps if options.answer_steps is None else options.answer_steps,
-        mix={**usual.mix, **dict(options.ask)},
+        seed=given.seed,
+        see_steps=usual.see_steps if given.see_steps is None else given.see_steps,
+        answer_steps=usual.answer_steps if given.answer_steps is None else given.answer_steps,
+        mix={**usual.mix, **dict(given.ask)},
     )
     try:
-        train(
-            recipe,
-            options.output,
-            options.threads,
-            options.save_every,
-            options.state,
-            options.device,
-            options.workers,
-        )
+        train(recipe, given.output, given.threads, given.save_every, given.state, given.device, given.workers)
     except KeyboardInterrupt:
         sys.exit(130)  # what shells expect after Ctrl-C
 

@@ -37,8 +37,13 @@ def speech_file(folder: Path, languages: tuple[str, ...] = ("en", "en", "en"), *
     return path
 
 
-def tiny_checkpoint(folder: Path, *, multilingual: bool = True, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a random Whisper that hears one second: 50 encoder columns, 64 positions of text."""
+def tiny_checkpoint(
+    folder: Path, *, multilingual: bool = True, dtype: torch.dtype = torch.float32, times: int = 0
+) -> Path:
+    """Write a random Whisper that hears one second: 50 encoder columns, 64 positions of text.
+
+    `times` is the number of its timestamps, which it never writes by itself.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import (
         WhisperConfig,
@@ -50,6 +55,7 @@ def tiny_checkpoint(folder: Path, *, multilingual: bool = True, dtype: torch.dty
 
     special = ["<|endoftext|>", "<|startoftranscript|>", *(f"<|{one}|>" for one in LANGUAGES)]
     special += ["<|translate|>", "<|transcribe|>", "<|startofprev|>", "<|notimestamps|>"]
+    special += [f"<|{0.02 * number:.2f}|>" for number in range(times)]
     vocabulary = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
     ids = {token: len(vocabulary) + number for number, token in enumerate(special)}
     tokenizer = WhisperTokenizerFast(vocab=vocabulary, merges=[])

@@ -148,7 +148,7 @@ def test_the_page_can_be_made_from_the_numbers_alone(made: Path, tmp_path: Path,
     text = whole["evidence.md"].decode()
     assert "| `full` | - | " in text
     assert "| `trim` | yes | " in text
-    assert "| `norm` | no | " in text, "without reach=onward"
+    assert "| `norm:reach=onward` | no | " in text
     assert "| *`answer-attention`* (reference) | answer | " in text
     assert re.search(r"\| `fastv` \| yes \| [\d.]+ \[\d+, \d+\] kept \d+ % \|", text), "and no rank"
     assert "| Demo | Other | " in text
@@ -250,7 +250,8 @@ def test_what_reads_the_prompt_follows_from_what_policies_declare() -> None:
 
 def test_the_plan_is_read(tmp_path: Path) -> None:
     every = read_plan()
-    assert [one.folders for one in every.values()] == [(key,) for key in every]
+    for key, one in every.items():
+        assert one.folders in ((key,), (key, f"{key}-by-layer"))
     good = '[a]\ntitle = "A"\nabout = "x"\nasks = true\nfigure = "f"\n'
     good += 'commands = ["kvprune compare --all --output a", """kvprune compare \\\\\n --output b"""]\n'
     path = tmp_path / "sets.toml"
@@ -401,13 +402,11 @@ def test_a_speech_set_says_lower_is_better_and_who_repeats_itself(make: Make) ->
 def test_words() -> None:
     assert (wording.points(-0.0001), wording.points(0.0), wording.points(0.1234)) == ("0.0", "0.0", "+12.3")
     assert wording.points(-0.004, 0) == "0"
-    assert wording.names(["trim", "norm:reach=onward", "h2o", "h2o:reach=onward", "fastv:rank=1"]) == {
-        "trim": "trim",
-        "norm:reach=onward": "norm",
-        "h2o": "h2o",
-        "h2o:reach=onward": "h2o:reach=onward",
-        "fastv:rank=1": "fastv:rank=1",
-    }
+    onward = "random:reach=onward"
+    plain = ["trim", "norm:reach=onward", "h2o", "fastv:rank=1", onward]
+    assert wording.names(plain) == {**{label: label for label in plain}, onward: "random"}
+    both = ["random", onward]
+    assert wording.names(both) == {label: label for label in both}, "they would look alike"
     assert wording.table(["a", "b"], [["x", "1"]]) == ["| a | b |", "| --- | ---: |", "| x | 1 |"]
 
 

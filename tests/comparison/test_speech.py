@@ -59,6 +59,29 @@ def transcripts(
     return found  # type: ignore[return-value]
 
 
+def test_timestamps_that_nobody_asked_for_do_not_begin_another_call(
+    tmp_path: Path, examples: tuple[Example, ...]
+) -> None:
+    generator = load(tiny_checkpoint(tmp_path / "model", times=20))
+    quiet = {spec: transcripts(generator, examples, spec) for spec in SPECS}
+    settings = generator.model.generation_config
+    first = settings.no_timestamps_token_id + 1
+    settings.suppress_tokens = [token for token in settings.suppress_tokens if token < first]
+
+    def say_times(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        loud = logits.clone()  # [B, T, vocabulary]
+        loud[:, -1, first:] = -torch.inf
+        loud[0, -1, first + 1] = 1e4  # one recording of the batch writes nothing else
+        return loud
+
+    with generator.model.proj_out.register_forward_hook(say_times):
+        for spec in SPECS:
+            found = transcripts(generator, examples, spec)
+            assert [one.id for one in found] == [one.id for one in examples]
+            assert (found[0].answer, found[0].tokens, found[0].finished) == ("", found[0].cap, False)
+            assert found[1:] == quiet[spec][1:]
+
+
 def greedy(generator: SpeechGenerator, examples: tuple[Example, ...]) -> list[list[int]]:
     """Decode with the untouched model in a loop of forward calls, without a cache."""
     model, inputs = generator.model, generator.encode(examples)
@@ -291,12 +314,19 @@ def test_a_speech_model_without_an_adapter_is_refused_by_name(model: Path, tmp_p
         load(tmp_path / "other")
 
 
-def test_a_model_that_lists_no_languages_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("lang_to_id", r"does not list languages \(lang_to_id\)"),
+        ("no_timestamps_token_id", r"does not name the token .* \(no_timestamps_token_id\)"),
+    ],
+)
+def test_a_model_with_old_settings_is_refused(tmp_path: Path, missing: str, said: str) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "old")
     settings = json.loads((checkpoint / "generation_config.json").read_text())
-    del settings["lang_to_id"]
+    del settings[missing]
     (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UnsupportedModelError, match=r"does not list languages \(lang_to_id\)"):
+    with pytest.raises(UnsupportedModelError, match=said):
         load(checkpoint)
 
 

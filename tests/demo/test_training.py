@@ -224,7 +224,12 @@ def test_each_size_has_a_recipe(size):
         (True, 1, "state holds step 2; the same command resumes there"),
     ],
 )
-def test_an_interrupted_training_says_how_to_resume(tmp_path, capsys, monkeypatch, state, save_every, said):
+def test_an_interrupted_training_says_how_to_resume(
+    tmp_path, capsys, monkeypatch, request, state, save_every, said
+):
+    # a process that was started in the background ignores the signal
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     learned = train.Training.learn
 
     def interrupted(self, batch):

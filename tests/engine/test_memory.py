@@ -45,7 +45,7 @@ def test_scoring_needs_at_most_32_mib_at_11b_dimensions(spec, dtype):
         "snapkv:pool=2d,reduction=max",
         "divprune:keep_tokens=8",
         "cdpruner:keep_tokens=8",
-        "topv:steps=1",  # each further step repeats the same blocks
+        pytest.param("topv:steps=1", marks=pytest.mark.slow),  # each further step repeats the same blocks
         "visionzip",
         "visionzip:keep_ratio=0.1,merge=sum",
         "prumerge",

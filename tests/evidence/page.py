@@ -35,8 +35,10 @@ _READING = """## How to read the tables
   points, the cell says how much instead of a rank: it cannot be compared with others at this budget.
 * `full` drops nothing. `answer-attention` looks at the answer of the full cache before it prunes: it is a
   reference and no method, and has no rank.
-* Policies ran with their defaults, and with `reach=onward` where they have this option, unless the name says
-  otherwise.
+* Policies ran with their defaults. `norm`, `keydiff`, `h2o` and `snapkv` ran twice: with `reach=onward` one
+  decision in the first cross-attention layer holds for all later ones, as in `trim`; with `reach=layer`, the
+  default and as published, each layer decides for itself. The name says which. `random` and `uniform` ran
+  with `reach=onward`.
 * Differences are paired: question by question, or utterance by utterance. Their intervals are not corrected
   for the number of rows. [Statistics](compare.md#statistics) says how intervals are computed.
 """

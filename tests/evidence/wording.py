@@ -24,8 +24,11 @@ __all__ = [
 ]
 
 
+_BASELINES = ("random", "uniform")
+
+
 def names(labels: Iterable[str]) -> dict[str, str]:
-    """Return how each label is shown: without ``reach=onward``, unless two would then look alike."""
+    """Return how each label is shown: baselines without ``reach=onward``, unless two then look alike."""
     labels = list(dict.fromkeys(labels))
     short = {label: _short(label) for label in labels}
     looks = list(short.values())
@@ -34,6 +37,8 @@ def names(labels: Iterable[str]) -> dict[str, str]:
 
 def _short(label: str) -> str:
     spec = PolicySpec.parse(label)
+    if spec.name not in _BASELINES:
+        return label
     rest = {option: value for option, value in spec.options.items() if (option, value) != ("reach", "onward")}
     return str(PolicySpec(spec.name, rest))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from evidence.numbers import from_json
+from evidence.wording import percent
 from generation import generate, mllama
 from kvprune_strategies import kvprune_policies
 from repository import place_of
@@ -132,17 +134,18 @@ def test_the_readme_has_the_commands_that_ci_runs():
     assert commands[1][1].endswith(".venv/bin/pytest -q")
 
 
-def test_results_in_the_readme_are_those_of_the_long_table():
-    _, _, rest = DOCS["results.md"].partition("## All methods, ranked")
-    pictures, _, speech = rest.partition("## Speech: ")
-    rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*((?:\| [\d.]+ ){4})\|$", DOCS["README.md"], re.MULTILINE)
+def test_results_in_the_readme_are_those_of_the_evidence():
+    sets = from_json((ROOT / "docs" / "evidence.json").read_text("utf-8"))
+    rows = re.findall(r"^\| `([\w:=]+)`[^|]*\|[^|]*((?:\| [\d.]+ ){4})\|$", DOCS["README.md"], re.MULTILINE)
     assert 8 <= len(rows) <= 10
     for name, cells in rows:
-        places = [(ranked, budget) for ranked in (pictures, speech) for budget in ("25 %", "10 %")]
-        for (ranked, budget), value in zip(places, cells.replace("|", " ").split(), strict=True):
-            of = "" if name == "full" else budget  # the full cache has one row, without a budget
-            row = rf" {name}(:reach=onward)? +{of} +[\d.]+ +[\d.]+ +{re.escape(value)} \["
-            assert re.search(row, ranked), f"{name} at {budget}: {value}"
+        found = []
+        for key in ("demo", "synthetic"):
+            for ratio in (0.25, 0.1):
+                at = sets[key].at(ratio)
+                label = name if name in at else f"{name}:reach=onward"
+                found.append(percent((sets[key].full if name == "full" else at[label]).rate.value))
+        assert found == cells.replace("|", " ").split(), name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

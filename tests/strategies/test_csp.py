@@ -265,8 +265,7 @@ def test_overflow_is_reported():
     assert any("text cannot hold all of its share" in warning for warning in run.report.warnings)
 
 
-@pytest.mark.parametrize(
-    "spec", ["csp:text_keep=0.5", pytest.param("csp:total_ratio=0.3", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["csp:text_keep=0.5", "csp:total_ratio=0.3"])
 def test_pruned_text_passes_the_suite(spec):
     assert check_policy(spec, examples=10).passed

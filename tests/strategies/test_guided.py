@@ -210,5 +210,6 @@ def test_options():
         Guided(keep_ratio=0.0)
 
 
+@pytest.mark.slow
 def test_the_suite_passes_with_layers_that_keep_everything():
     kvprune.testing.check_policy("guided:keep_ratio=0.3,start=2", examples=5)
