@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -27,6 +26,7 @@ from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, wit
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
+from kvprune.adapters.column_visibility import column_visibility
 from kvprune.adapters.generation import (
     CANDIDATES,
     probe_generation,
@@ -46,7 +46,7 @@ from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.randomness import states_fingerprint
-from kvprune.tokens.visibility import Visibility, with_last_row
+from kvprune.tokens.visibility import Visibility
 
 __all__ = ["EncoderDecoderAdapter"]
 
@@ -205,30 +205,8 @@ class EncoderDecoderAdapter(ModelAdapter):
         decoder_mask: Tensor | None,
         copies: int,
     ) -> Visibility:
-        """Return which columns the text rows may attend: all but padding, the same for all rows."""
-        batch, columns = states.shape[:2]
-        # Unit 0 has the real columns, unit 1 the padding.
-        if encoder_mask is None:
-            units = torch.zeros(1, columns, dtype=torch.int64, device=states.device)
-        elif encoder_mask.shape == (batch, columns):
-            units = (encoder_mask == 0).to(torch.int64)
-            # A sample that is nothing but padding keeps its first column, because a row must attend to one.
-            units[:, 0] *= (units == 0).any(-1)
-        else:
-            raise UnsupportedCacheError(
-                f"the encoder's attention mask must be [B, S] = [{batch}, {columns}], "
-                f"got {list(encoder_mask.shape)}"
-            )
-        live = torch.ones(batch, tokens.shape[1], dtype=torch.bool, device=states.device)
-        if decoder_mask is not None and decoder_mask.ndim == 2:
-            live = with_last_row(decoder_mask[:, : live.shape[1]].to(live.device).bool(), live)
-        rows = torch.tensor([True, False], device=states.device).expand(batch // copies, 1, 2)
-        return Visibility(
-            rows=rows,
-            units=units if encoder_mask is None else units[::copies],
-            images=torch.zeros(2, dtype=torch.int64, device=states.device),
-            live=live[::copies],
-        )
+        """Return which columns the text rows may attend; see `column_visibility`."""
+        return column_visibility(tokens, states, encoder_mask, decoder_mask, copies)
 
     def _hook_layers(self, call: _Call, *, cached: bool) -> None:
         """Add the hooks that only prefill needs; decoding runs without them."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.base import ModelAdapter
-from kvprune.adapters.families import DECLARED
+from kvprune.adapters.families import FAMILIES
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.session.hookspecs import hookimpl
 
 __all__ = ["kvprune_adapters"]
@@ -15,4 +13,4 @@ __all__ = ["kvprune_adapters"]
 @hookimpl
 def kvprune_adapters() -> list[type[ModelAdapter]]:
     """Return the adapters that ship with kvprune."""
-    return [MllamaAdapter, BartAdapter, WhisperAdapter, *DECLARED]
+    return [MllamaAdapter, *FAMILIES]

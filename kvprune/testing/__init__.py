@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kvprune.adapters.tiny import enliven, mllama_inputs, tiny_bart, tiny_mllama, tiny_whisper
+from kvprune.adapters.tiny.models import enliven, mllama_inputs, tiny_bart, tiny_mllama, tiny_whisper
 from kvprune.testing.conformance import (
     SUITE_VERSION,
     ConformanceReport,

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from kvprune.adapters.tiny import mllama_inputs, tiny_bart, tiny_mllama
+from kvprune.adapters.tiny.models import mllama_inputs, tiny_bart, tiny_mllama
 from kvprune.policy.captured import Captured
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView, View

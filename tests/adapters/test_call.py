@@ -11,7 +11,7 @@ from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, wit
 from kvprune.adapters.attachment import Attachment, compressing
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.adapters.tiny import mllama_inputs, tiny_mllama
+from kvprune.adapters.tiny.models import mllama_inputs, tiny_mllama
 from kvprune.errors import CompressionStateError, UnsupportedModelError
 
 

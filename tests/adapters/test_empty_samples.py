@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvprune
-from kvprune.adapters.bart import BartAdapter
+from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.errors import UnsupportedModelError
 

@@ -8,7 +8,7 @@ from generation import POLICIES, TOLERANCE, bart, difference_to_oracle, generate
 from transformers import DynamicCache, EncoderDecoderCache
 
 import kvprune
-from kvprune.adapters.bart import BartAdapter
+from kvprune.adapters.families.texts import BartAdapter
 from kvprune.errors import UnsupportedCacheError
 
 

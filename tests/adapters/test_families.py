@@ -10,18 +10,11 @@ import torch
 from generation import generate
 
 import kvprune
-from kvprune.adapters.bart import BartAdapter
-from kvprune.adapters.families import (
-    DECLARED,
-    CohereAsrAdapter,
-    LedAdapter,
-    M2M100Adapter,
-    MoonshineAdapter,
-    T5Adapter,
-    VisionEncoderDecoderAdapter,
-)
-from kvprune.adapters.tiny_families import TINY_FAMILIES
-from kvprune.adapters.whisper import WhisperAdapter
+from kvprune.adapters.families import FAMILIES
+from kvprune.adapters.families.pictures import VisionEncoderDecoderAdapter
+from kvprune.adapters.families.speech import CohereAsrAdapter, MoonshineAdapter
+from kvprune.adapters.families.texts import LedAdapter, M2M100Adapter, T5Adapter
+from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.session.compression import Compression
 from kvprune.testing import check_adapter, masked_oracle
 
@@ -35,7 +28,7 @@ BY_HEAD = ("norm:keep_ratio=0.5", "h2o:keep_ratio=0.5")
 
 
 def adapter_of(name: str) -> Any:
-    return next(adapter for adapter in DECLARED if name.split()[0] in adapter.model_classes)
+    return next(adapter for adapter in FAMILIES if name.split()[0] in adapter.model_classes)
 
 
 def settings_of(name: str) -> list[tuple[str, bool, int]]:
@@ -165,7 +158,7 @@ def test_a_softcap_is_said_to_policies_that_look_at_attention() -> None:
 
 def test_every_declared_class_is_tested() -> None:
     generating = {
-        name for adapter in DECLARED for name in adapter.model_classes if not name.endswith("Model")
+        name for adapter in FAMILIES for name in adapter.model_classes if not name.endswith("Model")
     } | {"VisionEncoderDecoderModel", "SpeechEncoderDecoderModel", "EncoderDecoderModel"}
     assert {name.split()[0] for name in TINY_FAMILIES} == generating | {"MarianMTModel"}
 
@@ -220,7 +213,7 @@ def test_every_family_of_transformers_with_such_a_cache_is_known() -> None:
     models = Path(transformers.__file__).parent / "models"
     files = (file for file in models.glob("*/modeling_*.py"))
     building = {file.parent.name for file in files if "EncoderDecoderCache(" in file.read_text("utf-8")}
-    classes = [name for adapter in (BartAdapter, WhisperAdapter, *DECLARED) for name in adapter.model_classes]
+    classes = [name for adapter in FAMILIES for name in adapter.model_classes]
     declared = {getattr(transformers, name).__module__.split(".")[2] for name in classes}
     assert building - declared - DECODERS - NOT_DECLARED.keys() == set()
     assert not declared & NOT_DECLARED.keys()

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import kvprune
-from kvprune.adapters.bart import BartAdapter
+from kvprune.adapters.families.texts import BartAdapter
+from kvprune.adapters.families.whisper import WhisperAdapter
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import CompressionStateError, UnsupportedModelError
 from kvprune.testing.conformance.models.moments import acting_at

@@ -9,11 +9,11 @@ import torch
 from generation import bart, mllama
 from torch import nn
 
-from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.inspection import find_sites
 from kvprune.adapters.sites import Site
-from kvprune.adapters.tiny_families import TINY_FAMILIES
+from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.errors import UnsupportedModelError
 from kvprune.testing import tiny_bart
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import kvprune
-from kvprune.adapters.mllama_visibility import tiles_of_rows
+from kvprune.adapters.mllama.visibility import tiles_of_rows
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import PolicyNeverRanError, UnsupportedCacheError
 from kvprune.testing import masked_oracle, mllama_inputs

@@ -18,10 +18,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import kvprune
 from kvprune.adapters.arguments import cache_argument, returned_cache
-from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.families.texts import BartAdapter
+from kvprune.adapters.families.whisper import WhisperAdapter
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.errors import CompressionStateError, UnsupportedCacheError, UnsupportedModelError
 from kvprune.session.compression import Compression
 from kvprune.testing import masked_oracle, mllama_inputs, strategies, tiny_bart

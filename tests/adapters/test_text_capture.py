@@ -11,9 +11,9 @@ from generation import generate, mllama
 from transformers import DynamicCache
 
 import kvprune
-from kvprune.adapters.families import DECLARED
+from kvprune.adapters.families import FAMILIES
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.adapters.tiny_families import TINY_FAMILIES
+from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.session.compression import Compression
 from kvprune.testing import mllama_inputs, tiny_mllama
@@ -101,7 +101,7 @@ def test_text_gives_the_models_attention(family, cached, seen):
     ("adapter", "name"),
     [
         (one, name)
-        for one in DECLARED
+        for one in FAMILIES
         if "text" in one.provides
         for name in one.model_classes
         if name in TINY_FAMILIES

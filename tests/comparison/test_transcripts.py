@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune.adapters.whisper_text import languages, normaliser
+from kvprune.adapters.families.whisper_text import languages, normaliser
 from kvprune.comparison.execution.transcripts import Errors, cap_after, count_errors, repeats
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvprune
-from kvprune.adapters.whisper import WhisperAdapter
+from kvprune.adapters.families.whisper import WhisperAdapter
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.testing import mllama_inputs, tiny_mllama
 from kvprune.tokens.decision import Decision

@@ -13,7 +13,7 @@ from run import Expectation, Expected, RefusedError, check_checkout, judge, main
 from under_policy import UnderPolicy
 
 import kvprune
-from kvprune.adapters.tiny import tiny_bart
+from kvprune.adapters.tiny.models import tiny_bart
 
 pytestmark = pytest.mark.skipif(OLD, reason="this release imports torchvision to look a model up")
 
@@ -21,7 +21,7 @@ FAKE_TESTS = """
 import copy
 import unittest
 import torch
-from kvprune.adapters.tiny import example_bart
+from kvprune.adapters.tiny.models import example_bart
 
 MODEL, INPUTS = example_bart(torch.float64)
 REFERENCE = MODEL.generate(**INPUTS, max_new_tokens=3, output_scores=True, return_dict_in_generate=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import kvprune
 from kvprune.adapters.attachment import compressing
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
-from kvprune.adapters.whisper import WhisperAdapter
+from kvprune.adapters.families.whisper import WhisperAdapter
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError, NestedCompressionError
 from kvprune.session.answer_guide import AnswerGuide, answer_attention

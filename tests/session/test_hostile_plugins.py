@@ -475,7 +475,7 @@ def test_a_probe_that_fails_is_a_finding_and_other_adapters_are_probed(install, 
     (found,) = (check for check in checks if check.ok is False)
     assert (found.section, found.name) == ("adapter odd", "Odd of aaa could not be examined")
     assert message in found.detail
-    assert any(check.section == "adapter Whisper" for check in checks)
+    assert any("Whisper" in check.section for check in checks)
 
 
 # hooks on all modules of torch

@@ -23,8 +23,8 @@ from hypothesis.stateful import (
 )
 from transformers import DynamicCache
 
+from kvprune.adapters.mllama.tile_mask import TileMask
 from kvprune.adapters.sites import by_query_head
-from kvprune.adapters.tile_mask import TileMask
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
 from kvprune.tokens.merging import Merge

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kvprune
 from kvprune import Decision
-from kvprune.adapters.tiny import tiny_mllama
+from kvprune.adapters.tiny.models import tiny_mllama
 
 
 def probe(views: list[Any], *, layers: bool = False) -> kvprune.CrossKVPolicy:

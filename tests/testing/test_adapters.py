@@ -14,11 +14,11 @@ from families import OLD
 from zoo import adapters as zoo
 
 import kvprune
-from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+from kvprune.adapters.families.texts import BartAdapter
+from kvprune.adapters.families.whisper import WhisperAdapter
 from kvprune.adapters.mllama import MllamaAdapter
-from kvprune.adapters.whisper import WhisperAdapter
 from kvprune.errors import ConformanceError, PluginError, UnknownInvariantError, UnsupportedModelError
 from kvprune.testing import check_adapter, enliven, masked_oracle, mllama_inputs, tiny_bart, tiny_mllama
 from kvprune.testing.conformance import ADAPTER_INVARIANTS

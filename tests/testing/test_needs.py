@@ -9,7 +9,7 @@ import torch
 
 import kvprune
 from kvprune import ScoringPolicy
-from kvprune.adapters.bart import BartAdapter
+from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.errors import ConformanceError, UnsupportedModelError
 from kvprune.testing import ModelProblem, check_policy, recheck, tiny_bart

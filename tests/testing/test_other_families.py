@@ -11,7 +11,8 @@ from other_families import samples, texts, tiny_moonshine, tiny_t5gemma
 from torch import Tensor
 
 import kvprune
-from kvprune.adapters.families import MoonshineAdapter, T5GemmaAdapter
+from kvprune.adapters.families.speech import MoonshineAdapter
+from kvprune.adapters.families.texts import T5GemmaAdapter
 from kvprune.errors import ConformanceError
 from kvprune.testing import check_adapter, masked_oracle
 from kvprune.testing.conformance.models.scenario import Scenario, difference

@@ -16,7 +16,7 @@ import contextlib, io, json, runpy, sys
 
 sys.modules["hypothesis"] = None
 import kvprune.testing as testing
-from kvprune.adapters.bart import BartAdapter
+from kvprune.adapters.families.texts import BartAdapter
 
 answers = {}
 testing.tiny_bart(), testing.LayerProblem().view()

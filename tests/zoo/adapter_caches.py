@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 
 from kvprune.adapters.arguments import cache_of
-from kvprune.adapters.bart import BartAdapter
+from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows

@@ -11,11 +11,11 @@ import inspect
 import torch
 
 from kvprune.adapters.arguments import cache_of
-from kvprune.adapters.bart import BartAdapter
 from kvprune.adapters.column_mask import ColumnMask
+from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.adapters.mllama.tile_mask import TileMask
 from kvprune.adapters.probes import probe_signatures
-from kvprune.adapters.tile_mask import TileMask
 
 
 class StockDecodeMask(BartAdapter):

@@ -11,7 +11,7 @@ import threading
 
 import torch
 
-from kvprune.adapters.bart import BartAdapter
+from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.generation import CANDIDATES
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.cache.shared_rows import SharedRows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from kvprune.adapters.whisper_text import languages, normaliser
+from kvprune.adapters.families.whisper_text import languages, normaliser
 from kvprune.comparison.data.audio import read_audio
 from kvprune.comparison.data.example import Example
 from kvprune.comparison.data.rows import Row

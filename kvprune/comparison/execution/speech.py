@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvprune.adapters.whisper_text import normaliser
+from kvprune.adapters.families.whisper_text import normaliser
 from kvprune.comparison.data.audio import read_audio, resampled
 from kvprune.comparison.data.examples import Example, Utterance
 from kvprune.comparison.execution.first_token import criteria

@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from kvprune.adapters.whisper_text import normaliser
+from kvprune.adapters.families.whisper_text import normaliser
 from kvprune.demo.voices import sentences as module
 from kvprune.demo.voices.sentences import (
     FEWEST_WORDS,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.tiny import Example, random_model
+from kvprune.adapters.tiny.models import Example, random_model
 
 __all__ = [
     "BART",

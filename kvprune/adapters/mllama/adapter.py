@@ -24,7 +24,6 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvprune.adapters import mllama_guide, tiny
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
@@ -34,9 +33,11 @@ from kvprune.adapters.generation import (
     running_generation,
 )
 from kvprune.adapters.inspection import find_sites
-from kvprune.adapters.mllama_captures import capture_class_attention, capture_text, tile_layout
-from kvprune.adapters.mllama_probes import mllama_probes
-from kvprune.adapters.mllama_visibility import (
+from kvprune.adapters.mllama import guide
+from kvprune.adapters.mllama.captures import capture_class_attention, capture_text, tile_layout
+from kvprune.adapters.mllama.probes import mllama_probes
+from kvprune.adapters.mllama.tile_mask import TileMask
+from kvprune.adapters.mllama.visibility import (
     arriving_tiles,
     last_text,
     repeated_rows,
@@ -46,7 +47,7 @@ from kvprune.adapters.mllama_visibility import (
 from kvprune.adapters.probes import Probe
 from kvprune.adapters.rereading import last_row
 from kvprune.adapters.text_mask import fit_text_mask
-from kvprune.adapters.tile_mask import TileMask
+from kvprune.adapters.tiny.models import example_mllama
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.placement import OneLayer, open_layer, require_cache
 from kvprune.cache.reader import Reader
@@ -165,7 +166,7 @@ class MllamaAdapter(ModelAdapter):
             layer = self.class_attention_layer
             capture = capture_class_attention(self, policy.name, vision, layer, named, copies)
         if "guidance" in policy.needs:
-            prompt = mllama_guide.make_prompt(named, batch, length, copies)
+            prompt = guide.make_prompt(named, batch, length, copies)
         call.manager.begin(
             self._visibility(call, rows, named.get("attention_mask"), length, copies),
             new_units * call.mask.patches,
@@ -287,22 +288,22 @@ class MllamaAdapter(ModelAdapter):
 
     def geometry(self) -> Mapping[str, object]:
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""
-        return mllama_guide.geometry(self._inner)
+        return guide.geometry(self._inner)
 
     def replay(
         self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
     ) -> Tensor | None:
         """Run the model on a prompt and an answer, in one forward call that leaves no cache."""
-        return mllama_guide.replay(self.model, self._inner, prompt, answer, written)
+        return guide.replay(self.model, self._inner, prompt, answer, written)
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Tensor]:
         """Generate an answer greedily, from pixels: ``generate`` takes no encoder states."""
-        return mllama_guide.answer(self.model, prompt, max_new_tokens)
+        return guide.answer(self.model, prompt, max_new_tokens)
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
         """Return a tiny Mllama, and a batch of chats with several images, padding tiles and left padding."""
-        return tiny.example_mllama(dtype)
+        return example_mllama(dtype)
 
     @classmethod
     def probe(cls) -> list[Probe]:

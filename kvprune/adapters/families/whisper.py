@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kvprune.adapters import tiny
 from kvprune.adapters.call import Call
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+from kvprune.adapters.tiny.models import example_whisper
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import UnsupportedCacheError
 
@@ -71,4 +71,4 @@ class WhisperAdapter(EncoderDecoderAdapter):
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
         """Return a tiny Whisper, and a batch of two sounds."""
-        return tiny.example_whisper(dtype)
+        return example_whisper(dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvprune.adapters.tiny_family import (
+from kvprune.adapters.tiny.family import (
     BART,
     BERT,
     DECODER,
@@ -22,7 +22,7 @@ from kvprune.adapters.tiny_family import (
     texts,
     with_padding,
 )
-from kvprune.adapters.tiny_texts import GPT2, T5, seamless
+from kvprune.adapters.tiny.texts import GPT2, T5, seamless
 
 __all__ = ["TINY_PICTURES", "TINY_SPEECH"]
 
@@ -166,6 +166,17 @@ _WAV2VEC2: Mapping[str, Any] = {
 
 
 TINY_SPEECH: Mapping[str, TinyFamily] = {
+    "WhisperForConditionalGeneration": TinyFamily(
+        config_of(
+            "WhisperConfig",
+            {**BART, "suppress_tokens": None, "begin_suppress_tokens": None},
+            num_mel_bins=8,
+            max_source_positions=50,
+            max_target_positions=64,
+        ),
+        sounds("input_features", 8, 100, real=8),
+        pads=False,
+    ),
     "MoonshineForConditionalGeneration": TinyFamily(
         config_of(
             "MoonshineConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvprune.adapters.tiny_family import (
+from kvprune.adapters.tiny.family import (
     BART,
     BERT,
     DECODER,
@@ -101,6 +101,7 @@ def _dia(transformers: Any) -> Any:
 
 
 TINY_TEXTS: Mapping[str, TinyFamily] = {
+    "BartForConditionalGeneration": _bart("Bart"),
     "T5ForConditionalGeneration": _t5("T5"),
     "MT5ForConditionalGeneration": _t5("MT5"),
     "UMT5ForConditionalGeneration": _t5("UMT5"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvprune.adapters.tiny_family import TinyFamily
-from kvprune.adapters.tiny_media import TINY_PICTURES, TINY_SPEECH
-from kvprune.adapters.tiny_texts import TINY_TEXTS
+from kvprune.adapters.tiny.family import TinyFamily
+from kvprune.adapters.tiny.media import TINY_PICTURES, TINY_SPEECH
+from kvprune.adapters.tiny.texts import TINY_TEXTS
 
 __all__ = ["TINY_FAMILIES"]
 

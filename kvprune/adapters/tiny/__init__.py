@@ -1,0 +1,1 @@
+"""Tiny random models of real transformers classes, and inputs for them; built when asked for."""
