@@ -1,7 +1,7 @@
 """What `generate` is doing when it calls a model, and how assisted decoding begins.
 
 A forward call does not say whether equal rows are beams of one sample. `generate` knows, and it is still
-running while the model is called, so it is X
+running while the model is called, so its local variables are read.
 """
 
 from __future__ import annotations
