@@ -36,7 +36,17 @@ from PIL import Image, ImageDraw
 from kvprune.demo.recordings import speech_data
 from kvprune.testing import enliven
 
-__all__ = ["FAMILIES", "PICTURES", "Files", "OwnProcessor", "recordings", "saved"]
+__all__ = [
+    "FAMILIES",
+    "PICTURES",
+    "Files",
+    "Loaded",
+    "OwnProcessor",
+    "draw_pictures",
+    "load",
+    "recordings",
+    "saved",
+]
 
 Inputs = dict[str, Any]
 Files = Sequence[Path]
@@ -109,6 +119,51 @@ def saved(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a user has who loaded a family from a folder.
+
+    Args:
+        family: What is known of the family.
+        processor: Its processor, or its tokenizer if it has none.
+        model: Its model.
+    """
+
+    family: OwnProcessor
+    processor: Any
+    model: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def options(self) -> Inputs:
+        """Further options of ``generate``."""
+        return self.family.options(self.tokenizer)
+
+    def inputs(self, files: Files) -> Inputs:
+        """Return what the processor makes of as many samples as there are files."""
+        return self.family.inputs(self.processor, files)
+
+    def open(self, files: Files) -> list[Any]:
+        """Return the pictures in files."""
+        return opened(files)
+
+    def texts(self, sequences: Any) -> list[str]:
+        """Return what sequences say, with the special tokens."""
+        return self.processor.batch_decode(sequences)
+
+
+def load(name: str, folder: Path, **options: Any) -> Loaded:
+    """Load the model and the processor of a family from a folder."""
+    family = FAMILIES[name]
+    processor = getattr(transformers, family.loads).from_pretrained(folder)
+    model = getattr(transformers, f"AutoModelFor{family.auto}").from_pretrained(folder, **options)
+    return Loaded(family, processor, model)
 
 
 # What the tiny models have in common.
@@ -422,6 +477,8 @@ def whisper_model(tokenizer: Any) -> Any:
     settings.no_timestamps_token_id = ids("<|notimestamps|>")
     settings.max_initial_timestamp_index = 10
     settings.max_length = 64
+    # A random model says times where none are asked for, and each one begins a segment.
+    settings.suppress_tokens = list(range(ids("<|0.00|>"), len(tokenizer)))
     return model
 
 
@@ -540,9 +597,7 @@ FAMILIES: Mapping[str, OwnProcessor] = {
         SEQUENCES,
         marian_tokenizer,
         lambda tokenizer: transformers.MarianMTModel(
-            transformers.MarianConfig(
-                **like_bart(tokenizer, decoder_start_token_id=tokenizer.pad_token_id)
-            )
+            transformers.MarianConfig(**like_bart(tokenizer, decoder_start_token_id=tokenizer.pad_token_id))
         ),
         read,
         loads="AutoTokenizer",

@@ -141,7 +141,7 @@ def seamless_tokenizer() -> Any:
 
 def whisper_tokenizer() -> Any:
     """Whisper's, with the tokens of two languages and times up to 3 seconds."""
-    tokenizer = transformers.WhisperTokenizer(**bytes_in_pairs("<|endoftext|>"))
+    tokenizer = transformers.WhisperTokenizer(**bytes_in_pairs("<|endoftext|>"), pad_token="<|endoftext|>")
     names = "startoftranscript", "en", "de", "translate", "transcribe", "startoflm", "startofprev"
     special = [f"<|{name}|>" for name in (*names, "nospeech", "notimestamps")]
     tokenizer.add_special_tokens({"additional_special_tokens": special})

@@ -1,0 +1,206 @@
+"""Families with their own processors, from files of pictures and recordings to texts.
+
+Model and processor are written to a folder and loaded again, as users load them from a hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from own_processors import FAMILIES, Loaded, load
+
+import kvprune
+from kvprune.errors import UnsupportedModelError
+from kvprune.session.registry import find_adapter
+from kvprune.testing import masked_oracle
+
+MOST = 1e-5
+"""Largest difference of logits in float32, relative to the largest logit."""
+
+BY_HEAD, ONWARD = "norm:keep_ratio=0.3", "divprune:keep_ratio=0.3"
+"""Policies that decide for each head, and from features before the first layer."""
+
+Folder = Callable[[str], Path]
+
+
+def generate(own: Loaded, inputs: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sequences and logits ``[steps, rows, V]``."""
+    out = own.model.generate(
+        **inputs,
+        **own.options,
+        **{"max_new_tokens": 7, "min_new_tokens": 4, "do_sample": False, **options},
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out["sequences"], torch.stack(list(out["logits"]))
+
+
+def check(own: Loaded, samples: Sequence[Path], specs: Sequence[str], **options: Any) -> None:
+    """Compare a family with stock transformers and with the oracle."""
+    inputs = own.inputs(samples)
+    sequences, stock = generate(own, inputs, **options)
+    with kvprune.compress(own.model, "full") as full:
+        same, logits = generate(own, inputs, **options)
+    assert torch.equal(same, sequences)
+    assert torch.equal(logits, stock)
+    assert full.report.bytes_held <= full.report.bytes_full
+    for spec in specs:
+        with kvprune.compress(own.model, spec) as run:
+            got, logits = generate(own, inputs, **options)
+        assert run.report.prefills == 1, spec
+        with masked_oracle(
+            own.model, run.selections, run.prefill_selections, adapter=find_adapter(own.model)
+        ):
+            expected, wanted = generate(own, inputs, **options)
+        assert torch.equal(got, expected), spec
+        largest = wanted.abs().max()
+        assert (logits - wanted).abs().max() <= MOST * largest, spec
+        texts = own.texts(got)
+        assert texts == own.texts(expected), spec
+        assert all(texts), spec
+        assert run.report.bytes_held < 0.5 * full.report.bytes_held, spec
+        # The model depends on what it attends to, so the comparison above says something.
+        assert logits.shape != stock.shape or (logits - stock).abs().max() > 1e-3 * largest, spec
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_with_its_own_processor_equals_stock_and_the_oracle(
+    name: str, folder_of: Folder, pictures: list[Path]
+) -> None:
+    own = load(name, folder_of(name))
+    check(own, pictures[:1], (BY_HEAD, ONWARD))
+    check(own, pictures[:2], (BY_HEAD, ONWARD), num_beams=3)
+
+
+MORE = "trim:keep_ratio=0.3", "h2o:keep_ratio=0.3", "snapkv:keep_ratio=0.3", "uniform:keep_ratio=0.3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_equals_the_oracle_under_more_policies(
+    name: str, attention: str, folder_of: Folder, pictures: list[Path]
+) -> None:
+    try:
+        own = load(name, folder_of(name), attn_implementation=attention)
+    except ValueError as error:
+        pytest.skip(str(error)[:80])  # stock transformers has no SDPA for a part of it
+    for options in ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        check(own, pictures, (BY_HEAD, ONWARD, *MORE), **options)
+
+
+PADDED = "Florence-2", "Pix2Struct", "Moonshine", "Speech2Text", "SeamlessM4T", "T5", "NLLB", "Marian"
+"""Families whose processor pads the shorter sample of a batch, and says so in a mask."""
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_lossless_drops_what_the_processor_padded(name: str, folder_of: Folder, pictures: list[Path]) -> None:
+    own = load(name, folder_of(name))
+    inputs = own.inputs(pictures[:2])
+    shorter = int(inputs["attention_mask"].sum(-1).argmin())
+    assert 0 in inputs["attention_mask"][shorter]
+    _, stock = generate(own, inputs)
+    with kvprune.compress(own.model, "lossless") as run:
+        _, logits = generate(own, inputs)
+    assert (logits - stock).abs().max() <= MOST * stock.abs().max()
+    assert run.report.kept_fraction == 1
+    kept = run.selections[0].valid.sum(-1).flatten().tolist()
+    assert min(kept) == kept[shorter] < max(kept)
+
+
+@pytest.mark.parametrize("name", ["Pix2Struct", "Florence-2", "Speech2Text", "SeamlessM4T"])
+def test_a_sample_selects_alone_what_it_selects_in_a_batch(
+    name: str, folder_of: Folder, pictures: list[Path]
+) -> None:
+    own = load(name, folder_of(name))
+    together, alone = (own.inputs(pictures[:2]), own.inputs(pictures[:1]))
+    for spec in (BY_HEAD, ONWARD):
+        kept = []
+        for inputs in (together, alone):
+            with kvprune.compress(own.model, spec) as run:
+                generate(own, inputs)
+            held = run.selections[0]
+            kept.append([row[ok].tolist() for row, ok in zip(held.indices[0], held.valid[0], strict=True)])
+        assert kept[0] == kept[1], spec
+
+
+class TestBlip:
+    """BLIP's ``generate`` calls that of its text decoder, a part of the model that users compress."""
+
+    @pytest.fixture
+    def own(self, folder_of: Folder) -> Loaded:
+        return load("BLIP", folder_of("BLIP"))
+
+    @pytest.mark.parametrize("spec", ["full", BY_HEAD])
+    def test_beams_hold_a_picture_once(self, own: Loaded, pictures: list[Path], spec: str) -> None:
+        held = {}
+        for beams in (1, 3):
+            with kvprune.compress(own.model, spec) as run:
+                generate(own, own.inputs(pictures[:2]), num_beams=beams)
+            held[beams] = run.report.bytes_held
+        assert held[1] == held[3]
+
+    @pytest.mark.parametrize("spec", ["trim:keep_ratio=0.2", BY_HEAD])
+    def test_drafts_stay_out_of_the_prefill(self, own: Loaded, pictures: list[Path], spec: str) -> None:
+        words = "a picture of a red circle a picture of a red circle a picture of"
+        inputs = own.processor(images=own.open(pictures[:1]), text=words, return_tensors="pt")
+        answers = []
+        for options in ({}, {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}):
+            with kvprune.compress(own.model, spec) as run:
+                answers.append(own.model.generate(**inputs, max_new_tokens=12, do_sample=False, **options))
+            assert run.report.prefills == 1
+        assert torch.equal(*answers)
+
+    def test_a_prompt_in_chunks_is_refused(self, own: Loaded, pictures: list[Path]) -> None:
+        with (
+            kvprune.compress(own.model, BY_HEAD),
+            pytest.raises(UnsupportedModelError, match="prefill_chunk_size=2 passes the prompt of BLIP"),
+        ):
+            generate(own, own.inputs(pictures[:2]), prefill_chunk_size=2)
+
+
+@pytest.mark.parametrize("name", ["Florence-2", "Moonshine"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_a_device_map(
+    name: str, dtype: torch.dtype, folder_of: Folder, pictures: list[Path]
+) -> None:
+    own = load(name, folder_of(name), dtype=dtype, device_map="cpu")
+    inputs = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in own.inputs(pictures[:2]).items()
+    }
+    sequences, stock = generate(own, inputs)
+    with kvprune.compress(own.model, "full") as run:
+        same, logits = generate(own, inputs)
+    assert torch.equal(same, sequences)
+    assert torch.equal(logits, stock)
+    with kvprune.compress(own.model, BY_HEAD) as run:
+        _, logits = generate(own, inputs)
+    with masked_oracle(own.model, run.selections, run.prefill_selections):
+        _, wanted = generate(own, inputs)
+    assert (logits[0] - wanted[0]).abs().max() <= 0.02 * wanted[0].abs().max()  # later tokens may flip
+    assert run.report.bytes_held < 0.5 * run.report.bytes_full
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_accelerate_moves_in_and_out(
+    first: bool, folder_of: Folder, pictures: list[Path]
+) -> None:
+    """Accelerate wraps the forward call of each module, before or after kvprune has looked at it."""
+    from accelerate import cpu_offload
+
+    name = "Florence-2"
+    own = load(name, folder_of(name))
+    inputs = own.inputs(pictures[:2])
+    with kvprune.compress(own.model, BY_HEAD):
+        expected, _ = generate(own, inputs)
+    run = None if first else kvprune.compress(own.model, BY_HEAD)
+    cpu_offload(own.model, execution_device=torch.device("cpu"))
+    with run or kvprune.compress(own.model, BY_HEAD) as run:
+        got, _ = generate(own, inputs)
+    assert torch.equal(got, expected)
+    assert run.report.bytes_held < 0.5 * run.report.bytes_full
