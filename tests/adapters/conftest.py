@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import transformers
 from own_processors import draw_pictures, saved
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Silence transformers: it warns of lacking torchvision, and one of its warnings is malformed."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    yield
+    transformers.logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -150,7 +153,7 @@ def whisper_tokenizer() -> Any:
 
 
 def plain_tokenizer() -> Any:
-    """A tokenizer of no family: Moonshine's is one, and Marian's and Speech2Text's need SentencePiece."""
+    """A tokenizer of no family, as Moonshine has."""
     learned = pairs("<unk>", "<s>", "</s>", "<pad>")
     tokenizer = Tokenizer(models.BPE(**learned, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = _spaces()
@@ -159,4 +162,39 @@ def plain_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-marian_tokenizer = speech2text_tokenizer = plain_tokenizer
+def marian_tokenizer() -> Any:
+    """Marian's if SentencePiece is installed, else one of no family."""
+    if importlib.util.find_spec("sentencepiece") is None:
+        return plain_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        pieces, vocabulary = _sentencepiece(Path(folder), "</s>", "<unk>")
+        return transformers.MarianTokenizer(
+            source_spm=pieces, target_spm=pieces, vocab=vocabulary, source_lang="en", target_lang="fr"
+        )
+
+
+def speech2text_tokenizer() -> Any:
+    """Speech2Text's if SentencePiece is installed, else one of no family."""
+    if importlib.util.find_spec("sentencepiece") is None:
+        return plain_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        pieces, vocabulary = _sentencepiece(Path(folder), "<s>", "<pad>", "</s>", "<unk>")
+        return transformers.Speech2TextTokenizer(vocab_file=vocabulary, spm_file=pieces)
+
+
+def _sentencepiece(folder: Path, *special: str) -> tuple[str, str]:
+    """Train SentencePiece; return the files of its pieces and of their places, special ones first."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences()),
+        model_prefix=str(folder / "pieces"),
+        vocab_size=80,
+        minloglevel=2,
+    )
+    learned = sentencepiece.SentencePieceProcessor(model_file=str(folder / "pieces.model"))
+    pieces = (learned.id_to_piece(place) for place in range(learned.get_piece_size()))
+    listed = [*special, *(piece for piece in pieces if piece not in special), "<pad>"]
+    places = {piece: place for place, piece in enumerate(dict.fromkeys(listed))}
+    (folder / "places.json").write_text(json.dumps(places), "utf-8")
+    return str(folder / "pieces.model"), str(folder / "places.json")
