@@ -131,6 +131,33 @@ def test_a_sample_selects_alone_what_it_selects_in_a_batch(
         assert kept[0] == kept[1], spec
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("BLIP", "UDOP", "Pix2Struct") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
+def test_the_last_token_is_read_again(name: str, folder_of: Folder, pictures: list[Path]) -> None:
+    """BLIP's decoder wraps the cache that it is given, and UDOP's returns a mask."""
+    own = load(name, folder_of(name))
+    inputs = own.inputs(pictures[:2])
+    stock, _ = generate(own, inputs)
+    for spec in ("full", BY_HEAD, ONWARD):
+        with kvprune.compress(own.model, spec, reread=True) as run:
+            got, logits = generate(own, inputs)
+        assert run.report.rereads == 1
+        seen = run.selections, run.prefill_selections
+        with masked_oracle(own.model, *seen, adapter=find_adapter(own.model), reread=True):
+            expected, wanted = generate(own, inputs)
+        assert torch.equal(got, expected), spec
+        assert (logits - wanted).abs().max() <= MOST * wanted.abs().max(), spec
+        if spec == "full":
+            assert torch.equal(got, stock)
+        else:
+            assert run.report.bytes_held < 0.5 * run.report.bytes_full
+
+
 class TestBlip:
     """BLIP's ``generate`` calls that of its text decoder, a part of the model that users compress."""
 
