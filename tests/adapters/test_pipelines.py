@@ -59,7 +59,16 @@ def check(pipe: Any, ask: Ask) -> None:
 
 # Speech.
 
-SPEECH = "Whisper", "Moonshine", "Speech2Text", "SeamlessM4T", "speech encoder-decoder"
+SPEECH = (
+    "Whisper",
+    "Moonshine",
+    "Moonshine Streaming",
+    "Speech2Text",
+    "SeamlessM4T",
+    "Canary",
+    "Cohere ASR",
+    "speech encoder-decoder",
+)
 
 
 def listener(name: str, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -76,8 +85,8 @@ def listener(name: str, folder: Path, **options: Any) -> tuple[Any, dict[str, An
 
 
 def sounds(name: str, number: int) -> list[Any]:
-    """Return recordings, cut to what a tiny Whisper reads at once."""
-    longest = 47_000 if name == "Whisper" else None
+    """Return recordings, cut to what some tiny models read at once."""
+    longest = {"Whisper": 47_000, "Cohere ASR": 31_000}.get(name)
     return [sound[:longest].copy() for sound in recordings()[:number]]
 
 

@@ -461,6 +461,96 @@ def speech_pair(tokenizer: Any) -> Any:
     return pair(encoder, decoder, tokenizer, "Speech")
 
 
+def streaming_processor() -> Any:
+    ears = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    return transformers.MoonshineStreamingProcessor(feature_extractor=ears, tokenizer=plain_tokenizer())
+
+
+def streaming_model(tokenizer: Any) -> Any:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64}
+    encoder = {**heads, "hidden_size": 32, "num_hidden_layers": 1, "sliding_windows": [[8, 2]]}
+    config = transformers.MoonshineStreamingConfig(
+        **tokens(tokenizer),
+        **heads,
+        hidden_size=32,
+        num_hidden_layers=2,
+        max_position_embeddings=1024,
+        encoder_config={**encoder, "model_type": "moonshine_streaming_encoder"},
+        decoder_start_token_id=tokenizer.bos_token_id,
+    )
+    return transformers.MoonshineStreamingForConditionalGeneration(config)
+
+
+PARAKEET: Mapping[str, Any] = {
+    "model_type": "parakeet_encoder",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "subsampling_conv_channels": 8,
+    "num_mel_bins": 16,
+}
+TRANSFORMER: Mapping[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+PROMPT = "<|startofcontext|>", "<|startoftranscript|>", "<|emo:undefined|>", "<|en|>", "<|fr|>", "<|pnc|>"
+PROMPT_END = "<|noitn|>", "<|notimestamp|>", "<|nodiarize|>"
+
+
+def canary_processor() -> Any:
+    ears = transformers.ParakeetFeatureExtractor(feature_size=16)
+    return transformers.CanaryProcessor(
+        feature_extractor=ears, tokenizer=plain_tokenizer(*PROMPT, *PROMPT_END)
+    )
+
+
+def canary_model(tokenizer: Any) -> Any:
+    config = transformers.CanaryConfig(
+        encoder_config=dict(PARAKEET),
+        decoder_config=dict(TRANSFORMER, model_type="canary_decoder", vocab_size=len(tokenizer)),
+        decoder_start_token_id=tokenizer.bos_token_id,
+        **tokens(tokenizer),
+    )
+    return transformers.CanaryForConditionalGeneration(config)
+
+
+def canary_inputs(processor: Any, files: Files) -> Inputs:
+    """One prompt transcribes and one translates."""
+    prompts = ["".join((*PROMPT[:4], language, "<|pnc|>")) for language in ("<|fr|>", "<|en|>", "<|fr|>")]
+    sounds = list(recordings()[: len(files)])
+    return dict(processor(audio=sounds, text=prompts[: len(files)]))
+
+
+def cohere_processor() -> Any:
+    """It cuts a longer recording into chunks of two seconds, which are rows of the batch."""
+    ears = transformers.CohereAsrFeatureExtractor(
+        feature_size=16, max_audio_clip_s=2.0, overlap_chunk_second=0.5, dither=0.0
+    )
+    tokenizer = plain_tokenizer(*PROMPT, *PROMPT_END)
+    return transformers.CohereAsrProcessor(feature_extractor=ears, tokenizer=tokenizer)
+
+
+def cohere_model(tokenizer: Any) -> Any:
+    config = transformers.CohereAsrConfig(
+        **TRANSFORMER,
+        **tokens(tokenizer),
+        encoder_config=dict(PARAKEET),
+        decoder_start_token_id=tokenizer.bos_token_id,
+    )
+    return transformers.CohereAsrForConditionalGeneration(config)
+
+
+def cohere_inputs(processor: Any, files: Files) -> Inputs:
+    sounds = list(recordings()[: len(files)])
+    return dict(processor(audio=sounds, language="en", sampling_rate=16_000))
+
+
 def whisper_model(tokenizer: Any) -> Any:
     start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
     config = transformers.WhisperConfig(
@@ -570,6 +660,9 @@ FAMILIES: Mapping[str, OwnProcessor] = {
         lambda tokenizer: {"tgt_lang": "fra"},
     ),
     "speech encoder-decoder": OwnProcessor(SPEECH, wave_processor, speech_pair, heard),
+    "Moonshine Streaming": OwnProcessor(SPEECH, streaming_processor, streaming_model, heard),
+    "Canary": OwnProcessor(SPEECH, canary_processor, canary_model, canary_inputs, seed=3),
+    "Cohere ASR": OwnProcessor(SPEECH, cohere_processor, cohere_model, cohere_inputs),
     "Whisper": OwnProcessor(
         SPEECH,
         whisper_processor,

@@ -152,9 +152,9 @@ def whisper_tokenizer() -> Any:
     return tokenizer
 
 
-def plain_tokenizer() -> Any:
-    """A tokenizer of no family, as Moonshine has."""
-    learned = pairs("<unk>", "<s>", "</s>", "<pad>")
+def plain_tokenizer(*more: str) -> Any:
+    """A tokenizer of no family, as Moonshine has, with more tokens of a task."""
+    learned = pairs("<unk>", "<s>", "</s>", "<pad>", *more)
     tokenizer = Tokenizer(models.BPE(**learned, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = _spaces()
     tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
