@@ -32,7 +32,10 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def folder(name: str) -> Path:
         if name not in folders:
-            folders[name] = saved(name, tmp_path_factory.mktemp("family"))
+            try:
+                folders[name] = saved(name, tmp_path_factory.mktemp("family"))
+            except ImportError as error:  # in some releases, features are made by librosa
+                pytest.skip(" ".join(str(error).split())[:80])
         return folders[name]
 
     return folder

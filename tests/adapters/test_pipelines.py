@@ -164,7 +164,10 @@ def test_pictures_to_text(name: str, folder_of: Folder, captions: Path, pictures
 
 
 def test_the_old_name_of_the_task(folder_of: Folder, pictures: list[Path]) -> None:
-    pipe = viewer("BLIP", folder_of("BLIP"), "image-to-text")
+    try:
+        pipe = viewer("BLIP", folder_of("BLIP"), "image-to-text")
+    except KeyError:
+        pytest.skip("this release of transformers does not know the old name")
     check(pipe, lambda: pipe(images=str(pictures[0]), text="a picture of", generate_kwargs=LENGTH))
 
 
@@ -179,7 +182,9 @@ def test_questions_about_a_document(
         feature_extractor=own.processor.image_processor,
         image_processor=own.processor.image_processor,
     )
-    pipe.model.generation_config.max_new_tokens = 6  # the pipeline passes no options on
+    for owner in (pipe.model, pipe):  # the pipeline passes no options on
+        if hasattr(owner, "generation_config"):  # a pipeline has one in old releases
+            owner.generation_config.max_new_tokens = 6
     # An answer has a tag at its end, which a random model does not write: all tokens are compared.
     monkeypatch.setattr(
         pipe, "postprocess_encoder_decoder_single", lambda out: {"answer": out["sequences"].tolist()}
