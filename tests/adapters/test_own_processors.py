@@ -158,6 +158,62 @@ def test_the_last_token_is_read_again(name: str, folder_of: Folder, pictures: li
             assert run.report.bytes_held < 0.5 * run.report.bytes_full
 
 
+def equals_the_oracle(own: Loaded, inputs: dict[str, Any], spec: str, **options: Any) -> int:
+    """Compare with the oracle, and return the number of encoder columns."""
+    with kvprune.compress(own.model, spec) as run:
+        got, _ = generate(own, inputs, **options)
+    with masked_oracle(own.model, run.selections, run.prefill_selections, adapter=find_adapter(own.model)):
+        expected, _ = generate(own, inputs, **options)
+    assert torch.equal(got, expected)
+    assert run.report.bytes_held < 0.5 * run.report.bytes_full
+    return run.selections[0].columns
+
+
+SMALL, LARGE = {"height": 32, "width": 32}, {"height": 96, "width": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "columns", "options"),
+    [
+        ("Pix2Struct", [{"max_patches": 24}, {"max_patches": 50}], [24, 50], {}),
+        ("Donut", [{"size": SMALL}, {"size": LARGE}], [16, 96], {}),
+        ("TrOCR", [{}, {"size": LARGE}], [17, 97], {"interpolate_pos_encoding": True}),
+    ],
+)
+def test_one_model_reads_pages_of_several_sizes(
+    name: str,
+    sizes: list[dict[str, Any]],
+    columns: list[int],
+    options: dict[str, Any],
+    folder_of: Folder,
+    pictures: list[Path],
+) -> None:
+    own = load(name, folder_of(name))
+    own.processor.image_processor.is_vqa = False  # Pix2Struct needs no question
+    pages = own.open(pictures[:2])
+    inputs = [dict(own.processor(images=pages, return_tensors="pt", **size)) for size in sizes]
+    assert [equals_the_oracle(own, one, BY_HEAD, **options) for one in inputs] == columns
+    with kvprune.compress(own.model, ONWARD) as run:
+        for count, one in zip(columns, inputs, strict=True):
+            generate(own, one, **options)
+            assert run.selections[0].columns == count
+    assert run.report.prefills == 2
+
+
+def test_prompts_of_the_decoder_of_several_lengths(folder_of: Folder, pictures: list[Path]) -> None:
+    own = load("Donut", folder_of("Donut"))
+    own.tokenizer.padding_side = "left"
+    texts = ["<s_page> he was", "<s_page> an amiable man on the page"]
+    prompt = own.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    inputs = {
+        **own.inputs(pictures[:2]),
+        "decoder_input_ids": prompt.input_ids,
+        "decoder_attention_mask": prompt.attention_mask,
+    }
+    for spec in (BY_HEAD, "trim:keep_ratio=0.3"):
+        equals_the_oracle(own, inputs, spec, num_beams=2)
+
+
 class TestBlip:
     """BLIP's ``generate`` calls that of its text decoder, a part of the model that users compress."""
 
@@ -184,6 +240,20 @@ class TestBlip:
                 answers.append(own.model.generate(**inputs, max_new_tokens=12, do_sample=False, **options))
             assert run.report.prefills == 1
         assert torch.equal(*answers)
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_texts_of_several_lengths(self, own: Loaded, pictures: list[Path], side: str) -> None:
+        own.tokenizer.padding_side = side
+        texts = ["a picture of", "what is on the page? a picture of a red circle"]
+        inputs = own.processor(images=own.open(pictures[:2]), text=texts, padding=True, return_tensors="pt")
+        for spec in (BY_HEAD, "trim:keep_ratio=0.3"):
+            with kvprune.compress(own.model, spec) as run:
+                got, _ = generate(own, {name: value.clone() for name, value in inputs.items()})
+            with masked_oracle(
+                own.model, run.selections, run.prefill_selections, adapter=find_adapter(own.model)
+            ):
+                expected, _ = generate(own, {name: value.clone() for name, value in inputs.items()})
+            assert torch.equal(got, expected)
 
     def test_a_prompt_in_chunks_is_refused(self, own: Loaded, pictures: list[Path]) -> None:
         with (

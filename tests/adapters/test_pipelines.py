@@ -120,6 +120,17 @@ def test_an_iterator_in_batches_answers_as_batches_by_hand(name: str, folder_of:
     assert by_hand == answers(pipe, lambda: list(pipe(stream(), batch_size=2, **options)), SPECS[0], 2)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_long_recording_in_pieces(batch: int, folder_of: Folder) -> None:
+    pipe, options = listener("Moonshine", folder_of("Moonshine"))
+    sound = recordings()[2].copy()  # 5.3 seconds
+    pieces = {**options, "chunk_length_s": 2, "batch_size": batch}
+    stock = pipe(sound, **pieces)
+    prefills = 4 if batch == 1 else 2
+    assert answers(pipe, lambda: pipe(sound, **pieces), "full", prefills) == stock
+    assert answers(pipe, lambda: pipe(sound, **pieces), SPECS[0], prefills) != stock
+
+
 def test_a_pipeline_that_searches_with_five_beams_holds_a_recording_once(folder_of: Folder) -> None:
     """It does so unless told otherwise."""
     pipe, options = listener("Moonshine", folder_of("Moonshine"))
