@@ -131,7 +131,8 @@ class EncoderDecoderAdapter(ModelAdapter):
         self.hook_calls(self._decoder, self._before_decoder, self._after_decoder)
         for site in self.sites:
             self.before(site.module, self._before_attention)
-        self.around(self.model, CANDIDATES, prompt_first)
+        for module in self.model.modules():  # BLIP generates with a part of itself
+            self.around(module, CANDIDATES, prompt_first)
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_call()
@@ -152,7 +153,7 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
-        generation = running_generation(self.model)
+        generation = running_generation(self._decoder)
         encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)
