@@ -72,7 +72,7 @@ def find_sites(root: nn.Module, family: str, overrides: Overrides | None = None)
     for path, module in _candidates(root, told):
         missing = _missing(module, told)
         if missing:
-            lacking[f"{path} ({type(module).__name__})"] = missing
+            lacking[path] = f"({type(module).__name__}): {missing}"
             continue
         try:
             found[path] = _site(module, told)
@@ -81,6 +81,7 @@ def find_sites(root: nn.Module, family: str, overrides: Overrides | None = None)
             raise UnsupportedModelError(f"{where}, but {error}") from error
     if not found or (told.attention and lacking):
         raise UnsupportedModelError(_nothing_found(root, family, told, lacking))
+    _require_all_layers(family, found, lacking)
     ordered = sorted(found.items(), key=lambda item: item[1].layer_idx)
     indices = [site.layer_idx for _, site in ordered]
     if len({*indices}) != len(indices):
@@ -157,13 +158,29 @@ def _nothing_found(root: nn.Module, family: str, told: Overrides, lacking: dict[
     """Return the message for a model in which no cross-attention was found."""
     wanted = f"called {told.attention!r} in its layer" if told.attention else "called cross... or enc..."
     # Parts of a cross-attention module lack everything; what lacks least was probably meant.
-    nearest = sorted(lacking.items(), key=lambda item: len(item[1]))[:_LISTED]
-    near = "; ".join(f"{path}: {missing}" for path, missing in nearest) or "no module is"
+    nearest = sorted(lacking.items(), key=lambda item: item[1].count(", "))[:_LISTED]
+    near = "; ".join(f"{path} {missing}" for path, missing in nearest) or "no module is"
     return (
         f"inspection finds no cross-attention with a cache in this {type(root).__name__} ({family}): it "
         f"looks for modules {wanted} with a layer_idx, projections of their own, and a forward that takes a "
         f"cache and encoder states. Found: {near}"
     )
+
+
+def _require_all_layers(family: str, found: dict[str, Site], lacking: dict[str, str]) -> None:
+    """Raise if a module of another layer has the path of a site, and is none: it would not be pruned."""
+    places = {_place(path) for path in found}
+    for path, missing in lacking.items():
+        if _place(path) in places:
+            raise UnsupportedModelError(
+                f"{family} attends to encoder states at {_listed(list(found))}, but not so at {path} {missing}; "
+                "a policy would not reach that layer"
+            )
+
+
+def _place(path: str) -> str:
+    """Return a path with its numbers replaced: the same for the same module of each layer."""
+    return ".".join("#" if step.isdigit() else step for step in path.split("."))
 
 
 def _listed(paths: Sequence[str]) -> str:
