@@ -47,8 +47,8 @@ def require_inputs(
         )
     if len(tokens) != len(states):
         raise UnsupportedCacheError(
-            f"the text and the encoder states of a call must have the same batch, got {len(tokens)} texts and "
-            f"encoder states of {len(states)}; repeat the states for each text"
+            f"the text and the encoder states of a call must have the same batch, got {len(tokens)} texts "
+            f"and encoder states of {len(states)}; repeat the states for each text"
         )
     if cache is not None and not isinstance(cache, Cache):
         raise UnsupportedCacheError(

@@ -157,8 +157,11 @@ def _site(module: Any, told: Overrides) -> Site:
 def _nothing_found(root: nn.Module, family: str, told: Overrides, lacking: dict[str, str]) -> str:
     """Return the message for a model in which no cross-attention was found."""
     wanted = f"called {told.attention!r} in its layer" if told.attention else "called cross... or enc..."
+    first: dict[str, tuple[str, str]] = {}  # of each place in a layer
+    for path, missing in lacking.items():
+        first.setdefault(_place(path), (path, missing))
     # Parts of a cross-attention module lack everything; what lacks least was probably meant.
-    nearest = sorted(lacking.items(), key=lambda item: item[1].count(", "))[:_LISTED]
+    nearest = sorted(first.values(), key=lambda item: item[1].count(", "))[:_LISTED]
     near = "; ".join(f"{path} {missing}" for path, missing in nearest) or "no module is"
     return (
         f"inspection finds no cross-attention with a cache in this {type(root).__name__} ({family}): it "
@@ -173,8 +176,8 @@ def _require_all_layers(family: str, found: dict[str, Site], lacking: dict[str, 
     for path, missing in lacking.items():
         if _place(path) in places:
             raise UnsupportedModelError(
-                f"{family} attends to encoder states at {_listed(list(found))}, but not so at {path} {missing}; "
-                "a policy would not reach that layer"
+                f"{family} attends to encoder states at {_listed(list(found))}, but not so at {path} "
+                f"{missing}; a policy would not reach that layer"
             )
 
 

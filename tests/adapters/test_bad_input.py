@@ -1,4 +1,4 @@
-"""Inputs that do not fit: each equals stock or the oracle, or is refused before anything is computed wrongly."""
+"""Inputs that do not fit equal the oracle, or are refused before anything is computed wrongly."""
 
 from __future__ import annotations
 
