@@ -5,15 +5,18 @@ Arguments of a call that do not fit each other are refused here, before any laye
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvprune.adapters.prompts import padding_mask
 from kvprune.errors import UnsupportedCacheError
 from kvprune.text import shown
 from kvprune.tokens.visibility import Visibility, with_last_row
 
-__all__ = ["column_visibility", "require_inputs"]
+__all__ = ["column_visibility", "require_inputs", "rows_of_text"]
 
 
 def require_inputs(
@@ -56,6 +59,11 @@ def require_inputs(
             f"{shown(cache, 80)}; leave it out, and transformers makes one"
         )
     for whose, mask in (("encoder", encoder_mask), ("decoder", decoder_mask)):
+        is_known = hasattr(mask, "shape") or (whose == "decoder" and isinstance(mask, Mapping))
+        if mask is not None and not is_known:
+            raise UnsupportedCacheError(
+                f"the attention mask of the {whose} must be a tensor [B, N], got a {type(mask).__name__}"
+            )
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.is_floating_point():
             other = mask[(mask != 0) & (mask != 1)]
             if len(other):
@@ -64,6 +72,23 @@ def require_inputs(
                     f"padding, got {float(other[0]):.3g}; transformers would take every number but 0 for 1, "
                     "so a mask that is meant to be added to logits would be reversed"
                 )
+
+
+def rows_of_text(mask: object, rows: int) -> Tensor | None:
+    """Return which text rows of a first turn are no padding, ``[B, T]``, 0 at padding.
+
+    Args:
+        mask: The decoder's attention mask, as `padding_mask` takes it.
+        rows: Number of text rows T.
+
+    Returns:
+        None if the mask says nothing about padding.
+    """
+    if isinstance(mask, Tensor | Mapping):
+        padding = padding_mask(mask, rows)
+        if padding is not None and padding.ndim == 2:
+            return padding[:, -rows:]
+    return None
 
 
 def column_visibility(
@@ -79,7 +104,7 @@ def column_visibility(
         tokens: ``[B, T]`` token ids, or ``[B, T, C]`` their embeddings.
         states: ``[B, S, C]``, output of the encoder.
         encoder_mask: ``[B, S]``, 0 at padding of the encoder; None if there is none.
-        decoder_mask: ``[B, T]``, 0 at padding of the text; other shapes say nothing about padding.
+        decoder_mask: ``[B, T]``, 0 at padding of the text; None if that is unknown.
         copies: How many rows of the batch each sample has (beams).
 
     Raises:
@@ -99,8 +124,8 @@ def column_visibility(
             f"got {list(encoder_mask.shape)}; it says of each column whether it is padding (0)"
         )
     live = torch.ones(batch, tokens.shape[1], dtype=torch.bool, device=states.device)
-    if decoder_mask is not None and decoder_mask.ndim == 2:
-        live = with_last_row(decoder_mask[:, : live.shape[1]].to(live.device).bool(), live)
+    if decoder_mask is not None:
+        live = with_last_row(decoder_mask.to(live.device).bool(), live)
     rows = torch.tensor([True, False], device=states.device).expand(batch // copies, 1, 2)
     return Visibility(
         rows=rows,

@@ -26,7 +26,7 @@ from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, wit
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
-from kvprune.adapters.column_visibility import column_visibility, require_inputs
+from kvprune.adapters.column_visibility import column_visibility, require_inputs, rows_of_text
 from kvprune.adapters.generation import (
     CANDIDATES,
     probe_generation,
@@ -159,9 +159,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         columns = states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)
-        if decoder_mask is not None and decoder_mask.ndim == 2:
-            decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # rows of this call only
-        masks = encoder_mask, decoder_mask
+        masks = encoder_mask, rows_of_text(decoder_mask, tokens.shape[1])
         cached = self._is_cached(named)
         self.prepare_reread(call, named, cached=cached)
         shared_rows = SharedRows()

@@ -165,6 +165,35 @@ def test_an_additive_mask_of_the_text_is_refused(models: Any) -> None:
     require_refused(models[BART], states, UnsupportedCacheError, told, decoder_attention_mask=mask)
 
 
+def test_a_list_in_place_of_a_mask_is_refused(models: Any) -> None:
+    states = BaseModelOutput(last_hidden_state=encoded(BART, models[BART]))
+    for whose, options in (
+        ("encoder", {"attention_mask": [[1] * 12] * 2}),
+        ("decoder", {"decoder_attention_mask": [[1] * 4] * 2}),
+    ):
+        told = rf"mask of the {whose} must be a tensor \[B, N\], got a list"
+        require_refused(models[BART], states, UnsupportedCacheError, told, **options)
+
+
+@pytest.mark.parametrize("name", ["T5GemmaForConditionalGeneration", WHISPER, BART])
+def test_padding_of_the_text_counts_with_a_static_cache_as_with_any(name: str) -> None:
+    """`generate` makes 4-D masks for a static cache, or one for each kind of layer; padding must not vote."""
+    tiny = TINY_FAMILIES[name]
+    model = tiny.model(name, attn_implementation="eager")
+    tokens = torch.randint(4, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    prompt = {"decoder_input_ids": tokens, "decoder_attention_mask": mask, "max_new_tokens": 2}
+    inputs = {**tiny.batch(torch.float32, True), **prompt, "do_sample": False}
+    found = []
+    for cache in ({}, {"cache_implementation": "static"}):
+        for spec in ("full", "trim:keep_ratio=0.25"):
+            with kvprune.compress(model, spec) as run:
+                model.generate(**inputs, **cache)
+        found.append([selection.indices for selection in run.selections.values()])
+    assert all(torch.equal(dynamic, static) for dynamic, static in zip(*found, strict=True))
+
+
 # Caches.
 
 
