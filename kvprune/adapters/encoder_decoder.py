@@ -26,7 +26,7 @@ from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, wit
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
-from kvprune.adapters.column_visibility import column_visibility
+from kvprune.adapters.column_visibility import column_visibility, require_inputs, rows_of_text
 from kvprune.adapters.generation import (
     CANDIDATES,
     probe_generation,
@@ -153,15 +153,14 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
+        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        encoder_mask, decoder_mask = named.get("encoder_attention_mask"), named.get("attention_mask")
+        require_inputs(tokens, states, encoder_mask, decoder_mask, cache_of(named))
         generation = running_generation(self._decoder)
-        encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
+        columns = states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)
-        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        decoder_mask = named.get("attention_mask")
-        if decoder_mask is not None and decoder_mask.ndim == 2:
-            decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # rows of this call only
-        masks = encoder_mask, decoder_mask
+        masks = encoder_mask, rows_of_text(decoder_mask, tokens.shape[1])
         cached = self._is_cached(named)
         self.prepare_reread(call, named, cached=cached)
         shared_rows = SharedRows()

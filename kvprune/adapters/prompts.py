@@ -21,14 +21,16 @@ def distinct_rows(tensor: Tensor, copies: int) -> Tensor:
     return tensor[::copies]
 
 
-def padding_mask(mask: Tensor | None, length: int) -> Tensor | None:
+def padding_mask(mask: Tensor | Mapping[str, Tensor] | None, length: int) -> Tensor | None:
     """Return the attention mask of a first turn as a padding mask, ``[B, T]``, zero at padding.
 
     Args:
         mask: ``[B, T]``, or ``[B, 1, T, width]`` (bool or additive), as generation with a static cache makes
-            it, or None.
+            it, or None. Families with layers of several kinds get one mask for each kind, by name.
         length: Number of tokens T.
     """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
     if mask is None or mask.ndim != 4:
         return mask
     last = mask[:, 0, length - 1, :length]  # [B, T]: the last token attends to all but padding

@@ -1,0 +1,89 @@
+"""What one encoder column of a model is, and how many there usually are, as far as its config says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Columns", "columns_of"]
+
+_KINDS = {
+    "pixel_values": "a patch of a picture",
+    "flattened_patches": "a patch of a page",
+    "input_features": "a stretch of sound",
+    "input_values": "a stretch of sound",
+    "inputs": "a stretch of sound",
+    "input_ids": "a token of the encoder's text",
+}
+"""What a column is, by the name of the model's main input."""
+
+_EXTRA = {"vit": 1, "beit": 1, "dinov2": 1, "blip_vision_model": 1, "deit": 2}
+"""Columns that encoders of pictures put before patches: class tokens, and DeiT's token for distillation."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The encoder columns of one sample.
+
+    Attributes:
+        kind: What one column is.
+        usual: How many a sample usually has; None if that depends on the input.
+        note: What that number stands for, or what the number depends on.
+    """
+
+    kind: str
+    usual: int | None
+    note: str
+
+
+def columns_of(model: nn.Module) -> Columns:
+    """Return what the config of a model says about its encoder columns; the model is not run.
+
+    Args:
+        model: A model of transformers, which may be on the meta device.
+    """
+    config: Any = model.config
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    if config.model_type == "mllama":
+        vision = config.vision_config
+        tiles = int(vision.max_num_tiles)
+        usual = tiles * (_patches(vision.image_size, vision.patch_size) + 1)
+        return Columns(_KINDS["pixel_values"], usual, f"a picture, held as {tiles} tiles whatever its size")
+    kind = _KINDS.get(main, f"a position of {main}")
+    if config.model_type == "whisper":
+        return Columns(kind, int(config.max_source_positions), "any sound, padded to 30 seconds")
+    if main == "input_ids" and hasattr(config, "vision_config"):
+        return Columns(
+            "a patch of a picture or a token of the text after it", None, "the picture and the text"
+        )
+    if main == "input_ids":
+        encoder = getattr(config, "encoder", config)
+        most = getattr(encoder, "max_position_embeddings", None)
+        return Columns(
+            kind, None, f"the text (at most {most} tokens)" if isinstance(most, int) else "the text"
+        )
+    pictures = getattr(config, "encoder", None) or getattr(config, "vision_config", None)
+    of_picture = None if pictures is None else _picture(pictures)
+    return Columns(kind, of_picture, "the length of the input" if of_picture is None else "a picture")
+
+
+def _picture(config: Any) -> int | None:
+    """Return the columns of a picture of the size that a vision encoder is made for; None if unknown."""
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if size is None or patch is None:
+        return None
+    if config.model_type in _EXTRA:
+        return _patches(size, patch) + _EXTRA[config.model_type]
+    if config.model_type in ("swin", "donut-swin"):  # each stage but the first makes one patch of four
+        return int(_patches(size, patch) // 4 ** (len(config.depths) - 1))
+    return None
+
+
+def _patches(size: int | Sequence[int], patch: int | Sequence[int]) -> int:
+    """Return how many patches a picture has; sizes are one number, or height and width."""
+    height, width = (size, size) if isinstance(size, int) else size
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    return (height // rows) * (width // columns)
