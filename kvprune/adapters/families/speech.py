@@ -13,6 +13,7 @@ __all__ = [
     "CohereAsrAdapter",
     "MoonshineAdapter",
     "MoonshineStreamingAdapter",
+    "Pop2PianoAdapter",
     "SeamlessM4TAdapter",
     "Speech2TextAdapter",
     "SpeechEncoderDecoderAdapter",
@@ -64,6 +65,13 @@ class SeamlessM4TAdapter(Declared):
         "SeamlessM4Tv2ForTextToText",
         "SeamlessM4Tv2ForSpeechToText",
     )
+
+
+class Pop2PianoAdapter(Declared):
+    """Pop2Piano, piano covers of songs. The first column is the composer, the others are frames of sound."""
+
+    family = "Pop2Piano"
+    model_classes = ("Pop2PianoForConditionalGeneration",)
 
 
 class SpeechEncoderDecoderAdapter(Declared):
