@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -61,6 +62,17 @@ def hardest_of(name: str) -> tuple[str, bool, int]:
     """Return the setting with SDPA, padding and beams, as far as stock transformers has it."""
     _, padded, beams = settings_of(name)[-1]
     return settings_of(name)[0][0], padded, beams
+
+
+@functools.cache
+def modules_of_tiny_models() -> frozenset[str]:
+    """Return the names of all classes of modules in the tiny models that this release has."""
+    return frozenset(
+        type(module).__name__
+        for name, tiny in {**TINY_FAMILIES, **PAIRS}.items()
+        if hasattr(transformers, name.split()[0])
+        for module in tiny.model(name, attn_implementation="eager").modules()
+    )
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:

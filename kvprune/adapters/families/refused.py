@@ -8,7 +8,7 @@ from dataclasses import dataclass
 __all__ = ["REFUSED", "Refused", "why_refused"]
 
 _DECODERS = (
-    "Bert|BertGeneration|Camembert|Data2VecText|Electra|Ernie|GPT2|MegatronBert|Musicgen|RemBert|Roberta|"
+    "Bert|BertGeneration|BlipText|Camembert|Data2VecText|Electra|Ernie|GPT2|MegatronBert|Musicgen|Pix2StructText|PPFormulaNetText|RemBert|Roberta|"
     "RobertaPreLayerNorm|RoCBert|RoFormer|Tapas|XGLM|XLMRoberta|XLMRobertaXL|Xmod"
 )
 """Families whose decoder is part of another model, such as an `EncoderDecoderModel`."""
@@ -85,8 +85,7 @@ REFUSED = (
     ),
     Refused(".*Encoder(Model)?|.*VisionModel", "it is an encoder alone; compress the whole model"),
     Refused(
-        f".*(ForCausalLM|LMHeadModel|DoubleHeadsModel|TextModel)|({_DECODERS})Model|"
-        "(BertGeneration|ProphetNet)Decoder",
+        f".*(ForCausalLM|LMHeadModel|DoubleHeadsModel)|({_DECODERS})Model|(BertGeneration|ProphetNet)Decoder",
         "it is a decoder alone; compress the encoder-decoder model that it is part of, if there is one",
     ),
 )

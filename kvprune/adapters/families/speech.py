@@ -32,6 +32,7 @@ class MoonshineStreamingAdapter(Declared):
 
     family = "Moonshine Streaming"
     model_classes = ("MoonshineStreamingForConditionalGeneration", "MoonshineStreamingModel")
+    provides = Declared.provides - {"guidance"}  # its decoder would add positions to encoder states again
 
 
 class Speech2TextAdapter(LikeBart):
@@ -53,6 +54,7 @@ class CohereAsrAdapter(Declared):
 
     family = "Cohere ASR"
     model_classes = ("CohereAsrForConditionalGeneration", "CohereAsrModel")
+    provides = Declared.provides - {"guidance"}  # its decoder would project encoder states again
 
 
 class SeamlessM4TAdapter(Declared):
