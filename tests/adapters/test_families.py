@@ -14,6 +14,7 @@ from family_checks import (
     adapter_of,
     apart,
     check,
+    equals_oracle,
     hardest_of,
     installed,
     largest,
@@ -34,6 +35,22 @@ from kvprune.testing import check_adapter
 @pytest.mark.parametrize("name", installed([*TINY_FAMILIES, *PAIRS]))
 def test_a_class_equals_stock_and_the_oracle(name: str) -> None:
     check(name, *hardest_of(name), (*BY_HEAD, *ONWARD))
+
+
+@pytest.mark.parametrize("name", installed(name for name, tiny in TINY_FAMILIES.items() if not tiny.sdpa))
+def test_transformers_itself_has_no_sdpa_for_a_class_that_is_compared_without(name: str) -> None:
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        TINY_FAMILIES[name].model(name, attn_implementation="sdpa")
+
+
+def test_the_decoder_of_musicgen_may_have_sdpa() -> None:
+    name = "MusicgenForConditionalGeneration"
+    model = TINY_FAMILIES[name].model(name, attn_implementation="eager")
+    model.decoder.set_attn_implementation("sdpa")
+    inputs = TINY_FAMILIES[name].batch(torch.float32, True)
+    for guidance in (1.0, 3.0):
+        for spec in (*BY_HEAD, *ONWARD):
+            equals_oracle(name, model, inputs, spec, guidance_scale=guidance)
 
 
 HEADLESS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from caching_classes import caching_classes
 from decoder_pairs import STOCK_FAILS
@@ -14,7 +15,8 @@ import kvprune
 from kvprune.adapters.families import FAMILIES
 from kvprune.adapters.families.refused import REFUSED, why_refused
 from kvprune.adapters.tiny.families import TINY_FAMILIES
-from kvprune.adapters.tiny.family import BART, BERT, DECODER, TOKENS
+from kvprune.adapters.tiny.family import BART, BERT, DECODER, TOKENS, TinyFamily, pair_of, texts
+from kvprune.adapters.tiny.texts import GPT2
 from kvprune.errors import UnsupportedModelError
 from kvprune.session.registry import load
 
@@ -227,6 +229,17 @@ def test_everything_that_builds_such_a_cache_is_known() -> None:
         f"transformers {transformers.__version__} builds an EncoderDecoderCache in these classes, of which "
         "kvprune knows nothing: declare an adapter, or say in families/refused.py why there is none"
     )
+
+
+@pytest.mark.parametrize("decoder", STOCK_FAILS)
+def test_transformers_itself_cannot_generate_with_a_decoder(decoder: str) -> None:
+    options = {**BERT, "is_decoder": True}
+    if decoder == "GPTBigCode":
+        options = {**GPT2}
+    pair = pair_of("EncoderDecoderConfig", ("Bert", BERT), (decoder, options))
+    inputs = texts(torch.float32, True)
+    with pytest.raises((RuntimeError, ValueError, AttributeError, NotImplementedError)):
+        TinyFamily(pair, texts).model("EncoderDecoderModel", attn_implementation="eager").generate(**inputs)
 
 
 def why_specifically(name: str) -> str:
