@@ -235,7 +235,7 @@ def refused() -> Iterator[str]:
     yield ""
     yield (
         "Each of these raises `UnsupportedModelError` with the reason when `kvprune.compress` is called. "
-        "The table has every public class of transformers that builds an `EncoderDecoderCache` or uses a class "
+        "The table has every public class of transformers that builds an `EncoderDecoderCache`, or uses one "
         "that does, and some that read pictures or documents without one."
     )
     yield ""

@@ -10,6 +10,7 @@ import transformers
 from decoder_pairs import PAIRS
 from family_checks import (
     BY_HEAD,
+    OLD,
     ONWARD,
     adapter_of,
     apart,
@@ -18,6 +19,7 @@ from family_checks import (
     hardest_of,
     installed,
     largest,
+    pads,
     settings_of,
 )
 from generation import generate
@@ -39,6 +41,8 @@ def test_a_class_equals_stock_and_the_oracle(name: str) -> None:
 
 @pytest.mark.parametrize("name", installed(name for name, tiny in TINY_FAMILIES.items() if not tiny.sdpa))
 def test_transformers_itself_has_no_sdpa_for_a_class_that_is_compared_without(name: str) -> None:
+    if OLD and name == "T5GemmaForConditionalGeneration":
+        pytest.skip("this release has it")
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         TINY_FAMILIES[name].model(name, attn_implementation="sdpa")
 
@@ -106,7 +110,7 @@ def test_policies_see_the_attention_of_a_class(name: str) -> None:
     report = check_adapter(
         adapter_of(name),
         lambda dtype: tiny.model(name, dtype, "eager"),
-        lambda dtype: tiny.batch(dtype, True),
+        lambda dtype: tiny.batch(dtype, pads(name, "eager")),
         only=["view"],
     )
     assert [result.outcome for result in report.results] == ["passed"]

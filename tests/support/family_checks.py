@@ -10,6 +10,7 @@ import torch
 import transformers
 from decoder_pairs import PAIRS
 from generation import generate
+from transformers.models.mllama import modeling_mllama
 
 import kvprune
 from kvprune.adapters.families import FAMILIES
@@ -25,6 +26,12 @@ MOST = 1e-5
 ONWARD = ("trim:keep_ratio=0.5", "divprune:keep_ratio=0.5")
 """Policies whose heads share tokens: by queries and by features, both also for later layers."""
 BY_HEAD = ("norm:keep_ratio=0.5", "h2o:keep_ratio=0.5")
+
+
+OLD = not hasattr(modeling_mllama, "_has_cached_cross_attention_states")
+"""Whether transformers is older than 5.23."""
+NAN_IF_OLD = {"CanaryForConditionalGeneration", "CohereAsrForConditionalGeneration"}
+"""Classes whose encoder returns NaN for padding in eager attention, in old releases of transformers."""
 
 
 def installed(names: Any) -> list[Any]:
@@ -47,21 +54,26 @@ def adapter_of(name: str) -> Any:
     return next(adapter for adapter in FAMILIES if name.split()[0] in adapter.model_classes)
 
 
+def pads(name: str, attention: str) -> bool:
+    """Whether stock transformers knows padding of the encoder."""
+    return tiny_of(name).pads and not (OLD and attention == "eager" and name in NAN_IF_OLD)
+
+
 def settings_of(name: str) -> list[tuple[str, bool, int]]:
     """Return attention, padding and beams of each setting that stock transformers has."""
     tiny = tiny_of(name)
     return [
         (attention, padded, beams)
         for attention in (("sdpa", "eager") if tiny.sdpa else ("eager",))
-        for padded in ((False, True) if tiny.pads else (False,))
+        for padded in ((False, True) if pads(name, attention) else (False,))
         for beams in ((1, 3) if tiny.beams else (1,))
     ]
 
 
 def hardest_of(name: str) -> tuple[str, bool, int]:
     """Return the setting with SDPA, padding and beams, as far as stock transformers has it."""
-    _, padded, beams = settings_of(name)[-1]
-    return settings_of(name)[0][0], padded, beams
+    first = settings_of(name)[0][0]
+    return next(setting for setting in reversed(settings_of(name)) if setting[0] == first)
 
 
 @functools.cache
