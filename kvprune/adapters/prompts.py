@@ -82,7 +82,8 @@ def decoder_prompt(named: Mapping[str, Any], length: int, copies: int) -> Callab
             arguments[name] = distinct_rows(value, copies)
     if isinstance(named.get("encoder_attention_mask"), Tensor):
         arguments["encoder_attention_mask"] = distinct_rows(named["encoder_attention_mask"], copies)
-    return lambda features: Prompt(arguments, features)
+    # Some decoders view encoder states in another shape, which one of each few rows would not allow.
+    return lambda features: Prompt(arguments, features.contiguous())
 
 
 def with_answer(prompt: Prompt, answer: Tensor, written: Tensor, config: Any) -> dict[str, Tensor]:

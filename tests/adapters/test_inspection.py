@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from generation import bart, mllama
 from torch import nn
 
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.inspection import find_sites
-from kvprune.adapters.sites import Site
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.errors import UnsupportedModelError
 from kvprune.testing import tiny_bart
@@ -141,18 +139,6 @@ def test_fsmt_whose_attention_takes_other_arguments_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="FSMT") as error:
         adapter(FSMTForConditionalGeneration(config))
     assert "model.decoder.layers.0.encoder_attn (Attention): its forward takes no cache" in str(error.value)
-
-
-def test_masks_by_head_say_that_they_are_for_one_where_a_module_asks() -> None:
-    name = "LEDForConditionalGeneration"
-    site: Site = next(
-        iter(find_sites(TINY_FAMILIES[name].model(name, attn_implementation="eager"), name).values())
-    )
-    assert site.one_mask
-    mask = site.fit_mask(torch.zeros(2, 4, 1, 5), 3)
-    assert mask.size() == (2, 1, 3, 5)
-    assert mask.shape == (2, 4, 3, 5)
-    assert type(mask + 1) is torch.Tensor
 
 
 def test_a_model_with_two_decoders_is_refused() -> None:

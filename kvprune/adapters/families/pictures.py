@@ -44,14 +44,14 @@ class UdopAdapter(Declared):
     """UDOP, documents. Encoder columns are words on a page and its patches."""
 
     family = "UDOP"
-    model_classes = ("UdopForConditionalGeneration",)
+    model_classes = ("UdopForConditionalGeneration", "UdopModel")
 
 
 class PPFormulaNetAdapter(LikeBart):
     """PP-FormulaNet, pictures of formulas."""
 
     family = "PP-FormulaNet"
-    model_classes = ("PPFormulaNetForConditionalGeneration",)
+    model_classes = ("PPFormulaNetForConditionalGeneration", "PPFormulaNetModel")
 
 
 class BlipAdapter(Declared):

@@ -13,6 +13,7 @@ __all__ = [
     "CohereAsrAdapter",
     "MoonshineAdapter",
     "MoonshineStreamingAdapter",
+    "Pop2PianoAdapter",
     "SeamlessM4TAdapter",
     "Speech2TextAdapter",
     "SpeechEncoderDecoderAdapter",
@@ -31,6 +32,7 @@ class MoonshineStreamingAdapter(Declared):
 
     family = "Moonshine Streaming"
     model_classes = ("MoonshineStreamingForConditionalGeneration", "MoonshineStreamingModel")
+    provides = Declared.provides - {"guidance"}  # its decoder would add positions to encoder states again
 
 
 class Speech2TextAdapter(LikeBart):
@@ -52,6 +54,7 @@ class CohereAsrAdapter(Declared):
 
     family = "Cohere ASR"
     model_classes = ("CohereAsrForConditionalGeneration", "CohereAsrModel")
+    provides = Declared.provides - {"guidance"}  # its decoder would project encoder states again
 
 
 class SeamlessM4TAdapter(Declared):
@@ -64,6 +67,13 @@ class SeamlessM4TAdapter(Declared):
         "SeamlessM4Tv2ForTextToText",
         "SeamlessM4Tv2ForSpeechToText",
     )
+
+
+class Pop2PianoAdapter(Declared):
+    """Pop2Piano, piano covers of songs. The first column is the composer, the others are frames of sound."""
+
+    family = "Pop2Piano"
+    model_classes = ("Pop2PianoForConditionalGeneration",)
 
 
 class SpeechEncoderDecoderAdapter(Declared):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.adapters.arguments import cache_of
 from kvprune.adapters.families.declared import Declared, LikeBart
 from kvprune.adapters.tiny.models import example_bart
 
@@ -24,6 +25,7 @@ __all__ = [
     "M2M100Adapter",
     "MBartAdapter",
     "MarianAdapter",
+    "MusicgenAdapter",
     "MvpAdapter",
     "NllbMoeAdapter",
     "PLBartAdapter",
@@ -180,4 +182,27 @@ class DiaAdapter(Declared):
     """Dia, text to speech."""
 
     family = "Dia"
-    model_classes = ("DiaForConditionalGeneration",)
+    model_classes = ("DiaForConditionalGeneration", "DiaModel")
+
+    def _is_cached(self, named: dict[str, Any]) -> bool:
+        """Whether the call has a cache: the decoder of Dia, unlike others, makes none itself."""
+        return super()._is_cached(named) and cache_of(named) is not None
+
+
+class MusicgenAdapter(Declared):
+    """MusicGen, text to music.
+
+    Its decoder reads a row of tokens for each codebook. With classifier-free guidance, half of the samples
+    have encoder states that are all masked.
+    """
+
+    family = "MusicGen"
+    model_classes = ("MusicgenForConditionalGeneration",)
+    provides = Declared.provides - {"guidance"}  # one row of tokens is no prompt that could be run again
+
+    def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:
+        """Begin a prefill with one row of tokens for each sample, as the encoder states have."""
+        tokens = named.get("input_ids")
+        if tokens is not None:  # [B * codebooks, T]
+            named = {**named, "input_ids": tokens[:: self._decoder.num_codebooks]}
+        super()._begin(call, named, states)
