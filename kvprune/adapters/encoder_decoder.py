@@ -34,6 +34,7 @@ from kvprune.adapters.generation import (
     running_generation,
 )
 from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
+from kvprune.adapters.layouts import Columns
 from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
 from kvprune.adapters.rereading import last_row
@@ -44,7 +45,6 @@ from kvprune.cache.shared_rows import SharedRows, may_share, share_repeated
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
-from kvprune.tokens.layout import Layout
 from kvprune.tokens.randomness import states_fingerprint
 from kvprune.tokens.visibility import Visibility
 
@@ -64,7 +64,7 @@ class _Call(Call):
         self.mask = ColumnMask()
 
 
-class EncoderDecoderAdapter(ModelAdapter):
+class EncoderDecoderAdapter(Columns):
     """Base class of encoder-decoder families; a subclass declares `family` and `model_classes`.
 
     Class attributes, to set only where inspection misses something; "" means that inspection finds it:
@@ -132,6 +132,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         for site in self.sites:
             self.before(site.module, self._before_attention)
         self.around(self.model, CANDIDATES, prompt_first)
+        self.watch_encoder()
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_call()
@@ -174,7 +175,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             lambda: states_fingerprint(states[::copies], visibility.decode),
             shared_rows=shared_rows,
             cached=cached,
-            layout=lambda: Layout.line(columns, states.device),
+            layout=lambda: self.layout(states[::copies]),
             prompt=decoder_prompt(named, tokens.shape[1], copies) if "guidance" in needs else None,
         )
         caps = {site.softcap for site in self.sites} - {None}

@@ -11,7 +11,7 @@ from kvprune.errors import UnsupportedModelError
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.visibility import Visibility
 
-__all__ = ["Geometry", "require_grid", "require_places"]
+__all__ = ["Geometry", "layout_from", "require_grid", "require_places"]
 
 
 class Geometry:
@@ -33,12 +33,7 @@ class Geometry:
         Raises:
             UnsupportedModelError: If nothing is known.
         """
-        if self.layout_of is None:
-            raise UnsupportedModelError(
-                f"policy {self.policy_name!r} asks where tokens lie in their image, which is unknown here; "
-                "pass pixel_values and aspect_ratio_ids instead of cross_attention_states"
-            )
-        return self.layout_of()
+        return layout_from(self.layout_of, self.policy_name)
 
     @property
     def places(self) -> Tensor:
@@ -78,6 +73,24 @@ class Geometry:
             return units
         runs = runs.to(units.device)
         return units * (runs.amax() + 1) + runs
+
+
+def layout_from(layout_of: Callable[[], Layout] | None, policy_name: str) -> Layout:
+    """Return a layout that an adapter computes.
+
+    Args:
+        layout_of: Computes it; None if the adapter cannot.
+        policy_name: For the message.
+
+    Raises:
+        UnsupportedModelError: If it cannot.
+    """
+    if layout_of is None:
+        raise UnsupportedModelError(
+            f"policy {policy_name!r} asks where tokens lie in their image, which is unknown here; "
+            "pass pixel_values and aspect_ratio_ids instead of cross_attention_states"
+        )
+    return layout_of()
 
 
 def require_places(layout: Layout, policy_name: str) -> Tensor:
