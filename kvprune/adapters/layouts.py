@@ -1,8 +1,8 @@
 """What the encoder columns of a model are, and where they lie.
 
 What a column is follows from what the encoder reads: token ids, sound or pixels. Texts and sounds are lines.
-Where the patches of a picture lie is known only when the encoder runs, so `EncoderNotes` keeps what its latest
-calls were given, until the decoder reads what they returned.
+Where the patches of a picture lie is known only when the encoder runs, so `EncoderNotes` keeps what its
+latest calls were given, until the decoder reads what they returned.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def _left(taken: Tensor, patches: int) -> Tensor:
 
 
 class Florence2Columns(EncoderDecoderAdapter):
-    """Florence-2: the mean of a picture, its patches, and text; the picture takes the place of image tokens."""
+    """Florence-2: the mean of a picture and its patches, where the prompt has image tokens; then text."""
 
     unit = ENCODER_TOKEN  # its encoder says only that it reads tokens
     provides = EncoderDecoderAdapter.provides | {"grid"}

@@ -6,7 +6,11 @@ that needs it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvprune.adapters.families.declared import Declared, LikeBart
+from kvprune.adapters.layouts_sounds import FRAME, SAMPLE, seconds_of_speech_encoder, stride
+from kvprune.tokens.layout import AUDIO_FRAME
 
 __all__ = [
     "CanaryAdapter",
@@ -25,12 +29,26 @@ class MoonshineAdapter(Declared):
     family = "Moonshine"
     model_classes = ("MoonshineForConditionalGeneration", "MoonshineModel")
 
+    @property
+    def column_seconds(self) -> float:
+        """0.024: three convolutions over a wave."""
+        encoder: Any = self.encoder
+        return SAMPLE * stride((encoder.conv1, encoder.conv2, encoder.conv3))
+
 
 class MoonshineStreamingAdapter(Declared):
     """Moonshine for streams of speech."""
 
     family = "Moonshine Streaming"
     model_classes = ("MoonshineStreamingForConditionalGeneration", "MoonshineStreamingModel")
+
+    @property
+    def column_seconds(self) -> float:
+        """0.02: two convolutions over frames of 5 ms."""
+        encoder: Any = self.encoder
+        return float(
+            encoder.config.frame_ms / 1000 * stride((encoder.embedder.conv1, encoder.embedder.conv2))
+        )
 
 
 class Speech2TextAdapter(LikeBart):
@@ -39,6 +57,12 @@ class Speech2TextAdapter(LikeBart):
     family = "Speech2Text"
     model_classes = ("Speech2TextForConditionalGeneration", "Speech2TextModel")
 
+    @property
+    def column_seconds(self) -> float:
+        """0.04: two convolutions over frames of 10 ms."""
+        encoder: Any = self.encoder
+        return FRAME * stride(encoder.conv.conv_layers)
+
 
 class CanaryAdapter(Declared):
     """Canary, speech in many languages."""
@@ -46,12 +70,24 @@ class CanaryAdapter(Declared):
     family = "Canary"
     model_classes = ("CanaryForConditionalGeneration", "CanaryModel")
 
+    @property
+    def column_seconds(self) -> float | None:
+        """0.08: the encoder joins eight frames of 10 ms."""
+        encoder: Any = self.encoder
+        return seconds_of_speech_encoder(encoder.config)
+
 
 class CohereAsrAdapter(Declared):
     """Cohere Transcribe."""
 
     family = "Cohere ASR"
     model_classes = ("CohereAsrForConditionalGeneration", "CohereAsrModel")
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.08: the encoder joins eight frames of 10 ms."""
+        encoder: Any = self.encoder
+        return seconds_of_speech_encoder(encoder.config)
 
 
 class SeamlessM4TAdapter(Declared):
@@ -65,6 +101,15 @@ class SeamlessM4TAdapter(Declared):
         "SeamlessM4Tv2ForSpeechToText",
     )
 
+    @property
+    def column_seconds(self) -> float | None:
+        """0.16: two frames of 10 ms are one input, and an adaptor joins eight of these; None for texts."""
+        if self.column_unit != AUDIO_FRAME:
+            return None
+        config: Any = self.model.config
+        adaptors = config.num_adapter_layers if config.add_adapter else 0
+        return float(2 * FRAME * config.adaptor_stride**adaptors)
+
 
 class SpeechEncoderDecoderAdapter(Declared):
     """Any encoder of speech with any decoder of text."""
@@ -72,3 +117,9 @@ class SpeechEncoderDecoderAdapter(Declared):
     family = "speech encoder-decoder"
     model_classes = ("SpeechEncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.02 of encoders like wav2vec 2.0; None if the encoder is not known."""
+        encoder: Any = self.encoder
+        return seconds_of_speech_encoder(encoder.config)
