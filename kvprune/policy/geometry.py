@@ -60,6 +60,16 @@ class Geometry:
         return require_grid(self.layout, self.policy_name)
 
     @property
+    def class_tokens(self) -> Tensor | None:
+        """Class tokens of the encoder, bool ``[B or 1, S]``; None if it has none.
+
+        Raises:
+            UnsupportedModelError: If it is unknown which columns are class tokens.
+        """
+        require_places(self.layout, self.policy_name)
+        return self.layout.class_tokens
+
+    @property
     def segments(self) -> Tensor:
         """Columns that follow each other within one tile and are of one kind, int64 ``[B or 1, S]``.
 
@@ -67,12 +77,21 @@ class Geometry:
         tiles, unless the encoder puts several kinds of columns one after the other, such as a picture and a
         text.
         """
-        units = self.visibility.units
+        return self.split_by_kind(self.visibility.units)
+
+    def split_by_kind(self, numbers: Tensor) -> Tensor:
+        """Return numbers of groups, int64 ``[B or 1, S]``, with a group of its own for each kind of columns.
+
+        The same numbers where all columns are of one kind.
+
+        Args:
+            numbers: int64 ``[B or 1, S]``, at least 0, such as `images`.
+        """
         runs = None if self.layout_of is None else self.layout.runs
         if runs is None:
-            return units
-        runs = runs.to(units.device)
-        return units * (runs.amax() + 1) + runs
+            return numbers
+        runs = runs.to(numbers.device)
+        return numbers * (runs.amax() + 1) + runs
 
 
 def layout_from(layout_of: Callable[[], Layout] | None, policy_name: str) -> Layout:
