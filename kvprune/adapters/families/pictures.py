@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvprune.adapters.families.declared import Declared, LikeBart
+from kvprune.adapters.families.declared import RELATIVE, Declared, LikeBart
 from kvprune.adapters.layouts_pictures import (
     Florence2Columns,
     PageColumns,
@@ -35,6 +35,7 @@ class VisionEncoderDecoderAdapter(PictureColumns, Declared):
     family = "vision encoder-decoder"
     model_classes = ("VisionEncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+    provides = PictureColumns.provides | {"text"}
 
 
 class Florence2Adapter(Florence2Columns, Declared):
@@ -42,6 +43,7 @@ class Florence2Adapter(Florence2Columns, Declared):
 
     family = "Florence-2"
     model_classes = ("Florence2ForConditionalGeneration", "Florence2Model")
+    provides = Florence2Columns.provides | {"text"}
 
 
 class Pix2StructAdapter(PageColumns, Declared):
@@ -49,6 +51,7 @@ class Pix2StructAdapter(PageColumns, Declared):
 
     family = "Pix2Struct"
     model_classes = ("Pix2StructForConditionalGeneration",)
+    lacks = RELATIVE
 
 
 class UdopAdapter(UdopColumns, Declared):
@@ -56,6 +59,7 @@ class UdopAdapter(UdopColumns, Declared):
 
     family = "UDOP"
     model_classes = ("UdopForConditionalGeneration",)
+    lacks = RELATIVE
 
 
 class PPFormulaNetAdapter(LikeBart):
@@ -83,6 +87,7 @@ class BlipAdapter(PictureColumns, Declared):
     family = "BLIP"
     model_classes = ("BlipForConditionalGeneration",)
     scaled_by_width = True  # its attention divides by the square root and names no factor
+    provides = PictureColumns.provides | {"text"}
 
     @property
     def encoder(self) -> nn.Module:

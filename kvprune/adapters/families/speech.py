@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvprune.adapters.families.declared import Declared, LikeBart
+from kvprune.adapters.families.declared import WITH_TEXT, Declared, LikeBart
 from kvprune.adapters.layouts_sounds import FRAME, SAMPLE, seconds_of_speech_encoder, stride
 from kvprune.tokens.layout import AUDIO_FRAME
 
@@ -28,6 +28,7 @@ class MoonshineAdapter(Declared):
 
     family = "Moonshine"
     model_classes = ("MoonshineForConditionalGeneration", "MoonshineModel")
+    provides = WITH_TEXT
 
     @property
     def column_seconds(self) -> float:
@@ -41,6 +42,7 @@ class MoonshineStreamingAdapter(Declared):
 
     family = "Moonshine Streaming"
     model_classes = ("MoonshineStreamingForConditionalGeneration", "MoonshineStreamingModel")
+    provides = WITH_TEXT
 
     @property
     def column_seconds(self) -> float:
@@ -69,6 +71,7 @@ class CanaryAdapter(Declared):
 
     family = "Canary"
     model_classes = ("CanaryForConditionalGeneration", "CanaryModel")
+    provides = WITH_TEXT
 
     @property
     def column_seconds(self) -> float | None:
@@ -82,6 +85,7 @@ class CohereAsrAdapter(Declared):
 
     family = "Cohere ASR"
     model_classes = ("CohereAsrForConditionalGeneration", "CohereAsrModel")
+    provides = WITH_TEXT
 
     @property
     def column_seconds(self) -> float | None:
@@ -100,6 +104,7 @@ class SeamlessM4TAdapter(Declared):
         "SeamlessM4Tv2ForTextToText",
         "SeamlessM4Tv2ForSpeechToText",
     )
+    provides = WITH_TEXT
 
     @property
     def column_seconds(self) -> float | None:
@@ -117,6 +122,7 @@ class SpeechEncoderDecoderAdapter(Declared):
     family = "speech encoder-decoder"
     model_classes = ("SpeechEncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+    provides = WITH_TEXT
 
     @property
     def column_seconds(self) -> float | None:

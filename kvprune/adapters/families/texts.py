@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.families.declared import Declared, LikeBart
+from kvprune.adapters.families.declared import RELATIVE, WITH_TEXT, Declared, LikeBart, no_text
 from kvprune.adapters.tiny.models import example_bart
 
 __all__ = [
@@ -62,6 +62,7 @@ class T5Adapter(Declared):
         "LongT5ForConditionalGeneration",
         "LongT5Model",
     )
+    lacks = RELATIVE
 
 
 class MBartAdapter(LikeBart):
@@ -83,6 +84,7 @@ class NllbMoeAdapter(Declared):
 
     family = "NLLB-MoE"
     model_classes = ("NllbMoeForConditionalGeneration", "NllbMoeModel")
+    provides = WITH_TEXT
 
 
 class MarianAdapter(LikeBart):
@@ -152,6 +154,7 @@ class ProphetNetAdapter(Declared):
     family = "ProphetNet"
     model_classes = ("ProphetNetForConditionalGeneration", "ProphetNetModel")
     scaled_by_width = True  # its attention divides by the square root and names no factor
+    lacks = no_text("its self-attention reads several streams of predicted tokens")
 
 
 class SwitchTransformersAdapter(Declared):
@@ -159,6 +162,7 @@ class SwitchTransformersAdapter(Declared):
 
     family = "Switch Transformers"
     model_classes = ("SwitchTransformersForConditionalGeneration", "SwitchTransformersModel")
+    lacks = RELATIVE
 
 
 class T5GemmaAdapter(Declared):
@@ -166,6 +170,7 @@ class T5GemmaAdapter(Declared):
 
     family = "T5Gemma"
     model_classes = ("T5GemmaForConditionalGeneration", "T5GemmaModel")
+    lacks = no_text("its self-attention slides windows and may cap logits")
 
 
 class EncoderDecoderModelAdapter(Declared):
@@ -174,6 +179,7 @@ class EncoderDecoderModelAdapter(Declared):
     family = "encoder-decoder of two models"
     model_classes = ("EncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+    provides = WITH_TEXT
 
 
 class DiaAdapter(Declared):
@@ -181,3 +187,4 @@ class DiaAdapter(Declared):
 
     family = "Dia"
     model_classes = ("DiaForConditionalGeneration",)
+    lacks = no_text("its decoder writes several channels of sound")
