@@ -269,7 +269,7 @@ def test_a_self_attention_that_reads_encoder_states_is_refused(seen):
     inputs = TINY_FAMILIES["EncoderDecoderModel"].batch(torch.float32, True)
     with (
         kvprune.compress(model, Reader()),
-        pytest.raises(UnsupportedModelError, match="BigBirdSelfAttention of layer 0, .* encoder states"),
+        pytest.raises(UnsupportedModelError, match=r"BigBirdSelfAttention of layer 0, .* encoder states"),
     ):
         model(**inputs, decoder_input_ids=torch.full((2, 12), 5))
 
