@@ -109,6 +109,8 @@ _ENCODERS: Mapping[str, _Arrange] = {
     "dinov2": _flat(1),
     "dinov2_with_registers": _flat(1),
     "blip_vision_model": _flat(1),
+    "clip_vision_model": _flat(1),
+    "siglip_vision_model": _flat(0),
     "swin": _merging,
     "swinv2": _merging,
     "donut-swin": _merging,
@@ -203,7 +205,7 @@ class Florence2Columns(EncoderDecoderAdapter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._shown: Tensor | None = None  # bool [N, S], the image tokens of a prompt that is being encoded
-        self._size = 0, 0
+        self._size: tuple[int, int] | None = None  # rows and columns of its picture
 
     def attach(self, manager: CrossKVManager) -> None:
         """Add the hooks of the family, and note where pictures enter a prompt."""
@@ -215,21 +217,25 @@ class Florence2Columns(EncoderDecoderAdapter):
     def detach(self) -> None:
         """Undo `attach`, and forget the picture."""
         super().detach()
-        self._shown = None
+        self._shown = self._size = None
 
     def note(self, named: Mapping[str, Any]) -> Any:
         """Return where the picture stands in the prompt, and its rows and columns."""
-        shown, self._shown = self._shown, None
-        return "text" if shown is None else (shown, *self._size)
+        shown, size = self._shown, self._size
+        self._shown = self._size = None
+        return shown, size
 
     def layout(self, states: Tensor) -> Layout:
         """Return the grid of the picture; the text has no place in it."""
         noted = self.notes.of(states)
         if noted is None:
             return self.unknown_layout(states, _ELSEWHERE)
-        if noted[0] == "text":
+        (shown, size), times = noted
+        if shown is None and size is None:
             return Layout.line(states.shape[1], states.device, unit=TEXT_TOKEN)
-        (shown, rows, across), times = noted
+        if shown is None or size is None:
+            return self.unknown_layout(states, "it is not known where the picture stands in the prompt")
+        rows, across = size
         shown = shown.to(states.device).repeat_interleave(times, 0)  # [R, S]
         if not bool((shown.sum(-1) == rows * across + 1).all()):
             return self.unknown_layout(states, "a prompt has another number of image tokens than one picture")

@@ -8,10 +8,11 @@ spectrograms have a frame every 10 ms, and waves are sampled at 16 kHz. Where th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["FRAME", "SAMPLE", "seconds_of_speech_encoder", "stride"]
+from torch import nn
+
+__all__ = ["FRAME", "SAMPLE", "seconds_of_speech_encoder", "seconds_of_strides"]
 
 FRAME = 0.01
 """Seconds from one frame of a spectrogram to the next."""
@@ -33,9 +34,22 @@ _OF_WAVES = {
 """Encoders like wav2vec 2.0, by the ``model_type`` of their config."""
 
 
-def stride(convolutions: Iterable[Any]) -> int:
-    """Return of how many inputs a row of convolutions over time makes one output."""
-    return math.prod(convolution.stride[0] for convolution in convolutions)
+def seconds_of_strides(step: float, encoder: nn.Module | None, *paths: str) -> float | None:
+    """Return the seconds from one output of a row of convolutions over time to the next.
+
+    Args:
+        step: Seconds from one of their inputs to the next.
+        encoder: The encoder that has them.
+        paths: Where they are in it.
+
+    Returns:
+        None if the encoder does not look as expected.
+    """
+    try:
+        layers: list[Any] = [encoder.get_submodule(path) for path in paths if encoder is not None]
+        return float(step * math.prod(layer.stride[0] for layer in layers)) if layers else None
+    except AttributeError:
+        return None
 
 
 def seconds_of_speech_encoder(config: Any) -> float | None:

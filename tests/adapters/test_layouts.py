@@ -100,7 +100,7 @@ def vision(name, config, patch=4):
     pair = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     pair.decoder_start_token_id, pair.pad_token_id = 3, 0
     model = random_model(transformers.VisionEncoderDecoderModel, pair, 0, torch.float32, "eager")
-    branches = "o_proj", "fc2", "output.dense", "attention.output", "layerscale"
+    branches = "o_proj", "out_proj", "fc2", "output.dense", "attention.output", "layerscale"
     return without_branches(model, *(f"{end}." for end in branches), "lambda_1", "lambda_2")
 
 
@@ -126,6 +126,8 @@ del _DINO["intermediate_size"]
         ("Data2VecVision", _VIT, (16, 16), 4, 1, 1),
         ("Dinov2", _DINO, (16, 16), 4, 1, 1),
         ("Dinov2WithRegisters", {**_DINO, "num_register_tokens": 3}, (16, 16), 4, 1, 4),
+        ("CLIPVision", _VIT, (16, 16), 4, 1, 1),
+        ("SiglipVision", _VIT, (16, 16), 4, 0, 0),
         ("Swin", _SWIN, (16, 32), 8, 0, 0),
         ("DonutSwin", _SWIN, (16, 32), 8, 0, 0),
         ("DonutSwin", _SWIN, (30, 20), 8, 0, 0),  # any size, padded to whole patches

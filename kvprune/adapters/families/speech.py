@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvprune.adapters.families.declared import WITH_TEXT, Declared, LikeBart
-from kvprune.adapters.layouts_sounds import FRAME, SAMPLE, seconds_of_speech_encoder, stride
+from kvprune.adapters.layouts_sounds import FRAME, SAMPLE, seconds_of_speech_encoder, seconds_of_strides
 from kvprune.tokens.layout import AUDIO_FRAME
 
 __all__ = [
@@ -31,10 +31,9 @@ class MoonshineAdapter(Declared):
     provides = WITH_TEXT
 
     @property
-    def column_seconds(self) -> float:
+    def column_seconds(self) -> float | None:
         """0.024: three convolutions over a wave."""
-        encoder: Any = self.encoder
-        return SAMPLE * stride((encoder.conv1, encoder.conv2, encoder.conv3))
+        return seconds_of_strides(SAMPLE, self.encoder, "conv1", "conv2", "conv3")
 
 
 class MoonshineStreamingAdapter(Declared):
@@ -45,12 +44,10 @@ class MoonshineStreamingAdapter(Declared):
     provides = WITH_TEXT
 
     @property
-    def column_seconds(self) -> float:
+    def column_seconds(self) -> float | None:
         """0.02: two convolutions over frames of 5 ms."""
-        encoder: Any = self.encoder
-        return float(
-            encoder.config.frame_ms / 1000 * stride((encoder.embedder.conv1, encoder.embedder.conv2))
-        )
+        step = getattr(getattr(self.encoder, "config", None), "frame_ms", None)
+        return step and seconds_of_strides(step / 1000, self.encoder, "embedder.conv1", "embedder.conv2")
 
 
 class Speech2TextAdapter(LikeBart):
@@ -60,10 +57,9 @@ class Speech2TextAdapter(LikeBart):
     model_classes = ("Speech2TextForConditionalGeneration", "Speech2TextModel")
 
     @property
-    def column_seconds(self) -> float:
+    def column_seconds(self) -> float | None:
         """0.04: two convolutions over frames of 10 ms."""
-        encoder: Any = self.encoder
-        return FRAME * stride(encoder.conv.conv_layers)
+        return seconds_of_speech_encoder(self.model.config)
 
 
 class CanaryAdapter(Declared):
@@ -76,8 +72,7 @@ class CanaryAdapter(Declared):
     @property
     def column_seconds(self) -> float | None:
         """0.08: the encoder joins eight frames of 10 ms."""
-        encoder: Any = self.encoder
-        return seconds_of_speech_encoder(encoder.config)
+        return seconds_of_speech_encoder(getattr(self.encoder, "config", None))
 
 
 class CohereAsrAdapter(Declared):
@@ -90,8 +85,7 @@ class CohereAsrAdapter(Declared):
     @property
     def column_seconds(self) -> float | None:
         """0.08: the encoder joins eight frames of 10 ms."""
-        encoder: Any = self.encoder
-        return seconds_of_speech_encoder(encoder.config)
+        return seconds_of_speech_encoder(getattr(self.encoder, "config", None))
 
 
 class SeamlessM4TAdapter(Declared):
@@ -127,5 +121,4 @@ class SpeechEncoderDecoderAdapter(Declared):
     @property
     def column_seconds(self) -> float | None:
         """0.02 of encoders like wav2vec 2.0; None if the encoder is not known."""
-        encoder: Any = self.encoder
-        return seconds_of_speech_encoder(encoder.config)
+        return seconds_of_speech_encoder(getattr(self.encoder, "config", None))
