@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from kvprune.adapters.call import Call
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+from kvprune.adapters.layouts_sounds import FRAME, seconds_of_strides
 from kvprune.adapters.tiny.models import example_whisper
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import UnsupportedCacheError
@@ -51,6 +52,11 @@ class WhisperAdapter(EncoderDecoderAdapter):
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
     self_attention = "self_attn"
     provides = EncoderDecoderAdapter.provides | {"text"}
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.02: two convolutions over frames of 10 ms."""
+        return seconds_of_strides(FRAME, self.encoder, "conv1", "conv2")
 
     def attach(self, manager: CrossKVManager) -> None:
         """Add the hooks of the family, and time words by the columns that are held."""
