@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvprune.adapters.arguments import named_arguments
@@ -36,12 +37,20 @@ _CALLS = 4
 _CHANNELS = 4
 """Channels of encoder states by which a call is recognised."""
 
+_ROUNDING = 1e-5
+"""How far projected states may be off, relative to the largest; or four times the dtype's precision."""
+
 
 class EncoderNotes:
-    """What the latest calls of an encoder were given, to be found again by the states that they returned."""
+    """What the latest calls of an encoder were given, to be found again by the states that they returned.
 
-    def __init__(self) -> None:
-        self._calls: deque[tuple[Tensor, int, Any]] = deque(maxlen=_CALLS)
+    Args:
+        projection: The layer, if any, that projects states between encoder and decoder.
+    """
+
+    def __init__(self, projection: nn.Linear | None = None) -> None:
+        self._projection = projection
+        self._calls: deque[tuple[Tensor, Any]] = deque(maxlen=_CALLS)
 
     def add(self, states: Tensor, note: Any) -> None:
         """Remember a call.
@@ -50,13 +59,17 @@ class EncoderNotes:
             states: ``[N, S, C]``, what the encoder returned.
             note: What it was given.
         """
-        self._calls.appendleft((states[..., :_CHANNELS].detach().clone(), states.shape[-1], note))
+        seen = states.detach()
+        if self._projection is None:
+            seen = seen[..., :_CHANNELS].clone()
+        else:
+            weight, bias = self._projection.weight.detach(), self._projection.bias
+            offset = None if bias is None else bias.detach()[:_CHANNELS]
+            seen = F.linear(seen, weight[:_CHANNELS], offset)
+        self._calls.appendleft((seen, note))
 
     def of(self, states: Tensor) -> tuple[Any, int] | None:
         """Return what the call was given that returned these states, and how often each row was repeated.
-
-        States of another width were projected after the encoder, and are taken for those of the latest call
-        that fits.
 
         Args:
             states: ``[R, S, C]``, as the decoder receives them; R is a multiple of N (beams).
@@ -64,14 +77,21 @@ class EncoderNotes:
         Returns:
             None if no call is known. Costs one device transfer.
         """
-        rows, columns, width = states.shape
-        for seen, channels, note in self._calls:
+        rows, columns, _ = states.shape
+        for seen, note in self._calls:
             if seen.shape[1] != columns or rows % seen.shape[0]:
                 continue
             times = rows // seen.shape[0]
-            if channels != width or torch.equal(states[::times, :, :_CHANNELS].to(seen), seen):
+            if self._is(states[::times, :, :_CHANNELS].to(seen), seen):
                 return note, times
         return None
+
+    def _is(self, states: Tensor, seen: Tensor) -> bool:
+        """Return whether states are those of a call; a projection rounds otherwise for another batch."""
+        if self._projection is None:
+            return torch.equal(states, seen)
+        off = (states - seen).abs().amax()
+        return bool(off <= max(_ROUNDING, 4 * torch.finfo(seen.dtype).eps) * seen.abs().amax())
 
     def clear(self) -> None:
         """Forget all calls."""
@@ -89,7 +109,8 @@ class Columns(ModelAdapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.notes = EncoderNotes()
+        projection = getattr(model, "enc_to_dec_proj", None)
+        self.notes = EncoderNotes(projection if isinstance(projection, nn.Linear) else None)
 
     @property
     def column_unit(self) -> Unit:

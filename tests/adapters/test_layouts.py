@@ -269,7 +269,13 @@ def test_the_patches_of_pix2struct_are_where_their_pixels_are():
 
 @pytest.mark.parametrize(
     "name",
-    ["VisionEncoderDecoderModel", "Pix2StructForConditionalGeneration", "UdopForConditionalGeneration"],
+    [
+        "VisionEncoderDecoderModel",
+        "Pix2StructForConditionalGeneration",
+        "UdopForConditionalGeneration",
+        "Florence2ForConditionalGeneration",
+        "PPFormulaNetForConditionalGeneration",
+    ],
 )
 def test_generate_with_beams_has_the_layout_of_its_samples(name):
     model = TINY_FAMILIES[name].model(name, attn_implementation="eager")
@@ -293,6 +299,25 @@ def test_states_are_recognised_among_several_calls():
 
     found = [view.places.amax((0, 1)).tolist() for view in views_of(model, run)]
     assert found == [[1, 7], [7, 1], [1, 7]]
+
+
+def test_projected_states_are_recognised_too():
+    model = vision("DonutSwin", {**_SWIN, "embed_dim": 12})
+    assert model.encoder.config.hidden_size != model.decoder.config.hidden_size
+    wide, high = torch.randn(2, 3, 16, 64), torch.randn(2, 3, 64, 16)
+    ids = torch.full((2, 2), 3)
+
+    def run():
+        first, second = model.encoder(wide), model.encoder(high)
+        twice = transformers.modeling_outputs.BaseModelOutput(first[0].repeat_interleave(2, 0))
+        model(encoder_outputs=second, decoder_input_ids=ids)
+        model(encoder_outputs=twice, decoder_input_ids=ids.repeat(2, 1))
+        other = transformers.modeling_outputs.BaseModelOutput(first[0] + 1)
+        model(encoder_outputs=other, decoder_input_ids=ids)
+
+    views = views_of(model, run)
+    assert [view.places.amax((0, 1)).tolist() for view in views[:2]] == [[7, 1], [1, 7]]
+    assert views[2].layout.geometry == "unknown"
 
 
 def test_states_from_elsewhere_have_no_known_place():

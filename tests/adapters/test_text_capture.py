@@ -133,6 +133,9 @@ def require_text(adapter, model, inputs, seen, *, cached):
     names = ("input_ids", "attention_mask") if "Blip" in type(model).__name__ else DECODER_TEXT
     inputs = {**inputs, names[0]: ids, names[1]: mask, "output_attentions": True}
     weights = attention_of(model, lambda: model(**inputs, use_cache=cached))
+    if any(weight.isnan().any() for weight in weights.values()):  # stock 5.17, where sounds are padded
+        del inputs["attention_mask"]
+        weights = attention_of(model, lambda: model(**inputs, use_cache=cached))
     seen.clear()
     with Compression(adapter(model), Reader(), seed=0), torch.no_grad():
         model(**inputs, use_cache=cached)
@@ -249,7 +252,14 @@ def test_an_adapter_that_does_not_provide_is_refused_at_once():
         ("Electra", {"embedding_size": 32}),
         ("Ernie", {}),
         ("Data2VecText", {}),
-        ("RemBert", {"input_embedding_size": 32, "output_embedding_size": 32}),
+        pytest.param(
+            "RemBert",
+            {"input_embedding_size": 32, "output_embedding_size": 32},
+            marks=pytest.mark.skipif(
+                tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+                reason="stock attends to later tokens",
+            ),
+        ),
         ("BertGeneration", {}),
         ("Xmod", {"default_language": "en_XX"}),
     ],
