@@ -183,6 +183,16 @@ def test_weights_are_named_and_not_read(tmp_path: Path) -> None:
     assert found["use_cache"].startswith("False in config.json: pass use_cache=True")
 
 
+def test_code_of_the_checkpoint_is_named_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("raise SystemExit('run')")
+    changes = {"auto_map": {"AutoModel": "own.Own", "AutoConfig": "own.Own"}, "dtype": None}
+    folder = saved(tmp_path, bart().config, "BartForConditionalGeneration", torch_dtype="bfloat16", **changes)
+    found = rows(folder)
+    assert found["code"].startswith("comes with the checkpoint and is not run; what follows is about Bart")
+    assert found["BART"].startswith("BartAdapter")
+    assert found["holds"].endswith("bfloat16")
+
+
 def test_a_checkpoint_in_the_local_cache_is_found_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
