@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,19 +56,21 @@ def columns_of(model: nn.Module) -> Columns:
     kind = _KINDS.get(main, f"a position of {main}")
     if config.model_type == "whisper":
         return Columns(kind, int(config.max_source_positions), "any sound, padded to 30 seconds")
-    if main == "input_ids" and hasattr(config, "vision_config"):
-        return Columns(
-            "a patch of a picture or a token of the text after it", None, "the picture and the text"
-        )
+    if main == "input_ids" and "pixel_values" in inspect.signature(model.forward).parameters:
+        return Columns("a patch of a picture or a token of its text", None, "the picture and the text")
     if main == "input_ids":
-        encoder = getattr(config, "encoder", config)
-        most = getattr(encoder, "max_position_embeddings", None)
-        return Columns(
-            kind, None, f"the text (at most {most} tokens)" if isinstance(most, int) else "the text"
-        )
+        return Columns(kind, None, "the text" + _at_most(getattr(config, "encoder", config)))
     pictures = getattr(config, "encoder", None) or getattr(config, "vision_config", None)
     of_picture = None if pictures is None else _picture(pictures)
-    return Columns(kind, of_picture, "the length of the input" if of_picture is None else "a picture")
+    return Columns(kind, of_picture, "the input" if of_picture is None else "a picture")
+
+
+def _at_most(config: Any) -> str:
+    """Return how long a text may be, in words; empty if its encoder has no limit."""
+    for name in ("max_encoder_position_embeddings", "max_position_embeddings"):  # LED has the first one
+        if isinstance(most := getattr(config, name, None), int):
+            return f" (at most {most} tokens)"
+    return ""
 
 
 def _picture(config: Any) -> int | None:

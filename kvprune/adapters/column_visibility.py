@@ -6,11 +6,13 @@ Arguments of a call that do not fit each other are refused here, before any laye
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvprune.adapters.arguments import cache_of
 from kvprune.adapters.prompts import padding_mask
 from kvprune.errors import UnsupportedCacheError
 from kvprune.text import shown
@@ -19,28 +21,23 @@ from kvprune.tokens.visibility import Visibility, with_last_row
 __all__ = ["column_visibility", "require_inputs", "rows_of_text"]
 
 
-def require_inputs(
-    tokens: Tensor,
-    states: object,
-    encoder_mask: object,
-    decoder_mask: object,
-    cache: object,
-) -> None:
+def require_inputs(named: Mapping[str, Any]) -> None:
     """Raise unless the arguments of a decoder's call fit each other; call it before any layer runs.
 
     Only masks of floating point cost a device transfer: whoever passes one may have meant numbers that are
     added to logits, but transformers lets rows attend wherever a 2-D mask is not 0.
 
     Args:
-        tokens: ``[B, T]`` token ids, or ``[B, T, C]`` their embeddings.
-        states: Should be ``[B, S, C]``, output of the encoder.
-        encoder_mask: 0 at padding of the encoder; None if there is none.
-        decoder_mask: 0 at padding of the text; None if there is none.
-        cache: The cache of the call; None if there is none.
+        named: Arguments of the decoder by name: token ids ``[B, T]`` or their embeddings ``[B, T, C]``,
+            encoder states ``[B, S, C]``, masks ``[B, T]`` and ``[B, S]`` with 0 at padding, and a cache.
 
     Raises:
         UnsupportedCacheError: Says what was given, and what would be right.
     """
+    states, cache = named["encoder_hidden_states"], cache_of(named)
+    tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
+    if tokens is None:
+        raise UnsupportedCacheError("the decoder got encoder states, but neither input_ids nor inputs_embeds")
     if not isinstance(states, Tensor) or states.ndim != 3:
         found = f"{list(states.shape)}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
         raise UnsupportedCacheError(f"encoder states must be a tensor [B, S, C], got {found}")
@@ -58,7 +55,8 @@ def require_inputs(
             f"the cache of an encoder-decoder model must be an EncoderDecoderCache of transformers, got "
             f"{shown(cache, 80)}; leave it out, and transformers makes one"
         )
-    for whose, mask in (("encoder", encoder_mask), ("decoder", decoder_mask)):
+    for whose, name in (("encoder", "encoder_attention_mask"), ("decoder", "attention_mask")):
+        mask = named.get(name)
         is_known = hasattr(mask, "shape") or (whose == "decoder" and isinstance(mask, Mapping))
         if mask is not None and not is_known:
             raise UnsupportedCacheError(

@@ -164,18 +164,17 @@ class EncoderDecoderAdapter(Columns):
                 f"reread=True reads the last token again from each layer, but a layer of {self.family} "
                 "has read no encoder states"
             )
+        require_inputs(named)
         self._begin(self._call, named, states)
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
-        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        encoder_mask, decoder_mask = named.get("encoder_attention_mask"), named.get("attention_mask")
-        require_inputs(tokens, states, encoder_mask, decoder_mask, cache_of(named))
         generation = running_generation(self._decoder)
-        columns = states.shape[1]
+        encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)
-        masks = encoder_mask, rows_of_text(decoder_mask, tokens.shape[1])
+        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        masks = encoder_mask, rows_of_text(named.get("attention_mask"), tokens.shape[1])
         cached = self._is_cached(named)
         self.prepare_reread(call, named, cached=cached)
         shared_rows = SharedRows()

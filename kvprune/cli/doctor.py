@@ -43,7 +43,7 @@ def doctor(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Check whether this installation works, or with --model, what kvprune can do for a model.
+    """Check this installation, or with --model, a checkpoint.
 
     Looks at versions, plugins, what adapters rely on in transformers, and the demo model. With --model, says
     which adapter a checkpoint has, where it attends to encoder states, what its cache costs, and which

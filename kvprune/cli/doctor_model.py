@@ -48,6 +48,9 @@ def _model(folder: Path, model: Any) -> Iterator[Check]:
     detail = f"model_type {model.config.model_type}, {parameters / 1e6:,.1f} M parameters, {_dtype(model)[1]}"
     yield Check(section="model", name=type(model).__name__, ok=None, detail=detail)
     yield Check(section="model", name="weights", ok=None, detail=weights)
+    if getattr(model.config, "auto_map", None):
+        detail = f"comes with the checkpoint and is not run; what follows is about {type(model).__name__}"
+        yield Check(section="model", name="code", ok=None, detail=f"{detail} of transformers")
 
 
 def _support(model: Any) -> Iterator[Check]:

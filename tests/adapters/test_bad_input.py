@@ -123,6 +123,15 @@ def test_encoder_outputs_of_another_length_than_the_mask_are_refused(
     require_refused(models[name], states, UnsupportedCacheError, told, attention_mask=mask)
 
 
+def test_states_without_text_are_refused(models: Any) -> None:
+    decoder, states = models[BART].get_decoder(), encoded(BART, models[BART])
+    with (
+        kvprune.compress(models[BART], "norm"),
+        pytest.raises(UnsupportedCacheError, match="neither input_ids nor inputs_embeds"),
+    ):
+        decoder(encoder_hidden_states=states)
+
+
 # Masks of the encoder.
 
 PADDED = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])

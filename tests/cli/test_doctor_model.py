@@ -125,6 +125,9 @@ def picture(encoder: Any) -> Any:
     [
         (transformers.ViTConfig(image_size=384, num_hidden_layers=1), 577),
         (transformers.DeiTConfig(image_size=384, num_hidden_layers=1), 578),
+        (transformers.BeitConfig(image_size=64, num_hidden_layers=1), 17),
+        (transformers.Dinov2Config(image_size=56, num_hidden_layers=1), 17),
+        (transformers.SwinConfig(image_size=224, depths=[1, 1, 1], num_heads=[3, 6, 12]), 196),
         (
             transformers.DonutSwinConfig(
                 image_size=[448, 224], depths=[1, 1, 1, 1], num_heads=[3, 6, 12, 24]
@@ -141,6 +144,24 @@ def test_columns_of_pictures_are_those_of_the_encoder(tmp_path: Path, encoder: A
     model = transformers.AutoModel.from_config(encoder).eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 3, *size)).last_hidden_state.shape[1] == columns
+
+
+def test_what_a_column_is_follows_from_what_the_encoder_reads(tmp_path: Path) -> None:
+    kinds = {
+        "T5ForConditionalGeneration": "a token of the encoder's text",
+        "UdopForConditionalGeneration": "a patch of a picture or a token of its text",
+        "Florence2ForConditionalGeneration": "a patch of a picture or a token of its text",
+        "Pix2StructForConditionalGeneration": "a patch of a page",
+        "BlipForConditionalGeneration": "a patch of a picture",
+        "MoonshineForConditionalGeneration": "a stretch of sound",
+        "SpeechEncoderDecoderModel": "a stretch of sound",
+    }
+    for name, kind in kinds.items():
+        found = rows(saved(tmp_path / name, TINY_FAMILIES[name].config(transformers), name))
+        assert found["a column"] == kind
+    led = transformers.LEDConfig(encoder_layers=1, decoder_layers=1)
+    found = rows(saved(tmp_path / "led", led, "LEDForConditionalGeneration"))
+    assert found["a sample"].startswith("their number depends on the text (at most 16384 tokens); 1000 take ")
 
 
 def test_an_11b_model_takes_no_memory(tmp_path: Path) -> None:
@@ -160,6 +181,16 @@ def test_weights_are_named_and_not_read(tmp_path: Path) -> None:
     found = rows(folder)
     assert found["weights"] == "0.01 GB, not read"
     assert found["use_cache"].startswith("False in config.json: pass use_cache=True")
+
+
+def test_code_of_the_checkpoint_is_named_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("raise SystemExit('run')")
+    changes = {"auto_map": {"AutoModel": "own.Own", "AutoConfig": "own.Own"}, "dtype": None}
+    folder = saved(tmp_path, bart().config, "BartForConditionalGeneration", torch_dtype="bfloat16", **changes)
+    found = rows(folder)
+    assert found["code"].startswith("comes with the checkpoint and is not run; what follows is about Bart")
+    assert found["BART"].startswith("BartAdapter")
+    assert found["holds"].endswith("bfloat16")
 
 
 def test_a_checkpoint_in_the_local_cache_is_found_by_its_name(
