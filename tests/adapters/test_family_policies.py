@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_checks import MOST, adapter_of, apart, hardest_of, installed, largest, tiny_of
+from family_checks import MOST, adapter_of, apart, hardest_of, installed, largest, pads, tiny_of
 from generation import generate
 
 import kvprune
@@ -52,7 +52,7 @@ def test_a_guide_would_give_the_decoder_what_it_was_given(name: str) -> None:
             ),
             with_kwargs=True,
         )
-    generate(model, tiny.batch(torch.float32, tiny.pads), 1)
+    generate(model, tiny.batch(torch.float32, pads(name, "eager")), 1)
     assert len(seen) == 1 + len(adapter.sites)
     assert all(torch.equal(seen[0], one) for one in seen)
 

@@ -190,11 +190,8 @@ def classes() -> list[str]:
 def test_every_class_without_an_adapter_says_why() -> None:
     silent, registry = [], load()
     for name in classes():
-        cls = getattr(transformers, name, None)
-        if cls is None:  # in the file's __all__, but not in the package
-            continue
-        with pytest.raises(UnsupportedModelError, match=f"^no adapter supports {name}") as error:
-            registry.adapter_for(cls.__new__(cls))  # the class alone decides, so no weights are needed
+        with pytest.raises(UnsupportedModelError) as error:  # the name of the class alone decides
+            registry.adapter_for(type(name, (), {})())
         if not str(error.value).startswith(f"no adapter supports {name}: "):
             silent.append(name)
     assert not silent, "declare an adapter for these classes, or say in families/refused.py why there is none"

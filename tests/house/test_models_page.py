@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import models_page
 import pytest
 import transformers
@@ -12,17 +14,18 @@ from kvprune.adapters.families.refused import why_refused
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 
+RENDERED = functools.cache(models_page.render)
 WRITTEN = models_page.DOCUMENT.read_text("utf-8")
 OF_THIS_RELEASE = f"with transformers {transformers.__version__}," in WRITTEN
 
 
 @pytest.mark.skipif(not OF_THIS_RELEASE, reason="the page was written with another transformers")
 def test_the_page_is_current() -> None:
-    assert models_page.render() == WRITTEN, "run: python tests/models_page.py"
+    assert RENDERED() == WRITTEN, "run: python tests/models_page.py"
 
 
 def test_what_the_page_says_of_supported_classes_holds_on_any_release() -> None:
-    here, page = (text.partition("\n## Refused")[0] for text in (models_page.render(), WRITTEN))
+    here, page = (text.partition("\n## Refused")[0] for text in (RENDERED(), WRITTEN))
     assert here.replace(transformers.__version__, "") == _without_version(page), (
         "run: python tests/models_page.py"
     )
