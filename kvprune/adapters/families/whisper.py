@@ -1,4 +1,8 @@
-"""The adapter for Whisper, which maps speech to text. Encoder columns are audio frames."""
+"""The adapter for Whisper, which maps speech to text. Encoder columns are audio frames.
+
+Whisper reads a recording window by window. Each window, and each repetition of one at another temperature, is
+a prefill with a decision of its own; `kvprune.engine.receipts.WindowReceipt` tells them apart.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,18 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kvprune.adapters.call import Call
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+from kvprune.adapters.families.whisper_windows import (
+    ASKS_FOR_SPEECH,
+    DETECTS_LANGUAGE,
+    Windows,
+    detectors,
+    probe_windows,
+    unpruned,
+)
+from kvprune.adapters.probes import Probe
 from kvprune.adapters.tiny.models import example_whisper
 from kvprune.engine.manager import CrossKVManager
-from kvprune.errors import UnsupportedCacheError
 
 __all__ = ["WhisperAdapter"]
 
@@ -45,7 +56,7 @@ def _with_constant_columns(extract: Callable[..., Any], *args: Any, **kwargs: An
 
 
 class WhisperAdapter(EncoderDecoderAdapter):
-    """Whisper, whose encoder columns are audio frames."""
+    """Whisper, whose encoder columns are audio frames: 1500 for each window of 30 seconds."""
 
     family = "Whisper"
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
@@ -56,17 +67,19 @@ class WhisperAdapter(EncoderDecoderAdapter):
         """Add the hooks of the family, and time words by the columns that are held."""
         super().attach(manager)
         self.around(self.model, "_extract_token_timestamps", _with_constant_columns)
+        self.around(self.model, DETECTS_LANGUAGE, unpruned(self))
+        self.around(self.model, ASKS_FOR_SPEECH, detectors(self))
+        self._windows = Windows(self.model)
 
-    def prepare_reread(self, call: Call, named: Mapping[str, Any], **known: Any) -> None:
-        """Prepare to read the last token of a prefill again; the language is detected without a cache."""
-        try:
-            super().prepare_reread(call, named, **known)
-        except UnsupportedCacheError as error:
-            if known["cached"]:
-                raise
-            raise UnsupportedCacheError(
-                f"{error}. If Whisper called itself, then to detect the language: pass language= to generate"
-            ) from error
+    def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:
+        """Begin a prefill, and say which window it reads."""
+        self.manager.history.window = self._windows.current()
+        super()._begin(call, named, states)
+
+    @classmethod
+    def probe(cls) -> list[Probe]:
+        """Check that transformers has what all families share, and what tells windows apart."""
+        return [*super().probe(), probe_windows()]
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
