@@ -68,7 +68,8 @@ class Window:
 
     Args:
         rows: For each row of the prefill, the recording that it reads: its index in the batch that
-            ``generate`` was given (return sequences count as recordings of their own).
+            ``generate`` was given (return sequences count as recordings of their own). -1 for rows of
+            padding, which a static cache has when recordings have ended.
         starts: For each row, the first feature frame of the window; Whisper has 100 frames a second.
         attempt: 0 for the first try at this window, 1 for the first repetition at another temperature, ...
         is_first: Whether it is the first prefill of its call of ``generate``.

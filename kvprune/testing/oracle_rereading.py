@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kvprune.adapters.arguments import cache_argument, cache_of, named_arguments, returned_cache
@@ -90,4 +92,12 @@ class _Step:
         rows = output[made].clone()
         rows[:, -1] = step[made][:, 0]
         output[made] = rows
+        for name in ("hidden_states", "attentions", "cross_attentions"):  # if the model was asked for them
+            if output.get(name) is not None:
+                output[name] = tuple(map(_with_last_row, output[name], step[name]))
         return output
+
+
+def _with_last_row(rows: Tensor, step: Tensor) -> Tensor:
+    """Return tensors ``[..., T, X]`` of a prefill whose last row is that of a step, ``[..., 1, X]``."""
+    return torch.cat([rows[..., :-1, :], step], dim=-2)

@@ -67,10 +67,12 @@ def looking(model: Any, turns: Turns) -> Iterator[None]:
 
     Other models have none of these methods, and nothing happens.
     """
-    detect, processors, times = (
-        getattr(model, name, None)
-        for name in ("detect_language", "_retrieve_logit_processors", "_extract_token_timestamps")
-    )
+    names = "detect_language", "_retrieve_logit_processors", "_extract_token_timestamps"
+    if not all(hasattr(model, name) for name in names):
+        yield
+        return
+    methods: list[Any] = [getattr(model, name) for name in names]
+    detect, processors, times = methods
 
     def unmasked(call: Callable[..., Any]) -> Callable[..., Any]:
         def within(*args: Any, **kwargs: Any) -> Any:
@@ -91,12 +93,8 @@ def looking(model: Any, turns: Turns) -> Iterator[None]:
             return times(*args, **kwargs)
 
     with ExitStack() as stack:
-        if detect is not None:
-            stack.enter_context(_replaced(model, "detect_language", unmasked(detect)))
-        if processors is not None:
-            stack.enter_context(_replaced(model, "_retrieve_logit_processors", with_unmasked))
-        if times is not None:
-            stack.enter_context(_replaced(model, "_extract_token_timestamps", timed))
+        for name, method in zip(names, (unmasked(detect), with_unmasked, timed), strict=True):
+            stack.enter_context(_replaced(model, name, method))
         yield
 
 

@@ -1,4 +1,4 @@
-"""A tiny random Whisper that transcribes recordings longer than its window, and features of such recordings."""
+"""A tiny random Whisper that transcribes recordings longer than its window, and features of recordings."""
 
 from __future__ import annotations
 

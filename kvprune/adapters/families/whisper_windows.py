@@ -34,7 +34,10 @@ __all__ = [
 DETECTS_LANGUAGE, ASKS_FOR_SPEECH = "detect_language", "_retrieve_logit_processors"
 """Methods of Whisper: one calls the model by itself, the other makes what calls the model during decoding."""
 
-_READ = "self", "generation_config", "seek", "batch_idx_map", "fallback_index_map", "fallback_idx"
+_READ = (
+    *("self", "generation_config", "batch_size", "seek"),
+    *("batch_idx_map", "fallback_index_map", "fallback_idx"),
+)
 """Local variables of ``generate_with_fallback``, which generates from one window, that are read."""
 
 
@@ -66,10 +69,14 @@ class Windows:
         options, seek, recordings = (found[name] for name in ("generation_config", "seek", "batch_idx_map"))
         is_first = self._generation is None or self._generation() is not options
         self._generation = weakref.ref(options)
-        rows = tuple(recordings[row] for row in found["fallback_index_map"])
+        rows = [recordings[row] for row in found["fallback_index_map"]]
+        starts = [int(seek[row]) for row in rows]  # whole numbers on the CPU
+        if options.cache_implementation == "static":  # then transformers pads the batch to its first size
+            padding = found["batch_size"] - len(rows)
+            rows, starts = rows + [-1] * padding, starts + [0] * padding
         return Window(
-            rows=rows,
-            starts=tuple(int(seek[row]) for row in rows),  # whole numbers on the CPU
+            rows=tuple(rows),
+            starts=tuple(starts),
             attempt=found.get("fallback_idx", 0),
             is_first=is_first,
         )
