@@ -69,7 +69,27 @@ class WhisperAdapter(EncoderDecoderAdapter):
         self.around(self.model, "_extract_token_timestamps", _with_constant_columns)
         self.around(self.model, DETECTS_LANGUAGE, unpruned(self))
         self.around(self.model, ASKS_FOR_SPEECH, detectors(self))
+        self.around(self.model, "_postprocess_outputs", self._without_unequal_cache)
         self._windows = Windows(self.model)
+
+    def _without_unequal_cache(self, process: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Take the cache out of what ``generate`` returns, unless its entries are plain keys and values.
+
+        Whisper's ``generate`` copies the entries of each row into a new cache, and loses which of them are
+        padding, how much merged ones weigh, and whose bits are few. Continuing from it would be wrong.
+        """
+        outputs = kwargs.get("seek_outputs")
+        if getattr(outputs, "past_key_values", None) is None or all(
+            not (one.is_ragged or one.merge is not None or one.quantizes)
+            for one in self.manager.history.kept.selections.values()
+        ):
+            return process(*args, **kwargs)
+        self.manager.report.warn(
+            "Whisper's generate returns a copy of the cache that would not say which entries are padding, "
+            "merged or quantized, so past_key_values is left out of its output"
+        )
+        rest = {name: value for name, value in outputs.items() if name != "past_key_values"}
+        return process(*args, **{**kwargs, "seek_outputs": type(outputs)(**rest)})
 
     def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill, and say which window it reads."""
