@@ -84,8 +84,8 @@ def looking(model: Any, turns: Turns) -> Iterator[None]:
     def with_unmasked(*args: Any, **kwargs: Any) -> Any:
         made = processors(*args, **kwargs)
         for one in made or []:
-            if getattr(one, "model", None) is model:
-                one.model = _Looking(model, unmasked(model))
+            if hasattr(one, "set_model"):
+                one.set_model(_Looking(model, unmasked(model)))
         return made
 
     def timed(*args: Any, **kwargs: Any) -> Any:

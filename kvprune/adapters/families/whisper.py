@@ -78,7 +78,7 @@ class WhisperAdapter(EncoderDecoderAdapter):
         Whisper's ``generate`` copies the entries of each row into a new cache, and loses which of them are
         padding, how much merged ones weigh, and whose bits are few. Continuing from it would be wrong.
         """
-        outputs = kwargs.get("seek_outputs")
+        outputs: Any = kwargs.get("seek_outputs")
         if getattr(outputs, "past_key_values", None) is None or all(
             not (one.is_ragged or one.merge is not None or one.quantizes)
             for one in self.manager.history.kept.selections.values()

@@ -218,6 +218,10 @@ class Generator(ABC):
             on_first: Called once, when the first new token of the batch is there.
         """
 
+    def most_tokens(self, example: Example) -> int:
+        """Return the limit on an answer to an example, in tokens."""
+        return self.max_new_tokens
+
     def lengths(self, new: torch.Tensor) -> list[int]:
         """Return the length of each answer in tokens, without the token that ends it.
 
