@@ -124,7 +124,7 @@ def transcribe(model: Any, use: str, **more: Any) -> dict[str, Any]:
 
 
 def apart(one: Any, other: Any) -> float:
-    """Return the largest difference between all numbers of two outputs of the same form; caches are left out."""
+    """Return the largest difference between the numbers of two outputs of the same form, without caches."""
     ones, others = _numbers(one), _numbers(other)
     assert [part.shape for part in ones] == [part.shape for part in others]
     assert ones

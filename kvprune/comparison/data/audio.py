@@ -32,7 +32,8 @@ LONGEST_SECONDS = 1800.0
 _LARGEST_FILE = 2**28
 _LARGEST_SAMPLE = 2.0**32  # the spectrum of larger ones overflows float32; full scale is 1
 _RATES = range(1000, 384_001)
-_MOST_CHANNELS, _MOST_SAMPLES = 64, 2**27
+_MOST_CHANNELS, _MOST_SAMPLES, _MOST_LONG_SAMPLES = 64, 2**25, 2**27
+_MOST_PER_BYTE = 8  # samples; more than FLAC gets out of speech
 
 _SUBTYPES = (
     *("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"),
@@ -184,9 +185,11 @@ def _check_claims(
             f"{_named(path)} lasts {frames / rate:.2f} s; a recording may last at most {LONGEST_SECONDS:g} "
             "s, so cut it at a pause"
         )
-    if frames * channels > _MOST_SAMPLES:
+    # What a header claims is allocated, so a small file may not claim much.
+    most = max(_MOST_SAMPLES, min(_MOST_LONG_SAMPLES, _MOST_PER_BYTE * len(content)))
+    if frames * channels > most:
         raise DataError(
-            f"{_named(path)} holds {frames} samples in {channels} channels, more than {_MOST_SAMPLES} "
+            f"{_named(path)} holds {frames} samples in {channels} channels, more than {most} "
             "together; save fewer channels, or fewer samples per second"
         )
 

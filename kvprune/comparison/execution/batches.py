@@ -109,7 +109,7 @@ def ask(
         generator.compress_for(one, inputs, seed) as run,
         run.recording() as kept,
     ):
-        new = who.generate(inputs, limit=max(caps))  # [B, new]
+        new = who.generate(inputs, limit=max(caps), caps=caps)  # [B, new]
     if is_reference:
         generator.note_full(inputs, new)
     drawn = seed if run.report.drew else None

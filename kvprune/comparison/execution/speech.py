@@ -17,6 +17,7 @@ import torch
 from kvprune.adapters.families.whisper_text import normaliser
 from kvprune.comparison.data.audio import read_audio, resampled
 from kvprune.comparison.data.examples import Example, Utterance
+from kvprune.comparison.execution.enough import Enough
 from kvprune.comparison.execution.first_token import criteria
 from kvprune.comparison.execution.generation import Generator, Measured
 from kvprune.comparison.execution.quiet import without_warnings
@@ -160,6 +161,7 @@ class SpeechGenerator(Generator):
         tokens: int | None = None,
         *,
         limit: int | None = None,
+        caps: Sequence[int] = (),
         on_first: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Return new tokens without the prompt and the token that ends a transcript, int64 ``[B, new]``.
@@ -170,6 +172,7 @@ class SpeechGenerator(Generator):
                 recordings, only the first window is read then.
             limit: Most new tokens; None is `max_new_tokens`. Of long recordings, each window is limited to
                 `max_new_tokens` instead, so that no window depends on the other recordings of a batch.
+            caps: Where each transcript will be cut; only long recordings need it.
             on_first: Called once, when the first new token of the batch is there.
 
         Raises:
@@ -178,7 +181,7 @@ class SpeechGenerator(Generator):
         frames = int(self.processor.feature_extractor.nb_max_frames)
         if inputs["input_features"].shape[-1] > frames:
             if tokens is None:
-                return self._long(inputs, on_first)
+                return self._long(inputs, caps or [self.max_new_tokens] * len(inputs["input_features"]))
             cut = ("input_features", "attention_mask")
             inputs = {**inputs, **{name: inputs[name][..., :frames] for name in cut}}
         length = {"max_new_tokens": self.max_new_tokens if limit is None else limit}
@@ -205,16 +208,22 @@ class SpeechGenerator(Generator):
             )
         return self._new_tokens(found)
 
-    def _long(self, inputs: Mapping[str, Any], on_first: Callable[[], None] | None) -> torch.Tensor:
+    def _long(self, inputs: Mapping[str, Any], caps: Sequence[int]) -> torch.Tensor:
         """Return the transcripts of recordings that are read window by window, without their timestamps.
 
         One temperature and no text of earlier windows in the prompt: nothing is tried again, and a loop in
-        one window does not spread to the next.
+        one window does not spread to the next. Writing ends where twice as many tokens were written as a
+        transcript may have, timestamps and what Whisper throws away included.
         """
+        padding = int(self.model.generation_config.pad_token_id)
+        enough = Enough([2 * cap for cap in caps], padding)
+        from transformers import StoppingCriteriaList  # slow to import
+
         with torch.inference_mode(), without_warnings():
             found: torch.Tensor = self.model.generate(
                 **inputs,
-                **criteria(on_first),
+                stopping_criteria=StoppingCriteriaList([enough]),
+                monitor_progress=enough.begin_window,
                 max_new_tokens=self.max_new_tokens,
                 return_timestamps=True,
                 condition_on_prev_tokens=False,
@@ -222,7 +231,6 @@ class SpeechGenerator(Generator):
                 num_beams=1,
                 temperature=None,
             )
-        padding = int(self.model.generation_config.pad_token_id)
         ends = torch.as_tensor(self.model.generation_config.eos_token_id, device=found.device)
         text = [row[(row < self._first_time) & ~torch.isin(row, ends) & (row != padding)] for row in found]
         return torch.nn.utils.rnn.pad_sequence(text, batch_first=True, padding_value=padding)  # [B, new]

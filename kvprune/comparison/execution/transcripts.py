@@ -11,7 +11,7 @@ __all__ = ["Errors", "cap_after", "count_errors", "repeats"]
 
 _LONGER, _MORE = Fraction(3, 2), 10
 _MOST_COMPRESSION = 2.4
-_PIECE = 1200  # characters; about a minute of speech
+_PIECE = 450  # characters; about half a minute of speech, a window of Whisper
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def repeats(transcript: str, *, is_long: bool = False) -> bool:
 
     This is the threshold at which Whisper's own decoding takes the transcript of a window for a failure
     (Radford et al. 2022, section 4.5; ``compression_ratio_threshold``). Any long text shrinks that much, so
-    transcripts of long recordings are judged in pieces of 1200 characters; one that repeats itself is enough.
+    transcripts of long recordings are judged in pieces of 450 characters; one that repeats itself is enough.
 
     Args:
         transcript: Text as the model wrote it.
