@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from kvprune.adapters.probes import Probe
 from kvprune.errors import UnsupportedModelError
 
-__all__ = ["CANDIDATES", "Generation", "probe_generation", "prompt_first", "running_generation"]
+__all__ = [
+    "CANDIDATES",
+    "Generation",
+    "callers",
+    "probe_generation",
+    "prompt_first",
+    "running_generation",
+]
 
 CANDIDATES = "_get_candidate_generator"
 """Method of ``GenerationMixin`` that assisted decoding calls once, before it asks for draft tokens."""
@@ -69,7 +76,7 @@ def running_generation(model: nn.Module) -> Generation:
     `Generation()` if the model was called by hand.
     """
     code = _code()
-    for frame in _callers():
+    for frame in callers():
         if frame.f_code is not code or not _contains(frame.f_locals.get("self"), model):
             continue
         options, prompt = frame.f_locals["generation_config"], frame.f_locals["input_ids"]
@@ -134,7 +141,7 @@ def probe_generation() -> Probe:
     return Probe("GenerationMixin", not missing, detail)
 
 
-def _callers() -> Iterator[FrameType]:
+def callers() -> Iterator[FrameType]:
     """Yield the frames of this thread, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

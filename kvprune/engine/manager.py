@@ -38,7 +38,7 @@ from kvprune.cache.shared_rows import SharedRows
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.application import apply, attended_selection
 from kvprune.engine.guidance import Guidance, Prompt, to_rows
-from kvprune.engine.kept import KeptSelections
+from kvprune.engine.history import History
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
 from kvprune.engine.prefill import DecisionContext, ObservedLayer, Prefill
@@ -85,7 +85,7 @@ class CrossKVManager:
         self.layer_indices = tuple(layer_indices)
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._calls = PolicyCalls(policy, seed, self.layer_indices, self.report.note_draw)
-        self.kept = KeptSelections()
+        self.history = History(self.report)
         self._prefill: Prefill | None = None
 
     @property
@@ -281,10 +281,10 @@ class CrossKVManager:
         if prefill.guide is not None:
             self.report.add_guide(prefill.guide)
         if not prefill.record.is_empty:
-            self.kept = prefill.kept
             prefill.record.write(
                 self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
             )
+            self.history.add(prefill.kept)
 
     def _ask_guide(self, prefill: Prefill, features: Tensor) -> None:
         """Let the guide rank the new columns, whose features are ``[R, S, C]``."""

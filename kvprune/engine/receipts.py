@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvprune.tokens.selection import OWN_BITS
 
-__all__ = ["LayerReceipt", "TextReceipt"]
+__all__ = ["LayerReceipt", "TextReceipt", "Window", "WindowReceipt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +60,66 @@ class TextReceipt:
     width: int
     bytes_held: int
     bytes_full: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What one prefill reads of recordings that a model reads window by window, as Whisper does.
+
+    Args:
+        rows: For each row of the prefill, the recording that it reads: its index in the batch that
+            ``generate`` was given (return sequences count as recordings of their own). -1 for rows of
+            padding, which a static cache has when recordings have ended.
+        starts: For each row, the first feature frame of the window; Whisper has 100 frames a second.
+        attempt: 0 for the first try at this window, 1 for the first repetition at another temperature, ...
+        is_first: Whether it is the first prefill of its call of ``generate``.
+    """
+
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    attempt: int = 0
+    is_first: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowReceipt:
+    """One prefill of the latest ``generate`` of a model that reads recordings window by window.
+
+    Args:
+        rows: For each row of the prefill, the index of its recording; see `Window`. Beams of one recording
+            are rows of their own.
+        starts: For each row, the first feature frame of its window.
+        attempt: 0 for the first try at a window; see `Window`.
+        kept_per_sample: Tokens that decoding keeps / tokens it could see, for each row.
+        bytes_peak: Peak bytes of cross-attention keys and values in this prefill.
+        layers: One receipt per cross-attention layer.
+    """
+
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    attempt: int
+    kept_per_sample: tuple[float, ...]
+    bytes_peak: int
+    layers: tuple[LayerReceipt, ...]
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of cross-attention keys and values held after this prefill."""
+        return sum(layer.bytes_held for layer in self.layers)
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes of cross-attention keys and values that stock transformers would hold."""
+        return sum(layer.bytes_full for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the receipt as JSON-ready data, without the receipts of single layers."""
+        return {
+            "rows": list(self.rows),
+            "starts": list(self.starts),
+            "attempt": self.attempt,
+            "kept_per_sample": list(self.kept_per_sample),
+            "bytes_held": self.bytes_held,
+            "bytes_full": self.bytes_full,
+            "bytes_peak": self.bytes_peak,
+        }

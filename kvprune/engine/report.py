@@ -15,7 +15,7 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.guidance import GuideReceipt
 from kvprune.engine.live_check import check_layers, check_text_layers
-from kvprune.engine.receipts import LayerReceipt, TextReceipt
+from kvprune.engine.receipts import LayerReceipt, TextReceipt, Window, WindowReceipt
 from kvprune.errors import ReceiptError
 from kvprune.policy.spec import PolicySpec
 from kvprune.text import printable
@@ -61,6 +61,8 @@ class CompressionReport:
         unit: What one column of the cache is, for readers.
         seconds_per_column: Seconds of sound that one column adds; None if columns are no sound, or it is
             unknown.
+        windows: One receipt per prefill of the latest ``generate``, in order, if the model reads recordings
+            window by window, as Whisper does; empty for other models and for calls of the model by hand.
     """
 
     policy: PolicySpec
@@ -81,6 +83,7 @@ class CompressionReport:
     text_kept_fraction: float | None = None
     unit: Unit = Unit("token")
     seconds_per_column: float | None = None
+    windows: tuple[WindowReceipt, ...] = ()
     _visible: float = field(default=0.0, repr=False)  # tokens that decoding could see, mean over samples
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
@@ -166,6 +169,22 @@ class CompressionReport:
         self.text_layers, self.text_kept_fraction = tuple(layers), kept
         self.seconds += seconds
         self._live_text = tuple(live)
+
+    def add_window(self, window: Window | None) -> None:
+        """Add where the prefill that was added last stands in its recordings; None if it reads no window."""
+        if window is None:
+            self.windows = ()
+            return
+        beams = len(self.kept_per_sample) // len(window.rows)
+        receipt = WindowReceipt(
+            rows=tuple(row for row in window.rows for _ in range(beams)),
+            starts=tuple(start for start in window.starts for _ in range(beams)),
+            attempt=window.attempt,
+            kept_per_sample=self.kept_per_sample,
+            bytes_peak=self.bytes_peak,
+            layers=self.layers,
+        )
+        self.windows = (receipt,) if window.is_first else (*self.windows, receipt)
 
     @property
     def text_bytes_held(self) -> int:
@@ -263,6 +282,7 @@ class CompressionReport:
             "warnings": list(self.warnings),
             "layers": [asdict(layer) for layer in self.layers],
             "text_layers": [asdict(layer) for layer in self.text_layers],
+            "windows": [window.to_dict() for window in self.windows],
         }
 
     def __str__(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +13,7 @@ from kvprune.adapters.attachment import compressing
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.compiled import compiled_part
 from kvprune.engine.guidance import Guidance, Prompt
+from kvprune.engine.kept import KeptSelections
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
 from kvprune.errors import CompressionStateError, GuideError, NestedCompressionError, PolicyNeverRanError
@@ -119,12 +121,12 @@ class Compression:
     @property
     def selections(self) -> Mapping[int, Selection]:
         """Columns that decoding uses after the latest prefill, by layer index."""
-        return self._manager.kept.selections
+        return self._manager.history.kept.selections
 
     @property
     def prefill_selections(self) -> Mapping[int, Selection | None]:
         """Columns that each layer attended to in its latest prefill, by layer index; None means all."""
-        return self._manager.kept.prefill_selections
+        return self._manager.history.kept.prefill_selections
 
     @property
     def text_selections(self) -> Mapping[int, Selection]:
@@ -133,7 +135,28 @@ class Compression:
         Holds only layers whose text a policy pruned. Tokens that came after the prefill are kept as well and
         are not listed.
         """
-        return self._manager.kept.text_selections
+        return self._manager.history.kept.text_selections
+
+    def recording(self) -> AbstractContextManager[Sequence[KeptSelections]]:
+        """Keep what each prefill in a block decides, and not only the latest one.
+
+        A call of ``generate`` has several prefills if a model reads its input window by window, as Whisper
+        reads long recordings, and one otherwise. `CompressionReport.windows` says what each one has read.
+        Selections take memory on the model's device (about 1 % of the cache of each prefill), so none but
+        the latest are kept without this block.
+
+        Returns:
+            A context manager that yields what was kept, one entry for each prefill in order; the list grows
+            while the model runs. Each entry has `selections`, `prefill_selections` and `text_selections`, as
+            the compression has for the latest prefill.
+
+        Example:
+            >>> with kvprune.compress(model, "trim") as run, run.recording() as kept:  # doctest: +SKIP
+            ...     out = model.generate(**inputs, return_timestamps=True)
+            >>> for window, one in zip(run.report.windows, kept, strict=True):  # doctest: +SKIP
+            ...     print(window.starts, one.selections[0].counts())
+        """
+        return self._manager.history.recording()
 
     @property
     def is_attached(self) -> bool:

@@ -26,9 +26,11 @@ from kvprune.adapters.arguments import cache_of, named_arguments
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.errors import SelectionError
 from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle_arithmetic import as_held, logit_bias, merged_features, with_merges
 from kvprune.testing.oracle_rereading import rereading
+from kvprune.testing.oracle_windows import Turns, looking
 from kvprune.tokens.selection import Selection
 
 __all__ = ["masked_oracle"]
@@ -43,8 +45,8 @@ class _Inspected(EncoderDecoderAdapter):
 @contextmanager
 def masked_oracle(
     model: Any,
-    selections: Mapping[int, Selection],
-    prefill_selections: Mapping[int, Selection | None],
+    selections: Mapping[int, Selection] | Sequence[Mapping[int, Selection]],
+    prefill_selections: Mapping[int, Selection | None] | Sequence[Mapping[int, Selection | None]],
     *,
     adapter: type[ModelAdapter] | None = None,
     text_selections: Mapping[int, Selection] | None = None,
@@ -56,48 +58,71 @@ def masked_oracle(
     Merged tokens are rounded once, from float64 to the model's dtype, in the model as in the oracle. Logits
     therefore agree as closely as they do without merging.
 
+    A ``generate`` that reads its input window by window, as Whisper reads long recordings, has several
+    prefills. Give one mapping for each of them, in order (``run.recording()``). Calls in which Whisper only
+    looks at a window, to detect the language or silence, attend to everything and are no prefills.
+
     Args:
         model: A model that is not compressed: Mllama, or one with an ``EncoderDecoderCache``.
-        selections: What decoding may attend to, by layer index (``run.selections``).
-        prefill_selections: What prefill may attend to; None for everything (``run.prefill_selections``).
+        selections: What decoding may attend to, by layer index (``run.selections``), after each prefill; or a
+            list with a mapping for each prefill.
+        prefill_selections: What prefill may attend to; None for everything (``run.prefill_selections``); or a
+            list with a mapping for each prefill.
         adapter: The model's adapter, whose `sites` are used; by default, they are found by inspection.
         text_selections: Text tokens that decoding may attend to, by layer index (``run.text_selections``).
             Tokens that come later are attended to as well. Mllama only.
         prefill_text_selections: The same for a call that brings an image: what an earlier turn kept.
         reread: Whether the last prompt token is read again, as decoding reads, before an answer begins.
+
+    Raises:
+        SelectionError: If there are lists, and the block has another number of prefills.
     """
+    decode, prefill = _listed(selections), _listed(prefill_selections)
+    if len(decode) != len(prefill):
+        raise SelectionError(
+            f"selections are for {len(decode)} prefills, but prefill_selections for {len(prefill)}; pass one "
+            "mapping of each for every prefill"
+        )
+    turns = Turns(len(decode), repeats=isinstance(selections, Mapping))
     text = text_selections or {}, prefill_text_selections or {}
     if adapter is None:
         adapter = _Inspected if model.config.is_encoder_decoder else MllamaAdapter
     attending = adapter(model)
     sites = attending.sites
     with ExitStack() as stack:
-        stack.enter_context(temporary(_hooks(model, sites, selections, prefill_selections, *text)))
+        stack.enter_context(looking(model, turns))
+        stack.enter_context(temporary(_hooks(model, sites, decode, prefill, *text, turns)))
         if reread:
             inner = getattr(attending, "decoder", None) or getattr(model, "model", model)
-            stack.enter_context(temporary(rereading(inner, [site.layer_idx for site in sites])))
+            layers = [site.layer_idx for site in sites]
+            stack.enter_context(temporary(rereading(inner, layers, turns)))
         yield
+    turns.require_all()
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    """Return what holds for each prefill, of one mapping or of a list."""
+    return (given,) if isinstance(given, Mapping) else tuple(given)
 
 
 def _hooks(
     model: Any,
     sites: Sequence[Site],
-    decode: Mapping[int, Selection],
-    prefill: Mapping[int, Selection | None],
+    decode: Sequence[Mapping[int, Selection]],
+    prefill: Sequence[Mapping[int, Selection | None]],
     decode_text: Mapping[int, Selection],
     prefill_text: Mapping[int, Selection],
+    turns: Turns,
 ) -> Iterator[RemovableHandle]:
     known: dict[tuple[Any, ...], list[float]] = {}
-    for site in sites:
-        if site.layer_idx in decode:
-            layer, module = (
-                _MaskedLayer(site, decode[site.layer_idx], prefill[site.layer_idx], known),
-                site.module,
-            )
-            yield module.register_forward_pre_hook(layer.before, with_kwargs=True)
-            # Quantization is undone first, so that merging reads the layer's own numbers.
-            yield module.register_forward_hook(layer.restore, with_kwargs=True, always_call=True)
-            yield module.register_forward_hook(layer.merge, with_kwargs=True)
+    pruned = [site for site in sites if all(site.layer_idx in one for one in decode)]
+    for site in pruned:
+        pairs = [(one[site.layer_idx], two[site.layer_idx]) for one, two in zip(decode, prefill, strict=True)]
+        layer, module = _MaskedLayer(site, pairs, known, turns, leads=site is pruned[0]), site.module
+        yield module.register_forward_pre_hook(layer.before, with_kwargs=True)
+        # Quantization is undone first, so that merging reads the layer's own numbers.
+        yield module.register_forward_hook(layer.restore, with_kwargs=True, always_call=True)
+        yield module.register_forward_hook(layer.merge, with_kwargs=True)
     for layer_idx in sorted({*decode_text, *prefill_text}):
         text = _MaskedText(layer_idx, decode_text.get(layer_idx), prefill_text.get(layer_idx))
         module = _text_model(model).layers[layer_idx]
@@ -113,28 +138,40 @@ class _MaskedLayer:
 
     Args:
         site: The layer's cross-attention.
-        decode: What decoding may attend to.
-        prefill: What prefill may attend to; None for everything.
+        pairs: For each prefill, what decoding may attend to after it, and what the prefill itself may attend
+            to; None for everything.
         known: Vectors that were quantized before, see `as_held`.
+        turns: Says which of the prefills it is.
+        leads: Whether this layer is the first that attends in a prefill.
     """
 
     def __init__(
         self,
         site: Site,
-        decode: Selection,
-        prefill: Selection | None,
+        pairs: Sequence[tuple[Selection, Selection | None]],
         known: dict[tuple[Any, ...], list[float]],
+        turns: Turns,
+        *,
+        leads: bool,
     ) -> None:
         self._site, self._layer_idx = site, site.layer_idx
-        self._decode, self._prefill = decode, prefill
+        self._pairs, self._turns, self._leads = pairs, turns, leads
+        self._decode, self._prefill = pairs[0]
         self._known = known
         self._in_prefill = False
         self._stock: tuple[Tensor, Tensor] | None = None  # keys and values while quantized ones replace them
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Mask what is dropped; in prefill merge features, in decoding quantize the cache for this call."""
+        if self._turns.is_looking:
+            self._in_prefill = False
+            return None
         named = named_arguments(module, args, kwargs)
         self._in_prefill = self._is_prefill(named)
+        if self._in_prefill:
+            if self._leads:
+                self._turns.begin()
+            self._decode, self._prefill = self._pairs[self._turns.current]
         selection = self._prefill if self._in_prefill else self._decode
         if selection is None:
             return None

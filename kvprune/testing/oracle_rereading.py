@@ -9,23 +9,27 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kvprune.adapters.arguments import cache_argument, cache_of, named_arguments, returned_cache
+from kvprune.testing.oracle_windows import Turns
 
 __all__ = ["rereading"]
 
 _OF_IMAGES = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_states"
 
 
-def rereading(inner: Any, cross_layers: Collection[int]) -> Iterator[RemovableHandle]:
+def rereading(inner: Any, cross_layers: Collection[int], turns: Turns) -> Iterator[RemovableHandle]:
     """Hook a module so that each call that brings encoder states is followed by a step for its last token.
 
     Args:
         inner: The module of an untouched model that returns the last hidden state.
         cross_layers: Indices of the cross-attention layers.
+        turns: Says in which calls Whisper only looks at a window; these are no prefills.
     """
-    step = _Step(inner, cross_layers)
+    step = _Step(inner, cross_layers, turns)
     yield inner.register_forward_pre_hook(step.before, with_kwargs=True)
     yield inner.register_forward_hook(step.after)
 
@@ -36,16 +40,17 @@ class _Step:
     Args:
         inner: The module that returns the last hidden state.
         cross_layers: Indices of the cross-attention layers.
+        turns: Says in which calls Whisper only looks at a window.
     """
 
-    def __init__(self, inner: Any, cross_layers: Collection[int]) -> None:
-        self._inner, self._cross_layers = inner, cross_layers
+    def __init__(self, inner: Any, cross_layers: Collection[int], turns: Turns) -> None:
+        self._inner, self._cross_layers, self._turns = inner, cross_layers, turns
         self._arguments: dict[str, Any] | None = None  # of a prefill that runs
         self._is_running = False
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the arguments of a call that brings encoder states."""
-        if self._is_running:
+        if self._is_running or self._turns.is_looking:
             return
         named = named_arguments(module, args, kwargs)
         cache = cache_of(named)
@@ -58,7 +63,7 @@ class _Step:
 
     def after(self, module: Any, args: Any, output: Any) -> Any:
         """Take the last token back, read it again, and put its row in the place of the last one."""
-        if self._is_running or self._arguments is None:
+        if self._is_running or self._turns.is_looking or self._arguments is None:
             return None
         named, self._arguments = self._arguments, None
         cache = returned_cache(output)
@@ -89,4 +94,12 @@ class _Step:
         rows = output[made].clone()
         rows[:, -1] = step[made][:, 0]
         output[made] = rows
+        for name in ("hidden_states", "attentions", "cross_attentions"):  # if the model was asked for them
+            if output.get(name) is not None:
+                output[name] = tuple(map(_with_last_row, output[name], step[name]))
         return output
+
+
+def _with_last_row(rows: Tensor, step: Tensor) -> Tensor:
+    """Return tensors ``[..., T, X]`` of a prefill whose last row is that of a step, ``[..., 1, X]``."""
+    return torch.cat([rows[..., :-1, :], step], dim=-2)

@@ -419,10 +419,6 @@ def test_a_call_without_a_cache_is_refused(family):
     refused(family, r"was called without one \(use_cache=False.* use_cache=True", use_cache=False)
 
 
-def test_detecting_the_language_of_whisper_is_refused_with_the_option_that_helps():
-    refused("Whisper", "pass language= to generate", use_cache=False)
-
-
 @families
 def test_a_prompt_that_ends_with_padding_is_refused(family):
     name = "attention_mask" if family == "Mllama" else "decoder_attention_mask"

@@ -141,12 +141,20 @@ def test_a_pipe_is_refused_and_not_waited_for(write: Write, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["long.wav", "long.flac"])
-def test_half_a_minute_is_the_most(write: Write, tmp_path: Path, name: str) -> None:
+def test_half_an_hour_is_the_most(write: Write, tmp_path: Path, name: str) -> None:
     recording(tmp_path / name, 30.0, rate=8000)
     assert one(write(row(audio=name))).seconds == 30.0
-    soundfile.write(tmp_path / name, numpy.zeros(8000 * 30 + 1), 8000)
-    with pytest.raises(DataError, match=rf"{name} lasts 30.00 s; more than 30 s, .*until long-form"):
+    assert not one(write(row(audio=name))).is_long
+    soundfile.write(tmp_path / name, numpy.zeros(1000 * 1800 + 1), 1000)
+    with pytest.raises(DataError, match=rf"{name} lasts 1800.00 s; .* at most 1800 s, so cut it"):
         read_examples(write(row(audio=name)))
+
+
+def test_a_text_may_be_longer_if_the_recording_is(write: Write, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.wav", numpy.zeros(1000 * 200), 1000)
+    assert one(write(row(audio="long.wav", text="a " * 4000))).is_long
+    with pytest.raises(DataError, match=r"field 'text' is .*; it must have at most 8000 characters"):
+        read_examples(write(row(audio="long.wav", text="a " * 4001)))
 
 
 @pytest.mark.parametrize("name", ["none.wav", "none.flac"])
@@ -265,7 +273,7 @@ def test_a_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "huge.wav").open("wb") as file:
         file.truncate(2**40)  # sparse
     with pytest.raises(
-        DataError, match=r"huge\.wav has 1099511627776 bytes; no recording of 30 s needs more"
+        DataError, match=r"huge\.wav has 1099511627776 bytes; no recording of 1800 s needs more"
     ):
         read_audio(tmp_path / "huge.wav")
 

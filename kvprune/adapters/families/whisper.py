@@ -1,4 +1,8 @@
-"""The adapter for Whisper, which maps speech to text. Encoder columns are audio frames."""
+"""The adapter for Whisper, which maps speech to text. Encoder columns are audio frames.
+
+Whisper reads a recording window by window. Each window, and each repetition of one at another temperature, is
+a prefill with a decision of its own; `kvprune.engine.receipts.WindowReceipt` tells them apart.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kvprune.adapters.call import Call
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
+from kvprune.adapters.families.whisper_windows import (
+    ASKS_FOR_SPEECH,
+    DETECTS_LANGUAGE,
+    Windows,
+    detectors,
+    probe_windows,
+    unpruned,
+)
 from kvprune.adapters.layouts_sounds import FRAME, seconds_of_strides
+from kvprune.adapters.probes import Probe
 from kvprune.adapters.tiny.models import example_whisper
 from kvprune.engine.manager import CrossKVManager
-from kvprune.errors import UnsupportedCacheError
 
 __all__ = ["WhisperAdapter"]
 
@@ -46,7 +57,7 @@ def _with_constant_columns(extract: Callable[..., Any], *args: Any, **kwargs: An
 
 
 class WhisperAdapter(EncoderDecoderAdapter):
-    """Whisper, whose encoder columns are audio frames."""
+    """Whisper, whose encoder columns are audio frames: 1500 for each window of 30 seconds."""
 
     family = "Whisper"
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
@@ -62,17 +73,39 @@ class WhisperAdapter(EncoderDecoderAdapter):
         """Add the hooks of the family, and time words by the columns that are held."""
         super().attach(manager)
         self.around(self.model, "_extract_token_timestamps", _with_constant_columns)
+        self.around(self.model, DETECTS_LANGUAGE, unpruned(self))
+        self.around(self.model, ASKS_FOR_SPEECH, detectors(self))
+        self.around(self.model, "_postprocess_outputs", self._without_unequal_cache)
+        self._windows = Windows(self.model)
 
-    def prepare_reread(self, call: Call, named: Mapping[str, Any], **known: Any) -> None:
-        """Prepare to read the last token of a prefill again; the language is detected without a cache."""
-        try:
-            super().prepare_reread(call, named, **known)
-        except UnsupportedCacheError as error:
-            if known["cached"]:
-                raise
-            raise UnsupportedCacheError(
-                f"{error}. If Whisper called itself, then to detect the language: pass language= to generate"
-            ) from error
+    def _without_unequal_cache(self, process: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Take the cache out of what ``generate`` returns, unless its entries are plain keys and values.
+
+        Whisper's ``generate`` copies the entries of each row into a new cache, and loses which of them are
+        padding, how much merged ones weigh, and whose bits are few. Continuing from it would be wrong.
+        """
+        outputs: Any = kwargs.get("seek_outputs")
+        if getattr(outputs, "past_key_values", None) is None or all(
+            not (one.is_ragged or one.merge is not None or one.quantizes)
+            for one in self.manager.history.kept.selections.values()
+        ):
+            return process(*args, **kwargs)
+        self.manager.report.warn(
+            "Whisper's generate returns a copy of the cache that would not say which entries are padding, "
+            "merged or quantized, so past_key_values is left out of its output"
+        )
+        rest = {name: value for name, value in outputs.items() if name != "past_key_values"}
+        return process(*args, **{**kwargs, "seek_outputs": type(outputs)(**rest)})
+
+    def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:
+        """Begin a prefill, and say which window it reads."""
+        self.manager.history.window = self._windows.current()
+        super()._begin(call, named, states)
+
+    @classmethod
+    def probe(cls) -> list[Probe]:
+        """Check that transformers has what all families share, and what tells windows apart."""
+        return [*super().probe(), probe_windows()]
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:

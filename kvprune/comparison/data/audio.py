@@ -21,15 +21,19 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
-__all__ = ["LONGEST_SECONDS", "Recording", "read_audio", "resampled"]
+__all__ = ["LONGEST_SECONDS", "WINDOW_SECONDS", "Recording", "read_audio", "resampled"]
 
-LONGEST_SECONDS = 30.0
-"""How much Whisper hears at once."""
+WINDOW_SECONDS = 30.0
+"""How much Whisper hears at once; it reads longer recordings window by window."""
+
+LONGEST_SECONDS = 1800.0
+"""How long a recording may be: its text is normalised in time that grows with the square."""
 
 _LARGEST_FILE = 2**28
 _LARGEST_SAMPLE = 2.0**32  # the spectrum of larger ones overflows float32; full scale is 1
 _RATES = range(1000, 384_001)
-_MOST_CHANNELS, _MOST_SAMPLES = 64, 2**25
+_MOST_CHANNELS, _MOST_SAMPLES, _MOST_LONG_SAMPLES = 64, 2**25, 2**27
+_MOST_PER_BYTE = 8  # samples; more than FLAC gets out of speech
 
 _SUBTYPES = (
     *("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"),
@@ -178,12 +182,14 @@ def _check_claims(
         )
     if frames > LONGEST_SECONDS * rate:
         raise DataError(
-            f"{_named(path)} lasts {frames / rate:.2f} s; more than {LONGEST_SECONDS:g} s, which is what "
-            "Whisper hears at once, is refused until long-form transcription is supported; cut it at a pause"
+            f"{_named(path)} lasts {frames / rate:.2f} s; a recording may last at most {LONGEST_SECONDS:g} "
+            "s, so cut it at a pause"
         )
-    if frames * channels > _MOST_SAMPLES:
+    # What a header claims is allocated, so a small file may not claim much.
+    most = max(_MOST_SAMPLES, min(_MOST_LONG_SAMPLES, _MOST_PER_BYTE * len(content)))
+    if frames * channels > most:
         raise DataError(
-            f"{_named(path)} holds {frames} samples in {channels} channels, more than {_MOST_SAMPLES} "
+            f"{_named(path)} holds {frames} samples in {channels} channels, more than {most} "
             "together; save fewer channels, or fewer samples per second"
         )
 

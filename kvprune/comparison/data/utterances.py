@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from kvprune.adapters.families.whisper_text import languages, normaliser
-from kvprune.comparison.data.audio import read_audio
+from kvprune.comparison.data.audio import WINDOW_SECONDS, read_audio
 from kvprune.comparison.data.example import Example
 from kvprune.comparison.data.rows import Row
 from kvprune.errors import DataError
@@ -19,8 +19,9 @@ FIELDS = ("audio", "text")
 
 _DEFAULT_LANGUAGE = "en"
 
-_LONGEST_TEXT = 5000
-"""In characters: nobody says more in half a minute, and normalising takes time that grows with the square."""
+_LONGEST_TEXT, _FASTEST = 5000, 40
+"""Most characters of a text, and how many more each second of a long recording may have: nobody says more,
+and normalising takes time that grows with the square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,11 @@ class Utterance(Example):
         return self.answers[0]
 
     @property
+    def is_long(self) -> bool:
+        """Whether it is longer than the window of the published Whisper models."""
+        return self.seconds > WINDOW_SECONDS
+
+    @property
     def content(self) -> list[object]:
         """What can change a result, as JSON values."""
         return [*super().content, self.language]
@@ -58,15 +64,16 @@ def read_utterance(row: Row) -> Utterance:
     """
     row.require(FIELDS)
     name, reference, language = row.id, row.text("text"), _language(row)
-    if len(reference) > _LONGEST_TEXT:
-        raise row.wrong("text", f"it must have at most {_LONGEST_TEXT} characters")
-    if not any(char.isalnum() for char in normaliser(language)(reference)):
-        raise row.wrong("text", "no word of it is left after normalisation, so there is nothing to score")
     audio = row.folder / row.text("audio")
     try:
         recording = read_audio(audio)
     except DataError as error:
         raise DataError(f"{row.where}: field 'audio': {error}") from error
+    most = max(_LONGEST_TEXT, int(_FASTEST * recording.seconds))
+    if len(reference) > most:
+        raise row.wrong("text", f"it must have at most {most} characters")
+    if not any(char.isalnum() for char in normaliser(language)(reference)):
+        raise row.wrong("text", "no word of it is left after normalisation, so there is nothing to score")
     return Utterance(
         id=name,
         task=row.task,

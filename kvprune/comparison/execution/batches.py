@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 from kvprune.comparison.data.examples import Example, Kind, Utterance, normalise
 from kvprune.comparison.execution.generation import Generator, Measured
 from kvprune.comparison.execution.guide_prompts import require_same_prompts
+from kvprune.comparison.execution.held import held_for_examples
 from kvprune.comparison.execution.questions import PictureGenerator
-from kvprune.comparison.execution.receipt_digests import receipts
 from kvprune.comparison.execution.speech import SpeechGenerator
 from kvprune.comparison.execution.transcripts import cap_after
 from kvprune.comparison.plan.devices import resolve_device
@@ -20,7 +19,6 @@ from kvprune.comparison.plan.grid import REFERENCE, Configuration
 from kvprune.comparison.plan.settings import Settings
 from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.answers import Answer, Transcript
-from kvprune.errors import ResultsError
 
 __all__ = ["ask", "batches", "load_generator"]
 
@@ -30,11 +28,13 @@ _GENERATORS: Mapping[Kind, type[Generator]] = {"pictures": PictureGenerator, "sp
 def batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
     """Return the examples in batches of at most `size`, in order.
 
-    A batch of recordings has one language, so its batches are those of each language in turn.
+    A batch of recordings has one language, and all of them are longer than Whisper's window, or none. So the
+    batches are those of each language in turn, and within it, of each of both kinds.
     """
-    groups: dict[str, list[Example]] = {}
+    groups: dict[tuple[str, bool], list[Example]] = {}
     for example in examples:
-        groups.setdefault(example.language if isinstance(example, Utterance) else "", []).append(example)
+        kind = (example.language, example.is_long) if isinstance(example, Utterance) else ("", False)
+        groups.setdefault(kind, []).append(example)
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
@@ -97,21 +97,23 @@ def ask(
         KVPruneError: If the model or its adapter refuses the policy, see `kvprune.compress`.
     """
     is_reference = one.spec == REFERENCE
-    most = generator.max_new_tokens
-    caps = [most if is_reference else min(most, _cap(full[example.id], most)) for example in batch]
+    most = [generator.most_tokens(example) for example in batch]
+    caps = (
+        most
+        if is_reference
+        else [min(top, _cap(full[example.id], top)) for example, top in zip(batch, most, strict=True)]
+    )
     who = generator.answering(one)
-    with generator.encoding_once(one), generator.compress_for(one, inputs, seed) as run:
-        new = who.generate(inputs, limit=max(caps))  # [B, new]
+    with (
+        generator.encoding_once(one),
+        generator.compress_for(one, inputs, seed) as run,
+        run.recording() as kept,
+    ):
+        new = who.generate(inputs, limit=max(caps), caps=caps)  # [B, new]
     if is_reference:
         generator.note_full(inputs, new)
-    report = run.report
-    kept = report.kept_per_sample
-    if len(kept) != len(batch) or any(math.isnan(fraction) for fraction in kept):
-        raise ResultsError(
-            f"{one.spec} reports kept fractions {kept} for {len(batch)} examples; each needs one"
-        )
-    drawn = seed if report.drew else None
-    proofs = receipts(one.spec, drawn, report.layers, run.selections)
+    drawn = seed if run.report.drew else None
+    held = held_for_examples(run, kept, drawn, len(batch))
     answers = []
     for number, (example, cap) in enumerate(zip(batch, caps, strict=True)):
         of_example = new[number : number + 1, :cap]  # [1, up to cap]
@@ -124,10 +126,10 @@ def ask(
             answer=text,
             agrees_with_full=is_reference or normalise(text) == normalise(full[example.id].answer),
             finished=tokens < cap,
-            kept_fraction=kept[number],
-            bytes_held=report.bytes_held // len(batch),
-            bytes_full=report.bytes_full // len(batch),
-            receipt=proofs[number],
+            kept_fraction=held[number].kept_fraction,
+            bytes_held=held[number].bytes_held,
+            bytes_full=held[number].bytes_full,
+            receipt=held[number].receipt,
         )
         answers.append(generator.judge(example, measured, tokens=tokens, cap=cap))
     return answers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kvprune.comparison.data.examples import Example, Kind, choose, read_examples
+from kvprune.comparison.data.examples import Example, Kind, Utterance, choose, read_examples
 from kvprune.comparison.execution.batches import batches
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.plan.grid import Configuration, partner, unite, with_guide
@@ -107,7 +107,19 @@ def claim(
     folder.check()
     model, device = sources.model_of(settings, data.kind), resolve_device(settings.device)
     limit = settings.max_new_tokens or (PICTURE_TOKENS if data.kind == "pictures" else None)
-    settings = replace(settings, model=model, device=device, max_new_tokens=limit)
+    long = next((one.id for one in data.examples or () if isinstance(one, Utterance) and one.is_long), None)
+    if long is not None and settings.answer_attention:
+        on_note(
+            f"answer-attention is left out: recording {shown(long, 80)} is read window by window, and nobody "
+            "knows the full cache's answer to a window that begins elsewhere"
+        )
+    settings = replace(
+        settings,
+        model=model,
+        device=device,
+        max_new_tokens=limit,
+        answer_attention=settings.answer_attention and long is None,
+    )
     lines = folder.answers()
     old = None if folder.is_free else folder.grid
     recorded = _recorded_guide(folder, old, lines)

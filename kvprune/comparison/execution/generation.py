@@ -207,6 +207,7 @@ class Generator(ABC):
         tokens: int | None = None,
         *,
         limit: int | None = None,
+        caps: Sequence[int] = (),
         on_first: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Return new tokens without the prompt, int64 ``[B, new]``, decoded greedily.
@@ -215,8 +216,14 @@ class Generator(ABC):
             inputs: What `encode` returned.
             tokens: Exact number of new tokens to generate; None lets the model end its answers.
             limit: Most new tokens; None is `max_new_tokens`.
+            caps: Where the caller will cut each answer, so that nobody writes far beyond it; only long
+                recordings need it.
             on_first: Called once, when the first new token of the batch is there.
         """
+
+    def most_tokens(self, example: Example) -> int:
+        """Return the limit on an answer to an example, in tokens."""
+        return self.max_new_tokens
 
     def lengths(self, new: torch.Tensor) -> list[int]:
         """Return the length of each answer in tokens, without the token that ends it.

@@ -99,6 +99,7 @@ class PictureGenerator(Generator):
         tokens: int | None = None,
         *,
         limit: int | None = None,
+        caps: Sequence[int] = (),
         on_first: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Return new tokens, int64 ``[B, new]``; see `Generator.generate`."""

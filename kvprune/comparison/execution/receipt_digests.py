@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from kvprune.engine.receipts import LayerReceipt
 from kvprune.tokens.selection import OWN_BITS, Selection
 
-__all__ = ["receipts"]
+__all__ = ["receipt_of_windows", "receipts"]
 
 
 def receipts(
@@ -44,6 +44,15 @@ def receipts(
                 of_layer.append(bits[sample])
             found[sample].append(of_layer)
     return [_digest([spec, seed, of_sample]) for of_sample in found]
+
+
+def receipt_of_windows(windows: Sequence[tuple[int, str]]) -> str:
+    """Return one SHA-256 for a recording that was read window by window.
+
+    Args:
+        windows: For each window in order, its first feature frame and its receipt, see `receipts`.
+    """
+    return _digest([[start, receipt] for start, receipt in windows])
 
 
 def _pack(kept: Sequence[bool]) -> str:

@@ -11,6 +11,7 @@ __all__ = ["Errors", "cap_after", "count_errors", "repeats"]
 
 _LONGER, _MORE = Fraction(3, 2), 10
 _MOST_COMPRESSION = 2.4
+_PIECE = 450  # characters; about half a minute of speech, a window of Whisper
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +68,21 @@ def cap_after(tokens: int) -> int:
     return ceil(_LONGER * tokens) + _MORE
 
 
-def repeats(transcript: str) -> bool:
+def repeats(transcript: str, *, is_long: bool = False) -> bool:
     """Whether a transcript repeats itself: its text shrinks to less than 1 / 2.4 when zlib compresses it.
 
-    This is the threshold at which Whisper's own decoding takes a transcript for a failure (Radford et al.
-    2022, section 4.5; ``compression_ratio_threshold``).
+    This is the threshold at which Whisper's own decoding takes the transcript of a window for a failure
+    (Radford et al. 2022, section 4.5; ``compression_ratio_threshold``). Any long text shrinks that much, so
+    transcripts of long recordings are judged in pieces of 450 characters; one that repeats itself is enough.
 
     Args:
         transcript: Text as the model wrote it.
+        is_long: Whether the recording was longer than the model's window.
 
     Example:
         >>> repeats("He might even have been made amiable himself."), repeats("and he was " * 12)
         (False, True)
     """
-    written = transcript.encode()
-    return len(written) > _MOST_COMPRESSION * len(zlib.compress(written))
+    size = _PIECE if is_long else len(transcript)
+    pieces = [transcript[start : start + size].encode() for start in range(0, len(transcript), size or 1)]
+    return any(len(piece) > _MOST_COMPRESSION * len(zlib.compress(piece)) for piece in pieces)
