@@ -54,7 +54,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 """Heading: the files whose adapters stand below it."""
 
-TEXT_TOKEN, FRAME, PATCH = "text token", "stretch of sound", "patch of the picture"
+TEXT_TOKEN, FRAME, PATCH = "text token", "audio frame", "image patch"
 CHECKPOINTS: Mapping[str, tuple[str, str]] = {
     "BartForConditionalGeneration": (TEXT_TOKEN, "facebook/bart-large-cnn, facebook/bart-large-xsum"),
     "T5ForConditionalGeneration": (TEXT_TOKEN, "google-t5/t5-base, google/flan-t5-large"),
@@ -97,14 +97,14 @@ CHECKPOINTS: Mapping[str, tuple[str, str]] = {
     ),
     "Florence2ForConditionalGeneration": (PATCH + ", then text token", "florence-community/Florence-2-base"),
     "Pix2StructForConditionalGeneration": (
-        "patch of the page",
+        "image patch",
         "google/pix2struct-base, google/deplot, google/matcha-base",
     ),
-    "UdopForConditionalGeneration": ("word, then patch of the page", "microsoft/udop-large"),
+    "UdopForConditionalGeneration": ("text token, then image patch", "microsoft/udop-large"),
     "PPFormulaNetForConditionalGeneration": (PATCH, "PaddlePaddle/PP-FormulaNet_plus-L_safetensors"),
     "BlipForConditionalGeneration": (PATCH, "Salesforce/blip-image-captioning-base"),
     "MllamaForConditionalGeneration": (
-        "patch of a tile, or the tile's class token",
+        "image patch of a tile, or the tile's class token",
         "meta-llama/Llama-3.2-11B-Vision-Instruct",
     ),
 }
@@ -128,10 +128,27 @@ NOTES: Mapping[str, str] = {
 
 QUIRKS = """## Quirks
 
-**One mask for all heads.** The attention of LED, MVP and TrOCR raises unless its mask is `[B, 1, T, K]`.
-If heads keep different tokens, it gets a tensor of that size that adds each head's own mask to the logits
-(`kvprune/adapters/one_mask.py`). This compiles and casts, and works with beams, static caches and half
-precision. It is refused where gradients flow into the mask itself, which merged tokens cause.
+One mechanism finds and hooks the cross-attention of all classes but Llama-3.2-Vision. What else a class of
+transformers needs is here.
+
+* **One mask for all heads.** The attention of LED, MVP and TrOCR raises unless its mask is `[B, 1, T, K]`.
+  If heads keep different tokens, it gets a tensor of that size that adds each head's own mask to the logits
+  (`kvprune/adapters/one_mask.py`). This compiles and casts, and works with beams, static caches and half
+  precision. It is refused where gradients flow into the mask itself, which merged tokens cause.
+* **A mask for each head.** ProphetNet wants a mask of all heads even where they agree.
+* **Relative positions.** T5 and its kin pass the position bias of one cross-attention layer to the next, as
+  wide as what that layer holds; each layer gets its own.
+* **No factor.** ProphetNet, BLIP and some decoders of pairs divide by the square root of the head width
+  without naming it: `scaled_by_width` in the declaration.
+* **A softcap.** T5Gemma can cap logits. Policies see attention without the cap, and the report warns.
+* **Codebooks.** The decoder of MusicGen reads a row of tokens for each codebook; kvprune counts one row for
+  each sample.
+* **No cache of its own.** The decoder of Dia makes no cache if it gets none.
+* **A part that generates.** BLIP generates with its text decoder, not with the whole model.
+* **Encoder states that the decoder changes.** Cohere ASR projects them, and Moonshine Streaming adds
+  positions, so they cannot be given to a guide.
+* **Windows.** Whisper reads long recordings window by window, detects languages, and times words by
+  attention weights: [speech](compare.md#speech), `kvprune/adapters/families/whisper.py`.
 """
 
 

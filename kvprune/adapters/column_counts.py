@@ -1,4 +1,4 @@
-"""What one encoder column of a model is, and how many there usually are, as far as its config says."""
+"""How many encoder columns a sample usually has, as far as the config of a model says."""
 
 from __future__ import annotations
 
@@ -9,39 +9,27 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Columns", "columns_of"]
-
-_KINDS = {
-    "pixel_values": "a patch of a picture",
-    "flattened_patches": "a patch of a page",
-    "input_features": "a stretch of sound",
-    "input_values": "a stretch of sound",
-    "inputs": "a stretch of sound",
-    "input_ids": "a token of the encoder's text",
-}
-"""What a column is, by the name of the model's main input."""
+__all__ = ["ColumnCount", "column_count"]
 
 _EXTRA = {"vit": 1, "beit": 1, "dinov2": 1, "blip_vision_model": 1, "deit": 2}
 """Columns that encoders of pictures put before patches: class tokens, and DeiT's token for distillation."""
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnCount:
     """The encoder columns of one sample.
 
     Attributes:
-        kind: What one column is.
         usual: How many a sample usually has; None if that depends on the input.
         note: What that number stands for, or what the number depends on.
     """
 
-    kind: str
     usual: int | None
     note: str
 
 
-def columns_of(model: nn.Module) -> Columns:
-    """Return what the config of a model says about its encoder columns; the model is not run.
+def column_count(model: nn.Module) -> ColumnCount:
+    """Return what the config of a model says about the number of its encoder columns; nothing is run.
 
     Args:
         model: A model of transformers, which may be on the meta device.
@@ -52,17 +40,16 @@ def columns_of(model: nn.Module) -> Columns:
         vision = config.vision_config
         tiles = int(vision.max_num_tiles)
         usual = tiles * (_patches(vision.image_size, vision.patch_size) + 1)
-        return Columns(_KINDS["pixel_values"], usual, f"a picture, held as {tiles} tiles whatever its size")
-    kind = _KINDS.get(main, f"a position of {main}")
+        return ColumnCount(usual, f"a picture, held as {tiles} tiles whatever its size")
     if config.model_type == "whisper":
-        return Columns(kind, int(config.max_source_positions), "any sound, padded to 30 seconds")
+        return ColumnCount(int(config.max_source_positions), "any sound, padded to 30 seconds")
     if main == "input_ids" and "pixel_values" in inspect.signature(model.forward).parameters:
-        return Columns("a patch of a picture or a token of its text", None, "the picture and the text")
+        return ColumnCount(None, "the picture and the text")
     if main == "input_ids":
-        return Columns(kind, None, "the text" + _at_most(getattr(config, "encoder", config)))
+        return ColumnCount(None, "the text" + _at_most(getattr(config, "encoder", config)))
     pictures = getattr(config, "encoder", None) or getattr(config, "vision_config", None)
     of_picture = None if pictures is None else _picture(pictures)
-    return Columns(kind, of_picture, "the input" if of_picture is None else "a picture")
+    return ColumnCount(of_picture, "the input" if of_picture is None else "a picture")
 
 
 def _at_most(config: Any) -> str:

@@ -76,7 +76,7 @@ def _support(model: Any) -> Iterator[Check]:
     yield Check(section="adapter", name=cls.family, ok=True, detail=origin)
     yield Check(section="adapter", name="policies see", ok=None, detail=", ".join(sorted(cls.provides)))
     yield from _sites(model, sites)
-    yield from _cost(model, sites)
+    yield from _cost(adapter)
     yield from _policies(adapter, found)
     yield from _settings(model, adapter)
 
@@ -156,14 +156,15 @@ def _common(paths: Sequence[str]) -> str:
     return ".".join(step[0] if len({*step}) == 1 else "*" for step in zip(*steps, strict=True))
 
 
-def _cost(model: Any, sites: Sequence[Site]) -> Iterator[Check]:
+def _cost(adapter: ModelAdapter) -> Iterator[Check]:
     """Say what a column is, and what it costs in the cache."""
-    from kvprune.adapters.column_counts import columns_of
+    from kvprune.adapters.column_counts import column_count
 
-    columns = columns_of(model)
+    model, columns, unit = adapter.model, column_count(adapter.model), adapter.column_unit.one
     size, told = _dtype(model)
-    each = sum(2 * site.kv_heads * site.head_width * size for site in sites)
-    yield Check(section="cross-attention cache", name="a column", ok=None, detail=columns.kind)
+    each = sum(2 * site.kv_heads * site.head_width * size for site in adapter.sites)
+    kind = unit if adapter.column_seconds is None else f"{unit}, {adapter.column_seconds:g} s of sound"
+    yield Check(section="cross-attention cache", name="a column", ok=None, detail=kind)
     detail = f"{each:,} bytes in all layers, keys and values, {told}"
     yield Check(section="cross-attention cache", name="holds", ok=None, detail=detail)
     if columns.usual is None:

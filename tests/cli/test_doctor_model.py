@@ -62,7 +62,7 @@ def test_a_supported_model_is_described(tmp_path: Path) -> None:
         "cross-attention in 32 layers - layers: 0 to 31 - module: model.decoder.layers.*.encoder_attn",
         "- heads: 20 for queries, 20 for keys and values, of width 64",
         "- arguments: encoder states in key_value_states, mask in attention_mask",
-        "- a column: a stretch of sound",
+        "- a column: audio frame, 0.02 s of sound",
         "- holds: 163,840 bytes in all layers, keys and values, float16",
         "- a sample: 1500 for any sound, padded to 30 seconds: 234.4 MiB",
         "- visionzip is refused: policy 'visionzip' needs 'class_attention', which the Whisper adapter",
@@ -138,7 +138,7 @@ def picture(encoder: Any) -> Any:
 )
 def test_columns_of_pictures_are_those_of_the_encoder(tmp_path: Path, encoder: Any, columns: int) -> None:
     found = rows(saved(tmp_path, picture(encoder), "VisionEncoderDecoderModel"))
-    assert found["a column"] == "a patch of a picture"
+    assert found["a column"] == "image patch"
     assert found["a sample"].startswith(f"{columns} for a picture: ")
     size = encoder.image_size if isinstance(encoder.image_size, list) else [encoder.image_size] * 2
     model = transformers.AutoModel.from_config(encoder).eval()
@@ -148,13 +148,13 @@ def test_columns_of_pictures_are_those_of_the_encoder(tmp_path: Path, encoder: A
 
 def test_what_a_column_is_follows_from_what_the_encoder_reads(tmp_path: Path) -> None:
     kinds = {
-        "T5ForConditionalGeneration": "a token of the encoder's text",
-        "UdopForConditionalGeneration": "a patch of a picture or a token of its text",
-        "Florence2ForConditionalGeneration": "a patch of a picture or a token of its text",
-        "Pix2StructForConditionalGeneration": "a patch of a page",
-        "BlipForConditionalGeneration": "a patch of a picture",
-        "MoonshineForConditionalGeneration": "a stretch of sound",
-        "SpeechEncoderDecoderModel": "a stretch of sound",
+        "T5ForConditionalGeneration": "text token",
+        "UdopForConditionalGeneration": "encoder token",
+        "Florence2ForConditionalGeneration": "encoder token",
+        "Pix2StructForConditionalGeneration": "image patch",
+        "BlipForConditionalGeneration": "image patch",
+        "MoonshineForConditionalGeneration": "audio frame, 0.024 s of sound",
+        "SpeechEncoderDecoderModel": "audio frame, 0.00125 s of sound",
     }
     for name, kind in kinds.items():
         found = rows(saved(tmp_path / name, TINY_FAMILIES[name].config(transformers), name))
