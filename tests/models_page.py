@@ -123,6 +123,15 @@ NOTES: Mapping[str, str] = {
     "states twice, so none is taken.",
     "MusicgenForConditionalGeneration": "Run with classifier-free guidance, its default: half of the samples "
     "see no column. Its decoder alone is compared with SDPA, too.",
+    **dict.fromkeys(
+        (
+            "BlipForConditionalGeneration",
+            "DiaForConditionalGeneration",
+            "ProphetNetForConditionalGeneration",
+            "UdopForConditionalGeneration",
+        ),
+        "`reread=True` is refused.",
+    ),
     "MllamaForConditionalGeneration": "[Supported](supported.md) says more of it, and of BART and Whisper.",
 }
 
