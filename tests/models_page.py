@@ -19,8 +19,8 @@ from decoder_pairs import PAIRS, STOCK_FAILS
 
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.families import FAMILIES
-from kvprune.adapters.families.refused import REFUSED, why_refused
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.adapters.refused import REFUSED, why_refused
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.session.registry import load
 
@@ -123,6 +123,15 @@ NOTES: Mapping[str, str] = {
     "states twice, so none is taken.",
     "MusicgenForConditionalGeneration": "Run with classifier-free guidance, its default: half of the samples "
     "see no column. Its decoder alone is compared with SDPA, too.",
+    **dict.fromkeys(
+        (
+            "BlipForConditionalGeneration",
+            "DiaForConditionalGeneration",
+            "ProphetNetForConditionalGeneration",
+            "UdopForConditionalGeneration",
+        ),
+        "`reread=True` is refused.",
+    ),
     "MllamaForConditionalGeneration": "[Supported](supported.md) says more of it, and of BART and Whisper.",
 }
 

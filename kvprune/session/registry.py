@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvprune.adapters.base import ModelAdapter
-from kvprune.adapters.families.refused import why_refused
+from kvprune.adapters.refused import why_refused
 from kvprune.errors import (
     KVPruneError,
     NameClashError,

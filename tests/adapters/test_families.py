@@ -104,6 +104,17 @@ NOT_CALLED = {
 """Classes whose attention the suite cannot see, and why."""
 
 
+def test_dia_has_a_cache_only_if_it_is_asked_for_one() -> None:
+    """Its decoder makes none itself, so a call without one prunes only what later layers receive."""
+    tiny = TINY_FAMILIES["DiaForConditionalGeneration"]
+    model = tiny.model("DiaForConditionalGeneration")
+    inputs = {**tiny.batch(torch.float32, True), "decoder_input_ids": torch.full((2, 2, 2), 3)}
+    with torch.no_grad(), kvprune.compress(model, "divprune:keep_ratio=0.5") as run:
+        model(**inputs)
+    assert run.report.prefills == 1
+    assert run.report.bytes_held == 0
+
+
 @pytest.mark.parametrize("name", installed(name for name in TINY_FAMILIES if name not in NOT_CALLED))
 def test_policies_see_the_attention_of_a_class(name: str) -> None:
     tiny = TINY_FAMILIES[name]

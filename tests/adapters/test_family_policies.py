@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from family_checks import MOST, adapter_of, apart, hardest_of, installed, largest, pads, tiny_of
+from family_checks import (
+    MOST,
+    adapter_of,
+    apart,
+    equals_oracle,
+    hardest_of,
+    installed,
+    largest,
+    pads,
+    tiny_of,
+)
 from generation import generate
 
 import kvprune
@@ -86,3 +96,46 @@ def test_every_policy_equals_the_oracle_or_is_refused(name: str) -> None:
         assert apart(logits, wanted) <= MOST * largest(wanted), policy
         if policy not in ("full", "lossless"):  # these drop nothing that a sample of the batch needs
             assert run.report.bytes_held < run.report.bytes_full, policy
+
+
+def test_a_guide_reads_one_of_each_few_beams() -> None:
+    """The decoder of GPT-2 views encoder states in another shape, which every third row would not allow."""
+    name = "VisionEncoderDecoderModel of GPT-2"
+    tiny = tiny_of(name)
+    equals_oracle(
+        name, tiny.model(name), tiny.batch(torch.float32, False), "guided:keep_ratio=0.5", num_beams=3
+    )
+
+
+NOT_REREAD = {
+    "DiaForConditionalGeneration": "its rereads is False",
+    "ProphetNetForConditionalGeneration": "last_hidden_state_ngram has none that fits",
+    "UdopForConditionalGeneration": "attention_mask has none that fits",
+    "BlipForConditionalGeneration": "a layer of BLIP has read no encoder states",
+}
+"""Classes of which the last prompt token cannot be read again, and what is said."""
+
+
+@pytest.mark.parametrize("name", installed(TINY_FAMILIES))
+def test_the_last_token_is_read_again_or_that_is_refused(name: str) -> None:
+    attention, padded, beams = hardest_of(name)
+    tiny = tiny_of(name)
+    model, inputs = tiny.model(name, torch.float32, attention), tiny.batch(torch.float32, padded)
+    if name in NOT_REREAD:
+        with (
+            pytest.raises(UnsupportedModelError, match=NOT_REREAD[name]),
+            kvprune.compress(model, "full", reread=True),
+        ):
+            generate(model, inputs, 2, num_beams=beams)
+        return
+    expected, stock, _ = generate(model, inputs, 2, num_beams=beams)
+    with kvprune.compress(model, "full", reread=True) as run:
+        got, logits, _ = generate(model, inputs, 2, num_beams=beams)
+    assert torch.equal(got, expected)
+    assert apart(logits, stock) <= MOST * largest(stock)
+    assert run.report.rereads == run.report.prefills
+    with kvprune.compress(model, "norm:keep_ratio=0.5", reread=True):
+        pruned = generate(model, inputs, 2, num_beams=beams)[1]
+    assert apart(pruned[0], stock[0]) > MOST * largest(
+        stock
+    )  # the first answer token comes from what is kept

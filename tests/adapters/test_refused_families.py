@@ -13,7 +13,7 @@ from family_checks import installed, modules_of_tiny_models
 
 import kvprune
 from kvprune.adapters.families import FAMILIES
-from kvprune.adapters.families.refused import REFUSED, why_refused
+from kvprune.adapters.refused import REFUSED, why_refused
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.adapters.tiny.family import BART, BERT, DECODER, TOKENS, TinyFamily, pair_of, texts
 from kvprune.adapters.tiny.texts import GPT2
@@ -194,7 +194,7 @@ def test_every_class_without_an_adapter_says_why() -> None:
             registry.adapter_for(type(name, (), {})())
         if not str(error.value).startswith(f"no adapter supports {name}: "):
             silent.append(name)
-    assert not silent, "declare an adapter for these classes, or say in families/refused.py why there is none"
+    assert not silent, "declare an adapter for these classes, or say in refused.py why there is none"
 
 
 def test_no_supported_class_is_said_to_be_refused() -> None:
@@ -224,7 +224,7 @@ def test_everything_that_builds_such_a_cache_is_known() -> None:
     }
     assert not unknown, (
         f"transformers {transformers.__version__} builds an EncoderDecoderCache in these classes, of which "
-        "kvprune knows nothing: declare an adapter, or say in families/refused.py why there is none"
+        "kvprune knows nothing: declare an adapter, or say in refused.py why there is none"
     )
 
 

@@ -10,8 +10,8 @@ import transformers
 from family_checks import settings_of
 
 from kvprune.adapters.families import FAMILIES
-from kvprune.adapters.families.refused import why_refused
 from kvprune.adapters.mllama import MllamaAdapter
+from kvprune.adapters.refused import why_refused
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 
 RENDERED = functools.cache(models_page.render)

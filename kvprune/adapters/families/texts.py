@@ -190,6 +190,7 @@ class DiaAdapter(Declared):
     family = "Dia"
     model_classes = ("DiaForConditionalGeneration", "DiaModel")
     lacks = no_text("its decoder writes several channels of sound")
+    rereads = False  # a token is a row of codebooks, of which nobody knows the last one
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache: the decoder of Dia, unlike others, makes none itself."""
