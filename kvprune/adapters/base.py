@@ -45,6 +45,7 @@ from kvprune.errors import (
     PluginError,
     UnsupportedModelError,
 )
+from kvprune.tokens.layout import Unit
 
 __all__ = ["ModelAdapter", "Site"]
 
@@ -117,6 +118,16 @@ class ModelAdapter(Attachment, Declaration):
     @property
     def encoder(self) -> nn.Module | None:
         """The module whose output depends on no policy, such as a vision tower; None if there is none."""
+        return None
+
+    @property
+    def column_unit(self) -> Unit:
+        """What one encoder column is, for readers."""
+        return Unit("token")
+
+    @property
+    def column_seconds(self) -> float | None:
+        """Seconds of sound that one column adds; None if columns are no sound, or it is unknown."""
         return None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from kvprune.adapters.probes import Probe
@@ -20,6 +20,7 @@ class Declaration(ABC):
         family: Name of the family, for messages and tables.
         model_classes: Names of the supported transformers classes.
         provides: What the adapter can capture, by the names that policies use in `CrossKVPolicy.needs`.
+        lacks: Why it cannot capture something, by the same names, as the end of a sentence.
         captured_in_encoder: What of it is captured while the encoder runs.
         rereads: Whether the adapter can read the last prompt token again (``compress(..., reread=True)``):
             it calls `prepare_reread` and `finish_prefill`, and defines `last_row`.
@@ -28,6 +29,7 @@ class Declaration(ABC):
     family: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     provides: ClassVar[frozenset[str]] = frozenset({"queries", "raw_keys", "features"})
+    lacks: ClassVar[Mapping[str, str]] = {}
     captured_in_encoder: ClassVar[frozenset[str]] = frozenset({"class_attention"})
     rereads: ClassVar[bool] = False
 
@@ -49,9 +51,10 @@ class Declaration(ABC):
             UnsupportedModelError: Names the policy, the family, and what is missing.
         """
         if missing := policy.needs - cls.provides:
+            reasons = "".join(f", because {cls.lacks[name]}" for name in sorted(missing & cls.lacks.keys()))
             raise UnsupportedModelError(
                 f"policy {policy.name!r} needs {_listed(missing)}, which the {cls.family} adapter does not "
-                f"provide (it provides {_listed(cls.provides) or 'nothing'}); "
+                f"provide{reasons} (it provides {_listed(cls.provides) or 'nothing'}); "
                 "use another policy, or another model"
             )
 

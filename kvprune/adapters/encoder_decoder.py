@@ -26,7 +26,7 @@ from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, wit
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
-from kvprune.adapters.column_visibility import column_visibility
+from kvprune.adapters.column_visibility import column_visibility, require_inputs, rows_of_text
 from kvprune.adapters.generation import (
     CANDIDATES,
     probe_generation,
@@ -34,17 +34,18 @@ from kvprune.adapters.generation import (
     running_generation,
 )
 from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
+from kvprune.adapters.layouts import Columns
 from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
 from kvprune.adapters.rereading import last_row
 from kvprune.adapters.text_capture import TextCapture
+from kvprune.adapters.text_sites import TextSite, find_text_sites
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
 from kvprune.cache.reader import Reader
 from kvprune.cache.shared_rows import SharedRows, may_share, share_repeated
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import GuideError, UnsupportedCacheError, UnsupportedModelError
-from kvprune.tokens.layout import Layout
 from kvprune.tokens.randomness import states_fingerprint
 from kvprune.tokens.visibility import Visibility
 
@@ -64,7 +65,7 @@ class _Call(Call):
         self.mask = ColumnMask()
 
 
-class EncoderDecoderAdapter(ModelAdapter):
+class EncoderDecoderAdapter(Columns):
     """Base class of encoder-decoder families; a subclass declares `family` and `model_classes`.
 
     Class attributes, to set only where inspection misses something; "" means that inspection finds it:
@@ -75,9 +76,8 @@ class EncoderDecoderAdapter(ModelAdapter):
         key: Attribute of that module that projects keys, ``[B, S, Hkv * D]``.
         value: Attribute of that module that projects values, ``[B, S, Hkv * D]``.
         scaled_by_width: Whether a module that names no ``scaling`` multiplies logits by D ** -0.5.
-        self_attention: Attribute of a decoder layer that holds its self-attention, if that is a module of
-            the same kind, without rotation or relative positions; else "". Policies see it if `provides`
-            has "text".
+        self_attention: Path of the self-attention within a decoder layer. Policies see it if `provides` has
+            "text".
 
     Raises:
         UnsupportedModelError: When it is constructed, if the model does not look as expected. The error names
@@ -85,6 +85,11 @@ class EncoderDecoderAdapter(ModelAdapter):
     """
 
     provides = ModelAdapter.provides | {"guidance"}
+    lacks: ClassVar[Mapping[str, str]] = {
+        "grid": "its columns are no patches of a picture",
+        "text_cache": "only the text cache of Mllama can be pruned",
+        "class_attention": "only the vision encoder of Mllama shows it",
+    }
     rereads = True
     attention: ClassVar[str] = ""
     states: ClassVar[str] = ""
@@ -102,7 +107,8 @@ class EncoderDecoderAdapter(ModelAdapter):
         names = self.query, self.key, self.value
         told = Overrides(self.attention, self.states, self.mask, names, self.scaled_by_width)
         found = find_sites(model, self.family, told)
-        self._sites = tuple(found.values())
+        self._found, self._sites = found, tuple(found.values())
+        self._text: Mapping[int, TextSite] = {}
         self._decoder: Any = find_decoder(model, self.family, tuple(found))
         # Of each layer that attends to encoder states: its rank among them, and the module.
         self._by_layer = {site.layer_idx: (rank, site) for rank, site in enumerate(self._sites)}
@@ -128,10 +134,20 @@ class EncoderDecoderAdapter(ModelAdapter):
     def attach(self, manager: CrossKVManager) -> None:
         """Hook the decoder's calls and each cross-attention module."""
         self._manager = manager
+        if "text" in manager.policy.needs:
+            self._text = find_text_sites(
+                self.model,
+                self._found,
+                self.family,
+                self.self_attention,
+                scaled_by_width=self.scaled_by_width,
+            )
         self.hook_calls(self._decoder, self._before_decoder, self._after_decoder)
         for site in self.sites:
             self.before(site.module, self._before_attention)
-        self.around(self.model, CANDIDATES, prompt_first)
+        for module in self.model.modules():  # BLIP generates with a part of itself
+            self.around(module, CANDIDATES, prompt_first)
+        self.watch_encoder()
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_call()
@@ -148,19 +164,17 @@ class EncoderDecoderAdapter(ModelAdapter):
                 f"reread=True reads the last token again from each layer, but a layer of {self.family} "
                 "has read no encoder states"
             )
+        require_inputs(named)
         self._begin(self._call, named, states)
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
-        generation = running_generation(self.model)
+        generation = running_generation(self._decoder)
         encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        decoder_mask = named.get("attention_mask")
-        if decoder_mask is not None and decoder_mask.ndim == 2:
-            decoder_mask = decoder_mask[:, -tokens.shape[1] :]  # rows of this call only
-        masks = encoder_mask, decoder_mask
+        masks = encoder_mask, rows_of_text(named.get("attention_mask"), tokens.shape[1])
         cached = self._is_cached(named)
         self.prepare_reread(call, named, cached=cached)
         shared_rows = SharedRows()
@@ -174,7 +188,7 @@ class EncoderDecoderAdapter(ModelAdapter):
             lambda: states_fingerprint(states[::copies], visibility.decode),
             shared_rows=shared_rows,
             cached=cached,
-            layout=lambda: Layout.line(columns, states.device),
+            layout=lambda: self.layout(states[::copies]),
             prompt=decoder_prompt(named, tokens.shape[1], copies) if "guidance" in needs else None,
         )
         caps = {site.softcap for site in self.sites} - {None}
@@ -216,16 +230,9 @@ class EncoderDecoderAdapter(ModelAdapter):
 
     def _hook_text(self, call: _Call, mask: Tensor | None, copies: int, *, cached: bool) -> None:
         """Add the hooks that capture the self-attention of each decoder layer."""
-        modules = {
-            layer_idx: getattr(layer, self.self_attention)
-            for layer_idx, layer in enumerate(self._decoder.layers)
-        }
-        projections = self.query or "q_proj", self.key or "k_proj", self.value or "v_proj"
         name, manager = call.manager.policy.name, call.manager
-        capture = TextCapture(
-            name, lambda view, _: manager.after_text(view), modules, mask, copies, None, projections
-        )
-        capture.hook(self, set(modules), cached=cached)
+        capture = TextCapture(name, lambda view, _: manager.after_text(view), self._text, mask, copies)
+        capture.hook(self, set(self._text), cached=cached)
 
     def _before_attention(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -21,14 +21,16 @@ def distinct_rows(tensor: Tensor, copies: int) -> Tensor:
     return tensor[::copies]
 
 
-def padding_mask(mask: Tensor | None, length: int) -> Tensor | None:
+def padding_mask(mask: Tensor | Mapping[str, Tensor] | None, length: int) -> Tensor | None:
     """Return the attention mask of a first turn as a padding mask, ``[B, T]``, zero at padding.
 
     Args:
         mask: ``[B, T]``, or ``[B, 1, T, width]`` (bool or additive), as generation with a static cache makes
-            it, or None.
+            it, or None. Families with layers of several kinds get one mask for each kind, by name.
         length: Number of tokens T.
     """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
     if mask is None or mask.ndim != 4:
         return mask
     last = mask[:, 0, length - 1, :length]  # [B, T]: the last token attends to all but padding
@@ -80,7 +82,8 @@ def decoder_prompt(named: Mapping[str, Any], length: int, copies: int) -> Callab
             arguments[name] = distinct_rows(value, copies)
     if isinstance(named.get("encoder_attention_mask"), Tensor):
         arguments["encoder_attention_mask"] = distinct_rows(named["encoder_attention_mask"], copies)
-    return lambda features: Prompt(arguments, features)
+    # Some decoders view encoder states in another shape, which one of each few rows would not allow.
+    return lambda features: Prompt(arguments, features.contiguous())
 
 
 def with_answer(prompt: Prompt, answer: Tensor, written: Tensor, config: Any) -> dict[str, Tensor]:

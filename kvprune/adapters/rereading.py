@@ -186,9 +186,10 @@ class Rereading:
         """
         manager.decide()
         attachment.end_of_call()
-        if self.cache is None:
-            parts = output if isinstance(output, tuple) else (returned_cache(output),)
-            self.cache = next((part for part in parts if isinstance(part, Cache)), None)
+        parts = output if isinstance(output, tuple) else (returned_cache(output),)
+        made = next((part for part in parts if isinstance(part, Cache)), None)
+        if self.cache is None or _text_cache(made) is self.cache:  # BLIP adds a cache for encoder tokens
+            self.cache = made
         text_cache = _text_cache(self.cache)
         _require_removable(text_cache, 0)
         pruned = [layer for layer in text_cache.layers if isinstance(layer, TextKVLayer)]
@@ -232,7 +233,12 @@ def _spliced(output: Any, again: Any, name: str) -> Any:
     if isinstance(output, ModelOutput) and isinstance(again, ModelOutput):
         once = {key: part for key, part in output.items() if key in _OF_ENCODER and key not in again}
         if output.keys() - once.keys() == again.keys():
-            rows = {key: _part(output[key], again[key], name, key) for key in again}
+            rows = {
+                key: output[key]
+                if _is_mask(key, output, again)
+                else _part(output[key], again[key], name, key)
+                for key in again
+            }
             return type(output)(**rows, **once)
     if type(output) is tuple and type(again) is tuple:
         shared, rest = output[: len(again)], output[len(again) :]
@@ -243,6 +249,11 @@ def _spliced(output: Any, again: Any, name: str) -> Any:
         f"reread=True replaces the last row of what {name} returns, but it returned {type(output).__name__} "
         f"for the prompt and {type(again).__name__} for its last token, with other parts"
     )
+
+
+def _is_mask(key: str, output: ModelOutput, again: ModelOutput) -> bool:
+    """Whether a part of an output is the mask of all tokens ``[B, T]``, which UDOP returns."""
+    return key == "attention_mask" and output[key].shape == again[key].shape
 
 
 def _part(old: Any, new: Any, name: str, where: str) -> Any:

@@ -11,9 +11,9 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from kvprune.adapters.one_mask import OneMask
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 
 __all__ = ["Projection", "Site", "by_query_head", "has_projections"]
@@ -163,7 +163,8 @@ class Site:
             rows: Number of text rows T.
 
         Raises:
-            UnsupportedCacheError: If the module would apply one mask to all heads.
+            UnsupportedCacheError: If the module would apply one mask to all heads, or accepts only one and
+                these have gradients.
         """
         settings = getattr(self.module, "config", None)
         if mask.shape[1] > 1 and getattr(settings, "_attn_implementation", None) == "flex_attention":
@@ -178,22 +179,7 @@ class Site:
         if not self.one_mask:
             return mask
         mask = mask.expand(-1, -1, rows, -1)
-        return mask if mask.shape[1] == 1 else mask.as_subclass(_TakenForOneHead)
-
-
-class _TakenForOneHead(Tensor):
-    """A mask ``[B, Hq, T, K]`` for modules that refuse any but ``[B, 1, T, K]``.
-
-    They ask its size, and then add it to logits ``[B, Hq, T, K]``. What is computed from it is an ordinary
-    tensor.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def size(self, *dim: Any) -> Any:
-        """Return the size that the module expects."""
-        batch, _, rows, entries = self.shape
-        return torch.Size((batch, 1, rows, entries))
+        return mask if mask.shape[1] == 1 else OneMask(mask)
 
 
 def by_query_head(by_head: Tensor, heads: int) -> Tensor:

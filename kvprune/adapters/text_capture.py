@@ -1,15 +1,16 @@
 """Captures the text's self-attention in one prefill, for policies that need "text" or prune the text cache.
 
-Self-attention modules of transformers project with three linear layers, apply rotary embeddings (or not),
+Self-attention modules of transformers project queries, keys and values, apply rotary embeddings (or not),
 update the cache and attend. Hooks capture the projected queries, and rotate them with the model's own
 function. Keys and values are read from the cache, which also has those of earlier turns.
+`kvprune.adapters.text_sites` finds the modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,14 +19,15 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 
 from kvprune.adapters.arguments import cache_of, named_arguments
 from kvprune.adapters.attachment import Attachment
+from kvprune.adapters.sites import Projection
+from kvprune.adapters.text_sites import TextSite
 from kvprune.cache.text_layer import TextKVLayer
-from kvprune.errors import UnsupportedCacheError
+from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 from kvprune.policy.text_view import TextView
 
-__all__ = ["Rotate", "TextCapture"]
+__all__ = ["TextCapture"]
 
-Rotate = Callable[[Tensor, Tensor, Mapping[str, Any]], tuple[Tensor, Tensor]]
-"""Rotates queries and keys, ``[B, H, T, D]`` each, with the arguments of the module's forward call."""
+_STATES = "encoder_hidden_states", "key_value_states"
 
 
 @dataclass
@@ -35,24 +37,18 @@ class TextCapture:
     Args:
         policy_name: For messages.
         done: Called after each captured self-attention, with its view and the cache that it updated.
-        modules: All self-attention modules of the decoder by layer index, in order.
+        sites: All self-attention modules of the decoder by layer index, in order.
         mask: int or bool ``[B, tokens so far]``, zero at padding; or ``[B, 1, T, tokens]``
             as it enters attention, boolean or additive; None where there is none.
         copies: Consecutive rows of the batch that are equal.
-        rotate: Rotates queries and keys; None in models without rotary embeddings.
-        projections: Attributes of a module that project queries, keys and values.
     """
 
     policy_name: str
     done: Callable[[TextView, Cache | None], None]
-    modules: Mapping[int, Any]
+    sites: Mapping[int, TextSite]
     mask: Tensor | None
     copies: int = 1
-    rotate: Rotate | None = None
-    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
     _projected: dict[str, Tensor] = field(default_factory=dict, init=False)
-
-    _names: ClassVar[tuple[str, str, str]] = ("queries", "keys", "values")
 
     def hook(self, attachment: Attachment, layers: set[int], *, cached: bool) -> None:
         """Hook some layers for one forward call.
@@ -63,42 +59,43 @@ class TextCapture:
             cached: Whether keys and values can be read from a cache.
         """
         for layer_idx in sorted(layers):
-            module = self.modules[layer_idx]
-            for name, projection in zip(self._names, self.projections, strict=True):
-                if name == "queries" or not cached:
-                    attachment.after(
-                        getattr(module, projection), self._catch(module, name), for_one_call=True
-                    )
-            attachment.after(module, self._look(layer_idx), for_one_call=True)
+            site = self.sites[layer_idx]
+            self._catch(attachment, site.query, "queries", site.heads)
+            if not cached:
+                self._catch(attachment, site.key, "keys", site.kv_heads)
+                self._catch(attachment, site.value, "values", site.kv_heads)
+            attachment.after(site.module, self._look(site), for_one_call=True)
 
-    def _catch(self, module: Any, name: str) -> Callable[..., None]:
-        """Return a hook that captures the output of a projection."""
-        heads = module.num_heads
-        if name != "queries":
-            heads = getattr(module, "num_key_value_heads", heads)
+    def _catch(self, attachment: Attachment, projection: Projection, name: str, heads: int) -> None:
+        """Capture the output of a projection."""
 
-        def catch(projection: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            self._projected[name] = rearrange(output, "b t (h d) -> b h t d", h=heads)
+        def catch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            self._projected[name] = rearrange(projection.of(output), "b t (h d) -> b h t d", h=heads)
 
-        return catch
+        attachment.after(projection.module, catch, for_one_call=True)
 
-    def _look(self, layer_idx: int) -> Callable[..., None]:
+    def _look(self, site: TextSite) -> Callable[..., None]:
         """Return a hook that builds the view of a module that has attended."""
 
         def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             named = named_arguments(module, args, kwargs)
-            self.done(self._view(layer_idx, module, named), cache_of(named))
+            if any(named.get(name) is not None for name in _STATES):  # BigBird does
+                raise UnsupportedModelError(
+                    f"policy {self.policy_name!r} needs text, but {type(module).__name__} of layer "
+                    f"{site.layer_idx}, which should attend to the text, is given encoder states"
+                )
+            self.done(self._view(site, named), cache_of(named))
 
         return look
 
-    def _view(self, layer_idx: int, module: Any, named: Mapping[str, Any]) -> TextView:
+    def _view(self, site: TextSite, named: Mapping[str, Any]) -> TextView:
         queries = self._projected.pop("queries")  # [B, Hq, T, D]
         fresh = self._projected.pop("keys", None)  # [B, Hkv, T, D]; None if the cache has them
-        if self.rotate is not None:
-            queries, rotated = self.rotate(queries, queries[:, :0] if fresh is None else fresh, named)
+        if site.rotate is not None:
+            queries, rotated = site.rotate(queries, queries[:, :0] if fresh is None else fresh, named)
             fresh = None if fresh is None else rotated
         if fresh is None:
-            keys, values = self._cached(cache_of(named), layer_idx)
+            keys, values = self._cached(cache_of(named), site.layer_idx)
         else:
             keys, values = fresh, self._projected.pop("values")
         entries, one = keys.shape[2], slice(None, None, self.copies)  # one of each copies rows
@@ -108,10 +105,10 @@ class TextCapture:
             keys=keys[one],
             values=values[one],
             real=real[one],
-            scaling=module.scaling,
-            layer_idx=layer_idx,
-            rank=list(self.modules).index(layer_idx),
-            num_layers=len(self.modules),
+            scaling=site.scaling,
+            layer_idx=site.layer_idx,
+            rank=list(self.sites).index(site.layer_idx),
+            num_layers=len(self.sites),
             policy_name=self.policy_name,
         )
 

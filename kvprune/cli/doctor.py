@@ -1,6 +1,7 @@
-"""The command that checks an installation: doctor.
+"""The command that checks an installation, or a model: doctor.
 
-It looks at versions, plugins, what adapters rely on in transformers, and the demo model.
+It looks at versions, plugins, what adapters rely on in transformers, and the demo model. `doctor_model` looks
+at a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprune.cli.common import Debug, hide_progress_bars, one_line_errors
+from kvprune.cli.common import Debug, hide_progress_bars, hide_warnings, one_line_errors
+from kvprune.cli.doctor_model import examine_model
+from kvprune.cli.findings import Check, print_checks, printable_checks
 from kvprune.errors import KVPruneError
-from kvprune.text import error_line, printable, shown
+from kvprune.text import error_line, shown
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -31,44 +33,28 @@ _OPTIONAL = ("matplotlib", "scipy", "sklearn", "PIL")
 _INSTALL_EXTRA = 'pip install "kvprune[demo]"'
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One thing that was checked.
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a checkpoint, or its name in the local cache of the Hugging Face Hub. Only "
+            "config.json is read: no weights, no network, no code of the model's own."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Check this installation, or with --model, a checkpoint.
 
-    Attributes:
-        section: Heading under which it is printed, such as "versions".
-        name: What was checked.
-        ok: Whether it is as it should be; None for information only.
-        detail: What was found.
-        remedy: What to do if `ok` is False.
+    Looks at versions, plugins, what adapters rely on in transformers, and the demo model. With --model, says
+    which adapter a checkpoint has, where it attends to encoder states, what its cache costs, and which
+    policies and settings would be refused. The exit code is 1 if something is wrong.
     """
-
-    section: str
-    name: str
-    ok: bool | None
-    detail: str
-    remedy: str = ""
-
-
-def doctor(debug: Debug = False) -> None:
-    """Check whether this installation works.
-
-    Looks at versions, plugins, what adapters rely on in transformers, and the demo model.
-    """
-    with one_line_errors(debug), redirect_stdout(sys.stderr):
+    with one_line_errors(debug), redirect_stdout(sys.stderr), hide_warnings():
         hide_progress_bars()
-        checks = examine()
-    section = ""
-    for check in checks:
-        if check.section != section:
-            section = check.section
-            print(section)
-        mark = {True: "ok", False: "FAIL", None: "-"}[check.ok]
-        print(f"  {mark:<5} {check.name}: {check.detail}")
-        if check.ok is False:
-            print(f"        to do: {check.remedy}")
-    failed = sum(check.ok is False for check in checks)
-    print(f"{failed} of {len(checks)} checks failed." if failed else "All is well.")
+        checks = examine() if model is None else examine_model(model)
+    failed = print_checks(checks)
+    if model is None:
+        print(f"{failed} of {len(checks)} checks failed." if failed else "All is well.")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -82,16 +68,7 @@ def examine() -> tuple[Check, ...]:
             raise
         except BaseException as error:  # foreign code may raise anything; the error is the finding
             checks.append(_failure(section, error))
-    return tuple(
-        Check(
-            section=printable(check.section, 80),
-            name=printable(check.name, 200),
-            ok=check.ok,
-            detail=printable(check.detail, 1000),
-            remedy=printable(check.remedy, 400),
-        )
-        for check in checks
-    )
+    return printable_checks(checks)
 
 
 def _failure(section: str, error: BaseException, subject: str = "") -> Check:

@@ -47,6 +47,7 @@ from kvprune.errors import CompressionStateError, GuideError, UnsupportedCacheEr
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
 from kvprune.policy.checks import check_decision, check_text
+from kvprune.policy.geometry import layout_from, require_grid
 from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.tokens.decision import Decision
@@ -119,19 +120,17 @@ class CrossKVManager:
                 ``[R, S, C]``; None if the adapter supports no guide.
             capture: Returns what the adapter captured of all new columns, for R rows, once the encoder has
                 run; None if it captured nothing.
+
+        Raises:
+            UnsupportedModelError: If the policy needs a grid, and the columns have none.
         """
-        first_new = visibility.columns - new_columns
+        first_new, rows = visibility.columns - new_columns, shared_rows or SharedRows()
+        record = PrefillRecord(cached=cached)
         self._prefill = Prefill(
-            visibility,
-            first_new,
-            fingerprints,
-            shared_rows or SharedRows(),
-            cached,
-            PrefillRecord(cached=cached),
-            layout,
-            prompt,
-            capture,
+            visibility, first_new, fingerprints, rows, cached, record, layout, prompt, capture
         )
+        if "grid" in self.policy.needs:
+            require_grid(layout_from(self._prefill.layout, self.policy.name), self.policy.name)
 
     def before_layer(self, rank: int, layer: CrossKVLayer, features: Tensor) -> Arrival:
         """Prepare a cache layer for the columns that arrive, and return them for R rows.

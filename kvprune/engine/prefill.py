@@ -72,6 +72,10 @@ class Prefill:
     kept: KeptSelections = field(default_factory=KeptSelections)
     guide: GuideReceipt | None = None
 
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            self.layout = functools.cache(self.layout)  # views of all layers read it
+
     @functools.cached_property
     def image_tokens(self) -> Tensor:
         """Number of new image tokens that decoding can see, int64 ``[R]``."""

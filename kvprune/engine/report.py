@@ -19,6 +19,7 @@ from kvprune.engine.receipts import LayerReceipt, TextReceipt, Window, WindowRec
 from kvprune.errors import ReceiptError
 from kvprune.policy.spec import PolicySpec
 from kvprune.text import printable
+from kvprune.tokens.layout import Unit
 
 __all__ = ["SCHEMA", "CompressionReport"]
 
@@ -57,6 +58,9 @@ class CompressionReport:
             are of cross-attention only.
         text_kept_fraction: Text entries kept / text entries before pruning, mean over samples and layers of
             the latest prefill; None if the policy prunes no text.
+        unit: What one column of the cache is, for readers.
+        seconds_per_column: Seconds of sound that one column adds; None if columns are no sound, or it is
+            unknown.
         windows: One receipt per prefill of the latest ``generate``, in order, if the model reads recordings
             window by window, as Whisper does; empty for other models and for calls of the model by hand.
     """
@@ -77,7 +81,10 @@ class CompressionReport:
     drew: bool = False
     text_layers: tuple[TextReceipt, ...] = ()
     text_kept_fraction: float | None = None
+    unit: Unit = Unit("token")
+    seconds_per_column: float | None = None
     windows: tuple[WindowReceipt, ...] = ()
+    _visible: float = field(default=0.0, repr=False)  # tokens that decoding could see, mean over samples
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
     _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)
@@ -135,6 +142,7 @@ class CompressionReport:
             self._kept_sum += fraction
             self._kept_samples += 1
         self.kept_per_sample = tuple(fractions)
+        self._visible = sum(visible) / len(visible) if visible else 0.0
         shares = [
             tokens / layer.columns
             for layer, by_sample in zip(layers, kept, strict=True)
@@ -195,6 +203,18 @@ class CompressionReport:
         NaN before the first prefill, and if no sample saw an image.
         """
         return self._kept_sum / self._kept_samples if self._kept_samples else float("nan")
+
+    @property
+    def kept_seconds(self) -> tuple[float, float] | None:
+        """Seconds of sound that decoding keeps and could see, mean over samples of the latest prefill.
+
+        None where columns are no sound, or nobody knows how long they last.
+        """
+        seen = [fraction for fraction in self.kept_per_sample if fraction == fraction]
+        if self.seconds_per_column is None or not seen:
+            return None
+        heard = self._visible * self.seconds_per_column
+        return heard * sum(seen) / len(seen), heard
 
     @property
     def bytes_held(self) -> int:
@@ -274,7 +294,7 @@ class CompressionReport:
         asked = ", ".join(f"{name} {value}" for name, value in self.requested.items()) or "no budget"
         lines = [
             f"{self.policy}  seed {self.seed}  prefills {self.prefills}",
-            f"asked: {asked}; kept {self.kept_fraction:.1%} of visible tokens, "
+            f"asked: {asked}; kept {self.kept_fraction:.1%} of visible {self.unit.many}, "
             f"{self.kept_of_stored:.1%} of those that stock holds",
             f"cross-attention cache {held:.2f} MiB of {full:.2f} MiB stock{share}; "
             f"at most {self.bytes_peak / _MIB:.2f} MiB in prefill",
@@ -286,6 +306,9 @@ class CompressionReport:
             f"{layer.bytes_held / _MIB:>9.3f}  {layer.bytes_full / _MIB:>9.3f}{_by_bits(layer)}"
             for layer in self.layers
         ]
+        if self.kept_seconds is not None:
+            kept, heard = self.kept_seconds
+            lines.insert(2, f"kept {kept:.2f} s of {heard:.2f} s of sound in the latest prefill")
         if self.text_layers and self.text_kept_fraction is not None:
             lines.append(
                 f"text cache {self.text_bytes_held / _MIB:.3f} MiB of "

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvprune import scoring
 from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
 from kvprune.policy.captured import Captured
+from kvprune.policy.geometry import Geometry
 from kvprune.policy.text_view import TextView
 from kvprune.tokens import randomness
 from kvprune.tokens.layout import Layout
@@ -28,7 +29,7 @@ _Captured = TypeVar("_Captured", bound="Tensor | TextView")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class View:
+class View(Geometry):
     """Properties that all views of encoder tokens share.
 
     Axes: B batch as the model saw it, T text rows, S encoder tokens that reached this point, C width of
@@ -132,33 +133,6 @@ class View:
         that took the others.
         """
         return self._needed(self.captured.class_attention, "class_attention")
-
-    @property
-    def images(self) -> Tensor:
-        """Image of each column, int64 ``[B or 1, S]``."""
-        return self.visibility.images[self.visibility.units]
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Position of each column in its image.
-
-        Raises:
-            UnsupportedModelError: If it is unknown.
-        """
-        if self.layout_of is None:
-            raise UnsupportedModelError(
-                f"policy {self.policy_name!r} asks where tokens lie in their image, which is unknown here; "
-                "pass pixel_values and aspect_ratio_ids instead of cross_attention_states"
-            )
-        return self.layout_of()
-
-    @property
-    def places(self) -> Tensor:
-        """Row and column of each encoder token in its image, in patches, int64 ``[B or 1, S, 2]``.
-
-        Counted over the whole image, across tiles; -1, -1 for class tokens and padding.
-        """
-        return self.layout.places
 
     @property
     def _place(self) -> int:

@@ -31,8 +31,8 @@ def pool_neighbours(
 
     Args:
         scores: ``[B, H, S]``, finite for counted columns.
-        places: int64 ``[B or 1, S, 2]``, row and column in the image (see `kvprune.Layout`). Columns of an
-            image have different places.
+        places: int64 ``[B or 1, S, 2]``, row and column in the image (see `kvprune.Layout`). Columns that
+            share a place (words in one patch) are neighbours, and each counts.
         images: int64 ``[B or 1, S]``, only columns with equal numbers are neighbours.
         counted: bool ``[B, S]``, columns that take part.
         kernel: Width and height of the window, odd.
@@ -65,15 +65,19 @@ def pool_neighbours(
             cells = place[:, 0] * width + place[:, 1]  # [n], index into the flattened image
             # In float64, the mean of equal scores is the same for any number of neighbours.
             grid = scores.new_zeros(scores.shape[1] + 1, height * width, dtype=torch.float64)
-            grid[:-1, cells] = scores[sample][:, columns].double()
-            grid[-1, cells] = 1  # marks the cells that have a column
+            own = scores[sample][:, columns].double()  # [H, n]
+            if reduction == "max":
+                grid[:-1].scatter_reduce_(1, cells.expand_as(own), own, "amax", include_self=False)
+            else:
+                grid[:-1].index_add_(1, cells, own)
+            grid[-1].index_add_(0, cells, torch.ones_like(own[0]))  # columns in each cell
             grid = _pool(grid.view(-1, height, width), kernel, reduction, divisor).flatten(1)
             pooled[sample][:, columns] = grid[:, cells].to(scores.dtype)
     return pooled
 
 
 def _pool(grid: Tensor, kernel: int, reduction: str, divisor: int | None) -> Tensor:
-    """Pool ``[H + 1, height, width]``, whose last plane marks the cells that have a column, to H planes."""
+    """Pool ``[H + 1, height, width]``, whose last plane counts the columns in each cell, to H planes."""
     height, width = grid.shape[1:]
     # A window need not be larger than the image in either direction; a line has only one row.
     reach = (min(kernel // 2, height - 1), min(kernel // 2, width - 1))
@@ -85,19 +89,21 @@ def _pool(grid: Tensor, kernel: int, reduction: str, divisor: int | None) -> Ten
     return sums[:-1] / (sums[-1:].clamp(min=1) if divisor is None else divisor)
 
 
-def lines(visibility: Visibility, counted: Tensor) -> tuple[Tensor, Tensor]:
+def lines(visibility: Visibility, counted: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return places and images for `pool_neighbours` that make columns neighbours by their cache order.
 
-    Each unit of the visibility (in Mllama, a tile) becomes one line, on which its counted columns follow each
-    other without gaps.
+    Each segment (by default each unit of the visibility, in Mllama a tile) becomes one line, on which its
+    counted columns follow each other without gaps.
 
     Args:
         visibility: Visibility of the columns.
         counted: bool ``[B, S]``, columns that take part.
+        segments: int64 ``[B or 1, S]``, the line of each column, such as `View.segments`.
 
     Returns:
         Places int64 ``[B, S, 2]``, all in row 0, and the number of each column's line, int64 ``[B, S]``.
     """
-    units = torch.where(counted, visibility.units.expand_as(counted), -1)
+    segments = visibility.units if segments is None else segments
+    units = torch.where(counted, segments.expand_as(counted), -1)
     position = rank_within(torch.zeros_like(units, dtype=torch.float32)[:, None], units)[:, 0]
     return torch.stack([torch.zeros_like(position), position], dim=-1), units

@@ -109,6 +109,8 @@ class Compression:
         self._adapter = adapter
         guides = _bound(guide, adapter, policy)
         self._manager = CrossKVManager(policy, seed, adapter.layer_indices, guides, rereads=reread)
+        report = self._manager.report
+        report.unit, report.seconds_per_column = adapter.column_unit, adapter.column_seconds
         self._attached = False
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.families.refused import why_refused
 from kvprune.errors import (
     KVPruneError,
     NameClashError,
@@ -172,7 +173,8 @@ class Registry:
         """Return the adapter class for a model.
 
         Raises:
-            UnsupportedModelError: If no adapter supports the model (lists what is supported), or several do.
+            UnsupportedModelError: If no adapter supports the model (says why if that is known, and lists what
+                is supported), or several do.
             PluginError: If no adapter supports the model, and one failed while it was asked.
         """
         matching: list[AdapterEntry] = []
@@ -192,8 +194,9 @@ class Registry:
             claims = ", ".join(f"{entry.cls.__name__} of plugin {entry.plugin!r}" for entry in matching)
             raise UnsupportedModelError(f"{kind} is claimed by several adapters: {claims}")
         names = sorted({name for entry in self.adapters for name in entry.cls.model_classes})
+        reason = why_refused(model)
         message = (
-            f"no adapter supports {kind}; "
+            f"no adapter supports {kind}{': ' * bool(reason)}{reason}; "
             f"supported: {printable(', '.join(names)) or 'nothing (no plugin provides an adapter)'}"
         )
         if failed:

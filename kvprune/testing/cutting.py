@@ -42,8 +42,15 @@ def cut_to_sample(view: _View, problem: LayerProblem, sample: int) -> _View:
         return tensor[one, :, :columns].clone()
 
     def layout() -> Layout:
-        whole = problem.layout()
-        return Layout(whole.places.expand(see.batch, -1, -1)[one, :columns])
+        whole, first = view.layout, Selection.all(see.batch, columns)
+        every = whole.at(first.indices[:, 0], first.valid[:, 0])
+        classes, kinds = every.class_tokens, every.kinds
+        return dataclasses.replace(
+            every,
+            places=every.places[one],
+            class_tokens=None if classes is None else classes[one],
+            kinds=None if kinds is None else kinds[one],
+        )
 
     rows = see.rows[one]
     cuts: dict[str, Any] = {

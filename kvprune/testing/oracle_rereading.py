@@ -66,8 +66,10 @@ class _Step:
         if self._is_running or self._turns.is_looking or self._arguments is None:
             return None
         named, self._arguments = self._arguments, None
-        cache = cache_of(named) or returned_cache(output)
+        cache = returned_cache(output)
         text = getattr(cache, "self_attention_cache", None)
+        if text is None:  # else it may be around the one that was given, as BLIP's is
+            cache = cache_of(named) or cache
         for layer_idx, layer in enumerate((text or cache).layers):
             if text is not None or layer_idx not in self._cross_layers:  # stock would cut image keys as well
                 layer.crop(-1)

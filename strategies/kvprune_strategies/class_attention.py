@@ -12,7 +12,7 @@ from kvprune import Decision, FeatureView, Selection, scoring
 
 def class_columns(view: FeatureView) -> Tensor:
     """Mark the class tokens of the encoder, bool ``[B, S]``; none where the layout has none."""
-    classes = view.layout.class_tokens
+    classes = view.class_tokens
     return torch.zeros_like(view.visible) if classes is None else classes.expand_as(view.visible)
 
 

@@ -24,7 +24,8 @@ class Elastic(BudgetPolicy):
 
     Args:
         borders: What buckets do not cross. "tile": a tile; tokens of a tile without an anchor join the
-            nearest anchor of the image. "image": only an image. No bucket ever crosses an image.
+            nearest anchor of the image. "image": only an image. No bucket ever crosses an image, or joins a
+            picture and a text beside it.
         class_tokens: "merge" treats class tokens of the encoder like any other token. "apart" neither merges
             them into others nor others into them; class tokens that are no anchors are dropped. "apart" needs
             the layout.
@@ -42,7 +43,7 @@ class Elastic(BudgetPolicy):
     size_bias: bool = False
 
     name = "elastic"
-    version = 1
+    version = 2
     presets = MappingProxyType({"published": {"borders": "image"}})
     needs = frozenset({"queries"})
 
@@ -60,17 +61,16 @@ class Elastic(BudgetPolicy):
     def _buckets(self, view: LayerView, kept: Tensor, strata: Tensor) -> Tensor:
         """Return the anchor of each column, int64 ``[B, 1, S]``; -1 for what decoding cannot see."""
         unseen = strata < 0  # [B, S]
-        if self.class_tokens == "apart" and view.layout.class_tokens is not None:
-            alone = view.layout.class_tokens.to(unseen.device).expand_as(unseen)
-        else:
-            alone = torch.zeros_like(unseen)
+        apart = view.class_tokens if self.class_tokens == "apart" else None
+        alone = torch.zeros_like(unseen) if apart is None else apart.to(unseen.device).expand_as(unseen)
         joins = ~unseen & ~alone  # [B, S]
         takes = kept & ~alone[:, None]  # [B, 1, S]
-        by_image = nearest(takes, view.images.expand_as(unseen).masked_fill(~joins, -1))  # [B, 1, S]
+        images = view.split_by_kind(view.images)  # no text joins a picture
+        by_image = nearest(takes, images.expand_as(unseen).masked_fill(~joins, -1))  # [B, 1, S]
         if self.borders == "image":
             buckets = by_image
         else:
-            tiles = view.visibility.units.expand_as(unseen).masked_fill(~joins, -1)
+            tiles = view.segments.expand_as(unseen).masked_fill(~joins, -1)
             by_tile = nearest(takes, tiles)  # [B, 1, S]
             buckets = torch.where(by_tile < 0, by_image, by_tile)
         own = torch.arange(kept.shape[-1], device=kept.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvprune import LayerView, ScoringPolicy, scoring
 from kvprune.errors import PolicyOptionError
+from kvprune.policy import Need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,10 @@ class SnapKV(ScoringPolicy):
             picture.
         kernel: Width of the pooling window in tokens, odd; 1 pools nothing.
         pool: Which tokens are neighbours. "1d": tokens next to each other in the cache, within one tile, its
-            class token first. "2d": a square of kernel x kernel patches of the image, across the borders of
-            its tiles; class tokens keep their own score and are nobody's neighbours. "none": no pooling. The
-            paper has "1d".
+            class token first; audio frames and text tokens, likewise. "2d": a square of kernel x kernel
+            patches of the image, across the borders of its tiles; class tokens, and a text beside the image,
+            keep their own score and are nobody's neighbours; models whose tokens form no grid are refused.
+            "none": no pooling. The paper has "1d".
         reduction: "avg" or "max" over neighbours.
         border: What "avg" divides by where a window reaches beyond an image or, with "1d", a tile. "exists":
             the neighbours that exist. "zeros": the whole window, as if zeros were there, so tokens at a
@@ -45,8 +47,7 @@ class SnapKV(ScoringPolicy):
     border: Literal["exists", "zeros"] = "exists"
 
     name = "snapkv"
-    version = 2
-    needs = frozenset({"queries"})
+    version = 3
     presets = MappingProxyType(
         {
             "published": {"window": 32, "kernel": 7, "reduction": "max"},
@@ -54,6 +55,11 @@ class SnapKV(ScoringPolicy):
             "kvpress": {"window": 64, "kernel": 5, "border": "zeros"},
         }
     )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Queries, and with pool="2d" a grid: models without one are refused."""
+        return frozenset({"queries", "grid"} if self.pool == "2d" else {"queries"})
 
     def score(self, view: LayerView) -> Tensor:
         """Return pooled attention of the window by KV head ``[B, Hkv, S]``."""
@@ -66,9 +72,9 @@ class SnapKV(ScoringPolicy):
         pooled = mass
         for members in scoring.each_stratum(view.strata):  # [B, S]
             if self.pool == "1d":
-                places, images = scoring.lines(view.visibility, members)
+                places, images = scoring.lines(view.visibility, members, view.segments)
             else:
-                places, images = view.places, view.images  # [B or 1, S, 2], [B or 1, S]
+                places, images = view.grid, view.images  # [B or 1, S, 2], [B or 1, S]
             smooth = scoring.pool_neighbours(
                 mass, places, images, members, self.kernel, self.reduction, divisor
             )

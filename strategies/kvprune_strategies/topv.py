@@ -24,7 +24,9 @@ class TopV(FeatureScoringPolicy):
     alpha * (distance of their features) + beta * (how far apart they lie) + gamma * (how far i lies from the
     centre of the image). Sinkhorn iterations find a plan. The importance of a source is the mass that the
     plan moves from it. A share of the budget goes to evenly spaced tokens among the less important ones. It
-    knows neither the question nor attention, and decides before the first cross-attention layer.
+    knows neither the question nor attention, and decides before the first cross-attention layer. Audio frames
+    and text tokens lie on a line: distances are along it, and its middle is the centre. Models are refused
+    where nobody knows where tokens lie.
 
     Nobody could check which choices the paper makes, and they decide the result (see Deviations). So they are
     options, and a result of this policy says nothing about the paper. The defaults are those of a public
@@ -49,8 +51,9 @@ class TopV(FeatureScoringPolicy):
         square: Whether the distance of features is squared.
         scale: Whether each image's distances of features, and its spatial terms, are divided by the largest.
         diagonal: Whether a token may move mass to itself, which costs least.
-        class_tokens: Class tokens have no place. With "rank", they have the highest spatial costs and compete
-            with the others; with "keep", they come before all others.
+        class_tokens: Class tokens have no place, and neither has a text beside an image. They have the
+            highest spatial costs. With "rank", class tokens compete with the others; with "keep", they come
+            before all others.
     """
 
     alpha: float = 1.0
@@ -69,15 +72,16 @@ class TopV(FeatureScoringPolicy):
     class_tokens: Literal["rank", "keep"] = "rank"
 
     name = "topv"
-    version = 2
+    version = 3
     presets = MappingProxyType({"port": {"last": "sources", "recover": 0.2}})
 
     def score(self, view: FeatureView) -> Tensor:
         """Return the rank by importance in (0, 1), plus 1 if kept, plus 1 if the best of its image."""
         strata = view.strata  # [B, S]
         importance = self.importance(view)[:, None]  # [B, 1, S]
-        if self.class_tokens == "keep" and view.layout.class_tokens is not None:
-            importance = importance + view.columns * view.layout.class_tokens[:, None]
+        first = view.class_tokens if self.class_tokens == "keep" else None
+        if first is not None:
+            importance = importance + view.columns * first[:, None]
         limit = scoring.limits(self.budget, strata)  # [B, S]
         share = Fraction(str(self.recover))
         back = limit * share.numerator // share.denominator  # [B, S]

@@ -47,8 +47,9 @@ class VLCache(ProportionalAllocator):
     def measure(self, view: LayerView) -> Tensor:
         """Return the density of attention to what decoding sees, float64 ``[B, 1]``."""
         columns = view.visible  # [B, S]
-        if self.class_tokens == "ignore" and view.layout.class_tokens is not None:
-            columns = columns & ~view.layout.class_tokens
+        ignored = view.class_tokens if self.class_tokens == "ignore" else None
+        if ignored is not None:
+            columns = columns & ~ignored
         return view.attention_density(self.threshold, columns).mean(-1, keepdim=True)
 
     def rank(self, view: LayerView, measured: Tensor) -> Tensor:

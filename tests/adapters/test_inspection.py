@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from generation import bart, mllama
 from torch import nn
 
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.inspection import find_sites
-from kvprune.adapters.sites import Site
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.errors import UnsupportedModelError
 from kvprune.testing import tiny_bart
@@ -143,18 +141,6 @@ def test_fsmt_whose_attention_takes_other_arguments_is_refused() -> None:
     assert "model.decoder.layers.0.encoder_attn (Attention): its forward takes no cache" in str(error.value)
 
 
-def test_masks_by_head_say_that_they_are_for_one_where_a_module_asks() -> None:
-    name = "LEDForConditionalGeneration"
-    site: Site = next(
-        iter(find_sites(TINY_FAMILIES[name].model(name, attn_implementation="eager"), name).values())
-    )
-    assert site.one_mask
-    mask = site.fit_mask(torch.zeros(2, 4, 1, 5), 3)
-    assert mask.size() == (2, 1, 3, 5)
-    assert mask.shape == (2, 4, 3, 5)
-    assert type(mask + 1) is torch.Tensor
-
-
 def test_a_model_with_two_decoders_is_refused() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -181,3 +167,51 @@ def test_t5gemma2_whose_attentions_are_one_softmax_is_refused() -> None:
         UnsupportedModelError, match=r"inspection finds no cross-attention .* Found: no module is"
     ):
         find_sites(Merged(), "T5Gemma2")
+
+
+def test_a_module_that_names_the_text_otherwise_is_refused() -> None:
+    model = tiny_bart()
+    for layer in model.get_decoder().layers:
+        kind = type(layer.encoder_attn)
+
+        class Own(kind):  # type: ignore[misc, valid-type]
+            def forward(self, text: Any, key_value_states: Any = None, past_key_values: Any = None) -> Any:
+                return text, None
+
+        layer.encoder_attn.__class__ = Own
+    with pytest.raises(
+        UnsupportedModelError, match=r"encoder_attn \(Own\): its forward takes no hidden_states"
+    ):
+        BartAdapter(model)
+
+
+def test_a_decoder_without_a_config_is_refused() -> None:
+    model = tiny_bart()
+    del model.get_decoder().config
+    with pytest.raises(
+        UnsupportedModelError, match=r"model.decoder \(BartDecoder\), which has no config that says use_cache"
+    ):
+        BartAdapter(model)
+
+
+def test_an_error_says_what_to_set() -> None:
+    model = tiny_bart()
+    for layer in model.get_decoder().layers:
+        layer.memory, layer.encoder_attn = layer.encoder_attn, None
+    with pytest.raises(
+        UnsupportedModelError, match=r"Found: .*\. If .* has another name, set attention in the adapter"
+    ):
+        BartAdapter(model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"takes no memory\. If .* have other names, set states, or"
+    ):
+        declared(attention="memory", states="memory")(model)
+    with pytest.raises(UnsupportedModelError, match=r"lacks visible; .* set mask in the adapter"):
+        declared(attention="memory", mask="visible")(model)
+    assert len(declared(attention="memory")(model).sites) == 3
+    for layer in model.get_decoder().layers:
+        layer.memory.asks = layer.memory.q_proj
+        del layer.memory.q_proj
+    with pytest.raises(UnsupportedModelError, match=r"such as q_proj.* set states, or query, key"):
+        declared(attention="memory")(model)
+    assert declared(attention="memory", query="asks", key="k_proj", value="v_proj")(model).sites

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvprune import CompressionReport, PolicySpec
 from kvprune.engine.receipts import LayerReceipt
+from kvprune.tokens.layout import AUDIO_FRAME
 
 MIB = 2**20
 
@@ -143,3 +144,17 @@ def test_a_report_can_be_copied_and_sent_to_another_process(copied):
     report = new_report()
     report.add_prefill([receipt()], kept=[[1]], visible=[2])
     assert copied(report).to_dict() == report.to_dict()
+
+
+def test_sound_is_told_in_seconds():
+    report = new_report()
+    report.unit, report.seconds_per_column = AUDIO_FRAME, 0.02
+    assert report.kept_seconds is None  # nothing was heard yet
+    report.add_prefill([receipt(3)], kept=[[100, 300]], visible=[1500, 500])
+    assert report.kept_seconds == pytest.approx((20 * (100 / 1500 + 300 / 500) / 2, 20))
+    lines = str(report).splitlines()
+    assert "of visible audio frames" in lines[1]
+    assert lines[2] == "kept 6.67 s of 20.00 s of sound in the latest prefill"
+    assert "seconds_per_column" not in report.to_dict()
+    report.seconds_per_column = None  # nobody knows how long a column lasts
+    assert "of sound" not in str(report)

@@ -29,7 +29,8 @@ RAGGED = Selection.from_mask(torch.tensor([[[1, 0, 0, 1, 1]], [[0, 1, 0, 0, 0]]]
 
 def test_each_need_is_a_field_and_a_property_of_the_view():
     captured = {field.name for field in fields(Captured)}
-    assert captured | {"text_cache"} == set(get_args(Need))  # text_cache shows nothing: it prunes
+    # text_cache shows nothing: it prunes; a grid is nothing that is captured.
+    assert captured | {"text_cache", "grid"} == set(get_args(Need))
     assert all(hasattr(LayerView, name) for name in captured)
     assert all(hasattr(FeatureView, name) for name in ("features", "guidance", "class_attention"))
 

@@ -84,6 +84,18 @@ def test_columns_that_do_not_count_are_nobodys_neighbours(picture, kernel, reduc
     assert torch.equal(first[kept], second[kept])
 
 
+@given(st.data(), kernels, reductions)
+def test_columns_that_share_a_place_are_neighbours_and_each_counts(data, kernel, reduction):
+    columns = data.draw(st.integers(1, 8))
+    spots = st.tuples(st.integers(-1, 2), st.integers(0, 2))
+    places = torch.tensor([data.draw(st.lists(spots, min_size=columns, max_size=columns))])
+    counted = torch.tensor([data.draw(st.lists(st.booleans(), min_size=columns, max_size=columns))])
+    scores = torch.randn(1, 2, columns, generator=torch.Generator().manual_seed(columns)).double()
+    picture = scores, places, torch.zeros(1, columns, dtype=torch.int64), counted
+    expected = slow_pool(*picture, kernel, reduction)
+    torch.testing.assert_close(pool_neighbours(*picture, kernel, reduction), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_a_border_is_not_penalised():
     places = torch.tensor([[[0, c] for c in range(5)]])
     scores = torch.tensor([[[1.0, 1, 1, 1, 4]]])

@@ -12,6 +12,7 @@ import kvprune
 from kvprune import Layout, demo
 from kvprune.errors import UnsupportedModelError
 from kvprune.testing import mllama_inputs, tiny_mllama
+from kvprune.tokens.layout import AUDIO_FRAME, ENCODER_TOKEN, IMAGE_PATCH, IMAGE_TOKEN, TEXT_TOKEN, Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,3 +128,59 @@ def test_without_aspect_ratios_nobody_knows_where_tokens_lie():
         torch.no_grad(),
     ):
         model(**text, cross_attention_states=states.to(model.dtype))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2), st.integers(0, 3))
+def test_a_picture_lies_in_reading_order_behind_what_has_no_place(rows, across, classes, others):
+    layout = Layout.grid(rows, across, class_tokens=classes, others=others)
+    places = [(-1, -1)] * (classes + others)
+    for row in range(rows):
+        places += [(row, column) for column in range(across)]
+    assert [tuple(place) for place in layout.places[0].tolist()] == places
+    marked = [[True] * classes + [False] * (others + rows * across)]
+    assert layout.class_tokens is None if not classes else layout.class_tokens.tolist() == marked
+    assert (layout.geometry, layout.unit) == ("grid", IMAGE_PATCH)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=1))
+def test_runs_are_numbered_in_order(kinds):
+    layout = dataclasses.replace(Layout.line(len(kinds[0])), kinds=torch.tensor(kinds))
+    number, expected = 0, []
+    for column, kind in enumerate(kinds[0]):
+        number += column > 0 and kind != kinds[0][column - 1]
+        expected.append(number)
+    assert layout.runs.tolist() == [expected]
+
+
+@given(st.data(), st.integers(1, 8), st.integers(1, 3))
+def test_chosen_columns_keep_what_they_are(data, columns, batch):
+    pick = st.lists(st.integers(0, columns - 1), min_size=columns, max_size=columns)
+    flags = st.lists(st.booleans(), min_size=columns, max_size=columns)
+    indices = [data.draw(pick) for _ in range(batch)]
+    valid = [data.draw(flags) for _ in range(batch)]
+    kinds, marked = torch.tensor([data.draw(pick)]), torch.tensor([data.draw(flags)])
+    line = Layout.line(columns, unit=AUDIO_FRAME, seconds=0.02)
+    whole = dataclasses.replace(line, kinds=kinds, class_tokens=marked, reason="why")
+    chosen = whole.at(torch.tensor(indices), torch.tensor(valid))
+    for sample in range(batch):
+        for place, column in enumerate(indices[sample]):
+            there = valid[sample][place]
+            assert chosen.places[sample, place].tolist() == ([0, column] if there else [-1, -1])
+            assert chosen.class_tokens[sample, place] == (there and bool(marked[0, column]))
+            assert chosen.kinds[sample, place] == kinds[0, column]
+    same = ("geometry", "units", "seconds", "reason")
+    assert all(getattr(chosen, name) == getattr(whole, name) for name in same)
+
+
+def test_units_have_a_plural():
+    assert [u.many for u in (IMAGE_TOKEN, IMAGE_PATCH, AUDIO_FRAME, TEXT_TOKEN, ENCODER_TOKEN)] == [
+        "image tokens",
+        "image patches",
+        "audio frames",
+        "text tokens",
+        "encoder tokens",
+    ]
+    assert Unit("residue") == Unit("residue", "residues")
+    assert Layout.tiles(1, torch.tensor([[1]]), 1, class_token=True).unit == IMAGE_TOKEN
+    two = dataclasses.replace(Layout.line(2), units=(TEXT_TOKEN, IMAGE_PATCH))
+    assert two.unit == ENCODER_TOKEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,23 @@ from torch import Tensor
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 
-__all__ = ["Declared", "LikeBart"]
+__all__ = ["RELATIVE", "WITH_TEXT", "Declared", "LikeBart", "no_text"]
+
+WITH_TEXT = EncoderDecoderAdapter.provides | {"text"}
+"""What a family provides whose self-attention policies can see (`kvprune.adapters.text_sites`)."""
+
+
+def no_text(reason: str) -> Mapping[str, str]:
+    """Return what a family lacks, and why: policies cannot see its text.
+
+    Args:
+        reason: As the end of a sentence.
+    """
+    return {**EncoderDecoderAdapter.lacks, "text": reason}
+
+
+RELATIVE = no_text("its self-attention adds relative positions to the logits")
+"""What T5 and its kin lack."""
 
 
 class Declared(EncoderDecoderAdapter):
@@ -24,7 +41,7 @@ class Declared(EncoderDecoderAdapter):
 
 
 class LikeBart(Declared):
-    """A decoder whose self-attention neither rotates nor adds relative positions, so policies can see it."""
+    """A decoder with the layers of BART."""
 
     self_attention = "self_attn"
-    provides = EncoderDecoderAdapter.provides | {"text"}
+    provides = WITH_TEXT

@@ -6,7 +6,18 @@ that needs it.
 
 from __future__ import annotations
 
-from kvprune.adapters.families.declared import Declared, LikeBart
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvprune.adapters.families.declared import RELATIVE, Declared, LikeBart
+from kvprune.adapters.layouts_pictures import (
+    Florence2Columns,
+    PageColumns,
+    PictureColumns,
+    UdopColumns,
+)
+from kvprune.tokens.layout import IMAGE_PATCH, Layout
 
 __all__ = [
     "BlipAdapter",
@@ -18,45 +29,68 @@ __all__ = [
 ]
 
 
-class VisionEncoderDecoderAdapter(Declared):
+class VisionEncoderDecoderAdapter(PictureColumns, Declared):
     """Any encoder of pictures with any decoder of text: TrOCR, Donut, Nougat, captions by GPT-2."""
 
     family = "vision encoder-decoder"
     model_classes = ("VisionEncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+    provides = PictureColumns.provides | {"text"}
 
 
-class Florence2Adapter(Declared):
+class Florence2Adapter(Florence2Columns, Declared):
     """Florence-2. Encoder columns are a picture and a text after it."""
 
     family = "Florence-2"
     model_classes = ("Florence2ForConditionalGeneration", "Florence2Model")
+    provides = Florence2Columns.provides | {"text"}
 
 
-class Pix2StructAdapter(Declared):
+class Pix2StructAdapter(PageColumns, Declared):
     """Pix2Struct, MatCha and DePlot. Encoder columns are patches of a page."""
 
     family = "Pix2Struct"
     model_classes = ("Pix2StructForConditionalGeneration",)
+    lacks = RELATIVE
 
 
-class UdopAdapter(Declared):
+class UdopAdapter(UdopColumns, Declared):
     """UDOP, documents. Encoder columns are words on a page and its patches."""
 
     family = "UDOP"
-    model_classes = ("UdopForConditionalGeneration",)
+    model_classes = ("UdopForConditionalGeneration", "UdopModel")
+    lacks = RELATIVE
 
 
 class PPFormulaNetAdapter(LikeBart):
     """PP-FormulaNet, pictures of formulas."""
 
     family = "PP-FormulaNet"
-    model_classes = ("PPFormulaNetForConditionalGeneration",)
+    model_classes = ("PPFormulaNetForConditionalGeneration", "PPFormulaNetModel")
+    unit = IMAGE_PATCH
+    provides = LikeBart.provides | {"grid"}
+
+    def layout(self, states: Tensor) -> Layout:
+        """Return the grid of the picture: it has one size, and two convolutions halve its patches."""
+        config: Any = self.model.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        for _ in range(2):
+            side = -(-side // 2)
+        if side * side != states.shape[1]:
+            return self.unknown_layout(states, f"a picture has {side} x {side} columns by the config")
+        return Layout.grid(side, side, states.device)
 
 
-class BlipAdapter(Declared):
+class BlipAdapter(PictureColumns, Declared):
     """BLIP, captions of pictures."""
 
     family = "BLIP"
     model_classes = ("BlipForConditionalGeneration",)
     scaled_by_width = True  # its attention divides by the square root and names no factor
+    provides = PictureColumns.provides | {"text"}
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The vision tower: the model names none."""
+        found: nn.Module = self.model.get_submodule("vision_model")
+        return found

@@ -6,13 +6,18 @@ that needs it.
 
 from __future__ import annotations
 
-from kvprune.adapters.families.declared import Declared, LikeBart
+from typing import Any
+
+from kvprune.adapters.families.declared import RELATIVE, WITH_TEXT, Declared, LikeBart
+from kvprune.adapters.layouts_sounds import FRAME, SAMPLE, seconds_of_speech_encoder, seconds_of_strides
+from kvprune.tokens.layout import AUDIO_FRAME
 
 __all__ = [
     "CanaryAdapter",
     "CohereAsrAdapter",
     "MoonshineAdapter",
     "MoonshineStreamingAdapter",
+    "Pop2PianoAdapter",
     "SeamlessM4TAdapter",
     "Speech2TextAdapter",
     "SpeechEncoderDecoderAdapter",
@@ -24,6 +29,12 @@ class MoonshineAdapter(Declared):
 
     family = "Moonshine"
     model_classes = ("MoonshineForConditionalGeneration", "MoonshineModel")
+    provides = WITH_TEXT
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.024: three convolutions over a wave."""
+        return seconds_of_strides(SAMPLE, self.encoder, "conv1", "conv2", "conv3")
 
 
 class MoonshineStreamingAdapter(Declared):
@@ -31,6 +42,13 @@ class MoonshineStreamingAdapter(Declared):
 
     family = "Moonshine Streaming"
     model_classes = ("MoonshineStreamingForConditionalGeneration", "MoonshineStreamingModel")
+    provides = WITH_TEXT - {"guidance"}  # its decoder would add positions to encoder states again
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.02: two convolutions over frames of 5 ms."""
+        step = getattr(getattr(self.encoder, "config", None), "frame_ms", None)
+        return step and seconds_of_strides(step / 1000, self.encoder, "embedder.conv1", "embedder.conv2")
 
 
 class Speech2TextAdapter(LikeBart):
@@ -39,12 +57,23 @@ class Speech2TextAdapter(LikeBart):
     family = "Speech2Text"
     model_classes = ("Speech2TextForConditionalGeneration", "Speech2TextModel")
 
+    @property
+    def column_seconds(self) -> float | None:
+        """0.04: two convolutions over frames of 10 ms."""
+        return seconds_of_speech_encoder(self.model.config)
+
 
 class CanaryAdapter(Declared):
     """Canary, speech in many languages."""
 
     family = "Canary"
     model_classes = ("CanaryForConditionalGeneration", "CanaryModel")
+    provides = WITH_TEXT
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.08: the encoder joins eight frames of 10 ms."""
+        return seconds_of_speech_encoder(getattr(self.encoder, "config", None))
 
 
 class CohereAsrAdapter(Declared):
@@ -52,6 +81,12 @@ class CohereAsrAdapter(Declared):
 
     family = "Cohere ASR"
     model_classes = ("CohereAsrForConditionalGeneration", "CohereAsrModel")
+    provides = WITH_TEXT - {"guidance"}  # its decoder would project encoder states again
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.08: the encoder joins eight frames of 10 ms."""
+        return seconds_of_speech_encoder(getattr(self.encoder, "config", None))
 
 
 class SeamlessM4TAdapter(Declared):
@@ -64,6 +99,24 @@ class SeamlessM4TAdapter(Declared):
         "SeamlessM4Tv2ForTextToText",
         "SeamlessM4Tv2ForSpeechToText",
     )
+    provides = WITH_TEXT
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.16: two frames of 10 ms are one input, and an adaptor joins eight of these; None for texts."""
+        if self.column_unit != AUDIO_FRAME:
+            return None
+        config: Any = self.model.config
+        adaptors = config.num_adapter_layers if config.add_adapter else 0
+        return float(2 * FRAME * config.adaptor_stride**adaptors)
+
+
+class Pop2PianoAdapter(Declared):
+    """Pop2Piano, piano covers of songs. The first column is the composer, the others are frames of sound."""
+
+    family = "Pop2Piano"
+    model_classes = ("Pop2PianoForConditionalGeneration",)
+    lacks = RELATIVE
 
 
 class SpeechEncoderDecoderAdapter(Declared):
@@ -72,3 +125,9 @@ class SpeechEncoderDecoderAdapter(Declared):
     family = "speech encoder-decoder"
     model_classes = ("SpeechEncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+    provides = WITH_TEXT
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.02 of encoders like wav2vec 2.0; None if the encoder is not known."""
+        return seconds_of_speech_encoder(getattr(self.encoder, "config", None))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.families.declared import Declared, LikeBart
+from kvprune.adapters.arguments import cache_of
+from kvprune.adapters.families.declared import RELATIVE, WITH_TEXT, Declared, LikeBart, no_text
 from kvprune.adapters.tiny.models import example_bart
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "M2M100Adapter",
     "MBartAdapter",
     "MarianAdapter",
+    "MusicgenAdapter",
     "MvpAdapter",
     "NllbMoeAdapter",
     "PLBartAdapter",
@@ -62,6 +64,7 @@ class T5Adapter(Declared):
         "LongT5ForConditionalGeneration",
         "LongT5Model",
     )
+    lacks = RELATIVE
 
 
 class MBartAdapter(LikeBart):
@@ -83,6 +86,7 @@ class NllbMoeAdapter(Declared):
 
     family = "NLLB-MoE"
     model_classes = ("NllbMoeForConditionalGeneration", "NllbMoeModel")
+    provides = WITH_TEXT
 
 
 class MarianAdapter(LikeBart):
@@ -152,6 +156,7 @@ class ProphetNetAdapter(Declared):
     family = "ProphetNet"
     model_classes = ("ProphetNetForConditionalGeneration", "ProphetNetModel")
     scaled_by_width = True  # its attention divides by the square root and names no factor
+    lacks = no_text("its self-attention reads several streams of predicted tokens")
 
 
 class SwitchTransformersAdapter(Declared):
@@ -159,6 +164,7 @@ class SwitchTransformersAdapter(Declared):
 
     family = "Switch Transformers"
     model_classes = ("SwitchTransformersForConditionalGeneration", "SwitchTransformersModel")
+    lacks = RELATIVE
 
 
 class T5GemmaAdapter(Declared):
@@ -166,6 +172,7 @@ class T5GemmaAdapter(Declared):
 
     family = "T5Gemma"
     model_classes = ("T5GemmaForConditionalGeneration", "T5GemmaModel")
+    lacks = no_text("its self-attention slides windows and may cap logits")
 
 
 class EncoderDecoderModelAdapter(Declared):
@@ -174,10 +181,36 @@ class EncoderDecoderModelAdapter(Declared):
     family = "encoder-decoder of two models"
     model_classes = ("EncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
+    provides = WITH_TEXT
 
 
 class DiaAdapter(Declared):
     """Dia, text to speech."""
 
     family = "Dia"
-    model_classes = ("DiaForConditionalGeneration",)
+    model_classes = ("DiaForConditionalGeneration", "DiaModel")
+    lacks = no_text("its decoder writes several channels of sound")
+
+    def _is_cached(self, named: dict[str, Any]) -> bool:
+        """Whether the call has a cache: the decoder of Dia, unlike others, makes none itself."""
+        return super()._is_cached(named) and cache_of(named) is not None
+
+
+class MusicgenAdapter(Declared):
+    """MusicGen, text to music.
+
+    Its decoder reads a row of tokens for each codebook. With classifier-free guidance, half of the samples
+    have encoder states that are all masked.
+    """
+
+    family = "MusicGen"
+    model_classes = ("MusicgenForConditionalGeneration",)
+    lacks = no_text("its decoder reads a row of tokens for each codebook")
+    provides = Declared.provides - {"guidance"}  # one row of tokens is no prompt that could be run again
+
+    def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:
+        """Begin a prefill with one row of tokens for each sample, as the encoder states have."""
+        tokens = named.get("input_ids")
+        if tokens is not None:  # [B * codebooks, T]
+            named = {**named, "input_ids": tokens[:: self._decoder.num_codebooks]}
+        super()._begin(call, named, states)

@@ -22,6 +22,7 @@ from kvprune.adapters.families.whisper_windows import (
     probe_windows,
     unpruned,
 )
+from kvprune.adapters.layouts_sounds import FRAME, seconds_of_strides
 from kvprune.adapters.probes import Probe
 from kvprune.adapters.tiny.models import example_whisper
 from kvprune.engine.manager import CrossKVManager
@@ -62,6 +63,11 @@ class WhisperAdapter(EncoderDecoderAdapter):
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
     self_attention = "self_attn"
     provides = EncoderDecoderAdapter.provides | {"text"}
+
+    @property
+    def column_seconds(self) -> float | None:
+        """0.02: two convolutions over frames of 10 ms."""
+        return seconds_of_strides(FRAME, self.encoder, "conv1", "conv2")
 
     def attach(self, manager: CrossKVManager) -> None:
         """Add the hooks of the family, and time words by the columns that are held."""

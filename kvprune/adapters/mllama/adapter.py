@@ -88,7 +88,7 @@ class MllamaAdapter(ModelAdapter):
 
     family = "Llama-3.2-Vision (Mllama)"
     model_classes = ("MllamaForConditionalGeneration", "MllamaModel")
-    provides = ModelAdapter.provides | {"text", "text_cache", "guidance", "class_attention"}
+    provides = ModelAdapter.provides | {"text", "text_cache", "guidance", "class_attention", "grid"}
     rereads = True
     class_attention_layer: ClassVar[tuple[str, int]] = ("global_transformer", -1)
 

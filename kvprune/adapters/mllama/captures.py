@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.class_attention import ClassAttention
 from kvprune.adapters.text_capture import TextCapture
+from kvprune.adapters.text_sites import text_site
 from kvprune.cache.placement import open_text_layer
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import UnsupportedModelError
@@ -53,20 +54,20 @@ def capture_text(
             "cross-attention layer, from which transformers takes the length of the text; use a policy that "
             "prunes no text"
         )
-    modules = {
-        layer_idx: layer.self_attn
+    sites = {
+        layer_idx: text_site(layer_idx, layer.self_attn)
         for layer_idx, layer in enumerate(text.layers)
         if layer_idx not in cross_layers
     }
     # The last self-attention layer before each cross-attention layer; -1 for none.
-    before = {max((i for i in modules if i < cross), default=-1) for cross in cross_layers}
+    before = {max((i for i in sites if i < cross), default=-1) for cross in cross_layers}
 
     def done(view: TextView, cache: Cache | None) -> None:
         layer = open_text_layer(cache, view.layer_idx) if prunes and cache is not None else None
         manager.after_text(view, layer)
 
-    capture = TextCapture(manager.policy.name, done, modules, mask, copies, _rotate)
-    capture.hook(attachment, set(modules) if prunes else before - {-1}, cached=cached)
+    capture = TextCapture(manager.policy.name, done, sites, mask, copies)
+    capture.hook(attachment, set(sites) if prunes else before - {-1}, cached=cached)
 
 
 def capture_class_attention(
@@ -137,12 +138,3 @@ def tile_layout(vision: Any, named: Mapping[str, Any], copies: int) -> Callable[
         )
 
     return layout
-
-
-def _rotate(queries: Tensor, keys: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Apply rotary position embeddings, as ``MllamaTextSelfAttention`` does."""
-    from transformers.models.mllama.modeling_mllama import apply_rotary_pos_emb
-
-    cos, sin = named["position_embeddings"]
-    rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(queries, keys, cos, sin)
-    return rotated

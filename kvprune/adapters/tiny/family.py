@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class TinyFamily:
         pads: Whether the encoder knows padding.
         beams: Whether stock transformers can search with beams.
         sdpa: Whether stock transformers has SDPA for it.
+        settings: Attributes of the model's generation config.
     """
 
     config: MakeConfig
@@ -53,6 +54,7 @@ class TinyFamily:
     pads: bool = True
     beams: bool = True
     sdpa: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def model(
         self, name: str, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa", seed: int = 0
@@ -69,6 +71,8 @@ class TinyFamily:
 
         config = self.config(transformers)
         model = random_model(getattr(transformers, name.split()[0]), config, seed, dtype, attn_implementation)
+        for setting, value in self.settings.items():
+            setattr(model.generation_config, setting, value)
         with torch.no_grad():
             for place, parameter in enumerate(model.parameters()):
                 if parameter.ndim == 1 and not parameter.any():  # a bias that would change nothing

@@ -241,6 +241,11 @@ TINY_SPEECH: Mapping[str, TinyFamily] = {
         ),
         sounds("input_values", 3200, real=1920),
     ),
+    "Pop2PianoForConditionalGeneration": TinyFamily(
+        config_of("Pop2PianoConfig", T5, composer_vocab_size=1),
+        sounds("input_features", 12, 32, real=8),
+        settings={"composer_to_feature_token": {"composer1": 60}},
+    ),
     "SpeechEncoderDecoderModel": TinyFamily(
         pair_of("SpeechEncoderDecoderConfig", ("Wav2Vec2", _WAV2VEC2), ("MBart", _MBART_DECODER)),
         sounds("input_values", 400, real=240),

@@ -100,6 +100,35 @@ def _dia(transformers: Any) -> Any:
     )
 
 
+def _musicgen(transformers: Any) -> Any:
+    audio = {
+        "hidden_size": 16,
+        "num_filters": 4,
+        "num_residual_layers": 1,
+        "num_lstm_layers": 1,
+        "upsampling_ratios": [4, 2],
+        "codebook_size": 64,
+        "codebook_dim": 16,
+        "target_bandwidths": [60.0],  # two codebooks
+    }
+    decoder = {
+        "vocab_size": 64,
+        "pad_token_id": 64,  # beyond the vocabulary: `generate` removes it before the codes become sound
+        "bos_token_id": 64,
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "num_codebooks": 2,
+    }
+    return transformers.MusicgenConfig(
+        text_encoder=transformers.T5Config(**T5).to_dict(),
+        audio_encoder=transformers.EncodecConfig(**audio).to_dict(),
+        decoder=transformers.MusicgenDecoderConfig(**decoder).to_dict(),
+    )
+
+
 TINY_TEXTS: Mapping[str, TinyFamily] = {
     "BartForConditionalGeneration": _bart("Bart"),
     "T5ForConditionalGeneration": _t5("T5"),
@@ -139,6 +168,9 @@ TINY_TEXTS: Mapping[str, TinyFamily] = {
         "BigBirdPegasus", sdpa=False, attention_type="original_full"
     ),
     "DiaForConditionalGeneration": TinyFamily(_dia, texts, beams=False),
+    "MusicgenForConditionalGeneration": TinyFamily(
+        _musicgen, texts, beams=False, sdpa=False, settings={"pad_token_id": 64, "guidance_scale": 3.0}
+    ),
     "ProphetNetForConditionalGeneration": TinyFamily(
         lambda transformers: transformers.ProphetNetConfig(
             hidden_size=32,

@@ -28,7 +28,9 @@ def budget(row: Row, window: float | None = None) -> str:
         share = f"{100 * row.keep_ratio:.4g} %"
         return share if window is None else f"{share} of {window:.1f} s"
     kind, _, value = row.budget.partition("=")
-    return f"{value} tokens" if kind == "keep_tokens" else row.budget
+    if kind != "keep_tokens":
+        return row.budget
+    return f"{value} tokens" if window is None else f"{value} audio frames"
 
 
 def p_text(p_value: float) -> str:

@@ -131,8 +131,9 @@ def _draws_notes(summary: Summary) -> list[str]:
 
 
 def _budget_notes(summary: Summary) -> list[str]:
+    kept = "visible tokens" if summary.window_seconds is None else "the audio frames"
     return [
-        f"Careful: {row.spec} kept {100 * row.kept_fraction:.1f} % of visible tokens instead of "
+        f"Careful: {row.spec} kept {100 * row.kept_fraction:.1f} % of {kept} instead of "
         f"{100 * row.keep_ratio:.4g} %; do not compare it with its neighbours."
         for row in summary.rows
         if row.keep_ratio is not None and row.misses_budget

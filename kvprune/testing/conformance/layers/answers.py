@@ -18,6 +18,7 @@ from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.problems import LayerProblem
 from kvprune.testing.reference import kept_sets, slow_decode, slow_prefill
 from kvprune.tokens.decision import Decision
+from kvprune.tokens.layout import Layout
 from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
@@ -38,7 +39,17 @@ def pose(policy: CrossKVPolicy, problem: LayerProblem) -> FeatureView | LayerVie
     by_features = isinstance(policy, FeaturePolicy)
     view = problem.features(policy.name) if by_features else problem.view(policy.name)
     given = policy.needs | {"features"} if by_features else policy.needs  # such a policy always sees features
-    return dataclasses.replace(view, captured=view.captured.only(given))
+    view = dataclasses.replace(view, captured=view.captured.only(given))
+    if "grid" in policy.needs and view.layout.geometry == "line":  # a model without a grid would be refused
+        return dataclasses.replace(view, layout_of=lambda: _three_across(problem.layout()))
+    return view
+
+
+def _three_across(line: Layout) -> Layout:
+    """Return the layout of the same columns as patches of a picture that is three patches wide."""
+    column = line.places[..., 1]
+    places = torch.stack([column // 3, column % 3], dim=-1).masked_fill(column[..., None] < 0, -1)
+    return dataclasses.replace(line, places=places, geometry="grid")
 
 
 def answer(policy: CrossKVPolicy, view: FeatureView | LayerView) -> Decision:

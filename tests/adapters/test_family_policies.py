@@ -1,0 +1,88 @@
+"""All built-in policies on all declared classes: each equals the oracle, or is refused before it runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from family_checks import MOST, adapter_of, apart, hardest_of, installed, largest, pads, tiny_of
+from generation import generate
+
+import kvprune
+from kvprune.adapters.arguments import named_arguments
+from kvprune.adapters.tiny.families import TINY_FAMILIES
+from kvprune.errors import GuideError, KVPruneError, UnsupportedModelError
+from kvprune.session.registry import find_adapter, load
+from kvprune.testing import masked_oracle
+
+STEPS = 3
+POLICIES = [name for name, entry in load().policies.items() if entry.plugin == "builtin"]
+REFUSALS = {
+    "aircache": "needs 'text', which the .* adapter does not provide",
+    "prumerge": "needs 'class_attention', which the .* adapter does not provide",
+    "visionzip": "needs 'class_attention', which the .* adapter does not provide",
+    "answer-attention": "takes only guidance that was made from one|"
+    "needs 'guidance', which the .* adapter does not provide",
+    "guided": "needs 'guidance', which the .* adapter does not provide",
+}
+"""What is said when a policy is refused for a family."""
+
+
+def spec_of(policy: str) -> str:
+    ratio = "keep_ratio" in load().policy_class(policy).option_types()
+    return f"{policy}:keep_ratio=0.5" if ratio else policy
+
+
+@pytest.mark.parametrize(
+    "name", installed(name for name in TINY_FAMILIES if "guidance" in adapter_of(name).provides)
+)
+def test_a_guide_would_give_the_decoder_what_it_was_given(name: str) -> None:
+    """A guide runs the decoder again on what its layers have received."""
+    tiny = tiny_of(name)
+    model = tiny.model(name, torch.float32, "eager")
+    adapter = adapter_of(name)(model)
+    seen: list[torch.Tensor] = []
+    sites = [(site.module, site.states) for site in adapter.sites]
+    for module, argument in [(adapter.decoder, "encoder_hidden_states"), *sites]:
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, argument=argument: seen.append(
+                named_arguments(module, args, kwargs)[argument].clone()
+            ),
+            with_kwargs=True,
+        )
+    generate(model, tiny.batch(torch.float32, pads(name, "eager")), 1)
+    assert len(seen) == 1 + len(adapter.sites)
+    assert all(torch.equal(seen[0], one) for one in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", installed(TINY_FAMILIES))
+def test_every_policy_equals_the_oracle_or_is_refused(name: str) -> None:
+    attention, padded, beams = hardest_of(name)
+    tiny = tiny_of(name)
+    model, inputs = tiny.model(name, torch.float32, attention), tiny.batch(torch.float32, padded)
+    adapter = find_adapter(model)
+    ran: list[Any] = []
+    for site in adapter(model).sites:
+        site.module.register_forward_hook(lambda *call: ran.append(call))
+    for policy in POLICIES:
+        ran.clear()
+        refusal: KVPruneError | None = None
+        try:
+            with kvprune.compress(model, spec_of(policy)) as run:
+                got, logits, _ = generate(model, inputs, STEPS, num_beams=beams)
+        except KVPruneError as error:
+            refusal = error
+        if refusal is not None:
+            assert isinstance(refusal, UnsupportedModelError | GuideError), policy
+            assert re.search(REFUSALS[policy], str(refusal)), policy
+            assert not ran, f"{policy} was refused after something had run"
+            continue
+        with masked_oracle(model, run.selections, run.prefill_selections, adapter=adapter):
+            expected, wanted, _ = generate(model, inputs, STEPS, num_beams=beams)
+        assert torch.equal(got, expected), policy
+        assert apart(logits, wanted) <= MOST * largest(wanted), policy
+        if policy not in ("full", "lossless"):  # these drop nothing that a sample of the batch needs
+            assert run.report.bytes_held < run.report.bytes_full, policy
