@@ -76,13 +76,15 @@ class WhisperAdapter(EncoderDecoderAdapter):
         self.around(self.model, DETECTS_LANGUAGE, unpruned(self))
         self.around(self.model, ASKS_FOR_SPEECH, detectors(self))
         self.around(self.model, "_postprocess_outputs", self._without_unequal_cache)
+        self.around(self.model, "_stack_split_outputs", self._with_cache)
         self._windows = Windows(self.model)
+        self._returned: Any = None  # a cache that generate returns, from the end of its window on
 
     def _without_unequal_cache(self, process: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Take the cache out of what ``generate`` returns, unless its entries are plain keys and values.
+        """Take the cache out of what ``generate`` copies row by row, unless it holds plain keys and values.
 
-        Whisper's ``generate`` copies the entries of each row into a new cache, and loses which of them are
-        padding, how much merged ones weigh, and whose bits are few. Continuing from it would be wrong.
+        The copy would not say which entries are padding, how much merged ones weigh, and whose bits are few,
+        so continuing from it would be wrong. Where there is one window, the cache itself is returned instead.
         """
         outputs: Any = kwargs.get("seek_outputs")
         if getattr(outputs, "past_key_values", None) is None or all(
@@ -90,15 +92,33 @@ class WhisperAdapter(EncoderDecoderAdapter):
             for one in self.manager.history.kept.selections.values()
         ):
             return process(*args, **kwargs)
+        if kwargs["is_shortform"] and not kwargs["generation_config"].return_timestamps:
+            self._returned = outputs.past_key_values
+        elif kwargs["is_shortform"]:  # of long recordings, transformers returns no cache
+            self._warn_of_cache()
+        rest = {name: value for name, value in outputs.items() if name != "past_key_values"}
+        return process(*args, **{**kwargs, "seek_outputs": type(outputs)(**rest)})
+
+    def _with_cache(self, stack: Callable[..., Any], rows: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the cache itself in the place of its copy, if it has the rows that are returned."""
+        outputs = stack(rows, *args, **kwargs)
+        cache, self._returned = self._returned, None
+        if cache is None:
+            return outputs
+        if cache.self_attention_cache.layers[0].keys.shape[0] != len(rows):  # beams, or rows of another try
+            self._warn_of_cache()
+            return outputs
+        return type(outputs)(**outputs, past_key_values=cache)
+
+    def _warn_of_cache(self) -> None:
         self.manager.report.warn(
             "Whisper's generate returns a copy of the cache that would not say which entries are padding, "
             "merged or quantized, so past_key_values is left out of its output"
         )
-        rest = {name: value for name, value in outputs.items() if name != "past_key_values"}
-        return process(*args, **{**kwargs, "seek_outputs": type(outputs)(**rest)})
 
     def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill, and say which window it reads."""
+        self._returned = None
         self.manager.history.window = self._windows.current()
         super()._begin(call, named, states)
 
