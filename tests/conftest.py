@@ -18,7 +18,7 @@ _common = {
     "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
-settings.register_profile("default", max_examples=30, **_common)
+settings.register_profile("default", max_examples=20, **_common)
 # pytest --hypothesis-profile=thorough
 settings.register_profile("thorough", max_examples=1000, **_common)
 settings.load_profile("default")

@@ -290,7 +290,7 @@ def by_spec(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 GrowingGrid.TestCase.settings = settings(
-    max_examples=8,
+    max_examples=5,
     stateful_step_count=12,
     deadline=None,
     derandomize=True,

@@ -15,7 +15,10 @@ from under_policy import UnderPolicy
 import kvprune
 from kvprune.adapters.tiny.models import tiny_bart
 
-pytestmark = pytest.mark.skipif(OLD, reason="this release imports torchvision to look a model up")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(OLD, reason="this release imports torchvision to look a model up"),
+]
 
 FAKE_TESTS = """
 import copy

@@ -60,7 +60,8 @@ class Late(kvprune.PrefillPolicy):
         return decisions
 
 
-@pytest.mark.parametrize("cls", [pytest.param(LongFeatures, marks=pytest.mark.slow), Late])
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [LongFeatures, Late])
 def test_the_conformance_suite_knows_both_moments(cls):
     check_policy(cls, examples=10)
 

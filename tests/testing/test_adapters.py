@@ -94,7 +94,8 @@ def texts(dtype):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "make_model"), [(MBartAdapter, tiny_mbart), (PegasusAdapter, tiny_pegasus)]
+    ("adapter", "make_model"),
+    [(MBartAdapter, tiny_mbart), pytest.param(PegasusAdapter, tiny_pegasus, marks=pytest.mark.slow)],
 )
 def test_a_declaration_suffices(adapter, make_model):
     report = check_adapter(adapter, make_model, texts)

@@ -87,7 +87,11 @@ def test_built_in_policies_pass_on_a_few_problems(name):
                 assert result.outcome == wanted, (result, problem)
 
 
-ONE_OF_EACH_KIND = ("elastic", "norm", "topv")
+ONE_OF_EACH_KIND = (
+    pytest.param("elastic", marks=pytest.mark.slow),
+    "norm",
+    pytest.param("topv", marks=pytest.mark.slow),
+)
 """Merges; decides at each layer; by features. test_moments.py has one that decides after prefill."""
 
 
