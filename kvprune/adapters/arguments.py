@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "named_arguments",
     "returned_cache",
     "with_cache",
+    "with_returned_cache",
     "without_cache",
 ]
 
@@ -65,6 +67,13 @@ def cache_argument(model: nn.Module, cache: object) -> dict[str, Any]:
 def returned_cache(output: object) -> Any:
     """Return the cache in the output of a model or of `generate`; None if there is none."""
     return next((found for name in _CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+
+
+def with_returned_cache(output: Any, cache: object) -> Any:
+    """Return an output of `generate` with another cache."""
+    fields = {field.name for field in dataclasses.fields(output)}
+    name = next(name for name in _CACHE_NAMES if name in fields)
+    return type(output)(**without_cache(output), **{name: cache})
 
 
 def has_cache(named: Mapping[str, Any], config: Any) -> bool:

@@ -164,11 +164,11 @@ class EncoderDecoderAdapter(Columns):
                 f"reread=True reads the last token again from each layer, but a layer of {self.family} "
                 "has read no encoder states"
             )
-        require_inputs(named)
         self._begin(self._call, named, states)
 
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
+        require_inputs(named)
         generation = running_generation(self._decoder)
         encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns

@@ -234,7 +234,7 @@ def test_sets_that_belong_together_are_checked(found: EvidenceSet) -> None:
 
 
 def test_what_reads_the_prompt_follows_from_what_policies_declare() -> None:
-    encoder = {"raw_keys", "features", "class_attention", "text_cache"}
+    encoder = {"raw_keys", "features", "class_attention", "text_cache", "grid"}
     assert set(gather.PROMPT) | encoder == set(get_args(Need)), "does a new need know the prompt?"
     names = [
         name

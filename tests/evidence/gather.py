@@ -32,8 +32,8 @@ PROMPT = frozenset({"queries", "text", "guidance"})
 """What a policy can declare in `needs` that depends on the prompt.
 
 "queries" and "text" come from the rows of the prompt, "guidance" from a guide that reads it (or the answer).
-"raw_keys", "features" and "class_attention" come from the encoder, which has not seen the prompt, and
-"text_cache" captures nothing.
+"raw_keys", "features" and "class_attention" come from the encoder, which has not seen the prompt;
+"text_cache" and "grid" capture nothing.
 """
 
 BASELINE = "random"

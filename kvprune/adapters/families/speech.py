@@ -116,6 +116,7 @@ class Pop2PianoAdapter(Declared):
 
     family = "Pop2Piano"
     model_classes = ("Pop2PianoForConditionalGeneration",)
+    unit = AUDIO_FRAME  # its encoder, that of T5, takes input_ids, too
     lacks = RELATIVE
 
 

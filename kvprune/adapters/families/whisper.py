@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kvprune.adapters.arguments import returned_cache, with_returned_cache, without_cache
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.families.whisper_windows import (
     ASKS_FOR_SPEECH,
@@ -87,17 +88,17 @@ class WhisperAdapter(EncoderDecoderAdapter):
         so continuing from it would be wrong. Where there is one window, the cache itself is returned instead.
         """
         outputs: Any = kwargs.get("seek_outputs")
-        if getattr(outputs, "past_key_values", None) is None or all(
+        if returned_cache(outputs) is None or all(
             not (one.is_ragged or one.merge is not None or one.quantizes)
             for one in self.manager.history.kept.selections.values()
         ):
             return process(*args, **kwargs)
         if kwargs["is_shortform"] and not kwargs["generation_config"].return_timestamps:
-            self._returned = outputs.past_key_values
+            self._returned = returned_cache(outputs)
         elif kwargs["is_shortform"]:  # of long recordings, transformers returns no cache
             self._warn_of_cache()
-        rest = {name: value for name, value in outputs.items() if name != "past_key_values"}
-        return process(*args, **{**kwargs, "seek_outputs": type(outputs)(**rest)})
+        rest = type(outputs)(**without_cache(outputs))
+        return process(*args, **{**kwargs, "seek_outputs": rest})
 
     def _with_cache(self, stack: Callable[..., Any], rows: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the cache itself in the place of its copy, if it has the rows that are returned."""
@@ -108,7 +109,7 @@ class WhisperAdapter(EncoderDecoderAdapter):
         if cache.self_attention_cache.layers[0].keys.shape[0] != len(rows):  # beams, or rows of another try
             self._warn_of_cache()
             return outputs
-        return type(outputs)(**outputs, past_key_values=cache)
+        return with_returned_cache(outputs, cache)
 
     def _warn_of_cache(self) -> None:
         self.manager.report.warn(
