@@ -47,6 +47,7 @@ class LastFirst(LayerAllocator):
         return layers[None, :, None].expand(len(visible), -1, columns)
 
 
+@pytest.mark.slow
 def test_the_conformance_suite_passes_them():
     for policy in (ByLength(keep_ratio=0.3), LastFirst(scorer=Norm())):
         check_policy(policy, only=["KV02", "KV03", "KV05", "KV14"], examples=16)

@@ -87,14 +87,11 @@ def test_built_in_policies_pass_on_a_few_problems(name):
                 assert result.outcome == wanted, (result, problem)
 
 
-ONE_OF_EACH_KIND = (
-    pytest.param("elastic", marks=pytest.mark.slow),
-    "norm",
-    pytest.param("topv", marks=pytest.mark.slow),
-)
+ONE_OF_EACH_KIND = ("elastic", "norm", "topv")
 """Merges; decides at each layer; by features. test_moments.py has one that decides after prefill."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_built_in_policies_pass_with_default_options(name):
     require_passed(name, check_policy(kvprune.get_policy(name), examples=8))
