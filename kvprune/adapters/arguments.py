@@ -16,6 +16,7 @@ __all__ = [
     "has_cache",
     "named_arguments",
     "returned_cache",
+    "tokens_of",
     "with_cache",
     "with_returned_cache",
     "without_cache",
@@ -38,6 +39,11 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         if parameter.kind is parameter.VAR_KEYWORD and name in named:
             named.update(named.pop(name))
     return named
+
+
+def tokens_of(named: Mapping[str, Any]) -> Any:
+    """Return token ids ``[B, T]``, or else their embeddings ``[B, T, C]``; None if there are neither."""
+    return named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
 
 
 def cache_of(named: Mapping[str, Any]) -> Any:

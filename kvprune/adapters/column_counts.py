@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["ColumnCount", "column_count"]
+from kvprune.adapters.layouts_pictures import known_grid
 
-_EXTRA = {"vit": 1, "beit": 1, "dinov2": 1, "blip_vision_model": 1, "deit": 2}
-"""Columns that encoders of pictures put before patches: class tokens, and DeiT's token for distillation."""
+__all__ = ["ColumnCount", "column_count"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def column_count(model: nn.Module) -> ColumnCount:
     if config.model_type == "mllama":
         vision = config.vision_config
         tiles = int(vision.max_num_tiles)
-        usual = tiles * (_patches(vision.image_size, vision.patch_size) + 1)
+        usual = tiles * ((int(vision.image_size) // int(vision.patch_size)) ** 2 + 1)
         return ColumnCount(usual, f"a picture, held as {tiles} tiles whatever its size")
     if config.model_type == "whisper":
         return ColumnCount(int(config.max_source_positions), "any sound, padded to 30 seconds")
@@ -62,18 +61,9 @@ def _at_most(config: Any) -> str:
 
 def _picture(config: Any) -> int | None:
     """Return the columns of a picture of the size that a vision encoder is made for; None if unknown."""
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if size is None or patch is None:
+    size = getattr(config, "image_size", None)
+    if size is None:
         return None
-    if config.model_type in _EXTRA:
-        return _patches(size, patch) + _EXTRA[config.model_type]
-    if config.model_type in ("swin", "donut-swin"):  # each stage but the first makes one patch of four
-        return int(_patches(size, patch) // 4 ** (len(config.depths) - 1))
-    return None
-
-
-def _patches(size: int | Sequence[int], patch: int | Sequence[int]) -> int:
-    """Return how many patches a picture has; sizes are one number, or height and width."""
     height, width = (size, size) if isinstance(size, int) else size
-    rows, columns = (patch, patch) if isinstance(patch, int) else patch
-    return (height // rows) * (width // columns)
+    layout = known_grid(config, height, width, torch.device("cpu"))
+    return None if layout is None else layout.places.shape[1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvprune.adapters.arguments import cache_of
+from kvprune.adapters.arguments import cache_of, tokens_of
 from kvprune.adapters.prompts import padding_mask
 from kvprune.errors import UnsupportedCacheError
 from kvprune.text import shown
@@ -35,7 +35,7 @@ def require_inputs(named: Mapping[str, Any]) -> None:
         UnsupportedCacheError: Says what was given, and what would be right.
     """
     states, cache = named["encoder_hidden_states"], cache_of(named)
-    tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
+    tokens = tokens_of(named)
     if tokens is None:
         raise UnsupportedCacheError("the decoder got encoder states, but neither input_ids nor inputs_embeds")
     if not isinstance(states, Tensor) or states.ndim != 3:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, with_cache
+from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.column_mask import ColumnMask
@@ -173,7 +173,7 @@ class EncoderDecoderAdapter(Columns):
         encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)
-        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        tokens = tokens_of(named)
         masks = encoder_mask, rows_of_text(named.get("attention_mask"), tokens.shape[1])
         cached = self._is_cached(named)
         self.prepare_reread(call, named, cached=cached)

@@ -38,7 +38,7 @@ class PictureColumns(EncoderDecoderAdapter):
             width: Likewise.
             device: Device of the layout.
         """
-        return known_grid(self.encoder, height, width, device)
+        return known_grid(getattr(self.encoder, "config", None), height, width, device)
 
     def note(self, named: Mapping[str, Any]) -> Any:
         """Return height and width of the pictures."""
@@ -61,20 +61,19 @@ class PictureColumns(EncoderDecoderAdapter):
         return layout
 
 
-def known_grid(encoder: Any, height: int, width: int, device: torch.device) -> Layout | None:
+def known_grid(config: Any, height: int, width: int, device: torch.device) -> Layout | None:
     """Return the layout of a picture that one of the usual vision encoders reads; None for others.
 
     Args:
-        encoder: The encoder; the ``model_type`` of its config says how it cuts pictures.
+        config: The config of the encoder; its ``model_type`` says how it cuts pictures. None if it has none.
         height: In pixels.
         width: In pixels.
         device: Device of the layout.
     """
-    config = getattr(encoder, "config", None)
     arrange = _ENCODERS.get(getattr(config, "model_type", ""))
     if arrange is None:
         return None
-    size = config.patch_size  # type: ignore[union-attr]
+    size = config.patch_size
     patch = (size, size) if isinstance(size, int) else tuple(size)
     return arrange(config, (height, width), patch, device)
 

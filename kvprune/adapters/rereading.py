@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.utils.generic import ModelOutput
 
-from kvprune.adapters.arguments import cache_argument, cache_of, returned_cache, without_cache
+from kvprune.adapters.arguments import cache_argument, cache_of, returned_cache, tokens_of, without_cache
 from kvprune.adapters.attachment import Attachment
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
@@ -98,7 +98,7 @@ def require_rereadable(
         )
     cache, mask = cache_of(named), named.get("attention_mask")
     if cache is not None:
-        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        tokens = tokens_of(named)
         _require_removable(_text_cache(cache), tokens.shape[1], cross_layers)
     if not isinstance(mask, Tensor):
         return

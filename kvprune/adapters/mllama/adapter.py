@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, with_cache
+from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.generation import (
@@ -128,7 +128,7 @@ class MllamaAdapter(ModelAdapter):
         self.spread_weights(self._text.config)
         named = named_arguments(module, args, kwargs)
         mask, cache = named.get("cross_attention_mask"), cache_of(named)
-        tokens = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
+        tokens = tokens_of(named)
         if tokens is None:
             return args, kwargs  # the model itself raises an error
         batch, length = tokens.shape[:2]
