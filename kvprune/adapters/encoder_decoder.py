@@ -25,8 +25,9 @@ from transformers.cache_utils import EncoderDecoderCache
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
-from kvprune.adapters.column_mask import ColumnMask
-from kvprune.adapters.column_visibility import column_visibility, require_inputs, rows_of_text
+from kvprune.adapters.columns.layouts import Columns
+from kvprune.adapters.columns.mask import ColumnMask
+from kvprune.adapters.columns.visibility import column_visibility, require_inputs, rows_of_text
 from kvprune.adapters.generation import (
     CANDIDATES,
     probe_generation,
@@ -34,7 +35,6 @@ from kvprune.adapters.generation import (
     running_generation,
 )
 from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
-from kvprune.adapters.layouts import Columns
 from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
 from kvprune.adapters.rereading import last_row

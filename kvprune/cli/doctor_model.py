@@ -158,7 +158,7 @@ def _common(paths: Sequence[str]) -> str:
 
 def _cost(adapter: ModelAdapter) -> Iterator[Check]:
     """Say what a column is, and what it costs in the cache."""
-    from kvprune.adapters.column_counts import column_count
+    from kvprune.adapters.columns.counts import column_count
 
     model, columns, unit = adapter.model, column_count(adapter.model), adapter.column_unit.one
     size, told = _dtype(model)

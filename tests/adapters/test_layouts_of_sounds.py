@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
+from kvprune.adapters.columns.sounds import seconds_of_speech_encoder
 from kvprune.adapters.families import FAMILIES
-from kvprune.adapters.layouts_sounds import seconds_of_speech_encoder
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.adapters.tiny.family import BART
 from kvprune.adapters.tiny.media import _WAV2VEC2

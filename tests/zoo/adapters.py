@@ -11,7 +11,7 @@ import inspect
 import torch
 
 from kvprune.adapters.arguments import cache_of
-from kvprune.adapters.column_mask import ColumnMask
+from kvprune.adapters.columns.mask import ColumnMask
 from kvprune.adapters.families.texts import BartAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.adapters.mllama.tile_mask import TileMask

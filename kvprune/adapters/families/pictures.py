@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvprune.adapters.families.declared import RELATIVE, Declared, LikeBart
-from kvprune.adapters.layouts_pictures import (
+from kvprune.adapters.columns.pictures import (
     Florence2Columns,
     PageColumns,
     PictureColumns,
     UdopColumns,
 )
+from kvprune.adapters.families.declared import RELATIVE, Declared, LikeBart
 from kvprune.tokens.layout import IMAGE_PATCH, Layout
 
 __all__ = [

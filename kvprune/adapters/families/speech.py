@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvprune.adapters.columns.sounds import FRAME, SAMPLE, seconds_of_speech_encoder, seconds_of_strides
 from kvprune.adapters.families.declared import RELATIVE, WITH_TEXT, Declared, LikeBart
-from kvprune.adapters.layouts_sounds import FRAME, SAMPLE, seconds_of_speech_encoder, seconds_of_strides
 from kvprune.tokens.layout import AUDIO_FRAME
 
 __all__ = [

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kvprune.adapters.arguments import returned_cache, with_returned_cache, without_cache
+from kvprune.adapters.columns.sounds import FRAME, seconds_of_strides
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.families.whisper_windows import (
     ASKS_FOR_SPEECH,
@@ -23,7 +24,6 @@ from kvprune.adapters.families.whisper_windows import (
     probe_windows,
     unpruned,
 )
-from kvprune.adapters.layouts_sounds import FRAME, seconds_of_strides
 from kvprune.adapters.probes import Probe
 from kvprune.adapters.tiny.models import example_whisper
 from kvprune.engine.manager import CrossKVManager

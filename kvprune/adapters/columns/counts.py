@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvprune.adapters.layouts_pictures import known_grid
+from kvprune.adapters.columns.pictures import known_grid
 
 __all__ = ["ColumnCount", "column_count"]
 
