@@ -26,6 +26,7 @@ from kvprune_strategies.prumerge import PruMerge as PruMerge
 from kvprune_strategies.pyramid import Pyramid as Pyramid
 from kvprune_strategies.random_keep import Random as Random
 from kvprune_strategies.snapkv import SnapKV as SnapKV
+from kvprune_strategies.then import Then as Then
 from kvprune_strategies.topv import TopV as TopV
 from kvprune_strategies.trim import Trim as Trim
 from kvprune_strategies.uniform import Uniform as Uniform

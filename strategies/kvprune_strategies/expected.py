@@ -36,8 +36,8 @@ class Expected(ScoringPolicy):
         value_norm: Whether expected attention is multiplied by the norm of the value.
         epsilon: Added to expected attention before it is multiplied, so that tokens without attention are
             ranked by their values. It matters only with ``value_norm``.
-        sinks: Number of first tokens that stay whatever their scores, and of first live rows whose queries do
-            not count, as long as other rows are left.
+        sinks: Number of first tokens that stay whatever their scores and take no part in expected attention,
+            and of first live rows whose queries do not count, as long as other rows are left.
     """
 
     covariance: bool = True
@@ -64,7 +64,9 @@ class Expected(ScoringPolicy):
             for sample in range(view.batch):
                 # Gathered, so that rounding does not depend on the padding of the batch (KV10).
                 rows = seeing[sample].nonzero().squeeze(1)  # [n]
-                columns = members[sample].nonzero().squeeze(1)  # [m]
+                columns = (
+                    members[sample].nonzero().squeeze(1)[self.sinks :]
+                )  # [m]; the first ones stay anyway
                 rows = rows[self.sinks :] if len(rows) > self.sinks else rows
                 if len(rows) and len(columns):
                     for head in range(view.heads):
