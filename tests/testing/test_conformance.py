@@ -48,6 +48,7 @@ NOT_APPLICABLE = {
     "pyramid": {"KV15"},
     "random": {"KV15"},
     "snapkv": {"KV15"},
+    "then": {"KV02", "KV07", "KV08", "KV14", "KV15"},
     "topv": {"KV15"},
     "trim": {"KV15"},
     "uniform": {"KV14", "KV15"},
