@@ -90,7 +90,8 @@ class Expected(ScoringPolicy):
         if not self.value_norm:
             return weights
         values = view.values[sample, head, columns]  # [m, D]
-        return (weights + self.epsilon) * torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+        lengths: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)  # [m]
+        return (weights + self.epsilon) * lengths
 
     def __post_init__(self) -> None:
         super().__post_init__()
