@@ -112,9 +112,9 @@ class Expected(ScoringPolicy):
     one sequence, and the prompt holds thousands of them; here queries are those of the text rows alone, which
     may be few (four in Whisper). The first 4 rows and tokens count as any other (preset=kvpress leaves them
     out): rows before an image are not live anyway, and the first tokens of an image or a recording are not
-    known to be attention sinks. The paper weighs attention by the length of the value after the output
-    projection; the authors' code, as here, by that of the value. The reported runs share budgets among heads;
-    here each head keeps as many, unless `adakv` asks. The original also compresses during decoding.
+    known to be attention sinks. The rule is that of the authors' code; of the paper only summaries were read.
+    The runs that their library reports share budgets among heads; here each head keeps as many, unless
+    `adakv` asks. The original also compresses during decoding.
     """
     differs = (
         "no rotary positions, queries of text rows only, and no first tokens are protected (preset=kvpress: "
