@@ -59,7 +59,11 @@ def describe_type(annotation: Any) -> str:
 def _describe_policy_type(cls: type[AnyPolicy]) -> str:
     if not inspect.isabstract(cls):
         return f"policy {getattr(cls, 'name', cls.__name__)!r}"
-    known = {"CrossKVPolicy": "policy", "ScoringPolicy": "policy that ranks tokens"}
+    known = {
+        "CrossKVPolicy": "policy",
+        "ScoringPolicy": "policy that ranks tokens",
+        "FeaturePolicy": "policy that decides before the first cross-attention layer",
+    }
     return known.get(cls.__name__, f"policy of class {cls.__name__}")
 
 

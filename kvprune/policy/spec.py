@@ -1,5 +1,8 @@
 """Reads and writes policies as text and JSON: ``name:key=value,key=other(key=value;key=value)``.
 
+Two policies that follow each other are written ``one:key=value then other:key=value``, which stands for
+``then(first=one(key=value);second=other(key=value))``.
+
 A spec is data: the name of a policy and its options, some of which may be policies themselves. The registry
 (`kvprune.session.registry`) builds policies from specs, and `kvprune.policy.options` knows the types of
 options.
@@ -26,6 +29,9 @@ OptionValue = Union[bool, int, float, str, None, "PolicySpec"]
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED = re.compile("[,;()]")
+_THEN = re.compile(r"(?<!\S)then(?!\S)")
+"""The word between two policies that follow each other."""
+
 _LONGEST_NAME = 64
 _LARGEST_VERSION = 10**9
 _DEEPEST = 4
@@ -38,6 +44,8 @@ LARGEST_BITS = 1024
 @dataclass(frozen=True)
 class PolicySpec:
     """A policy's name, its options as written, and optionally the required version of the policy.
+
+    As text, a spec named ``then`` with the options ``first`` and ``second`` is ``FIRST then SECOND``.
 
     Args:
         name: At most 64 lower-case letters, digits, ``.``, ``_`` and ``-``.
@@ -84,7 +92,7 @@ class PolicySpec:
 
     @classmethod
     def parse(cls, text: str) -> PolicySpec:
-        """Read ``name``, ``name:key=value,key=value`` or ``name(key=value,key=value)``.
+        """Read ``name``, ``name:key=value,key=value`` or ``name(key=value,key=value)``, or two with ``then``.
 
         ``;`` works like ``,``. A value may be a spec in the form with parentheses.
 
@@ -94,6 +102,8 @@ class PolicySpec:
         if not isinstance(text, str):
             raise SpecError(f"a spec is text such as 'trim:k_ratio=0.25', got {shown(text)}")
         _require_balance(text)
+        if text.strip() != "then" and (words := _outside(_THEN, text)):
+            return cls("then", _read_sequence(words, text))
         opening = re.search("[:(]", text)
         if opening is None:
             return cls(text.strip())
@@ -102,6 +112,11 @@ class PolicySpec:
         return cls(text[: opening.start()].strip(), _read_options(text[opening.end() :], text))
 
     def __str__(self) -> str:
+        if self.name == "then" and list(self.options) == ["first", "second"]:
+            sides = self.options.values()
+            # A pair in a pair has no such form; it is refused later, with its parts named.
+            if all(isinstance(side, str | PolicySpec) and not _THEN.search(str(side)) for side in sides):
+                return " then ".join(map(str, sides))
         options = _join(self.options, ",")
         return f"{self.name}:{options}" if options else self.name
 
@@ -193,6 +208,8 @@ def _check_value(where: str, value: object) -> None:
             f"{where} is the text {shown(value)}; text in a spec is not empty, does not begin or end with a "
             "blank, and contains none of ',', ';', '(' and ')'"
         )
+    if isinstance(value, str) and value != "then" and _THEN.search(value):
+        raise SpecError(f"{where} is the text {shown(value)}; the word 'then' stands between two policies")
     if isinstance(value, float) and not math.isfinite(value):
         raise SpecError(f"{where} must be a finite number, got {value!r}")
     if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
@@ -247,6 +264,25 @@ def _require_balance(text: str) -> None:
             opened.pop()
     if opened:
         raise SpecError(f"'(' at position {opened[-1] + 1} of spec {shown(text)} is never closed")
+
+
+def _outside(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
+    """Return where a pattern occurs outside of parentheses, in text with balanced ones."""
+    depths = [0]
+    for letter in text:
+        depths.append(depths[-1] + {"(": 1, ")": -1}.get(letter, 0))
+    return [found for found in pattern.finditer(text) if not depths[found.start()]]
+
+
+def _read_sequence(words: list[re.Match[str]], text: str) -> dict[str, OptionValue]:
+    """Read ``FIRST then SECOND``; ``words`` says where the word stands."""
+    if len(words) > 1:
+        raise SpecError(f"at most two policies may follow each other, got {len(words) + 1} in {shown(text)}")
+    sides = {"first": text[: words[0].start()], "second": text[words[0].end() :]}
+    for side in sides.values():
+        if not side.strip():
+            raise SpecError(f"expected a policy before and after 'then', got {shown(text)}")
+    return {name: PolicySpec.parse(side) for name, side in sides.items()}
 
 
 def _read_nested(part: str, text: str) -> PolicySpec:

@@ -13,6 +13,7 @@ from kvprune_strategies.cdpruner import CDPruner as CDPruner
 from kvprune_strategies.csp import CSP as CSP
 from kvprune_strategies.divprune import DivPrune as DivPrune
 from kvprune_strategies.elastic import Elastic as Elastic
+from kvprune_strategies.expected import Expected as Expected
 from kvprune_strategies.fastv import FastV as FastV
 from kvprune_strategies.full import Full as Full
 from kvprune_strategies.guided import Guided as Guided
@@ -25,9 +26,11 @@ from kvprune_strategies.prumerge import PruMerge as PruMerge
 from kvprune_strategies.pyramid import Pyramid as Pyramid
 from kvprune_strategies.random_keep import Random as Random
 from kvprune_strategies.snapkv import SnapKV as SnapKV
+from kvprune_strategies.then import Then as Then
 from kvprune_strategies.topv import TopV as TopV
 from kvprune_strategies.trim import Trim as Trim
 from kvprune_strategies.uniform import Uniform as Uniform
+from kvprune_strategies.vatp import VATP as VATP
 from kvprune_strategies.visionzip import VisionZip as VisionZip
 from kvprune_strategies.vlcache import VLCache as VLCache
 from kvprune_strategies.zipvl import ZipVL as ZipVL

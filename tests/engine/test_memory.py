@@ -40,6 +40,8 @@ def test_scoring_needs_at_most_32_mib_at_11b_dimensions(spec, dtype):
         "csp",
         "h2o",
         "h2o:reach=onward",
+        "vatp:preset=published",
+        "expected:preset=published",
         "keydiff",
         "snapkv",
         "snapkv:pool=2d,reduction=max",

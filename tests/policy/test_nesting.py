@@ -168,7 +168,7 @@ def test_defaults_are_left_out_and_inner_versions_are_kept(toys):
             "by-rank:scorer=full",
             PolicyOptionError,
             r"'scorer' of policy 'by-rank' must be policy that ranks tokens, got 'full' "
-            r"\(installed: .*by-rank, .*norm, .*random, .*uniform\)$",
+            r"\(installed: .*by-rank, .*norm, .*random, .*uniform, vatp\)$",
         ),
         ("by-rank:scorer=trim(k_ratio=2)", PolicyOptionError, r"got 'trim\(k_ratio=2\)'"),
         ("wrap:made=random", PolicyOptionError, r"must be policy 'norm', got 'random' \(installed: norm\)"),

@@ -12,7 +12,7 @@ from published import Case, load
 
 import kvprune
 
-KEEPING = ("keydiff", "norm", "prefixkv", "trim", "vlcache")
+KEEPING = ("expected", "keydiff", "norm", "prefixkv", "trim", "vatp", "vlcache")
 
 
 def cases(*names: str) -> Any:
