@@ -154,12 +154,22 @@ class Attachment:
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
-        """Let the hooks of an attachment that waits run in a block, in this thread."""
-        before, self._resumed_by = self._resumed_by, threading.get_ident()
+        """Let the hooks of an attachment that waits run in a block, in this thread.
+
+        Raises:
+            CompressionStateError: If another thread is in such a block.
+        """
+        with self._lock:
+            if self._resumed_by is not None:
+                raise CompressionStateError(
+                    f"{self.label} runs in another thread; use a lock around calls of "
+                    f"{type(self.model).__name__}, or a copy of the model for each thread"
+                )
+            self._resumed_by = threading.get_ident()
         try:
             yield
         finally:
-            self._resumed_by = before
+            self._resumed_by = None
 
     def open_call(self) -> None:
         """Start a forward call of the model: every adapter calls this first, and `close_call` at the end.

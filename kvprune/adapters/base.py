@@ -286,7 +286,7 @@ class ModelAdapter(Attachment, Declaration):
 
     @property
     def encoding(self) -> nn.Module | None:
-        """The module whose output a second call can bring instead of a picture; None if arguments bring it."""
+        """The module whose output a second call can bring instead of a picture; None if it needs none."""
         return None
 
     def second_call(self, named: Mapping[str, Any], encoding: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ of a picture. Nothing of the first branch is changed.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +39,8 @@ def with_states(named: Mapping[str, Any], family: str) -> dict[str, Any]:
     """
     if all(named.get(name) is None for name in _STATES):
         raise UnsupportedModelError(
-            f"generate of {family} passes none of {', '.join(_STATES)} to the model, so a second branch would "
-            "run the encoder again; its adapter must define second_call()"
+            f"generate of {family} passes none of {', '.join(_STATES)} to the model, so a second branch "
+            "would run the encoder again; its adapter must define second_call()"
         )
     return dict(named)
 
@@ -80,8 +81,6 @@ class CallRecorder(Attachment):
         make: Gets the module that generates and its generation config; returns the processor.
 
     Attributes:
-        call: The latest call; None if there was none since `take`.
-        empty: A copy of the cache before the first call of a `generate`; None if it was not empty.
         seen: Calls so far.
     """
 
@@ -93,9 +92,8 @@ class CallRecorder(Attachment):
         make: Callable[[nn.Module, Any], Any],
     ) -> None:
         super().__init__(model, label)
-        self.call: RecordedCall | None = None
-        self.empty: Any = None
         self.seen = 0
+        self._here = threading.local()  # `call` and `empty` of each thread
         self._encoding = encoding
         self._make = make
 
@@ -123,15 +121,26 @@ class CallRecorder(Attachment):
 
     def forget(self) -> None:
         """Forget the latest call and its tensors."""
-        self.call = self.empty = None
+        self._here = threading.local()
+
+    @property
+    def _call(self) -> RecordedCall | None:
+        return getattr(self._here, "call", None)
+
+    def take_empty(self) -> Any:
+        """Return a copy of the cache before the first call of this `generate`, and forget it.
+
+        None if it was not empty, or there was none.
+        """
+        return vars(self._here).pop("empty", None)
 
     def take(self) -> RecordedCall:
-        """Return the latest call, and forget it.
+        """Return the latest call of this thread, and forget it.
 
         Raises:
             ContrastError: If there is none.
         """
-        call, self.call = self.call, None
+        call: RecordedCall | None = vars(self._here).pop("call", None)
         if call is None:
             raise ContrastError(
                 f"generate of {type(self.model).__name__} reached no hook before it asked for scores, as "
@@ -144,32 +153,32 @@ class CallRecorder(Attachment):
         named = dict(named_arguments(module, args, kwargs))
         cache = cache_of(named)
         past = None if cache is None else int(cache.get_seq_length())
-        if past == 0 and self.empty is None:
-            self.empty = copy.deepcopy(cache)
+        if past == 0 and not hasattr(self._here, "empty"):
+            self._here.empty = copy.deepcopy(cache)
         self.seen += 1
         device = next(value.device for value in named.values() if isinstance(value, Tensor))
-        self.call = RecordedCall(module, named, past, device, Stopwatch(device))
-        self.call.watch.__enter__()
+        self._here.call = RecordedCall(module, named, past, device, watch := Stopwatch(device))
+        watch.__enter__()
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.call is not None:
-            self.call.watch.__exit__(None, None, None)
+        if self._call is not None:
+            self._call.watch.__exit__(None, None, None)
 
     def _keep_encoding(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.call is not None:
-            self.call.encoding = output
+        if self._call is not None:
+            self._call.encoding = output
 
     def _with_processor(self, make: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = make(generation_config, *args, **kwargs)
-        self.forget()
+        vars(self._here).clear()
         # First in the list: it combines what the model says, before others change it.
         processors.insert(0, self._make(make.args[0], generation_config))
         return processors
 
     def _no_drafts(self, make: Any, *args: Any, **kwargs: Any) -> Any:
         raise ContrastError(
-            "assisted decoding verifies several drafted tokens in one call, but contrast combines two branches "
-            "token by token; leave out assistant_model, prompt_lookup_num_tokens and the like"
+            "assisted decoding verifies several drafted tokens in one call, but contrast combines two "
+            "branches token by token; leave out assistant_model, prompt_lookup_num_tokens and the like"
         )
 
 

@@ -20,7 +20,7 @@ from kvprune.errors import CompressionStateError, ContrastError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.moments import FeaturePolicy
 from kvprune.policy.spec import PolicySpec
-from kvprune.session.compression import Compression, compress
+from kvprune.session.compression import Compression, compress, require_uncompressed
 from kvprune.session.contrast_processor import ContrastProcessor, require_options
 from kvprune.session.contrast_report import ContrastReport
 from kvprune.session.contrast_rules import CombineRule, get_rule
@@ -56,7 +56,7 @@ def contrast(
         The contrast, not yet attached to the model.
 
     Raises:
-        ContrastError: If there is no such rule, an option of it is out of range, or the model cannot generate.
+        ContrastError: If there is no such rule, its options are out of range, or the model cannot generate.
         UnsupportedModelError, IncompatibleTransformersError, PolicyFailedError, SpecError,
         UnknownPolicyError, PolicyOptionError, PluginError: As `kvprune.compress` raises them.
 
@@ -68,8 +68,8 @@ def contrast(
     rule = get_rule(combine)
     if not any(getattr(part, "can_generate", lambda: False)() for part in model.modules()):
         raise ContrastError(
-            f"contrast works in generate, and {type(model).__name__} cannot generate; pass the model with its "
-            "language head"
+            f"contrast works in generate, and {type(model).__name__} cannot generate; pass the model with "
+            "its language head"
         )
     second = compress(model, against, seed=seed)
     if not isinstance(second.policy, FeaturePolicy):
@@ -95,8 +95,8 @@ class Contrast:
         self.report = ContrastReport(rule.spec, second.report)
         if "class_attention" in second.policy.needs:
             raise ContrastError(
-                f"policy {second.policy.spec} needs view.class_attention, which the vision encoder computes, but "
-                "the second branch does not run it again; choose another policy, such as "
+                f"policy {second.policy.spec} needs view.class_attention, which the vision encoder computes, "
+                "but the second branch does not run it again; choose another policy, such as "
                 "against='divprune:keep_ratio=0.1'"
             )
         label = f"contrast with {second.policy.spec}"
@@ -131,14 +131,16 @@ class Contrast:
         """
         if self.is_attached:
             raise CompressionStateError(f"this {self._recorder.label} is attached already")
-        self._second.attach()
+        require_uncompressed(self._adapter.model)
         try:
+            self._recorder.attach()  # first, because both replace the method that asks for drafts
+            with self._recorder.paused():
+                self._second.attach()
             self._adapter.wait()
-            self._recorder.attach()
         except BaseException:
             self.detach()
             raise
-        self._seen, self._counted = self._recorder.seen, self.report.steps
+        self._seen, self._made = self._recorder.seen, 0
         return self
 
     def detach(self) -> None:
@@ -147,6 +149,7 @@ class Contrast:
         self._second.detach()
 
     def _processor(self, module: nn.Module, options: Any) -> ContrastProcessor:
+        self._made += 1
         require_options(options)
         return ContrastProcessor(
             self._adapter,
@@ -158,12 +161,12 @@ class Contrast:
         )
 
     def _check_ran(self) -> None:
-        """Raise if the model was called, but no token was contrasted.
+        """Raise if the model was called, but not by ``generate``.
 
         Raises:
             ContrastError: Says what would be right.
         """
-        if self._recorder.seen > self._seen and self.report.steps == self._counted:
+        if self._recorder.seen > self._seen and not self._made:
             raise ContrastError(
                 f"{type(self._adapter.model).__name__} was called inside the block, but no token was "
                 "contrasted: contrast works in model.generate, and not in a forward call"

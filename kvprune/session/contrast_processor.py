@@ -44,13 +44,13 @@ def require_options(options: Any) -> None:
         )
     if getattr(options, "prefill_chunk_size", None) is not None:
         raise ContrastError(
-            f"prefill_chunk_size={options.prefill_chunk_size} passes the prompt in chunks, of which the second "
-            "branch would read the last one only; leave it out"
+            f"prefill_chunk_size={options.prefill_chunk_size} passes the prompt in chunks, of which the "
+            "second branch would read the last one only; leave it out"
         )
     if options.guidance_scale not in (None, 1):
         raise ContrastError(
-            f"guidance_scale={options.guidance_scale:g} is a contrast of its own, with a branch without prompt; "
-            "use one of the two: leave guidance_scale out"
+            f"guidance_scale={options.guidance_scale:g} is a contrast of its own, with a branch without "
+            "prompt; use one of the two: leave guidance_scale out"
         )
 
 
@@ -105,7 +105,8 @@ class ContrastProcessor:
             pruned = logits.to(full).log_softmax(-1)
             if full.shape != pruned.shape:
                 raise ContrastError(
-                    f"the first branch returned scores {list(full.shape)}, the second one {list(pruned.shape)}"
+                    f"the first branch returned scores {list(full.shape)}, the second one "
+                    f"{list(pruned.shape)}"
                 )
             if is_first:
                 self._decided = self._rule.begin(full, pruned)
@@ -122,26 +123,31 @@ class ContrastProcessor:
                 f"generate calls {type(call.module).__name__} without a cache; contrast needs use_cache=True "
                 "and a model that has a cache"
             )
-        if call.past != 0 or self._recorder.empty is None:
+        if call.cache.is_compileable:
+            raise UnsupportedCacheError(
+                f"the second branch gets a cache like that of the first one, which must grow, got "
+                f"{shown(call.cache)}; leave past_key_values out"
+            )
+        empty = self._recorder.take_empty()
+        if call.past != 0 or empty is None:
             raise UnsupportedCacheError(
                 f"the cache holds {call.past} tokens of earlier turns, which the second branch has not read; "
                 "leave past_key_values out and pass the whole conversation"
             )
-        self._first_cache, self._cache = call.cache, self._recorder.empty
-        self._recorder.empty = None
+        self._first_cache, self._cache = call.cache, empty
 
     def _follow(self, call: RecordedCall, input_ids: Tensor) -> None:
         """Reorder the second cache as `generate` has reordered the first one."""
         assert self._read is not None
         if call.cache is not self._first_cache:
             raise ContrastError(
-                f"{type(call.module).__name__} was called with another cache between two tokens, so the second "
-                "branch cannot follow; another logits processor may have called the model"
+                f"{type(call.module).__name__} was called with another cache between two tokens, so the "
+                "second branch cannot follow; another logits processor may have called the model"
             )
         if len(input_ids) != len(self._read):
             raise ContrastError(
-                f"the batch has {len(input_ids)} rows, and had {len(self._read)} at the token before; contrast "
-                "cannot follow rows that come or go"
+                f"the batch has {len(input_ids)} rows, and had {len(self._read)} at the token before; "
+                "contrast cannot follow rows that come or go"
             )
         if self._beams == 1:
             return
@@ -161,8 +167,8 @@ class ContrastProcessor:
         named |= cache_argument(call.module, self._cache) | {"return_dict": True}
         named |= {name: False for name in _COSTLY if name in named}
         with (
-            self._recorder.paused(),
             self._adapter.resumed(),
+            self._recorder.paused(),
             torch.no_grad(),
             Stopwatch(call.device) as watch,
         ):
@@ -184,8 +190,8 @@ class ContrastProcessor:
         kept, report = self._manager.history.kept, self._manager.report
         if not report.prefills:
             raise ContrastError(
-                f"the model read no encoder states in this generate, so policy {self._manager.policy.spec} had "
-                "nothing to drop and there is nothing to contrast; pass an image, a sound or a text to encode"
+                f"the model read no encoder states in this generate, so policy {self._manager.policy.spec} "
+                "had nothing to drop and there is nothing to contrast; pass an image, a sound or a text to encode"
             )
         changed = any(one.merge is not None or one.quantizes for one in kept.selections.values())
         drops = any(fraction < 1 for fraction in report.kept_per_sample)  # NaN where a sample sees no image
@@ -196,9 +202,7 @@ class ContrastProcessor:
                 "that drops some of it, such as against='divprune:keep_ratio=0.1'"
             )
 
-    def _count(
-        self, call: RecordedCall, watch: Stopwatch, combining: Stopwatch, *, is_first: bool
-    ) -> None:
+    def _count(self, call: RecordedCall, watch: Stopwatch, combining: Stopwatch, *, is_first: bool) -> None:
         """Count a step in the report."""
         report = self._report
         report.generations += is_first

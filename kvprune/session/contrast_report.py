@@ -51,8 +51,11 @@ class BranchCost:
 
     @property
     def prefill_seconds(self) -> float:
-        """Seconds of the calls that read a prompt, over all of them. In the full branch, the encoder of a
-        vision-language model is in them; that of an encoder-decoder model runs before."""
+        """Seconds of the calls that read a prompt, over all of them.
+
+        In the full branch, the encoder of a vision-language model is in them; that of an encoder-decoder
+        model runs before.
+        """
         return self._prefill.total
 
     @property

@@ -1,4 +1,4 @@
-"""A slow reference for contrast: both branches read each whole prefix, without caches and without kvprune's hooks.
+"""A slow reference for contrast: both branches read each whole prefix, without caches and without hooks.
 
 The pruned branch is the untouched model with the dropped columns masked. A stock `generate` with this
 processor must give what `kvprune.contrast` gives.
@@ -21,8 +21,8 @@ class SlowContrast(LogitsProcessor):
         model: An untouched model.
         inputs: What `generate` gets.
         run: The contrast that was run; says what its second branch kept.
-        combine: Gets log-probabilities ``[B, V]`` of both branches, float64, and at the first token None, later
-            what it returned as second result; returns scores and what to keep.
+        combine: Gets log-probabilities ``[B, V]`` of both branches, float64, and what it decided at the
+            first token (None then); returns scores and what it decided.
         repeats: Rows that `generate` makes from each sample.
     """
 
