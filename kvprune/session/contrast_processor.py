@@ -191,7 +191,8 @@ class ContrastProcessor:
         if not report.prefills:
             raise ContrastError(
                 f"the model read no encoder states in this generate, so policy {self._manager.policy.spec} "
-                "had nothing to drop and there is nothing to contrast; pass an image, a sound or a text to encode"
+                "had nothing to drop and there is nothing to contrast; pass an image, a sound or a text to "
+                "encode"
             )
         changed = any(one.merge is not None or one.quantizes for one in kept.selections.values())
         drops = any(fraction < 1 for fraction in report.kept_per_sample)  # NaN where a sample sees no image
