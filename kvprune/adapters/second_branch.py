@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvprune.adapters.arguments import cache_of, named_arguments
+from kvprune.adapters.arguments import cache_of, named_arguments, returned_cache
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.generation import CANDIDATES
 from kvprune.engine.measurement import Stopwatch
@@ -45,6 +45,16 @@ def with_states(named: Mapping[str, Any], family: str) -> dict[str, Any]:
     return dict(named)
 
 
+def _version(named: Mapping[str, Any]) -> int | None:
+    """Return how often the encoder states of a call have been changed in place; None if unknown."""
+    for name in _STATES:
+        states = named.get(name)
+        states = states if states is None or isinstance(states, Tensor) else states[0]
+        if isinstance(states, Tensor):
+            return None if states.is_inference() else states._version
+    return None
+
+
 @dataclass
 class RecordedCall:
     """A forward call that `generate` has made.
@@ -54,7 +64,9 @@ class RecordedCall:
         arguments: Arguments of the call by name.
         past: Text entries in the cache before the call; None if it had no cache.
         device: Device of its tensors.
+        returned: The cache that the call has returned; BLIP makes another one.
         watch: Measures the call.
+        version: How often the encoder states had been changed in place before the call; None if unknown.
         encoding: What the adapter's module `encoding` has returned in the call; None if it did not run.
     """
 
@@ -63,12 +75,26 @@ class RecordedCall:
     past: int | None
     device: torch.device
     watch: Stopwatch
+    version: int | None = None
     encoding: Any = None
+    returned: Any = None
 
     @property
     def cache(self) -> Any:
         """The cache of the call; None if there is none."""
         return cache_of(self.arguments)
+
+    def require_unchanged_states(self) -> None:
+        """Raise if the call has changed the encoder states, which the second branch would read.
+
+        Raises:
+            UnsupportedModelError: Names the model.
+        """
+        if self.version is not None and _version(self.arguments) != self.version:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} changes the encoder states in place each time it is called, "
+                "as Moonshine Streaming does, so a second branch would read other states; contrast another model"
+            )
 
 
 class CallRecorder(Attachment):
@@ -157,12 +183,14 @@ class CallRecorder(Attachment):
             self._here.empty = copy.deepcopy(cache)
         self.seen += 1
         device = next(value.device for value in named.values() if isinstance(value, Tensor))
-        self._here.call = RecordedCall(module, named, past, device, watch := Stopwatch(device))
+        watch = Stopwatch(device)
+        self._here.call = RecordedCall(module, named, past, device, watch, _version(named))
         watch.__enter__()
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._call is not None:
             self._call.watch.__exit__(None, None, None)
+            self._call.returned = returned_cache(output)
 
     def _keep_encoding(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._call is not None:

@@ -73,8 +73,20 @@ def contrast(
         )
     second = compress(model, against, seed=seed)
     if not isinstance(second.policy, FeaturePolicy):
+        _require_rereading(second)
         second = compress(model, second.policy, seed=seed, reread=True)
     return Contrast(second, rule)
+
+
+def _require_rereading(second: Compression) -> None:
+    """Raise if the second branch cannot read the last prompt token from its pruned cache."""
+    adapter: ModelAdapter = second._adapter
+    if not adapter.rereads:
+        raise ContrastError(
+            f"policy {second.policy.spec} decides when the prompt has been read, so the second branch must "
+            f"read its last token again, which {adapter.family} cannot do; choose a policy that decides from "
+            "features, such as against='divprune:keep_ratio=0.1'"
+        )
 
 
 class Contrast:

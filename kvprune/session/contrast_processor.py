@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.arguments import cache_argument, without_cache
+from kvprune.adapters.arguments import cache_argument, returned_cache, without_cache
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.second_branch import CallRecorder, RecordedCall, rows_with_prefix
 from kvprune.engine.manager import CrossKVManager
@@ -134,7 +134,8 @@ class ContrastProcessor:
                 f"the cache holds {call.past} tokens of earlier turns, which the second branch has not read; "
                 "leave past_key_values out and pass the whole conversation"
             )
-        self._first_cache, self._cache = call.cache, empty
+        call.require_unchanged_states()
+        self._first_cache, self._cache = call.cache if call.returned is None else call.returned, empty
 
     def _follow(self, call: RecordedCall, input_ids: Tensor) -> None:
         """Reorder the second cache as `generate` has reordered the first one."""
@@ -173,6 +174,8 @@ class ContrastProcessor:
             Stopwatch(call.device) as watch,
         ):
             output = call.module(**named)
+        returned = returned_cache(output)
+        self._cache = self._cache if returned is None else returned
         if self._cache.get_seq_length() != self._first_cache.get_seq_length():
             raise ContrastError(
                 f"the second branch has read {self._cache.get_seq_length()} tokens, the first one "
