@@ -93,7 +93,8 @@ class RecordedCall:
         if self.version is not None and _version(self.arguments) != self.version:
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} changes the encoder states in place each time it is called, "
-                "as Moonshine Streaming does, so a second branch would read other states; contrast another model"
+                "as Moonshine Streaming does, so a second branch would read other states; contrast another "
+                "model"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.arguments import cache_argument, returned_cache, without_cache
+from kvprune.adapters.arguments import returned_cache, with_cache
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.second_branch import CallRecorder, RecordedCall, rows_with_prefix
 from kvprune.engine.manager import CrossKVManager
@@ -164,8 +164,8 @@ class ContrastProcessor:
 
     def _second(self, call: RecordedCall) -> tuple[Tensor, Stopwatch]:
         """Repeat a call in the second branch; return its logits of the last token, ``[B, V]``."""
-        named = self._adapter.second_call(without_cache(call.arguments), call.encoding)
-        named |= cache_argument(call.module, self._cache) | {"return_dict": True}
+        named = self._adapter.second_call(with_cache(call.arguments, self._cache), call.encoding)
+        named["return_dict"] = True
         named |= {name: False for name in _COSTLY if name in named}
         with (
             self._adapter.resumed(),
