@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -249,3 +250,51 @@ def test_a_token_that_is_impossible_stays_impossible():
         scores = rule.combine(full, pruned, rule.begin(full, pruned))
         assert not bool(scores.isnan().any())
         assert bool(scores[:, 2].isneginf().all())
+
+
+def test_a_second_thread_is_refused_or_answered_rightly():
+    model, inputs = model_of("BART"), inputs_of("BART")
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    answers = []
+
+    def work():
+        try:
+            answers.append(model.generate(**inputs, **options))
+        except CompressionStateError:
+            answers.append(None)
+
+    with kvprune.contrast(model, AGAINST, "mint"):
+        right = model.generate(**inputs, **options)
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(answers) == 3
+    assert all(one is None or torch.equal(one, right) for one in answers)
+
+
+def test_an_error_in_the_second_branch_leaves_the_model_as_before():
+    model, before = model_of("BART"), hooks_of(model_of("BART"))
+    calls = []
+
+    def fail(*call):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError
+
+    handle = model.model.decoder.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        run(max_new_tokens=5)
+    handle.remove()
+    assert hooks_of(model) == before
+    first, second = run()[0], run()[0]
+    assert torch.equal(first, second)
+
+
+def test_contrast_works_in_inference_mode_and_with_attention_weights():
+    right, _ = run("Mllama")
+    with torch.inference_mode():
+        assert torch.equal(run("Mllama")[0], right)
+    more = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    assert torch.equal(run("Mllama", **more)[0].sequences, right)
