@@ -39,6 +39,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from kvprune.session.answer_guide import answer_attention as answer_attention
     from kvprune.session.compression import Compression as Compression
     from kvprune.session.compression import compress as compress
+    from kvprune.session.contrast import Contrast as Contrast
+    from kvprune.session.contrast import contrast as contrast
+    from kvprune.session.contrast_report import ContrastReport as ContrastReport
+    from kvprune.session.contrast_rules import CombineRule as CombineRule
     from kvprune.session.early_exit import GuidedAnswers as GuidedAnswers
     from kvprune.session.early_exit import guided_generate as guided_generate
     from kvprune.session.guide import Guide as Guide
@@ -55,8 +59,11 @@ __version__ = "0.1.0"
 _NAMES = {
     "Budget": "tokens.budget",
     "BudgetPolicy": "policy.budgeted",
+    "CombineRule": "session.contrast_rules",
     "Compression": "session.compression",
     "CompressionReport": "engine.report",
+    "Contrast": "session.contrast",
+    "ContrastReport": "session.contrast_report",
     "CrossKVPolicy": "policy.base",
     "Decision": "tokens.decision",
     "FeaturePolicy": "policy.moments",
@@ -75,6 +82,7 @@ _NAMES = {
     "TextView": "policy.text_view",
     "answer_attention": "session.answer_guide",
     "compress": "session.compression",
+    "contrast": "session.contrast",
     "get_policy": "session.registry",
     "guided_generate": "session.early_exit",
     "hookimpl": "session.hookspecs",

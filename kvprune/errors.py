@@ -13,6 +13,7 @@ __all__ = [
     "CitationError",
     "CompressionStateError",
     "ConformanceError",
+    "ContrastError",
     "DataError",
     "GuideError",
     "IncompatibleTransformersError",
@@ -143,6 +144,10 @@ class PolicyFailedError(KVPruneError):
 
 class GuideError(KVPruneError):
     """This guide model cannot be used with this model, or the policy does not use a guide."""
+
+
+class ContrastError(KVPruneError):
+    """Two branches of a model cannot be contrasted in this way, or the rule that combines them is unknown."""
 
 
 class ReceiptError(KVPruneError):

@@ -113,10 +113,13 @@ class Attachment:
         self._caller: threading.Thread | None = None
         self._lock = threading.Lock()
         self._paused_by: int | None = None  # identity of a thread
+        self._waits = False
+        self._resumed_by: int | None = None  # identity of a thread
 
     def detach(self) -> None:
         """Remove all hooks and restore all attributes; does nothing if nothing is attached."""
         self._caller = None
+        self._waits = False
         self.reader.release()
         self.reader = Reader()
         self.end_of_call()
@@ -128,7 +131,10 @@ class Attachment:
     @property
     def is_paused(self) -> bool:
         """Whether hooks do nothing in this thread now."""
-        return self._paused_by is not None and self._paused_by == threading.get_ident()
+        if self._paused_by is None and not self._waits:
+            return False
+        me = threading.get_ident()
+        return self._paused_by == me or (self._waits and self._resumed_by != me)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -141,6 +147,29 @@ class Attachment:
             yield
         finally:
             self._paused_by = before
+
+    def wait(self) -> None:
+        """From now on, hooks do nothing in any thread, but in a block of `resumed`."""
+        self._waits = True
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Let the hooks of an attachment that waits run in a block, in this thread.
+
+        Raises:
+            CompressionStateError: If another thread is in such a block.
+        """
+        with self._lock:
+            if self._resumed_by is not None:
+                raise CompressionStateError(
+                    f"{self.label} runs in another thread; use a lock around calls of "
+                    f"{type(self.model).__name__}, or a copy of the model for each thread"
+                )
+            self._resumed_by = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._resumed_by = None
 
     def open_call(self) -> None:
         """Start a forward call of the model: every adapter calls this first, and `close_call` at the end.

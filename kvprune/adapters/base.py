@@ -36,6 +36,7 @@ from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.call import Call
 from kvprune.adapters.declaration import Declaration
 from kvprune.adapters.rereading import Rereading, last_row, require_rereadable
+from kvprune.adapters.second_branch import with_states
 from kvprune.adapters.sites import Site
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
@@ -282,6 +283,23 @@ class ModelAdapter(Attachment, Declaration):
             self._reread = None
         self.finish_call(completed=True, reread=True)
         return changed
+
+    @property
+    def encoding(self) -> nn.Module | None:
+        """The module whose output a second call can bring instead of a picture; None if it needs none."""
+        return None
+
+    def second_call(self, named: Mapping[str, Any], encoding: Any) -> dict[str, Any]:
+        """Return the arguments of a call that repeats another one, but does not run the encoder again.
+
+        Args:
+            named: Arguments of the call of the model that generates, by name.
+            encoding: What the module `encoding` has returned in it; None if it did not run.
+
+        Raises:
+            UnsupportedModelError: If the arguments do not say what the encoder has returned.
+        """
+        return with_states(named, self.family)
 
     def geometry(self) -> Mapping[str, object] | None:
         """Return the properties that a guide must share with its target; None if unknown.

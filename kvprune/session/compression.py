@@ -26,7 +26,7 @@ from kvprune.session.registry import load
 from kvprune.text import shown
 from kvprune.tokens.selection import Selection
 
-__all__ = ["Compression", "compress"]
+__all__ = ["Compression", "compress", "require_uncompressed"]
 
 
 def compress(
@@ -172,12 +172,7 @@ class Compression:
         """
         if self._attached:
             raise CompressionStateError(f"this compression ({self.policy.spec}) is attached already")
-        running = compressing(self._adapter.model)
-        if running is not None:
-            raise NestedCompressionError(
-                f"{type(self._adapter.model).__name__} is being compressed already ({running}); "
-                "two policies on one model would hide each other: leave the first block, or detach it"
-            )
+        require_uncompressed(self._adapter.model)
         try:
             self._adapter.attach(self._manager)
         except BaseException:
@@ -220,6 +215,20 @@ class Compression:
         self.detach()
         if error is None:
             self.check_ran()
+
+
+def require_uncompressed(model: nn.Module) -> None:
+    """Raise if a model, or a part of it, is being compressed or contrasted.
+
+    Raises:
+        NestedCompressionError: Says by what.
+    """
+    running = compressing(model)
+    if running is not None:
+        raise NestedCompressionError(
+            f"{type(model).__name__} is being compressed already ({running}); "
+            "two policies on one model would hide each other: leave the first block, or detach it"
+        )
 
 
 def _compiled(model: nn.Module) -> str:

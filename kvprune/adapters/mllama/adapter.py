@@ -285,6 +285,18 @@ class MllamaAdapter(ModelAdapter):
         _, site = self._by_layer[module.layer_idx]
         return self._masked(call, kwargs, call.mask.over(layer.contents, site))
 
+    @property
+    def encoding(self) -> nn.Module:
+        """The projector after the vision tower."""
+        return cast(nn.Module, self._inner.multi_modal_projector)
+
+    def second_call(self, named: Mapping[str, Any], encoding: Any) -> dict[str, Any]:
+        """Return the arguments with projected image features instead of pixels."""
+        if named.get("pixel_values") is None:
+            return dict(named)  # decoding, or no image, or the caller has run the vision tower
+        states = encoding.reshape(-1, *encoding.shape[-2:])  # [B * images * tiles, patches, C]
+        return {**named, "pixel_values": None, "cross_attention_states": states}
+
     def geometry(self) -> Mapping[str, object]:
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""
         return guide.geometry(self._inner)
