@@ -37,6 +37,7 @@ from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
 from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
 from kvprune.adapters.rereading import last_row
+from kvprune.adapters.stepping import stepped
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
 from kvprune.cache.reader import Reader
@@ -289,10 +290,15 @@ class EncoderDecoderAdapter(ModelAdapter):
         layer = open_layer(require_cache(cache.cross_attention_cache), site.layer_idx, call.reader)
         call.attended = layer.contents, layer.columns
         mask = call.mask.over(named.get(site.mask), layer.contents, site, named["hidden_states"])
+
+        def alone(keys: Tensor, values: Tensor) -> OneCrossLayer:
+            return OneCrossLayer(site.layer_idx, keys, values, cache.self_attention_cache)
+
+        if self.manager.steps.is_active:
+            rank, _ = self._by_layer[site.layer_idx]
+            return stepped(call, site, rank, layer, {**named, site.mask: mask}, alone)
         if not layer.is_readable:
-            named = with_cache(
-                named, OneCrossLayer(site.layer_idx, *layer.spread(), cache.self_attention_cache)
-            )
+            named = with_cache(named, alone(*layer.spread()))
         return {**named, site.mask: mask}
 
     def replay(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvprune.tokens.selection import OWN_BITS
 
-__all__ = ["LayerReceipt", "TextReceipt"]
+__all__ = ["LayerReceipt", "StepReceipt", "TextReceipt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +59,27 @@ class TextReceipt:
     width: int
     bytes_held: int
     bytes_full: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReceipt:
+    """One cross-attention layer in the decode steps after the latest prefill, for policies that decide there.
+
+    Reading fewer entries frees nothing: `bytes_held` says what stays in memory, `bytes_read_per_step` what a
+    step's attention reads of it.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        steps: Decode steps so far.
+        entries_read: Entries that a text row and KV head reads, mean over steps, rows and heads.
+        bytes_read_per_step: Bytes of keys and values that one step reads, all rows together, mean over steps.
+        bytes_held: Bytes of keys and values that the layer holds after the latest step.
+        bytes_of_state: Bytes of what the policy knows about the layer between steps, in addition.
+    """
+
+    layer_idx: int
+    steps: int
+    entries_read: float
+    bytes_read_per_step: int
+    bytes_held: int
+    bytes_of_state: int

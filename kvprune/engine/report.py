@@ -15,7 +15,7 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.guidance import GuideReceipt
 from kvprune.engine.live_check import check_layers, check_text_layers
-from kvprune.engine.receipts import LayerReceipt, TextReceipt
+from kvprune.engine.receipts import LayerReceipt, StepReceipt, TextReceipt
 from kvprune.errors import ReceiptError
 from kvprune.policy.spec import PolicySpec
 from kvprune.text import printable
@@ -55,6 +55,8 @@ class CompressionReport:
         drew: Whether the policy drew random numbers, so that another seed may keep other tokens.
         text_layers: One receipt per self-attention layer, if the policy prunes text. All other byte counts
             are of cross-attention only.
+        steps: One receipt per cross-attention layer of the decode steps since the latest prefill, if the
+            policy decides in them.
         text_kept_fraction: Text entries kept / text entries before pruning, mean over samples and layers of
             the latest prefill; None if the policy prunes no text.
     """
@@ -75,6 +77,7 @@ class CompressionReport:
     drew: bool = False
     text_layers: tuple[TextReceipt, ...] = ()
     text_kept_fraction: float | None = None
+    steps: tuple[StepReceipt, ...] = ()
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
     _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)

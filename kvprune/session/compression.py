@@ -111,7 +111,12 @@ class Compression:
 
     @property
     def report(self) -> CompressionReport:
-        """What was kept and held so far."""
+        """What was kept and held so far, and read in decode steps.
+
+        Raises:
+            SelectionError: If a policy that decides in decode steps gave an answer that breaks an invariant.
+        """
+        self._manager.report.steps = self._manager.steps.settle()
         return self._manager.report
 
     @property
@@ -174,7 +179,7 @@ class Compression:
                 decided; or if no call reached the hooks of a model that was compiled before. Says what was
                 seen.
         """
-        report, model = self.report, self._adapter.model
+        report, model = self.report, self._adapter.model  # raises what was wrong in decode steps
         if report.encoder_inputs and not report.prefills:
             raise PolicyNeverRanError(
                 f"policy {self.policy.spec} never ran, although encoder states went through the model "

@@ -46,6 +46,7 @@ from kvprune.adapters.mllama.visibility import (
 )
 from kvprune.adapters.probes import Probe
 from kvprune.adapters.rereading import last_row
+from kvprune.adapters.stepping import stepped
 from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tiny.models import example_mllama
 from kvprune.cache.cross_layer import CrossKVLayer
@@ -120,6 +121,9 @@ class MllamaAdapter(ModelAdapter):
         for layer_idx in self._layer_indices:
             layer = self._text.layers[layer_idx]
             self.before(layer, self._before_layer)
+        if manager.steps.is_active:
+            for site in self._sites:
+                self.before(site.module, self._before_step)
         self.around(self.model, CANDIDATES, prompt_first)
 
     def _before_inner(
@@ -281,10 +285,24 @@ class MllamaAdapter(ModelAdapter):
         held = layer.keys.shape[0] * layer.copies
         if batch != held:
             raise UnsupportedCacheError(f"the cache holds {held} rows, but the batch has {batch}")
-        if not layer.is_readable:
+        if not layer.is_readable and not self.manager.steps.is_active:
             kwargs = with_cache(kwargs, OneLayer.spread(module.layer_idx, layer))
         site = self._sites[self._layer_indices.index(module.layer_idx)]
         return self._masked(call, kwargs, call.mask.over(layer.contents, site))
+
+    def _before_step(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Let the policy choose what a cross-attention module reads in a decode step."""
+        if self._call is None or kwargs.get("cross_attention_states") is not None:
+            return None
+        rank = self._layer_indices.index(module.layer_idx)
+        layer = open_layer(require_cache(cache_of(kwargs)), module.layer_idx, self._call.reader)
+
+        def alone(keys: Tensor, values: Tensor) -> OneLayer:
+            return OneLayer(module.layer_idx, keys, values)
+
+        return args, stepped(self._call, self._sites[rank], rank, layer, kwargs, alone)
 
     def geometry(self) -> Mapping[str, object]:
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""

@@ -1,0 +1,82 @@
+"""Counts what decode steps read, on the device, and records it for oracles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.engine.receipts import StepReceipt
+from kvprune.policy.step_checks import FLAWS
+from kvprune.policy.step_view import StepView
+from kvprune.tokens.selection import Selection
+
+__all__ = ["StepCounts", "StepRead", "recorded"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRead:
+    """What one call of a layer read in decoding, for oracles.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        columns: bool ``[B, T, H or 1, S]``, the columns that each text row read.
+    """
+
+    layer_idx: int
+    columns: Tensor
+
+
+class StepCounts:
+    """Counts of one layer since the latest prefill, on its device.
+
+    Attributes:
+        read: int64 ``[]``, entries read, over all steps, text rows and KV heads.
+        rows: int64 ``[]``, text rows of all steps.
+        steps: int64 ``[]``, steps.
+        flaws: bool ``[2, 3]``, which flaws answers of ``attend`` and of ``observe`` had.
+    """
+
+    def __init__(self, layer: CrossKVLayer) -> None:
+        device = layer.keys.device
+        self.read, self.rows, self.steps = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        self.flaws = torch.zeros(2, len(FLAWS), dtype=torch.bool, device=device)
+        self.heads = layer.keys.shape[1]
+        self.bytes_of_entry = sum(
+            side.shape[-1] * side.element_size() for side in (layer.keys, layer.values)
+        )  # of one KV head
+        self.bytes_held = layer.bytes_held
+        self.bytes_of_state = 0
+
+    def count(self, read: Tensor, rows: int, text_rows: int) -> None:
+        """Count a step that reads so many entries, summed over its rows and KV heads."""
+        if torch.compiler.is_compiling():  # a graph reads the counts at the same address in each step
+            self.read.add_(read), self.rows.add_(rows), self.steps.add_(text_rows)
+        else:
+            self.read, self.rows, self.steps = self.read + read, self.rows + rows, self.steps + text_rows
+
+    def receipt(self, layer_idx: int) -> StepReceipt:
+        """Return the counts, with one device transfer."""
+        read, rows, steps = torch.stack([self.read, self.rows, self.steps]).tolist()
+        return StepReceipt(
+            layer_idx=layer_idx,
+            steps=steps,
+            entries_read=read / (rows * self.heads) if rows else 0.0,
+            bytes_read_per_step=round(read * self.bytes_of_entry / steps) if steps else 0,
+            bytes_held=self.bytes_held,
+            bytes_of_state=self.bytes_of_state,
+        )
+
+
+def recorded(layer: CrossKVLayer, step: StepView, answer: Selection | None, text_rows: int) -> StepRead:
+    """Return what a step reads, by column."""
+    heads = layer.entries()[0].shape[1]
+    read = step.readable if answer is None else answer.mask & step.readable  # [N, H or 1, K]
+    heads = max(heads, read.shape[1])
+    slots = step.of_rows(step.slots).expand(-1, heads, -1)  # [N, H, K]
+    columns = torch.zeros(len(step.rows), heads, layer.columns + 1, dtype=torch.bool, device=slots.device)
+    # Entries that are not read are written to one column beyond the last, which is cut off.
+    columns.scatter_(-1, torch.where(read, slots, layer.columns), True)
+    return StepRead(step.layer_idx, columns[..., :-1].unflatten(0, (-1, text_rows)))
