@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +14,7 @@ from kvprune.adapters.compiled import compiled_part
 from kvprune.engine.guidance import Guidance, Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
+from kvprune.engine.step_counts import StepRead
 from kvprune.errors import CompressionStateError, GuideError, NestedCompressionError, PolicyNeverRanError
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
 from kvprune.policy.declarations import require_declarations
@@ -108,6 +109,7 @@ class Compression:
         guides = _bound(guide, adapter, policy)
         self._manager = CrossKVManager(policy, seed, adapter.layer_indices, guides, rereads=reread)
         self._attached = False
+        self._reads: list[StepRead] = []
 
     @property
     def report(self) -> CompressionReport:
@@ -137,6 +139,16 @@ class Compression:
         are not listed.
         """
         return self._manager.kept.text_selections
+
+    @property
+    def step_reads(self) -> Sequence[StepRead]:
+        """What decode steps have read since `record_steps`, in order; for oracles."""
+        return tuple(self._reads)
+
+    def record_steps(self) -> None:
+        """Note from now on what each decode step reads, which takes memory for each step."""
+        self._reads.clear()
+        self._manager.steps.recorder = self._reads.append
 
     @property
     def is_attached(self) -> bool:
