@@ -19,6 +19,7 @@ from kvprune.adapters.column_mask import ColumnMask
 from kvprune.adapters.sites import Site, by_query_head
 from kvprune.cache.contents import Contents
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.errors import UnsupportedModelError
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
@@ -45,10 +46,17 @@ def stepped(
         one_layer: Returns a cache that holds keys and values ``[B, Hkv, n, D]`` for this module alone.
 
     Raises:
+        UnsupportedModelError: If the module cannot read different entries for the rows of this call.
         SelectionError, PolicyFailedError, UnsupportedCacheError: See `kvprune.engine.stepping.Stepping`.
     """
     steps, hidden, mask = call.manager.steps, named["hidden_states"], named.get(site.mask)
     text_rows = hidden.shape[1]
+    if text_rows > 1 and site.mask_by_head:
+        raise UnsupportedModelError(
+            f"{type(site.module).__name__} attends with {text_rows} rows in one step and takes one mask for "
+            f"all of them, but policy {steps.policy.spec} chooses what each row reads; use a policy that "
+            "decides in prefill"
+        )
     with torch.no_grad():
         queries = _queries(site, hidden)
         readable = None if mask is None else _lets_through(mask, site)

@@ -28,6 +28,7 @@ class StepMemory:
 
     Attributes:
         taken: int64 ``[]``, decode steps so far.
+        is_changed: Whether a step has changed the state.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class StepMemory:
         by_row: bool = False,
         compiles: bool = False,
     ) -> None:
-        self.by_row, self.compiles = by_row, compiles
+        self.by_row, self.compiles, self.is_changed = by_row, compiles, False
         self.tensors = {
             name: repeat_rows(tensor, copies).clone() if by_row and copies > 1 else tensor
             for name, tensor in tensors.items()
@@ -70,6 +71,7 @@ class StepMemory:
 
     def store(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the state by that after a step, ``[B, ...]`` under the same names."""
+        self.is_changed = True
         for name, tensor in tensors.items():
             old = self.tensors[name]
             if torch.compiler.is_compiling() and old.shape == tensor.shape and old.dtype == tensor.dtype:
@@ -95,12 +97,12 @@ class StepMemory:
         Raises:
             UnsupportedCacheError: If the steps have changed the state.
         """
-        if self.by_row and tokens:
+        if self.is_changed and tokens:
             raise UnsupportedCacheError(
                 f"{tokens} tokens are taken back from the cache, but the policy has observed their steps and "
                 "cannot forget them; decode without an assistant, or with a policy that observes no steps"
             )
-        self.taken = self.taken - tokens
+        self.taken = (self.taken - tokens).clamp(min=0)  # tokens of the prompt are no steps
 
     def to(self, device: torch.device | str) -> None:
         """Move to a device."""

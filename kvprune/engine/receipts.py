@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvprune.tokens.selection import OWN_BITS
 
@@ -73,7 +73,9 @@ class StepReceipt:
         steps: Decode steps so far.
         entries_read: Entries that a text row and KV head reads, mean over steps, rows and heads.
         bytes_read_per_step: Bytes of keys and values that one step reads, all rows together, mean over steps.
-        bytes_held: Bytes of keys and values that the layer holds after the latest step.
+        width: Entries per sample and KV head that the layer holds after the latest step.
+        bytes_held: Bytes of their keys and values.
+        bytes_of_bookkeeping: Bytes of column numbers and validity flags.
         bytes_of_state: Bytes of what the policy knows about the layer between steps, in addition.
     """
 
@@ -81,5 +83,19 @@ class StepReceipt:
     steps: int
     entries_read: float
     bytes_read_per_step: int
+    width: int
     bytes_held: int
+    bytes_of_bookkeeping: int
     bytes_of_state: int
+
+    def of(self, layer: LayerReceipt) -> LayerReceipt:
+        """Return the receipt of a layer after these steps."""
+        if self.width == layer.width:
+            return layer
+        return replace(
+            layer,
+            width=self.width,
+            widths={str(OWN_BITS): self.width},
+            bytes_held=self.bytes_held,
+            bytes_of_bookkeeping=self.bytes_of_bookkeeping,
+        )

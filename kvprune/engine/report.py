@@ -32,8 +32,8 @@ _MIB = 1024 * 1024
 class CompressionReport:
     """What one compression has done so far.
 
-    Byte counts and layers are those of the latest prefill; kept fractions are averaged over all of them,
-    and seconds are added up.
+    Byte counts and layers are those of the latest prefill, less what decode steps have freed since; kept
+    fractions are averaged over all prefills, and seconds are added up.
 
     Attributes:
         policy: Spec of the policy.
@@ -141,6 +141,15 @@ class CompressionReport:
             for tokens in by_sample
         ]
         self.kept_of_stored = sum(shares) / len(shares) if shares else float("nan")
+
+    def set_steps(self, steps: Sequence[StepReceipt]) -> None:
+        """Replace the receipts of decode steps; what a step has freed counts as not held from then on."""
+        self.steps = tuple(steps)
+        by_layer = {receipt.layer_idx: receipt for receipt in steps}
+        self.layers = tuple(
+            after.of(layer) if (after := by_layer.get(layer.layer_idx)) is not None else layer
+            for layer in self.layers
+        )
 
     def add_text(
         self,

@@ -47,8 +47,13 @@ class StepCounts:
         self.bytes_of_entry = sum(
             side.shape[-1] * side.element_size() for side in (layer.keys, layer.values)
         )  # of one KV head
-        self.bytes_held = layer.bytes_held
-        self.bytes_of_state = 0
+        self.measure(layer)
+
+    def measure(self, layer: CrossKVLayer) -> None:
+        """Measure what the layer holds now."""
+        self.width, self.bytes_held = layer.width, layer.bytes_held
+        self.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
+        self.bytes_of_state = 0 if layer.steps is None else layer.steps.nbytes
 
     def count(self, read: Tensor, rows: int, text_rows: int) -> None:
         """Count a step that reads so many entries, summed over its rows and KV heads."""
@@ -65,7 +70,9 @@ class StepCounts:
             steps=steps,
             entries_read=read / (rows * self.heads) if rows else 0.0,
             bytes_read_per_step=round(read * self.bytes_of_entry / steps) if steps else 0,
+            width=self.width,
             bytes_held=self.bytes_held,
+            bytes_of_bookkeeping=self.bytes_of_bookkeeping,
             bytes_of_state=self.bytes_of_state,
         )
 

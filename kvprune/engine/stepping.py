@@ -107,8 +107,7 @@ class Stepping:
             by_row=policy.observes,
             compiles=policy.compiles,
         )
-        log = self._logs[view.rank] = StepCounts(layer)
-        log.bytes_of_state = layer.steps.nbytes
+        self._logs[view.rank] = StepCounts(layer)
 
     def view(
         self, rank: int, layer: CrossKVLayer, queries: Tensor, readable: Tensor | None, scaling: float
@@ -212,8 +211,7 @@ class Stepping:
             memory.store(check_state(answer[0], len(step.rows), where, memory.tensors))
             if kept is not None:
                 layer.evict(kept)
-                log.bytes_held = layer.bytes_held
-            log.bytes_of_state = memory.nbytes
+                log.measure(layer)
 
     def settle(self) -> tuple[StepReceipt, ...]:
         """Read the counts from the device, and raise what was wrong with answers.

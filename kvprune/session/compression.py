@@ -118,7 +118,7 @@ class Compression:
         Raises:
             SelectionError: If a policy that decides in decode steps gave an answer that breaks an invariant.
         """
-        self._manager.report.steps = self._manager.steps.settle()
+        self._manager.report.set_steps(self._manager.steps.settle())
         return self._manager.report
 
     @property

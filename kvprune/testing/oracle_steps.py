@@ -37,7 +37,9 @@ def masked_steps(sites: Sequence[Site], reads: Sequence[StepRead]) -> Iterator[N
     Raises:
         AssertionError: If the model takes more or fewer steps than the run has taken.
     """
-    layers = [_MaskedSteps(site, [read for read in reads if read.layer_idx == site.layer_idx]) for site in sites]
+    layers = [
+        _MaskedSteps(site, [read for read in reads if read.layer_idx == site.layer_idx]) for site in sites
+    ]
     with temporary(layer.hook() for layer in layers):
         yield
     left = {layer.layer_idx: len(layer.reads) for layer in layers if layer.reads}

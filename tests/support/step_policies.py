@@ -83,6 +83,30 @@ class Remembers(kvprune.DecodePolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hashes(kvprune.DecodePolicy):
+    """Read entries that look random and depend on each query so far.
+
+    Args:
+        count: How many.
+    """
+
+    count: int = 3
+    name = "hashes"
+    compiles = True
+
+    def prepare(self, view):
+        return {"sum": torch.zeros(len(view.keys), dtype=torch.float64, device=view.keys.device)}
+
+    def attend(self, step, state):
+        total = state["sum"] + step.queries.double().sum((1, 2))  # [N]
+        scores = torch.sin(100 * total[:, None] + 37 * torch.arange(step.entries, device=total.device))
+        return step.best(scores[:, None], self.count)
+
+    def observe(self, step, attention, state):
+        return {"sum": state["sum"] + step.queries.double().sum((1, 2))}, None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fixed(kvprune.DecodePolicy):
     """Read the entries whose keys are longest: the same in each step.
 
@@ -104,4 +128,4 @@ class Fixed(kvprune.DecodePolicy):
         return Selection.trusted(places, torch.ones_like(places, dtype=torch.bool), step.entries)
 
 
-__all__ = ["Fixed", "ReadsAll", "ReadsLogits", "Remembers"]
+__all__ = ["Fixed", "Hashes", "ReadsAll", "ReadsLogits", "Remembers"]

@@ -6,8 +6,8 @@ Nothing here depends on a particular policy or adapter: both suites use it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -197,13 +197,15 @@ class Scenario:
         """Return the cross-attention modules of a model of this kind."""
         return attention_sites(self.adapter_class, model)
 
-    def masked(self, run: Compression) -> AbstractContextManager[None]:
-        """Return a context in which the untouched model attends to what a run kept (KV13)."""
-        masked = ExitStack()
-        masked.enter_context(self._masked(run.selections, run.prefill_selections, run.text_selections))
-        if run.step_reads:
-            masked.enter_context(masked_steps(self.sites(self.pristine), run.step_reads))
-        return masked
+    @contextmanager
+    def masked(self, run: Compression) -> Iterator[None]:
+        """Let the untouched model attend to what a run kept, and in decode steps to what they read (KV13)."""
+        with self._masked(run.selections, run.prefill_selections, run.text_selections):
+            if not run.step_reads:
+                yield
+                return
+            with masked_steps(self.sites(self.pristine), run.step_reads):
+                yield
 
     def _masked(
         self, selections: Any, prefill_selections: Any, text_selections: Any = None
