@@ -72,6 +72,7 @@ class StepReceipt:
         layer_idx: Index of the decoder layer.
         steps: Decode steps so far.
         entries_read: Entries that a text row and KV head reads, mean over steps, rows and heads.
+        entries_held: Entries that it could have read, mean as above.
         bytes_read_per_step: Bytes of keys and values that one step reads, all rows together, mean over steps.
         width: Entries per sample and KV head that the layer holds after the latest step.
         bytes_held: Bytes of their keys and values.
@@ -82,6 +83,7 @@ class StepReceipt:
     layer_idx: int
     steps: int
     entries_read: float
+    entries_held: float
     bytes_read_per_step: int
     width: int
     bytes_held: int

@@ -253,9 +253,29 @@ class CompressionReport:
             "seconds": self.seconds,
             "guide": None if self.guide is None else self.guide.to_dict(),
             "warnings": list(self.warnings),
+            "read_fraction": _or_none(self.read_fraction),
             "layers": [asdict(layer) for layer in self.layers],
+            "steps": [asdict(layer) for layer in self.steps],
             "text_layers": [asdict(layer) for layer in self.text_layers],
         }
+
+    @property
+    def read_fraction(self) -> float:
+        """Entries that decode steps read / entries that are held, mean over layers, rows and heads.
+
+        NaN if the policy does not decide in decode steps, or none were taken.
+        """
+        shares = [layer.entries_read / layer.entries_held for layer in self.steps if layer.steps]
+        return sum(shares) / len(shares) if shares else float("nan")
+
+    def _on_steps(self) -> str:
+        read = sum(layer.bytes_read_per_step for layer in self.steps) / _MIB
+        state = sum(layer.bytes_of_state for layer in self.steps) / _MIB
+        return (
+            f"a decode step reads {self.read_fraction:.1%} of what is held ({read:.2f} MiB, mean over "
+            f"{_count(max(layer.steps for layer in self.steps), 'step')}), and frees only what the policy "
+            f"drops; the policy's state takes {state:.3f} MiB"
+        )
 
     def __str__(self) -> str:
         if not self.prefills:
@@ -284,6 +304,8 @@ class CompressionReport:
                 f"{self.text_bytes_full / _MIB:.3f} MiB stock, in {len(self.text_layers)} layers; "
                 f"kept {self.text_kept_fraction:.1%} of text entries"
             )
+        if any(layer.steps for layer in self.steps):
+            lines.append(self._on_steps())
         if self.rereads:
             lines.append(
                 f"the last token of {_count(self.rereads, 'prompt')} was read again from the pruned cache"

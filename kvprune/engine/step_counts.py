@@ -34,6 +34,7 @@ class StepCounts:
 
     Attributes:
         read: int64 ``[]``, entries read, over all steps, text rows and KV heads.
+        held: int64 ``[]``, entries that could have been read.
         rows: int64 ``[]``, text rows of all steps.
         steps: int64 ``[]``, steps.
         flaws: bool ``[2, 3]``, which flaws answers of ``attend`` and of ``observe`` had.
@@ -41,7 +42,8 @@ class StepCounts:
 
     def __init__(self, layer: CrossKVLayer) -> None:
         device = layer.keys.device
-        self.read, self.rows, self.steps = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        zeros = torch.zeros(4, dtype=torch.int64, device=device)
+        self.read, self.held, self.rows, self.steps = zeros.unbind()
         self.flaws = torch.zeros(2, len(FLAWS), dtype=torch.bool, device=device)
         self.heads = layer.keys.shape[1]
         self.bytes_of_entry = sum(
@@ -55,20 +57,23 @@ class StepCounts:
         self.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
         self.bytes_of_state = 0 if layer.steps is None else layer.steps.nbytes
 
-    def count(self, read: Tensor, rows: int, text_rows: int) -> None:
-        """Count a step that reads so many entries, summed over its rows and KV heads."""
-        if torch.compiler.is_compiling():  # a graph reads the counts at the same address in each step
-            self.read.add_(read), self.rows.add_(rows), self.steps.add_(text_rows)
-        else:
-            self.read, self.rows, self.steps = self.read + read, self.rows + rows, self.steps + text_rows
+    def count(self, read: Tensor, held: Tensor, rows: int, text_rows: int) -> None:
+        """Count a step that reads so many of the entries held, both summed over its rows and KV heads."""
+        added = (read, held, rows, text_rows)
+        for name, number in zip(("read", "held", "rows", "steps"), added, strict=True):
+            if torch.compiler.is_compiling():  # a graph reads the counts at the same address in each step
+                getattr(self, name).add_(number)
+            else:
+                setattr(self, name, getattr(self, name) + number)
 
     def receipt(self, layer_idx: int) -> StepReceipt:
         """Return the counts, with one device transfer."""
-        read, rows, steps = torch.stack([self.read, self.rows, self.steps]).tolist()
+        read, held, rows, steps = torch.stack([self.read, self.held, self.rows, self.steps]).tolist()
         return StepReceipt(
             layer_idx=layer_idx,
             steps=steps,
             entries_read=read / (rows * self.heads) if rows else 0.0,
+            entries_held=held / (rows * self.heads) if rows else 0.0,
             bytes_read_per_step=round(read * self.bytes_of_entry / steps) if steps else 0,
             width=self.width,
             bytes_held=self.bytes_held,

@@ -174,12 +174,11 @@ class Stepping:
         state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
             answer = self._call(step.where, lambda: policy.attend(step, state), step)
-            if answer is None:
-                read = step.readable.expand(-1, log.heads, -1).sum()
-            else:
+            read = held = _times(step.readable, log.heads)
+            if answer is not None:
                 answer = self._checked(answer, step, log, 0)
-                read = answer.valid.sum() * (log.heads // answer.valid.shape[1])
-            log.count(read, len(step.rows), text_rows)
+                read = _times(answer.valid, log.heads)
+            log.count(read, held, len(step.rows), text_rows)
             memory.advance(text_rows)
             if self.recorder is not None:
                 self.recorder(recorded(layer, step, answer, text_rows))
@@ -275,6 +274,11 @@ class Stepping:
                 "own tensors and is read-only: work on a copy"
             )
         return answer
+
+
+def _times(flags: Tensor, heads: int) -> Tensor:
+    """Return how many flags ``[N, H or 1, K]`` are set, those of all heads counted for each head."""
+    return flags.sum() * (heads // flags.shape[1])
 
 
 def _readable(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_rows: int) -> Tensor:

@@ -132,6 +132,8 @@ class StepView:
     def best(self, scores: Tensor, count: int, limit: Tensor | None = None) -> Selection:
         """Return the entries of the highest scores, for each text row, without asking the device.
 
+        Equal scores go to the lower place.
+
         Args:
             scores: ``[N, Hkv or 1, K]``, higher = read. Entries that a row cannot read do not matter.
             count: How many entries are read at most; the width of the selection.
@@ -143,7 +145,9 @@ class StepView:
         count = max(1, min(count, self.entries))
         heads = max(scores.shape[1], self.readable.shape[1])
         lowest = scores.masked_fill(~self.readable, -torch.inf)  # [N, H, K]
-        found, places = lowest.expand(-1, heads, -1).topk(count, dim=-1)  # [N, H, count], best first
+        # Stable, so that equal scores go to the lower place on any device.
+        found, places = lowest.expand(-1, heads, -1).sort(dim=-1, descending=True, stable=True)
+        found, places = found[..., :count], places[..., :count]  # [N, H, count], best first
         valid = found > -torch.inf
         if limit is not None:
             valid = valid & (torch.arange(count, device=valid.device) < limit[:, None, None])
