@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from kvprune.adapters.arguments import with_cache
@@ -84,7 +83,8 @@ def _queries(site: Site, hidden: Tensor) -> Tensor:
     """Return the queries that the module will compute, ``[B, Hq, T, D]``."""
     output = site.query.module(hidden)
     if output.ndim == 3:
-        output = rearrange(site.query.of(output), "b n (h d) -> b h n d", h=site.heads)
+        output = site.query.of(output)
+        output = output.view(*output.shape[:2], site.heads, -1).transpose(1, 2)
     norm = site.query_norm
     return output if norm is None else norm(output)  # type: ignore[no-any-return]
 
@@ -97,8 +97,8 @@ def _lets_through(mask: Tensor, site: Site) -> Tensor:
 
 
 def _over_chosen(mask: Tensor | None, selection: Selection, site: Site, hidden: Tensor) -> Tensor | None:
-    """Return the mask over the chosen entries, ``[B, 1 or Hq, 1, n]``."""
-    chosen = Contents(selection.indices, selection.valid, None, ragged=True)
+    """Return the mask over the chosen entries, ``[B, 1 or Hq, 1, n]``; None if it would hide nothing."""
+    chosen = Contents(selection.indices, selection.valid, None, ragged=not selection.is_known_full)
     return ColumnMask().over(mask, chosen, site, hidden)
 
 

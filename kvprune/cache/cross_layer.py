@@ -192,17 +192,19 @@ class CrossKVLayer(HeldEntries):
             places: int64 ``[B, H or 1, n]``, which of the K entries.
         """
         keys, values = self.assembled()
-        return self._read(keys, places), self._read(values, places)
-
-    def _read(self, held: Tensor, places: Tensor) -> Tensor:
-        heads, entries, width = held.shape[1:]
-        if not held.is_contiguous():
-            return gather_entries(self._spread(held), places)
+        if not keys.is_contiguous() or not values.is_contiguous():
+            return gather_entries(self._spread(keys), places), gather_entries(self._spread(values), places)
         # Whole entries are copied by their place among all of the layer, which is faster than a gather.
-        rows = torch.arange(places.shape[0], device=places.device) // self.copies  # [B]
-        first = (rows[:, None] * heads + torch.arange(heads, device=places.device)) * entries  # [B, Hkv]
-        flat = (first[..., None] + places).flatten()  # [B * Hkv * n]
-        return held.view(-1, width).index_select(0, flat).view(-1, heads, places.shape[-1], width)
+        batch, heads, entries = places.shape[0], *keys.shape[1:3]
+        first = torch.arange(0, batch * heads * entries, entries, device=places.device).view(batch, heads, 1)
+        if self.copies > 1:
+            each = heads * entries
+            first = first // each // self.copies * each + first % each
+        flat = (first + places).flatten()  # [B * Hkv * n]
+        shape = batch, heads, places.shape[-1]
+        read = (side.view(-1, side.shape[-1]).index_select(0, flat) for side in (keys, values))
+        chosen_keys, chosen_values = (side.view(*shape, side.shape[-1]) for side in read)
+        return chosen_keys, chosen_values
 
     def _spread(self, tensor: Tensor) -> Tensor:
         """Repeat held rows ``[R, ...]`` for each row of the batch, ``[B, ...]``."""

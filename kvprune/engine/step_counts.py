@@ -13,7 +13,7 @@ from kvprune.policy.step_checks import FLAWS
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.selection import Selection
 
-__all__ = ["StepCounts", "StepRead", "recorded"]
+__all__ = ["CheckedAnswer", "StepCounts", "StepRead", "recorded"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,22 +29,50 @@ class StepRead:
     columns: Tensor
 
 
+class CheckedAnswer:
+    """An answer that was checked: a policy that gives the same tensors again needs no second check.
+
+    Args:
+        answer: The policy's selection.
+        safe: The same, with places that are safe to read.
+    """
+
+    def __init__(self, answer: Selection, safe: Selection) -> None:
+        self.safe = safe
+        self._tensors = answer.indices, answer.valid
+        self._versions = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in self._tensors)
+
+    def is_of(self, answer: Selection) -> bool:
+        """Whether an answer has the same tensors, unchanged."""
+        same = self._tensors[0] is answer.indices and self._tensors[1] is answer.valid
+        return same and self.safe.columns == answer.columns and self._versions == self._now()
+
+
 class StepCounts:
-    """Counts of one layer since the latest prefill, on its device.
+    """Counts of one layer since the latest prefill, without device transfers.
+
+    A compiled graph adds to tensors at fixed addresses. Otherwise what the host knows is counted there.
 
     Attributes:
-        read: int64 ``[]``, entries read, over all steps, text rows and KV heads.
-        held: int64 ``[]``, entries that could have been read.
-        rows: int64 ``[]``, text rows of all steps.
-        steps: int64 ``[]``, steps.
+        read: Entries read, over all steps, text rows and KV heads; a number, or int64 ``[]`` on the device.
+        held: Entries that could have been read.
+        rows: Text rows of all steps.
+        steps: Steps.
         flaws: bool ``[2, 3]``, which flaws answers of ``attend`` and of ``observe`` had.
+        checked: The latest answer that was checked, and what was made of it.
     """
 
     def __init__(self, layer: CrossKVLayer) -> None:
         device = layer.keys.device
-        zeros = torch.zeros(4, dtype=torch.int64, device=device)
-        self.read, self.held, self.rows, self.steps = zeros.unbind()
+        self.read: int | Tensor = 0
+        self.held: int | Tensor = 0
+        self.rows = self.steps = 0
+        self.in_graphs = torch.zeros(4, dtype=torch.int64, device=device)  # the same, of compiled steps
         self.flaws = torch.zeros(2, len(FLAWS), dtype=torch.bool, device=device)
+        self.checked: CheckedAnswer | None = None
         self.heads = layer.keys.shape[1]
         self.bytes_of_entry = sum(
             side.shape[-1] * side.element_size() for side in (layer.keys, layer.values)
@@ -57,18 +85,22 @@ class StepCounts:
         self.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
         self.bytes_of_state = 0 if layer.steps is None else layer.steps.nbytes
 
-    def count(self, read: Tensor, held: Tensor, rows: int, text_rows: int) -> None:
+    def count(self, read: int | Tensor, held: int | Tensor, rows: int, text_rows: int) -> None:
         """Count a step that reads so many of the entries held, both summed over its rows and KV heads."""
-        added = (read, held, rows, text_rows)
-        for name, number in zip(("read", "held", "rows", "steps"), added, strict=True):
-            if torch.compiler.is_compiling():  # a graph reads the counts at the same address in each step
-                getattr(self, name).add_(number)
-            else:
-                setattr(self, name, getattr(self, name) + number)
+        if torch.compiler.is_compiling():
+            for place, number in enumerate((read, held, rows, text_rows)):
+                self.in_graphs[place].add_(number)
+        else:
+            self.read, self.held = self.read + read, self.held + held
+            self.rows, self.steps = self.rows + rows, self.steps + text_rows
 
     def receipt(self, layer_idx: int) -> StepReceipt:
-        """Return the counts, with one device transfer."""
-        read, held, rows, steps = torch.stack([self.read, self.held, self.rows, self.steps]).tolist()
+        """Return the counts, with a few device transfers."""
+        graphs: list[int] = self.in_graphs.tolist()
+        read, held, rows, steps = (
+            int(one) + other
+            for one, other in zip((self.read, self.held, self.rows, self.steps), graphs, strict=True)
+        )
         return StepReceipt(
             layer_idx=layer_idx,
             steps=steps,

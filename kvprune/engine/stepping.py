@@ -17,7 +17,7 @@ from torch import Tensor
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.step_memory import StepMemory
 from kvprune.engine.receipts import StepReceipt
-from kvprune.engine.step_counts import StepCounts, StepRead, recorded
+from kvprune.engine.step_counts import CheckedAnswer, StepCounts, StepRead, recorded
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
@@ -154,6 +154,7 @@ class Stepping:
             scaling=scaling,
             policy_name=policy.name,
             copies=copies,
+            unrestricted=readable is None and not layer.ragged,
         )
 
     def attend(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:
@@ -174,10 +175,10 @@ class Stepping:
         state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
             answer = self._call(step.where, lambda: policy.attend(step, state), step)
-            read = held = _times(step.readable, log.heads)
+            read = held = _entries(step.readable, log.heads, full=step.unrestricted)
             if answer is not None:
                 answer = self._checked(answer, step, log, 0)
-                read = _times(answer.valid, log.heads)
+                read = _entries(answer.valid, log.heads, full=answer.is_known_full)
             log.count(read, held, len(step.rows), text_rows)
             memory.advance(text_rows)
             if self.recorder is not None:
@@ -232,15 +233,26 @@ class Stepping:
         """Check an answer of ``attend`` (0) or ``observe`` (1)."""
         where = f"policy {self.policy.name!r} {step.where}: {('attend', 'observe')[asked]}"
         selection = check_places(answer, step, where)
+        if step.has_made(selection):
+            return selection
+        eager = not torch.compiler.is_compiling()
+        if eager and step.unrestricted and log.checked is not None and log.checked.is_of(selection):
+            return log.checked.safe
         found = flaws(selection, step)
-        if torch.compiler.is_compiling():
+        safe = Selection.trusted(selection.indices.clamp(0, step.entries - 1), selection.valid, step.entries)
+        if not eager:
             log.flaws[asked].logical_or_(found)
-        else:
+            return safe
+        if found.device.type != "cpu":
             log.flaws[asked] |= found
-            if found.device.type == "cpu":  # where values are at hand
-                self._raise(log, step.rank)
-        safe = selection.indices.clamp(0, step.entries - 1)
-        return Selection.trusted(safe, selection.valid, step.entries)
+        elif found.any():  # the values are at hand
+            log.flaws[asked] |= found
+            self._raise(log, step.rank)
+        elif selection.valid.all():
+            safe = Selection.full(selection.indices, step.entries)
+        if step.unrestricted:
+            log.checked = CheckedAnswer(selection, safe)
+        return safe
 
     def _raise(self, log: StepCounts, rank: int) -> None:
         found = log.flaws.tolist()
@@ -276,8 +288,10 @@ class Stepping:
         return answer
 
 
-def _times(flags: Tensor, heads: int) -> Tensor:
+def _entries(flags: Tensor, heads: int, *, full: bool) -> int | Tensor:
     """Return how many flags ``[N, H or 1, K]`` are set, those of all heads counted for each head."""
+    if full:
+        return flags.shape[0] * heads * flags.shape[-1]
     return flags.sum() * (heads // flags.shape[1])
 
 

@@ -7,7 +7,7 @@ by their place, 0 to K - 1. `slots` says from which column of the unpruned cache
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -83,6 +83,8 @@ class StepView:
         scaling: Factor on attention logits.
         policy_name: For messages.
         copies: Consecutive text rows that attend to one held row.
+        unrestricted: Whether each text row may attend to every entry, as far as the host knows: there is
+            neither padding nor a mask.
     """
 
     queries: Tensor
@@ -98,6 +100,8 @@ class StepView:
     scaling: float
     policy_name: str = "?"
     copies: int = 1
+    unrestricted: bool = False
+    _made: list[Selection] = field(default_factory=list, repr=False)
 
     @property
     def entries(self) -> int:
@@ -129,6 +133,10 @@ class StepView:
         queries = self.queries.to(dtype)
         return queries.reshape(len(queries), self.heads, -1, queries.shape[-1])
 
+    def has_made(self, selection: Selection) -> bool:
+        """Whether `best` has made a selection in this step, one that needs no check."""
+        return any(made is selection for made in self._made)
+
     def best(self, scores: Tensor, count: int, limit: Tensor | None = None) -> Selection:
         """Return the entries of the highest scores, for each text row, without asking the device.
 
@@ -143,6 +151,10 @@ class StepView:
             ``[N, Hkv or 1, count]``. Rows that may read fewer entries are padded.
         """
         count = max(1, min(count, self.entries))
+        if self.unrestricted and limit is None:
+            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+            self._made.append(Selection.full(order.sort(dim=-1).values, self.entries))
+            return self._made[-1]
         heads = max(scores.shape[1], self.readable.shape[1])
         lowest = scores.masked_fill(~self.readable, -torch.inf)  # [N, H, K]
         # Stable, so that equal scores go to the lower place on any device.

@@ -58,7 +58,8 @@ class Quest(BudgetPolicy, DecodePolicy):
         limit = torch.tensor(self.budget.resolve_all(counts), device=view.keys.device)
         most = torch.finfo(view.keys.dtype).max  # finite, because a query may be 0 in a channel
         largest, smallest = by_page(-most).amax(3), by_page(most).amin(3)
-        return {"largest": largest, "smallest": smallest, "limit": limit}
+        bounds = {"largest": largest, "smallest": smallest}
+        return bounds if min(counts) == entries else bounds | {"limit": limit}
 
     def attend(self, step: StepView, state: State) -> Selection | None:
         """Read the entries of the pages with the highest bounds."""
@@ -71,7 +72,7 @@ class Quest(BudgetPolicy, DecodePolicy):
         down = queries.clamp(max=0) @ state["smallest"].to(queries).transpose(-1, -2)
         bounds = (up + down).amax(2)  # [N, Hkv, P]: the query head that wants the page most
         scores = bounds.repeat_interleave(self.page, dim=-1)[..., : step.entries]  # [N, Hkv, K]
-        return step.best(scores, count, state["limit"])
+        return step.best(scores, count, state.get("limit"))
 
     fidelity = "adapted"
     paper = "arXiv 2406.10774 (Quest)"

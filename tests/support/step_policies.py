@@ -121,11 +121,11 @@ class Fixed(kvprune.DecodePolicy):
     def prepare(self, view):
         count = kvprune.Budget(keep_ratio=self.keep_ratio).resolve(view.entries)
         lengths = view.keys.double().norm(dim=-1).masked_fill(~view.valid, -1)  # [R, Hkv, K]
-        return {"places": lengths.topk(count, dim=-1).indices.sort(-1).values}
+        places = lengths.topk(count, dim=-1).indices.sort(-1).values
+        return {"places": places, "valid": torch.ones_like(places, dtype=torch.bool)}
 
     def attend(self, step, state):
-        places = state["places"]
-        return Selection.trusted(places, torch.ones_like(places, dtype=torch.bool), step.entries)
+        return Selection.trusted(state["places"], state["valid"], step.entries)
 
 
 __all__ = ["Fixed", "Hashes", "ReadsAll", "ReadsLogits", "Remembers"]
