@@ -172,6 +172,11 @@ class ModelAdapter(Attachment, Declaration):
         self.open_call()
         self._forget_call()
 
+    @property
+    def spreads_weights(self) -> bool:
+        """Whether attention weights that cross-attention returns are put back to their columns."""
+        return self._spreads_weights
+
     def spread_weights(self, config: Any) -> None:
         """Put attention weights that cross-attention returns back to their columns, from now on.
 

@@ -138,6 +138,7 @@ class EncoderDecoderAdapter(ModelAdapter):
         self.begin_call()
         self.spread_weights(self._decoder.config)
         self._call = _Call(self.manager, self.reader)
+        self._call.returns_weights = self.spreads_weights
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
         if states is None or (

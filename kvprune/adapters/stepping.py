@@ -56,22 +56,27 @@ def stepped(
             f"all of them, but policy {steps.policy.spec} chooses what each row reads; use a policy that "
             "decides in prefill"
         )
-    with torch.no_grad():
-        queries = _queries(site, hidden)
-        readable = None if mask is None else _lets_through(mask, site)
-        step = steps.view(rank, layer, queries, readable, site.scaling)
+    step = steps.view(
+        rank,
+        layer,
+        lambda: _queries(site, hidden),
+        None if mask is None else _lets_through(mask, site),
+        batch=len(hidden),
+        text_rows=text_rows,
+        scaling=site.scaling,
+    )
     selection = steps.attend(layer, step, text_rows)
-    before = layer.contents  # observing may drop entries, after this step has read them
+    before: Contents | None = layer.contents  # observing may drop entries, after this step has read them
     if selection is None:
         keys, values = layer.spread()
     elif text_rows == 1:
         keys, values = layer.read(selection.indices)
         mask = _over_chosen(mask, selection, site, hidden)
-        before = _chosen(before, selection, step)
+        before = _chosen(selection, step) if call.returns_weights else None
     else:
         keys, values = layer.spread()
         mask = _by_text_row(mask, selection, site, hidden)
-    call.attended = before, layer.columns
+    call.attended = None if before is None else (before, layer.columns)
     if steps.observes:
         with torch.no_grad():
             attention = _attention(step, keys, mask, site)  # [N, Hq, n]
@@ -115,7 +120,7 @@ def _by_text_row(mask: Tensor | None, selection: Selection, site: Site, hidden: 
     return site.fit_mask(wide.masked_fill(~reads, torch.finfo(mask.dtype).min), rows)
 
 
-def _chosen(contents: Contents, selection: Selection, step: StepView) -> Contents:
+def _chosen(selection: Selection, step: StepView) -> Contents:
     """Return what the module attends to: the chosen entries, of each row of the batch."""
     heads = max(selection.indices.shape[1], step.slots.shape[1])
     places, valid = (part.expand(-1, heads, -1) for part in (selection.indices, selection.valid))

@@ -120,7 +120,7 @@ def recorded(layer: CrossKVLayer, step: StepView, answer: Selection | None, text
     read = step.readable if answer is None else answer.mask & step.readable  # [N, H or 1, K]
     heads = max(heads, read.shape[1])
     slots = step.of_rows(step.slots).expand(-1, heads, -1)  # [N, H, K]
-    columns = torch.zeros(len(step.rows), heads, layer.columns + 1, dtype=torch.bool, device=slots.device)
+    columns = torch.zeros(step.text_rows, heads, layer.columns + 1, dtype=torch.bool, device=slots.device)
     # Entries that are not read are written to one column beyond the last, which is cut off.
     columns.scatter_(-1, torch.where(read, slots, layer.columns), True)
     return StepRead(step.layer_idx, columns[..., :-1].unflatten(0, (-1, text_rows)))

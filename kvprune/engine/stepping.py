@@ -110,22 +110,32 @@ class Stepping:
         self._logs[view.rank] = StepCounts(layer)
 
     def view(
-        self, rank: int, layer: CrossKVLayer, queries: Tensor, readable: Tensor | None, scaling: float
+        self,
+        rank: int,
+        layer: CrossKVLayer,
+        queries_of: Callable[[], Tensor],
+        readable: Tensor | None,
+        *,
+        batch: int,
+        text_rows: int,
+        scaling: float,
     ) -> StepView:
         """Return the view of a layer that is about to attend in a decode step.
 
         Args:
             rank: Index among the cross-attention layers.
             layer: Its cache layer.
-            queries: ``[B, Hq, T, D]``.
+            queries_of: Returns the queries of the layer, ``[B, Hq, T, D]``.
             readable: bool ``[B, Hkv or 1, T or 1, K]``, what the model's mask lets through; None for all.
+            batch: Rows of the batch B.
+            text_rows: Text rows T of the call.
             scaling: Factor on attention logits.
 
         Raises:
             UnsupportedCacheError: If the cache was not filled under this policy, or several tokens are read
                 at once under a policy that observes steps.
         """
-        policy, text_rows = self.policy, queries.shape[2]
+        policy = self.policy
         if layer.steps is None:
             raise UnsupportedCacheError(
                 f"policy {policy.spec} decides in decode steps, but layer {self._layer_indices[rank]} of "
@@ -139,14 +149,13 @@ class Stepping:
             )
         keys, values = layer.assembled()
         copies = layer.copies * text_rows
-        rows = torch.arange(queries.shape[0] * text_rows, device=keys.device) // copies  # [N]
         return StepView(
-            queries=queries.transpose(1, 2).flatten(0, 1),  # [N, Hq, D]
+            queries_of=lambda: queries_of().transpose(1, 2).flatten(0, 1),  # [N, Hq, D]
+            text_rows=batch * text_rows,
             keys=keys,
             values=values,
             slots_of=lambda: layer.entries()[0],
-            readable=_readable(layer, readable, queries.shape[0], text_rows),
-            rows=rows,
+            readable=_readable(layer, readable, batch, text_rows),
             number=layer.steps.taken,
             layer_idx=self._layer_indices[rank],
             rank=rank,
@@ -179,7 +188,7 @@ class Stepping:
             if answer is not None:
                 answer = self._checked(answer, step, log, 0)
                 read = _entries(answer.valid, log.heads, full=answer.is_known_full)
-            log.count(read, held, len(step.rows), text_rows)
+            log.count(read, held, step.text_rows, text_rows)
             memory.advance(text_rows)
             if self.recorder is not None:
                 self.recorder(recorded(layer, step, answer, text_rows))
@@ -208,7 +217,7 @@ class Stepping:
                     f"{where} returned {type(answer).__name__}, expected a pair (state, kept or None)"
                 )
             kept = None if answer[1] is None else self._checked(answer[1], step, log, 1)
-            memory.store(check_state(answer[0], len(step.rows), where, memory.tensors))
+            memory.store(check_state(answer[0], step.text_rows, where, memory.tensors))
             if kept is not None:
                 layer.evict(kept)
                 log.measure(layer)
@@ -270,7 +279,7 @@ class Stepping:
         if torch.compiler.is_compiling():
             return question()
         name = self.policy.name
-        shown = () if step is None else (step.queries, step.keys, step.values)
+        shown = () if step is None else (step.keys, step.values)
         before = [tensor._version for tensor in shown if not tensor.is_inference()]
         try:
             answer = question()
@@ -282,7 +291,7 @@ class Stepping:
             ) from error
         if before != [tensor._version for tensor in shown if not tensor.is_inference()]:
             raise PolicyFailedError(
-                f"policy {name!r} changed queries, keys or values in place {where}; a view shows the model's "
+                f"policy {name!r} changed keys or values in place {where}; a view shows the model's "
                 "own tensors and is read-only: work on a copy"
             )
         return answer

@@ -71,7 +71,7 @@ def check_places(selection: object, step: StepView, where: str, columns: str = "
     """
     if not isinstance(selection, Selection):
         raise SelectionError(f"{where} returned {type(selection).__name__}, expected a Selection or None")
-    places, valid, rows = selection.indices, selection.valid, len(step.rows)
+    places, valid, rows = selection.indices, selection.valid, step.text_rows
     shape = list(places.shape)
     if (
         selection.columns != step.entries

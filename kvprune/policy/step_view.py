@@ -68,13 +68,13 @@ class StepView:
     tokens at once), R rows that are held, Hq and Hkv query and KV heads, K entries, D head width.
 
     Args:
-        queries: ``[N, Hq, D]`` as they enter attention.
+        queries_of: Returns `queries`, which cost a projection that the layer repeats.
+        text_rows: Number of text rows N.
         keys: ``[R, Hkv, K, D]``, as they are held.
         values: ``[R, Hkv, K, D]``.
         slots_of: Returns `slots`.
         readable: bool ``[N, Hkv or 1, K]``, the entries that each text row may attend to. False at padding
             and where the model's own mask hides an entry.
-        rows: int64 ``[N]``, the held row that each text row attends to.
         number: int64 ``[]``, decode steps since the prefill, 0 in the first one. A call that reads several
             tokens counts as that many steps, but all of its rows have the number of its first.
         layer_idx: Index of the decoder layer in the model.
@@ -87,12 +87,12 @@ class StepView:
             neither padding nor a mask.
     """
 
-    queries: Tensor
+    queries_of: Callable[[], Tensor]
+    text_rows: int
     keys: Tensor
     values: Tensor
     slots_of: Callable[[], Tensor]
     readable: Tensor
-    rows: Tensor
     number: Tensor
     layer_idx: int
     rank: int
@@ -102,11 +102,24 @@ class StepView:
     copies: int = 1
     unrestricted: bool = False
     _made: list[Selection] = field(default_factory=list, repr=False)
+    _queries: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def entries(self) -> int:
         """Number of entries K."""
         return self.keys.shape[-2]
+
+    @property
+    def queries(self) -> Tensor:
+        """Queries of this step as they enter attention, ``[N, Hq, D]``; computed when first asked for."""
+        if not self._queries:
+            self._queries.append(self.queries_of())
+        return self._queries[0]
+
+    @property
+    def rows(self) -> Tensor:
+        """The held row that each text row attends to, int64 ``[N]``."""
+        return torch.arange(self.text_rows, device=self.keys.device) // self.copies
 
     @property
     def slots(self) -> Tensor:

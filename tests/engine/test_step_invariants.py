@@ -77,7 +77,7 @@ def test_kv17_catches_a_policy_that_looks_at_other_samples():
 
         def attend(self, step, state):
             scores = torch.sin(step.queries.sum() + torch.arange(step.entries))
-            return step.best(scores.expand(len(step.rows), 1, -1), 3)
+            return step.best(scores.expand(step.text_rows, 1, -1), 3)
 
     inputs = inputs_of("BART")
     together = recorded(bart(torch.float64), inputs, Peeks())[2]

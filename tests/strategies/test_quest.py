@@ -66,12 +66,12 @@ def test_it_reads_what_the_slow_rule_reads(rows, copies, entries, page, ratio, s
         HeldView(layer=None, keys=keys, values=keys, slots=slots, valid=valid, columns=entries)
     )
     step = StepView(
-        queries=queries,
+        queries_of=lambda: queries,
+        text_rows=rows * copies,
         keys=keys,
         values=keys,
         slots_of=lambda: slots,
         readable=valid.repeat_interleave(copies, dim=0),
-        rows=torch.arange(rows * copies) // copies,
         number=torch.zeros((), dtype=torch.int64),
         layer_idx=0,
         rank=0,

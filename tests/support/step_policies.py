@@ -28,7 +28,7 @@ class ReadsAll(kvprune.DecodePolicy):
     def attend(self, step, state):
         if self.by == "none":
             return None
-        scores = torch.zeros(len(step.rows), 1, step.entries, device=step.keys.device)
+        scores = torch.zeros(step.text_rows, 1, step.entries, device=step.keys.device)
         return step.best(scores, step.entries)
 
 

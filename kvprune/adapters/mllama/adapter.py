@@ -144,6 +144,7 @@ class MllamaAdapter(ModelAdapter):
         dtype = self._text.embed_tokens.weight.dtype
         mask_by_tile = TileMask(rows, self._inner.vision_model.num_patches, dtype)
         self._call = _Call(self.manager, self.reader, mask_by_tile)
+        self._call.returns_weights = self.spreads_weights
         if named.get("pixel_values") is not None or named.get("cross_attention_states") is not None:
             if cache is not None:
                 require_cache(cache)  # refuse before any layer has run

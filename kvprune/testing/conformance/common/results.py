@@ -21,7 +21,7 @@ __all__ = [
     "conclude",
 ]
 
-SUITE_VERSION = 5
+SUITE_VERSION = 6
 """Raised whenever a policy or an adapter that passed before may fail now."""
 
 Outcome = Literal["passed", "failed", "expected failure", "unexpectedly passed", "not applicable"]

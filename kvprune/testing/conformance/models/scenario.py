@@ -202,6 +202,7 @@ class Scenario:
         """Let the untouched model attend to what a run kept, and in decode steps to what they read (KV13)."""
         with self._masked(run.selections, run.prefill_selections, run.text_selections):
             if not run.step_reads:
+                assert not any(layer.steps for layer in run.report.steps), "call run.record_steps() before"
                 yield
                 return
             with masked_steps(self.sites(self.pristine), run.step_reads):
