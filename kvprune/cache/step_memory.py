@@ -28,6 +28,7 @@ class StepMemory:
 
     Attributes:
         taken: int64 ``[]``, decode steps so far.
+        taken_eagerly: The same as the host knows it, compiled steps left out.
         is_changed: Whether a step has changed the state.
     """
 
@@ -46,6 +47,7 @@ class StepMemory:
             for name, tensor in tensors.items()
         }
         self.taken = torch.zeros((), dtype=torch.int64, device=device)
+        self.taken_eagerly = 0
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +70,7 @@ class StepMemory:
             self.taken.add_(rows)
         else:
             self.taken = self.taken + rows
+            self.taken_eagerly += rows
 
     def store(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the state by that after a step, ``[B, ...]`` under the same names."""
@@ -102,6 +105,7 @@ class StepMemory:
                 f"{tokens} tokens are taken back from the cache, but the policy has observed their steps and "
                 "cannot forget them; decode without an assistant, or with a policy that observes no steps"
             )
+        self.taken_eagerly = max(0, self.taken_eagerly - tokens)
         self.taken = (self.taken - tokens).clamp(min=0)  # tokens of the prompt are no steps
 
     def to(self, device: torch.device | str) -> None:

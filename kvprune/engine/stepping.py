@@ -157,6 +157,7 @@ class Stepping:
             slots_of=lambda: layer.entries()[0],
             readable=_readable(layer, readable, batch, text_rows),
             number=layer.steps.taken,
+            taken=-1 if policy.compiles else layer.steps.taken_eagerly,
             layer_idx=self._layer_indices[rank],
             rank=rank,
             num_layers=len(self._layer_indices),

@@ -77,6 +77,8 @@ class StepView:
             and where the model's own mask hides an entry.
         number: int64 ``[]``, decode steps since the prefill, 0 in the first one. A call that reads several
             tokens counts as that many steps, but all of its rows have the number of its first.
+        taken: The same on the host, for policies that do not compile (`DecodePolicy.compiles`); -1 for
+            others, because a graph would be made anew for each number.
         layer_idx: Index of the decoder layer in the model.
         rank: Index among the cross-attention layers, 0 to L - 1.
         num_layers: Number of cross-attention layers L.
@@ -94,6 +96,7 @@ class StepView:
     slots_of: Callable[[], Tensor]
     readable: Tensor
     number: Tensor
+    taken: int
     layer_idx: int
     rank: int
     num_layers: int

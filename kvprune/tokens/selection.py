@@ -249,12 +249,7 @@ class Selection:
 
     @classmethod
     def full(cls, indices: Tensor, columns: int) -> Selection:
-        """Return a selection without padding that is correct by construction, as `trusted`.
-
-        Args:
-            indices: See the class.
-            columns: See the class.
-        """
+        """Return a selection without padding that is correct by construction, as `trusted`."""
         valid = torch.ones(1, 1, 1, dtype=torch.bool, device=indices.device).expand_as(indices)
         selection = cls.trusted(indices, valid, columns)
         vars(selection)["_known_full"] = True

@@ -73,6 +73,7 @@ def test_it_reads_what_the_slow_rule_reads(rows, copies, entries, page, ratio, s
         slots_of=lambda: slots,
         readable=valid.repeat_interleave(copies, dim=0),
         number=torch.zeros((), dtype=torch.int64),
+        taken=0,
         layer_idx=0,
         rank=0,
         num_layers=1,
