@@ -94,7 +94,7 @@ def test_what_beams_remember_follows_them():
         found.append([read.columns[0] for read in alone.step_reads][-3:])
     for layer in range(3):
         own = {tuple(beam[layer].flatten().tolist()) for beam in found}
-        assert own & {tuple(row) for row in last[layer].flatten(1).tolist()}
+        assert own <= {tuple(row) for row in last[layer].flatten(1).tolist()}
 
 
 @pytest.mark.parametrize("policy", [ReadsAll(), ReadsLogits(), Fixed()], ids=lambda policy: str(policy.spec))
@@ -119,6 +119,31 @@ def test_decoding_compiles_into_one_graph(family, policy):
             assert run.report.steps == own.report.steps
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_a_compiled_step_that_is_wrong_is_refused_when_the_block_ends():
+    torch._dynamo.reset()
+    model, inputs = tiny_bart(1, dtype=torch.float64), inputs_of("BART")
+    how = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
+    how._compile_all_devices = True
+    run = kvprune.compress(model, copied(ReadsAll(), attend=picking([1, 50]))).attach()
+    generate(model, inputs, steps=3, cache_implementation="static", compile_config=how)
+    run.detach()
+    with pytest.raises(SelectionError, match="KV01: it selects entries that the layer does not hold"):
+        run.check_ran()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_rows_may_read_different_numbers_of_entries(family):
+    def attend(self, step, state):
+        limit = 1 + 2 * (torch.arange(step.text_rows) % 3)
+        scores = torch.sin(7.0 * torch.arange(step.entries)).expand(step.text_rows, 1, -1)
+        return step.best(scores, 5, limit)
+
+    policy = copied(ReadsAll(), attend=attend)
+    assert against_oracle(model_of(family), inputs_of(family), policy) <= 1e-6
+    run = recorded(model_of(family), inputs_of(family), policy)[2]
+    assert {int(count) for count in run.step_reads[0].columns.sum(-1).flatten()} == {1, 3, 5}
 
 
 def test_a_policy_that_does_not_say_so_is_not_compiled():
