@@ -37,7 +37,7 @@ TAIL = """
 * Quantized caches with the quanto and hqq backends: only fp8 is run. Ours takes the place of any of them.
 * Compiled flex attention (it crashes the CPU build of torch; run uncompiled here), inductor with CUDA graphs.
 * Continuous batching and paged caches.
-* Families besides these three: one that uses `EncoderDecoderCache` is a [declaration](hooks.md) away.
+* Families besides these three: [models](models.md) lists what is verified of each.
 """
 
 

@@ -138,7 +138,7 @@ class SkipsTheLastLayer(MllamaAdapter):
 
     def __init__(self, model):
         super().__init__(model)
-        self._layer_indices, self._sites = self._layer_indices[:-1], self._sites[:-1]
+        self._sites = self._sites[:-1]
 
 
 class DecidesOnlyOnce(BartAdapter):
@@ -156,7 +156,7 @@ class UnsortedLayers(MllamaAdapter):
 
     def __init__(self, model):
         super().__init__(model)
-        self._layer_indices = self._layer_indices[::-1]
+        self._sites = self._sites[::-1]
 
 
 class OffByOneOnward(BartAdapter):

@@ -101,8 +101,8 @@ class MllamaAdapter(ModelAdapter):
         self._inner = cast(Any, model if hasattr(model, "language_model") else model.get_submodule("model"))
         self._text = cast(Any, self._inner.language_model)
         self._sites = tuple(find_sites(self._text, self.family).values())
-        # Indices of the cross-attention layers (3, 8, 13, ... in Llama-3.2-11B-Vision).
-        self._layer_indices = [site.layer_idx for site in self._sites]
+        # Of each cross-attention layer (3, 8, 13, ... in Llama-3.2-11B-Vision): its rank, and the module.
+        self._by_layer = {site.layer_idx: (rank, site) for rank, site in enumerate(self._sites)}
 
     @property
     def sites(self) -> Sequence[Site]:
@@ -118,11 +118,9 @@ class MllamaAdapter(ModelAdapter):
         """Add the hooks that the module docstring lists."""
         self._manager = manager
         self.hook_calls(self._inner, self._before_inner, self._after_inner)
-        for layer_idx in self._layer_indices:
-            layer = self._text.layers[layer_idx]
-            self.before(layer, self._before_layer)
-        if manager.steps.is_active:
-            for site in self._sites:
+        for site in self.sites:
+            self.before(self._text.layers[site.layer_idx], self._before_layer)
+            if manager.steps.is_active:
                 self.before(site.module, self._before_step)
         self.around(self.model, CANDIDATES, prompt_first)
 
@@ -161,7 +159,7 @@ class MllamaAdapter(ModelAdapter):
         if rows is None:
             rows = torch.ones(batch, 1, new_units, dtype=torch.bool, device=source.device)
         cached = self._is_cached(named)
-        self.prepare_reread(call, named, cached=cached, cross_layers=self._layer_indices)
+        self.prepare_reread(call, named, cached=cached, cross_layers=self.layer_indices)
         # Rows are shared only for the first images in a cache.
         sharable = cached and rows.shape[-1] == new_units and may_share(self._text)
         shared_rows = repeated_rows(generation.repeats, named, source) if sharable else SharedRows()
@@ -188,7 +186,7 @@ class MllamaAdapter(ModelAdapter):
                 self,
                 call.manager,
                 self._text,
-                self._layer_indices,
+                self.layer_indices,
                 named.get("attention_mask"),
                 copies=copies,
                 cached=cached,
@@ -221,7 +219,7 @@ class MllamaAdapter(ModelAdapter):
 
     def _hook_layers(self, call: _Call, *, cached: bool) -> None:
         """Add the hooks that only prefill needs; decoding, which runs for each token, runs without them."""
-        for site in self._sites:
+        for site in self.sites:
             self.after(self._text.layers[site.layer_idx], self._after_layer, for_one_call=True)
             call.capture(self, site, cached=cached)
 
@@ -247,9 +245,9 @@ class MllamaAdapter(ModelAdapter):
         # Images and tiles become columns: [B * images, tiles * patches, C] to [B, S, C].
         states = kwargs["cross_attention_states"]
         states = states.reshape(text.shape[0], -1, states.shape[-1])
-        rank = self._layer_indices.index(module.layer_idx)
+        rank, site = self._by_layer[module.layer_idx]
         arrival, states = call.before_layer(rank, layer, states, text)
-        mask = call.mask.over(arrival.contents, self._sites[rank])
+        mask = call.mask.over(arrival.contents, site)
         return self._masked(call, {**kwargs, "cross_attention_states": states}, mask)
 
     @staticmethod
@@ -261,9 +259,9 @@ class MllamaAdapter(ModelAdapter):
 
     def _after_layer(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         assert self._call is not None
-        rank = self._layer_indices.index(module.layer_idx)
+        rank, site = self._by_layer[module.layer_idx]
         follows_text = rank < module.layer_idx  # a self-attention layer comes before it
-        self._call.after_layer(rank, self._sites[rank], cache_of(kwargs), follows_text=follows_text)
+        self._call.after_layer(rank, site, cache_of(kwargs), follows_text=follows_text)
 
     def _after_inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return self.finish_prefill(module, output)
@@ -288,7 +286,7 @@ class MllamaAdapter(ModelAdapter):
             raise UnsupportedCacheError(f"the cache holds {held} rows, but the batch has {batch}")
         if not layer.is_readable and not self.manager.steps.is_active:
             kwargs = with_cache(kwargs, OneLayer.spread(module.layer_idx, layer))
-        site = self._sites[self._layer_indices.index(module.layer_idx)]
+        _, site = self._by_layer[module.layer_idx]
         return self._masked(call, kwargs, call.mask.over(layer.contents, site))
 
     def _before_step(
@@ -297,13 +295,13 @@ class MllamaAdapter(ModelAdapter):
         """Let the policy choose what a cross-attention module reads in a decode step."""
         if self._call is None or kwargs.get("cross_attention_states") is not None:
             return None
-        rank = self._layer_indices.index(module.layer_idx)
+        rank, site = self._by_layer[module.layer_idx]
         layer = open_layer(require_cache(cache_of(kwargs)), module.layer_idx, self._call.reader)
 
         def alone(keys: Tensor, values: Tensor) -> OneLayer:
             return OneLayer(module.layer_idx, keys, values)
 
-        return args, stepped(self._call, self._sites[rank], rank, layer, kwargs, alone)
+        return args, stepped(self._call, site, rank, layer, kwargs, alone)
 
     def geometry(self) -> Mapping[str, object]:
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""
