@@ -92,10 +92,9 @@ class Quest(BudgetPolicy, DecodePolicy):
         "the entries, and a copy of what is read; the bounds take a sixteenth of the cache"
     )
     bibtex = """
-@inproceedings{quest2024,
+@article{quest2024,
   title = {{QUEST}: Query-Aware Sparsity for Efficient Long-Context {LLM} Inference},
   author = {Tang, Jiaming and Zhao, Yilong and Zhu, Kan and Xiao, Guangxuan and Kasikci, Baris and Han, Song},
-  booktitle = {International Conference on Machine Learning},
   year = {2024},
   eprint = {2406.10774},
   archivePrefix = {arXiv},
