@@ -253,7 +253,7 @@ class Stepping:
         if not eager:
             log.flaws[asked].logical_or_(found)
             return safe
-        if found.device.type != "cpu":
+        if not _at_hand(found):
             log.flaws[asked] |= found
         elif found.any():  # the values are at hand
             log.flaws[asked] |= found
@@ -296,6 +296,11 @@ class Stepping:
                 "own tensors and is read-only: work on a copy"
             )
         return answer
+
+
+def _at_hand(tensor: Tensor) -> bool:
+    """Whether reading the values of a tensor waits for no device."""
+    return tensor.device.type == "cpu"
 
 
 def _entries(flags: Tensor, heads: int, *, full: bool) -> int | Tensor:
