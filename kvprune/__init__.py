@@ -28,11 +28,14 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from kvprune.policy.budgeted import BudgetPolicy as BudgetPolicy
     from kvprune.policy.budgeted import ScoringPolicy as ScoringPolicy
     from kvprune.policy.budgeted import onward_decision as onward_decision
+    from kvprune.policy.decode import DecodePolicy as DecodePolicy
     from kvprune.policy.moments import FeaturePolicy as FeaturePolicy
     from kvprune.policy.moments import FeatureScoringPolicy as FeatureScoringPolicy
     from kvprune.policy.moments import PrefillPolicy as PrefillPolicy
     from kvprune.policy.nesting import require_scorer as require_scorer
     from kvprune.policy.spec import PolicySpec as PolicySpec
+    from kvprune.policy.step_view import HeldView as HeldView
+    from kvprune.policy.step_view import StepView as StepView
     from kvprune.policy.text_view import TextView as TextView
     from kvprune.policy.view import FeatureView as FeatureView
     from kvprune.policy.view import LayerView as LayerView
@@ -66,12 +69,14 @@ _NAMES = {
     "ContrastReport": "session.contrast_report",
     "CrossKVPolicy": "policy.base",
     "Decision": "tokens.decision",
+    "DecodePolicy": "policy.decode",
     "FeaturePolicy": "policy.moments",
     "FeatureScoringPolicy": "policy.moments",
     "FeatureView": "policy.view",
     "Guidance": "engine.guidance",
     "Guide": "session.guide",
     "GuidedAnswers": "session.early_exit",
+    "HeldView": "policy.step_view",
     "KVPruneError": "errors",
     "LayerView": "policy.view",
     "Layout": "tokens.layout",
@@ -79,6 +84,7 @@ _NAMES = {
     "PrefillPolicy": "policy.moments",
     "ScoringPolicy": "policy.budgeted",
     "Selection": "tokens.selection",
+    "StepView": "policy.step_view",
     "TextView": "policy.text_view",
     "answer_attention": "session.answer_guide",
     "compress": "session.compression",

@@ -15,9 +15,8 @@ from the model's forward call to the pruned cache:
 5. After the model, also if it raised, a hook calls `finish_prefill`, which discards the `Call` and calls
    `CrossKVManager.end`. Before that, it may call the model again (`kvprune.adapters.rereading`).
 
-Decode steps read the pruned cache layers; hooks only cut the mask to what each layer holds. A policy that
-decides at each decode step, or about logits, takes one more hook that calls the manager (see
-`kvprune.engine.manager`).
+Decode steps read the pruned cache layers; hooks only cut the mask to what each layer holds. Under a
+`DecodePolicy`, they also pass each module only what the policy chooses (`kvprune.adapters.stepping`).
 """
 
 from __future__ import annotations
@@ -40,12 +39,7 @@ from kvprune.adapters.second_branch import with_states
 from kvprune.adapters.sites import Site
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
-from kvprune.errors import (
-    CompressionStateError,
-    GuideError,
-    PluginError,
-    UnsupportedModelError,
-)
+from kvprune.errors import CompressionStateError, GuideError, PluginError, UnsupportedModelError
 from kvprune.tokens.layout import Unit
 
 __all__ = ["ModelAdapter", "Site"]
@@ -183,6 +177,11 @@ class ModelAdapter(Attachment, Declaration):
             return
         self.open_call()
         self._forget_call()
+
+    @property
+    def spreads_weights(self) -> bool:
+        """Whether attention weights that cross-attention returns are put back to their columns."""
+        return self._spreads_weights
 
     def spread_weights(self, config: Any) -> None:
         """Put attention weights that cross-attention returns back to their columns, from now on.

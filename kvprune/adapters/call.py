@@ -45,6 +45,7 @@ class Call:
         attended: What the current layer attends to, and how many columns there are; None before the first.
         tensors: Captured in the current layer, by name, for each row of the batch.
         transient: Holds the keys and values of the current layer if there is no cache.
+        returns_weights: Whether modules may return attention weights, which belong back to their columns.
         again: The call that reads the last token again when this prefill has completed; None if none will.
     """
 
@@ -55,6 +56,7 @@ class Call:
         self.needs = manager.policy.needs
         self.tensors: dict[str, Tensor] = {}
         self.transient: CrossKVLayer | None = None
+        self.returns_weights = True
         self.again: Rereading | None = None
 
     def layer_for(self, cache: Cache | None, layer_idx: int) -> CrossKVLayer:

@@ -38,6 +38,7 @@ from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
 from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
 from kvprune.adapters.rereading import last_row
+from kvprune.adapters.stepping import stepped
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.adapters.text_sites import TextSite, find_text_sites
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
@@ -153,6 +154,7 @@ class EncoderDecoderAdapter(Columns):
         self.begin_call()
         self.spread_weights(self._decoder.config)
         self._call = _Call(self.manager, self.reader)
+        self._call.returns_weights = self.spreads_weights
         named = named_arguments(module, args, kwargs)
         states, cache = named.get("encoder_hidden_states"), cache_of(named)
         if states is None or (
@@ -296,10 +298,15 @@ class EncoderDecoderAdapter(Columns):
         layer = open_layer(require_cache(cache.cross_attention_cache), site.layer_idx, call.reader)
         call.attended = layer.contents, layer.columns
         mask = call.mask.over(named.get(site.mask), layer.contents, site, named["hidden_states"])
+
+        def alone(keys: Tensor, values: Tensor) -> OneCrossLayer:
+            return OneCrossLayer(site.layer_idx, keys, values, cache.self_attention_cache)
+
+        if self.manager.steps.is_active:
+            rank, _ = self._by_layer[site.layer_idx]
+            return stepped(call, site, rank, layer, {**named, site.mask: mask}, alone)
         if not layer.is_readable:
-            named = with_cache(
-                named, OneCrossLayer(site.layer_idx, *layer.spread(), cache.self_attention_cache)
-            )
+            named = with_cache(named, alone(*layer.spread()))
         return {**named, site.mask: mask}
 
     def replay(

@@ -55,7 +55,7 @@ class Projection:
 
     def of(self, output: Tensor) -> Tensor:
         """Return the queries, keys or values in what the layer has returned."""
-        return output.chunk(self.parts, dim=-1)[self.part]
+        return output if self.parts == 1 else output.chunk(self.parts, dim=-1)[self.part]
 
 
 @dataclass(frozen=True)

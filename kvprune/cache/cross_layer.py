@@ -22,9 +22,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvprune.cache.contents import Arrival, Contents, HeldEntries
-from kvprune.cache.retention import retained
+from kvprune.cache.pools import gather_entries
+from kvprune.cache.retention import evicted, retained
 from kvprune.cache.shared_rows import SharedRows
+from kvprune.cache.step_memory import StepMemory
 from kvprune.errors import UnsupportedCacheError
+from kvprune.tokens.packing import repeat_rows
 from kvprune.tokens.selection import Selection
 
 __all__ = ["CrossKVLayer"]
@@ -36,12 +39,15 @@ class CrossKVLayer(HeldEntries):
     See `HeldEntries` for the attributes.
     """
 
-    # Decoding changes no shapes and reads nothing from the device.
-    is_compileable = True
-
     def __init__(self) -> None:
         super().__init__()
         self._arrival: Arrival | None = None
+        self.steps: StepMemory | None = None  # of a policy that decides in decode steps
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether decoding can be compiled: it changes no shapes and reads nothing from the device."""
+        return self.steps is None or self.steps.compiles
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> Self:
@@ -142,33 +148,75 @@ class CrossKVLayer(HeldEntries):
         self.slots, self.valid, self.bias = after.slots, after.valid, after.bias
         self.ragged = not bool(after.valid.all())
 
+    def evict(self, kept: Selection) -> None:
+        """Drop entries in a decode step, without asking the device; see `evicted`.
+
+        Args:
+            kept: Which of the K entries of each row of the batch stay, ``[B, H or 1, n]``. Rows are no longer
+                shared, because they may keep different entries.
+
+        Raises:
+            UnsupportedCacheError: If entries are quantized.
+        """
+        self.separate()
+        after = evicted(self, kept)
+        self._hold(after.keys, after.values)
+        self.slots, self.valid, self.bias, self.ragged = after.slots, after.valid, after.bias, True
+
+    def assembled(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values in the layer's own dtype for held rows, ``[R, Hkv, K, D]``.
+
+        A copy if some entries are quantized, which the layer does not keep. Needs no device transfer.
+        """
+        if not self.pools:
+            return self._keys, self._values
+        read = [pool.dequantize() for pool in self.pools]
+        if self.own:
+            read.append((self._keys, self._values))
+        keys, values = (torch.cat(tensors, dim=-2) for tensors in zip(*read, strict=True))
+        return keys, values
+
     def spread(self) -> tuple[Tensor, Tensor]:
         """Return keys and values for each row of the batch in the layer's own dtype, ``[B, Hkv, K, D]``.
 
         Returns views if nothing is quantized, and no rows are shared or all of them are (one sample with its
         beams); otherwise a copy, which the layer does not keep. Needs no device transfer.
         """
-        if not self.pools:
-            return self._spread(self._keys), self._spread(self._values)
-        read = [pool.dequantize() for pool in self.pools]
-        if self.own:
-            read.append((self._keys, self._values))
-        keys, values = (torch.cat(tensors, dim=-2) for tensors in zip(*read, strict=True))
+        keys, values = self.assembled()
         return self._spread(keys), self._spread(values)
+
+    def read(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some entries of each row of the batch in the layer's own dtype, ``[B, Hkv, n, D]``, copied.
+
+        Args:
+            places: int64 ``[B, H or 1, n]``, which of the K entries.
+        """
+        keys, values = self.assembled()
+        if not keys.is_contiguous() or not values.is_contiguous():
+            return gather_entries(self._spread(keys), places), gather_entries(self._spread(values), places)
+        # Whole entries are copied by their place among all of the layer, which is faster than a gather.
+        batch, heads, entries = places.shape[0], *keys.shape[1:3]
+        first = torch.arange(0, batch * heads * entries, entries, device=places.device).view(batch, heads, 1)
+        if self.copies > 1:
+            each = heads * entries
+            first = first // each // self.copies * each + first % each
+        flat = (first + places).flatten()  # [B * Hkv * n]
+        shape = batch, heads, places.shape[-1]
+        read = (side.view(-1, side.shape[-1]).index_select(0, flat) for side in (keys, values))
+        chosen_keys, chosen_values = (side.view(*shape, side.shape[-1]) for side in read)
+        return chosen_keys, chosen_values
 
     def _spread(self, tensor: Tensor) -> Tensor:
         """Repeat held rows ``[R, ...]`` for each row of the batch, ``[B, ...]``."""
-        if self.copies == 1:
-            return tensor
-        if tensor.shape[0] == 1:
-            return tensor.expand(self.copies, *tensor.shape[1:])
-        return tensor.repeat_interleave(self.copies, dim=0)
+        return repeat_rows(tensor, self.copies)
 
     def separate(self) -> None:
         """Hold a copy for each row of the batch from now on: rows are no longer shared."""
         if self.copies > 1:
             rows = torch.arange(self._keys.shape[0] * self.copies, device=self._keys.device) // self.copies
             self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+            if self.steps is not None and not self.steps.by_row:
+                self.steps.repeat(self.copies)
             self.shared_rows = SharedRows()
 
     def get_seq_length(self) -> int:
@@ -176,25 +224,33 @@ class CrossKVLayer(HeldEntries):
         return self.columns
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing: cropping removes text tokens, and this layer holds encoder tokens."""
+        """Remove nothing that is held: these are encoder tokens, and cropping removes text tokens."""
+        if self.steps is not None:
+            self.steps.take_back(abs(tokens_to_remove))
 
     def reset(self) -> None:
         """Forget everything that is held."""
         super().reset()
         self.columns, self.slots, self.valid, self.ragged, self._arrival = 0, None, None, False, None
-        self.bias = None
+        self.bias = self.steps = None
         self.pools, self._stands_in = (), True
         self.shared_rows = SharedRows()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the batch, for beam search; nothing moves if only copies of a sample change places."""
-        if self.is_filled and not self.shared_rows.unchanged_by(beam_idx):
+        """Reorder the batch, for beam search; no entry moves if only copies of a sample change places."""
+        if not self.is_filled:
+            return
+        if not self.shared_rows.unchanged_by(beam_idx):
             self.batch_select_indices(beam_idx)
+        elif self.steps is not None and self.steps.by_row:
+            self.steps.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch; the repeated rows share what is held."""
         if self.is_filled:
             self.shared_rows = SharedRows(self.copies * repeats)
+            if self.steps is not None and self.steps.by_row:
+                self.steps.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows of the batch; they are no longer shared."""
@@ -202,6 +258,8 @@ class CrossKVLayer(HeldEntries):
             rows = torch.arange(self._keys.shape[0] * self.copies, device=indices.device)[indices]
             rows = rows // self.copies
             self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+            if self.steps is not None:
+                self.steps.select(indices if self.steps.by_row else rows)
             self.shared_rows = SharedRows()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -209,6 +267,8 @@ class CrossKVLayer(HeldEntries):
         if not self.is_filled:
             return
         self._over_rows(lambda tensor: tensor.to(device) if device is not None else tensor)
+        if self.steps is not None and device is not None:
+            self.steps.to(device)
         if dtype is not None:
             self._move(lambda tensor: tensor.to(dtype))
             self.pools = tuple(pool.to(dtype=dtype) for pool in self.pools)

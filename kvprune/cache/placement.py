@@ -8,7 +8,6 @@ give wrong results is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Self, TypeGuard
 
 from torch import Tensor
@@ -35,6 +34,13 @@ __all__ = [
 ]
 
 
+class _Sides:
+    """Keys and values, in a class that torch.compile can trace."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+
 class OneLayer(Cache):
     """A cache with the keys and values of one cross-attention layer, passed to it instead of the whole cache.
 
@@ -45,7 +51,7 @@ class OneLayer(Cache):
     """
 
     def __init__(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
-        self.layers = {layer_idx: SimpleNamespace(keys=keys, values=values)}  # type: ignore[assignment]
+        self.layers = {layer_idx: _Sides(keys, values)}  # type: ignore[assignment]
         self._entries = keys.shape[-2]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

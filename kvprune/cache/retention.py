@@ -19,7 +19,7 @@ from kvprune.tokens.packing import pack_left
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
 
-__all__ = ["Retained", "retained"]
+__all__ = ["Retained", "evicted", "retained"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,24 @@ def retained(layer: HeldEntries, kept: Selection) -> Retained | None:
     # The width first: it is known without asking the device.
     if kept.indices.shape[-1] == layer.width and not kept.is_ragged:
         return None
+    return _gathered(layer, kept)
+
+
+def evicted(layer: HeldEntries, kept: Selection) -> Retained:
+    """Return the contents of a layer after entries are dropped in a decode step; needs no device transfer.
+
+    Args:
+        layer: A layer that is filled, and shares no rows.
+        kept: Which of its K entries stay; only valid ones, and no merge.
+
+    Raises:
+        UnsupportedCacheError: If entries are quantized.
+    """
+    if layer.pools:
+        raise UnsupportedCacheError(
+            f"a policy drops entries in a decode step, but {layer.width - layer.own} of {layer.width} "
+            "entries of this layer are quantized; use a policy that does one of these"
+        )
     return _gathered(layer, kept)
 
 

@@ -38,7 +38,7 @@ def check(
 ) -> None:
     """Check a policy or an adapter against the invariants.
 
-    Tries to break the invariants KV01 to KV15, and a few promises about whole runs, on generated problems and
+    Tries to break the invariants KV01 to KV17, and a few promises about whole runs, on generated problems and
     tiny models.
     """
     with one_line_errors(debug):

@@ -13,12 +13,9 @@ The manager works on tensors, selections and visibility, and knows no model fami
     end()                           the forward call ends: a `PrefillPolicy` decides about all layers, and
                                     the report is written
 
-Decode steps do not call the manager: they read the pruned cache layers.
-
-A policy that decides at a new moment, such as each decode step or the logits, takes one view
-(`kvprune.policy.view`), one base class (`kvprune.policy.moments`), one method of `PolicyCalls` that builds
-the view and calls the policy, and one method here that the adapters' hooks call. A policy that returns new
-tokens takes a field of `Decision`, its check, and a branch of `retain` that writes them to the cache layer.
+Decode steps read the pruned cache layers, and ask a `DecodePolicy` (`kvprune.engine.stepping`).
+A policy that decides at a new moment, such as the logits, takes a view, a base class
+(`kvprune.policy.moments`), a method of `PolicyCalls` that calls it, and a method here.
 
 Copies of one sample in the batch (beams, return sequences) get one decision and are held once. Here and in
 views, R counts distinct rows; what users read counts the whole batch B.
@@ -43,6 +40,7 @@ from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
 from kvprune.engine.prefill import DecisionContext, ObservedLayer, Prefill
 from kvprune.engine.report import CompressionReport
+from kvprune.engine.stepping import Stepping
 from kvprune.errors import CompressionStateError, GuideError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
@@ -65,8 +63,7 @@ class CrossKVManager:
         policy: The policy that decides.
         seed: Seed for policies that draw random numbers.
         layer_indices: The model's cross-attention layers in order; their positions are the ranks.
-        guide: Ranks encoder tokens for policies that need "guidance"; called once in each prefill, before its
-            first layer.
+        guide: Ranks encoder tokens for policies that need "guidance"; called once in each prefill.
         rereads: Whether the last token of each prompt is read again from the pruned cache, see `decide`.
     """
 
@@ -86,6 +83,7 @@ class CrossKVManager:
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._calls = PolicyCalls(policy, seed, self.layer_indices, self.report.note_draw)
         self.history = History(self.report)
+        self.steps = Stepping(policy, self.layer_indices)
         self._prefill: Prefill | None = None
 
     @property
@@ -124,6 +122,7 @@ class CrossKVManager:
         Raises:
             UnsupportedModelError: If the policy needs a grid, and the columns have none.
         """
+        self.steps.restart()
         first_new, rows = visibility.columns - new_columns, shared_rows or SharedRows()
         record = PrefillRecord(cached=cached)
         self._prefill = Prefill(
@@ -339,6 +338,7 @@ class CrossKVManager:
             self.report.warn(decision.note)
         apply(self.policy, prefill, context, decision, self.report.warn)
         prefill.record.note_decision(view.layer_idx, layer, watches, visible=prefill.visibility.decode)
+        self.steps.prepare(view, layer, cached=prefill.cached)
 
     def _running(self) -> Prefill:
         if self._prefill is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvprune.tokens.selection import OWN_BITS
 
-__all__ = ["LayerReceipt", "TextReceipt", "Window", "WindowReceipt"]
+__all__ = ["LayerReceipt", "StepReceipt", "TextReceipt", "Window", "WindowReceipt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,48 @@ class TextReceipt:
     width: int
     bytes_held: int
     bytes_full: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReceipt:
+    """One cross-attention layer in the decode steps after the latest prefill, for policies that decide there.
+
+    Reading fewer entries frees nothing: `bytes_held` says what stays in memory, `bytes_read_per_step` what a
+    step's attention reads of it.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        steps: Decode steps so far.
+        entries_read: Entries that a text row and KV head reads, mean over steps, rows and heads.
+        entries_held: Entries that it could have read, mean as above.
+        bytes_read_per_step: Bytes of keys and values that one step reads, all rows together, mean over steps.
+        width: Entries per sample and KV head that the layer holds after the latest step.
+        bytes_held: Bytes of their keys and values.
+        bytes_of_bookkeeping: Bytes of column numbers and validity flags.
+        bytes_of_state: Bytes of what the policy knows about the layer between steps, in addition.
+    """
+
+    layer_idx: int
+    steps: int
+    entries_read: float
+    entries_held: float
+    bytes_read_per_step: int
+    width: int
+    bytes_held: int
+    bytes_of_bookkeeping: int
+    bytes_of_state: int
+
+    def of(self, layer: LayerReceipt) -> LayerReceipt:
+        """Return the receipt of a layer after these steps."""
+        if self.width == layer.width:
+            return layer
+        return replace(
+            layer,
+            width=self.width,
+            widths={str(OWN_BITS): self.width},
+            bytes_held=self.bytes_held,
+            bytes_of_bookkeeping=self.bytes_of_bookkeeping,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

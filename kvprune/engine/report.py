@@ -16,6 +16,7 @@ from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.guidance import GuideReceipt
 from kvprune.engine.live_check import check_layers, check_text_layers
 from kvprune.engine.receipts import LayerReceipt, TextReceipt, Window, WindowReceipt
+from kvprune.engine.totals import Totals
 from kvprune.errors import ReceiptError
 from kvprune.policy.spec import PolicySpec
 from kvprune.text import printable
@@ -30,11 +31,11 @@ _MIB = 1024 * 1024
 
 
 @dataclass
-class CompressionReport:
+class CompressionReport(Totals):
     """What one compression has done so far.
 
-    Byte counts and layers are those of the latest prefill; kept fractions are averaged over all of them,
-    and seconds are added up.
+    Byte counts and layers are those of the latest prefill, less what decode steps have freed since; kept
+    fractions are averaged over all prefills, and seconds are added up.
 
     Attributes:
         policy: Spec of the policy.
@@ -56,6 +57,8 @@ class CompressionReport:
         drew: Whether the policy drew random numbers, so that another seed may keep other tokens.
         text_layers: One receipt per self-attention layer, if the policy prunes text. All other byte counts
             are of cross-attention only.
+        steps: One receipt per cross-attention layer of the decode steps since the latest prefill, if the
+            policy decides in them.
         text_kept_fraction: Text entries kept / text entries before pruning, mean over samples and layers of
             the latest prefill; None if the policy prunes no text.
         unit: What one column of the cache is, for readers.
@@ -71,7 +74,6 @@ class CompressionReport:
     encoder_inputs: int = 0
     prefills: int = 0
     rereads: int = 0
-    layers: tuple[LayerReceipt, ...] = ()
     kept_per_sample: tuple[float, ...] = ()
     kept_of_stored: float = float("nan")
     bytes_peak: int = 0
@@ -79,7 +81,6 @@ class CompressionReport:
     guide: GuideReceipt | None = None
     warnings: tuple[str, ...] = ()
     drew: bool = False
-    text_layers: tuple[TextReceipt, ...] = ()
     text_kept_fraction: float | None = None
     unit: Unit = Unit("token")
     seconds_per_column: float | None = None
@@ -187,16 +188,6 @@ class CompressionReport:
         self.windows = (receipt,) if window.is_first else (*self.windows, receipt)
 
     @property
-    def text_bytes_held(self) -> int:
-        """Bytes of the text's keys and values held after the latest prefill, if the policy prunes text."""
-        return sum(layer.bytes_held for layer in self.text_layers)
-
-    @property
-    def text_bytes_full(self) -> int:
-        """Bytes of the text's keys and values that stock transformers would hold."""
-        return sum(layer.bytes_full for layer in self.text_layers)
-
-    @property
     def kept_fraction(self) -> float:
         """Tokens that decoding keeps / tokens it could see, mean over samples, layers and heads.
 
@@ -215,21 +206,6 @@ class CompressionReport:
             return None
         heard = self._visible * self.seconds_per_column
         return heard * sum(seen) / len(seen), heard
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of cross-attention keys and values held after the latest prefill."""
-        return sum(layer.bytes_held for layer in self.layers)
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes of cross-attention keys and values that stock transformers would hold."""
-        return sum(layer.bytes_full for layer in self.layers)
-
-    @property
-    def bytes_of_bookkeeping(self) -> int:
-        """Bytes of column numbers and validity flags, in addition to keys and values."""
-        return sum(layer.bytes_of_bookkeeping for layer in self.layers)
 
     def verify(self) -> int:
         """Measure the live cache again, and compare it with the receipts of the latest prefill.
@@ -280,10 +256,21 @@ class CompressionReport:
             "seconds": self.seconds,
             "guide": None if self.guide is None else self.guide.to_dict(),
             "warnings": list(self.warnings),
+            "read_fraction": _or_none(self.read_fraction),
             "layers": [asdict(layer) for layer in self.layers],
+            "steps": [asdict(layer) for layer in self.steps],
             "text_layers": [asdict(layer) for layer in self.text_layers],
             "windows": [window.to_dict() for window in self.windows],
         }
+
+    def _on_steps(self) -> str:
+        read = sum(layer.bytes_read_per_step for layer in self.steps) / _MIB
+        state = sum(layer.bytes_of_state for layer in self.steps) / _MIB
+        return (
+            f"a decode step reads {self.read_fraction:.1%} of what is held ({read:.2f} MiB, mean over "
+            f"{_count(max(layer.steps for layer in self.steps), 'step')}), and frees only what the policy "
+            f"drops; the policy's state takes {state:.3f} MiB"
+        )
 
     def __str__(self) -> str:
         if not self.prefills:
@@ -315,6 +302,8 @@ class CompressionReport:
                 f"{self.text_bytes_full / _MIB:.3f} MiB stock, in {len(self.text_layers)} layers; "
                 f"kept {self.text_kept_fraction:.1%} of text entries"
             )
+        if any(layer.steps for layer in self.steps):
+            lines.append(self._on_steps())
         if self.rereads:
             lines.append(
                 f"the last token of {_count(self.rereads, 'prompt')} was read again from the pruned cache"

@@ -14,9 +14,11 @@ before the first cross-attention layer  a score of each token        FeatureScor
 when all layers have attended           a weight of each layer       ProportionalAllocator  measure, weights
                                         how urgent each token is     LayerAllocator         measure, urgency
                                         what each layer keeps        PrefillPolicy          observe, conclude
+in each decode step                     what the step reads          DecodePolicy           prepare, attend
 
-`FeaturePolicy` and `PrefillPolicy` get a budget by ``class Mine(BudgetPolicy, FeaturePolicy)``. A policy of
-any kind may prune the text's own cache as well: it needs "text_cache" and writes ``select_text``.
+`FeaturePolicy`, `PrefillPolicy` and `DecodePolicy` get a budget by
+``class Mine(BudgetPolicy, FeaturePolicy)``. A policy of any kind may prune the text's own cache as well: it
+needs "text_cache" and writes ``select_text``.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ from kvprune.policy.budgeted import (
 from kvprune.policy.checks import (
     check_scores,
 )
+from kvprune.policy.decode import (
+    DecodePolicy,
+)
 from kvprune.policy.moments import (
     FeaturePolicy,
     FeatureScoringPolicy,
@@ -47,6 +52,11 @@ from kvprune.policy.nesting import (
 )
 from kvprune.policy.spec import (
     PolicySpec,
+)
+from kvprune.policy.step_view import (
+    HeldView,
+    State,
+    StepView,
 )
 from kvprune.policy.text_view import (
     TextView,
@@ -68,9 +78,11 @@ from kvprune.tokens.randomness import (
 __all__ = [
     "BudgetPolicy",
     "CrossKVPolicy",
+    "DecodePolicy",
     "FeaturePolicy",
     "FeatureScoringPolicy",
     "FeatureView",
+    "HeldView",
     "LayerAllocator",
     "LayerView",
     "Need",
@@ -78,6 +90,8 @@ __all__ = [
     "PrefillPolicy",
     "ProportionalAllocator",
     "ScoringPolicy",
+    "State",
+    "StepView",
     "TextView",
     "View",
     "check_scores",

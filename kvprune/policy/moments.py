@@ -5,6 +5,9 @@ features  before the first cross-attention layer  FeaturePolicy.choose          
 layer     right after one layer's attention       CrossKVPolicy.select             LayerView
           right after the text's self-attention   CrossKVPolicy.select_text        TextView
 prefill   when all layers have attended           PrefillPolicy.observe, conclude  LayerViews
+step      in each decode step, before attention   DecodePolicy.attend              StepView
+
+`DecodePolicy` is in `kvprune.policy.decode`.
 
 A new moment takes three things: a view of what is known then (in `kvprune.policy.view`), a base class here
 with one abstract method that gets this view, and one call of that method in `kvprune.engine`. The base class

@@ -16,6 +16,7 @@ from kvprune.engine.guidance import Guidance, Prompt
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
+from kvprune.engine.step_counts import StepRead
 from kvprune.errors import CompressionStateError, GuideError, NestedCompressionError, PolicyNeverRanError
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
 from kvprune.policy.declarations import require_declarations
@@ -112,10 +113,16 @@ class Compression:
         report = self._manager.report
         report.unit, report.seconds_per_column = adapter.column_unit, adapter.column_seconds
         self._attached = False
+        self._reads: list[StepRead] = []
 
     @property
     def report(self) -> CompressionReport:
-        """What was kept and held so far."""
+        """What was kept and held so far, and read in decode steps.
+
+        Raises:
+            SelectionError: If a policy that decides in decode steps gave an answer that breaks an invariant.
+        """
+        self._manager.report.set_steps(self._manager.steps.settle())
         return self._manager.report
 
     @property
@@ -159,6 +166,16 @@ class Compression:
         return self._manager.history.recording()
 
     @property
+    def step_reads(self) -> Sequence[StepRead]:
+        """What decode steps have read since `record_steps`, in order; for oracles."""
+        return tuple(self._reads)
+
+    def record_steps(self) -> None:
+        """Note from now on what each decode step reads, which takes memory for each step."""
+        self._reads.clear()
+        self._manager.steps.recorder = self._reads.append
+
+    @property
     def is_attached(self) -> bool:
         """Whether the model runs under the policy now."""
         return self._attached
@@ -194,7 +211,7 @@ class Compression:
                 decided; or if no call reached the hooks of a model that was compiled before. Says what was
                 seen.
         """
-        report, model = self.report, self._adapter.model
+        report, model = self.report, self._adapter.model  # raises what was wrong in decode steps
         if report.encoder_inputs and not report.prefills:
             raise PolicyNeverRanError(
                 f"policy {self.policy.spec} never ran, although encoder states went through the model "

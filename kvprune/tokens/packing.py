@@ -1,11 +1,11 @@
-"""Turns a mask of entries into padded indices: the true entries of each row, packed to the left."""
+"""Rearranges entries and rows: a mask of entries as padded indices, held rows for each of their copies."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack_left"]
+__all__ = ["pack_left", "repeat_rows"]
 
 
 def pack_left(kept: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -38,3 +38,19 @@ def pack_left(kept: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         return indices, valid
     last = indices.gather(-1, (counts - 1).clamp(min=0))  # [..., 1]
     return torch.where(valid, indices, last), valid
+
+
+def repeat_rows(held: Tensor, copies: int) -> Tensor:
+    """Return ``[R, ...]`` for each of the ``copies`` rows that share a row, ``[R * copies, ...]``.
+
+    A view if there is one copy or one row, otherwise a copy.
+
+    Example:
+        >>> repeat_rows(torch.tensor([[1], [2]]), 2).tolist()
+        [[1], [1], [2], [2]]
+    """
+    if copies == 1:
+        return held
+    if held.shape[0] == 1:
+        return held.expand(copies, *held.shape[1:])
+    return held.repeat_interleave(copies, dim=0)

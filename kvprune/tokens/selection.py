@@ -242,6 +242,19 @@ class Selection:
     def _remember(self, mask: Tensor) -> None:
         vars(self)["_mask"] = mask, _versions(self.indices, mask)
 
+    @property
+    def is_known_full(self) -> bool:
+        """Whether it is known, without a host transfer, that no row is padded."""
+        return bool(vars(self).get("_known_full", False))
+
+    @classmethod
+    def full(cls, indices: Tensor, columns: int) -> Selection:
+        """Return a selection without padding that is correct by construction, as `trusted`."""
+        valid = torch.ones(1, 1, 1, dtype=torch.bool, device=indices.device).expand_as(indices)
+        selection = cls.trusted(indices, valid, columns)
+        vars(selection)["_known_full"] = True
+        return selection
+
     def to_mask(self) -> Tensor:
         """Return the kept columns as bool ``[B, H or 1, S]``, a copy that the caller may change."""
         return self.mask.clone()

@@ -22,6 +22,7 @@ from zoo import (
     randomness,
     runs,
     shape,
+    steps,
     texts,
 )
 
@@ -89,6 +90,8 @@ ALONE = {
     "check_monotone_in_layers": layers.TakesBack,
     "check_text": texts.UnevenText,
     "check_text_alone": texts.TextByBatch,
+    "check_reads_everything": steps.LeavesOneUnread,
+    "check_steps_alone": steps.LooksAtOtherSamples,
     "check_views_in_runs": runs.WritesToEarlierLayers,
     "check_history": runs.ForgetsWhenInterrupted,
     "check_rows_of_equal_inputs": runs.SharesEqualInputs,

@@ -28,6 +28,7 @@ MODULES = (
     "options",
     "texts",
     "runs",
+    "steps",
 )
 
 

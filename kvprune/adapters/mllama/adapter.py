@@ -46,6 +46,7 @@ from kvprune.adapters.mllama.visibility import (
 )
 from kvprune.adapters.probes import Probe
 from kvprune.adapters.rereading import last_row
+from kvprune.adapters.stepping import stepped
 from kvprune.adapters.text_mask import fit_text_mask
 from kvprune.adapters.tiny.models import example_mllama
 from kvprune.cache.cross_layer import CrossKVLayer
@@ -119,6 +120,8 @@ class MllamaAdapter(ModelAdapter):
         self.hook_calls(self._inner, self._before_inner, self._after_inner)
         for site in self.sites:
             self.before(self._text.layers[site.layer_idx], self._before_layer)
+            if manager.steps.is_active:
+                self.before(site.module, self._before_step)
         self.around(self.model, CANDIDATES, prompt_first)
 
     def _before_inner(
@@ -139,6 +142,7 @@ class MllamaAdapter(ModelAdapter):
         dtype = self._text.embed_tokens.weight.dtype
         mask_by_tile = TileMask(rows, self._inner.vision_model.num_patches, dtype)
         self._call = _Call(self.manager, self.reader, mask_by_tile)
+        self._call.returns_weights = self.spreads_weights
         if named.get("pixel_values") is not None or named.get("cross_attention_states") is not None:
             if cache is not None:
                 require_cache(cache)  # refuse before any layer has run
@@ -280,7 +284,7 @@ class MllamaAdapter(ModelAdapter):
         held = layer.keys.shape[0] * layer.copies
         if batch != held:
             raise UnsupportedCacheError(f"the cache holds {held} rows, but the batch has {batch}")
-        if not layer.is_readable:
+        if not layer.is_readable and not self.manager.steps.is_active:
             kwargs = with_cache(kwargs, OneLayer.spread(module.layer_idx, layer))
         _, site = self._by_layer[module.layer_idx]
         return self._masked(call, kwargs, call.mask.over(layer.contents, site))
@@ -296,6 +300,20 @@ class MllamaAdapter(ModelAdapter):
             return dict(named)  # decoding, or no image, or the caller has run the vision tower
         states = encoding.reshape(-1, *encoding.shape[-2:])  # [B * images * tiles, patches, C]
         return {**named, "pixel_values": None, "cross_attention_states": states}
+
+    def _before_step(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Let the policy choose what a cross-attention module reads in a decode step."""
+        if self._call is None or kwargs.get("cross_attention_states") is not None:
+            return None
+        rank, site = self._by_layer[module.layer_idx]
+        layer = open_layer(require_cache(cache_of(kwargs)), module.layer_idx, self._call.reader)
+
+        def alone(keys: Tensor, values: Tensor) -> OneLayer:
+            return OneLayer(module.layer_idx, keys, values)
+
+        return args, stepped(self._call, site, rank, layer, kwargs, alone)
 
     def geometry(self) -> Mapping[str, object]:
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""

@@ -21,7 +21,7 @@ __all__ = [
     "conclude",
 ]
 
-SUITE_VERSION = 5
+SUITE_VERSION = 6
 """Raised whenever a policy or an adapter that passed before may fail now."""
 
 Outcome = Literal["passed", "failed", "expected failure", "unexpectedly passed", "not applicable"]
@@ -55,7 +55,7 @@ class Result:
     """What the suite found about one invariant.
 
     Attributes:
-        id: "KV01" to "KV15", or a word: "class" for the class itself, "view" for what an adapter shows
+        id: "KV01" to "KV17", or a word: "class" for the class itself, "view" for what an adapter shows
             policies, and others that docs/conformance.md lists.
         title: What is checked, in a few words.
         outcome: "passed", "failed", "expected failure", "unexpectedly passed" or "not applicable".

@@ -103,7 +103,12 @@ def require_aligned(
         selected, bits = selection.to_mask(), selection.bits_by_column()  # [B, H or 1, S]
         chosen = [sample * len(selected) // scenario.batch_size for sample in held_samples]
         selected, bits = selected[chosen], bits[chosen]
-        if not torch.equal(_by_row(layer.held_columns(), layer), selected):
+        held_columns = _by_row(layer.held_columns(), layer)
+        if layer.steps is not None and layer.steps.is_changed:  # decode steps may have freed some
+            aligned = not bool((held_columns & ~selected).any()) and bool(held_columns.any(-1).all())
+        else:
+            aligned = torch.equal(held_columns, selected)
+        if not aligned:
             raise Violation(f"{where} to hold the columns that run.selections names", "other columns")
         if not bool((_by_row(layer.selection().bits_by_column(), layer) == bits).all()):
             raise Violation(f"{where} to hold columns in the bits that run.selections names", "other bits")

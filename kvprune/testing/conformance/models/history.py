@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.decode import DecodePolicy
 from kvprune.session.compression import Compression
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.models.decoding import require_close
 from kvprune.testing.conformance.models.forward_calls import called, encoded, forward
 from kvprune.testing.conformance.models.moments import break_off, count_calls
 from kvprune.testing.conformance.models.scenario import Scenario
+from kvprune.testing.conformance.models.stepping import takes_steps
 from kvprune.tokens.selection import Selection
 
 __all__ = ["check_encoder_outputs", "check_history", "check_views_in_runs"]
 
-_MOMENTS = ("choose", "select", "select_text", "observe", "conclude")
+_MOMENTS = ("choose", "select", "select_text", "prepare", "attend", "observe", "conclude")
 
 
 def check_history(policy: CrossKVPolicy, scenario: Scenario) -> None:
@@ -94,8 +96,13 @@ def check_views_in_runs(policy: CrossKVPolicy, scenario: Scenario) -> None:
     array of numpy, leaves as they are.
     """
     changed: list[Violation] = []
+    watched = _watched(policy, changed)
     try:
-        scenario.prefill(_watched(policy, changed))
+        if takes_steps(policy):
+            with scenario.compress(watched):
+                scenario.generate(scenario.model)
+        else:
+            scenario.prefill(watched)
     finally:
         if changed:  # the engine would report it as an error of the policy
             raise changed[0]
@@ -118,7 +125,9 @@ def _watched(policy: CrossKVPolicy, changed: list[Violation]) -> CrossKVPolicy:
         return ask
 
     cls = type(policy)
-    own = [name for name in _MOMENTS if getattr(cls, name, None) is not getattr(CrossKVPolicy, name, None)]
+    bases = (CrossKVPolicy, DecodePolicy)  # whose methods decide nothing
+    defaults = {name: [getattr(base, name, None) for base in bases] for name in _MOMENTS}
+    own = [name for name in _MOMENTS if getattr(cls, name, None) not in defaults[name]]
     watched = type(cls.__name__, (cls,), {name: watching(name) for name in own})
     made = copy.copy(policy)
     object.__setattr__(made, "__class__", watched)

@@ -40,6 +40,7 @@ def _check_rows(policy: CrossKVPolicy, scenario: Scenario, again: Scenario) -> N
     with scenario.compress(policy):
         plain = _logits(scenario.model, batch)
     with again.compress(policy) as run:
+        run.record_steps()
         got = _logits(again.model, batch)
     with again.masked(run):
         expected = _logits(again.pristine, batch)

@@ -6,8 +6,8 @@ Nothing here depends on a particular policy or adapter: both suites use it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from kvprune.testing.conformance.models.sites import Site, attention_sites, cros
 from kvprune.testing.conformance.models.stock import seen_columns, shuffled_columns
 from kvprune.testing.hooks import temporary
 from kvprune.testing.oracle import masked_oracle
+from kvprune.testing.oracle_steps import masked_steps
 from kvprune.testing.problems import ModelProblem
 from kvprune.testing.reference import slow_decode, visibility_of
 from kvprune.tokens.selection import Selection
@@ -148,6 +149,7 @@ class Scenario:
         """Generate under a policy; equal policies run once, because several checks look at the same run."""
         if policy not in self._runs:
             with self.compress(policy) as run:
+                run.record_steps()
                 self._runs[policy] = run, self.generate(self.model)
         return self._runs[policy]
 
@@ -195,9 +197,16 @@ class Scenario:
         """Return the cross-attention modules of a model of this kind."""
         return attention_sites(self.adapter_class, model)
 
-    def masked(self, run: Compression) -> AbstractContextManager[None]:
-        """Return a context in which the untouched model attends to what a run kept (KV13)."""
-        return self._masked(run.selections, run.prefill_selections, run.text_selections)
+    @contextmanager
+    def masked(self, run: Compression) -> Iterator[None]:
+        """Let the untouched model attend to what a run kept, and in decode steps to what they read (KV13)."""
+        with self._masked(run.selections, run.prefill_selections, run.text_selections):
+            if not run.step_reads:
+                assert not any(layer.steps for layer in run.report.steps), "call run.record_steps() before"
+                yield
+                return
+            with masked_steps(self.sites(self.pristine), run.step_reads):
+                yield
 
     def _masked(
         self, selections: Any, prefill_selections: Any, text_selections: Any = None

@@ -27,9 +27,11 @@ from kvprune.testing.conformance.models import (
     rereading,
     rows,
     selections,
+    stepping,
 )
 from kvprune.testing.conformance.models.merging import check_mass
 from kvprune.testing.conformance.models.scenario import Scenario
+from kvprune.testing.conformance.models.stepping import takes_steps
 from kvprune.testing.conformance.policies.corner_cases import LAYER_CORNERS
 from kvprune.testing.problems import LayerProblem
 
@@ -103,6 +105,18 @@ def _not_merging(policy: CrossKVPolicy) -> str:
     return f"{policy.spec} merges nothing"
 
 
+def _knows_order(policy: CrossKVPolicy) -> str:
+    return f"{policy.spec} knows entries by their place in decode steps" if takes_steps(policy) else ""
+
+
+def _no_steps(policy: CrossKVPolicy) -> str:
+    return "" if takes_steps(policy) else f"{policy.spec} decides nothing in decode steps"
+
+
+def _not_reading_all(policy: CrossKVPolicy) -> str:
+    return _no_steps(policy) or ("" if keeping_all(policy) else f"{policy.spec} has no keep_ratio")
+
+
 def _one_device() -> str:
     return "" if torch.cuda.is_available() else "devices were not compared: this machine has no CUDA device"
 
@@ -145,7 +159,9 @@ INVARIANTS = (
         _not_keeping_all,
         keeping_all,
     ),
-    Invariant("KV09", "the order of kept tokens is irrelevant", (), (decoding.check_storage_order,)),
+    Invariant(
+        "KV09", "the order of kept tokens is irrelevant", (), (decoding.check_storage_order,), _knows_order
+    ),
     Invariant(
         "KV10",
         "purity",
@@ -181,6 +197,21 @@ INVARIANTS = (
         (merging.check_partition,),
         (check_mass,),
         _not_merging,
+    ),
+    Invariant(
+        "KV16",
+        "a step that reads everything equals full",
+        (),
+        (stepping.check_reads_everything,),
+        _not_reading_all,
+        keeping_all,
+    ),
+    Invariant(
+        "KV17",
+        "a step depends on its own sample alone",
+        (),
+        (stepping.check_steps_alone,),
+        _no_steps,
     ),
     Invariant("views", "a run changes nothing that it shows", (), (history.check_views_in_runs,)),
     Invariant("history", "the same answer whatever ran before", (), (history.check_history,)),

@@ -32,7 +32,7 @@ def check_policy(
     seed: int = 0,
     examples: int = 40,
 ) -> ConformanceReport:
-    """Check a policy against the invariants KV01 to KV15, as far as a policy can break them, and in runs.
+    """Check a policy against the invariants KV01 to KV17, as far as a policy can break them, and in runs.
 
     A class, or the name of an installed policy without options, is checked with its default options, with
     several budgets, and with each choice of its other options. A policy, or a spec with options, is checked

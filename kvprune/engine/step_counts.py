@@ -1,0 +1,126 @@
+"""Counts what decode steps read, on the device, and records it for oracles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.engine.receipts import StepReceipt
+from kvprune.policy.step_checks import FLAWS
+from kvprune.policy.step_view import StepView
+from kvprune.tokens.selection import Selection
+
+__all__ = ["CheckedAnswer", "StepCounts", "StepRead", "recorded"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRead:
+    """What one call of a layer read in decoding, for oracles.
+
+    Args:
+        layer_idx: Index of the decoder layer.
+        columns: bool ``[B, T, H or 1, S]``, the columns that each text row read.
+    """
+
+    layer_idx: int
+    columns: Tensor
+
+
+class CheckedAnswer:
+    """An answer that was checked: a policy that gives the same tensors again needs no second check.
+
+    Args:
+        answer: The policy's selection.
+        safe: The same, with places that are safe to read.
+    """
+
+    def __init__(self, answer: Selection, safe: Selection) -> None:
+        self.safe = safe
+        self._tensors = answer.indices, answer.valid
+        self._versions = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in self._tensors)
+
+    def is_of(self, answer: Selection) -> bool:
+        """Whether an answer has the same tensors, unchanged."""
+        same = self._tensors[0] is answer.indices and self._tensors[1] is answer.valid
+        return same and self.safe.columns == answer.columns and self._versions == self._now()
+
+
+class StepCounts:
+    """Counts of one layer since the latest prefill, without device transfers.
+
+    A compiled graph adds to tensors at fixed addresses. Otherwise what the host knows is counted there.
+
+    Attributes:
+        read: Entries read, over all steps, text rows and KV heads; a number, or int64 ``[]`` on the device.
+        held: Entries that could have been read.
+        rows: Text rows of all steps.
+        steps: Steps.
+        flaws: bool ``[2, 3]``, which flaws answers of ``attend`` and of ``observe`` had.
+        checked: The latest answer that was checked, and what was made of it.
+    """
+
+    def __init__(self, layer: CrossKVLayer) -> None:
+        device = layer.keys.device
+        self.read: int | Tensor = 0
+        self.held: int | Tensor = 0
+        self.rows = self.steps = 0
+        self.in_graphs = torch.zeros(4, dtype=torch.int64, device=device)  # the same, of compiled steps
+        self.flaws = torch.zeros(2, len(FLAWS), dtype=torch.bool, device=device)
+        self.checked: CheckedAnswer | None = None
+        self.heads = layer.keys.shape[1]
+        self.bytes_of_entry = sum(
+            side.shape[-1] * side.element_size() for side in (layer.keys, layer.values)
+        )  # of one KV head
+        self.measure(layer)
+
+    def measure(self, layer: CrossKVLayer) -> None:
+        """Measure what the layer holds now."""
+        self.width, self.bytes_held = layer.width, layer.bytes_held
+        self.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
+        self.bytes_of_state = 0 if layer.steps is None else layer.steps.nbytes
+
+    def count(self, read: int | Tensor, held: int | Tensor, rows: int, text_rows: int) -> None:
+        """Count a step that reads so many of the entries held, both summed over its rows and KV heads."""
+        if torch.compiler.is_compiling():
+            for place, number in enumerate((read, held, rows, text_rows)):
+                self.in_graphs[place].add_(number)
+        else:
+            self.read, self.held = self.read + read, self.held + held
+            self.rows, self.steps = self.rows + rows, self.steps + text_rows
+
+    def receipt(self, layer_idx: int) -> StepReceipt:
+        """Return the counts, with a few device transfers."""
+        graphs: list[int] = self.in_graphs.tolist()
+        read, held, rows, steps = (
+            int(one) + other
+            for one, other in zip((self.read, self.held, self.rows, self.steps), graphs, strict=True)
+        )
+        return StepReceipt(
+            layer_idx=layer_idx,
+            steps=steps,
+            entries_read=read / (rows * self.heads) if rows else 0.0,
+            entries_held=held / (rows * self.heads) if rows else 0.0,
+            bytes_read_per_step=round(read * self.bytes_of_entry / steps) if steps else 0,
+            width=self.width,
+            bytes_held=self.bytes_held,
+            bytes_of_bookkeeping=self.bytes_of_bookkeeping,
+            bytes_of_state=self.bytes_of_state,
+        )
+
+
+def recorded(layer: CrossKVLayer, step: StepView, answer: Selection | None, text_rows: int) -> StepRead:
+    """Return what a step reads, by column."""
+    heads = layer.entries()[0].shape[1]
+    read = step.readable if answer is None else answer.mask & step.readable  # [N, H or 1, K]
+    heads = max(heads, read.shape[1])
+    slots = step.of_rows(step.slots).expand(-1, heads, -1)  # [N, H, K]
+    columns = torch.zeros(step.text_rows, heads, layer.columns + 1, dtype=torch.bool, device=slots.device)
+    # Entries that are not read are written to one column beyond the last, which is cut off.
+    columns.scatter_(-1, torch.where(read, slots, layer.columns), True)
+    return StepRead(step.layer_idx, columns[..., :-1].unflatten(0, (-1, text_rows)))

@@ -1,0 +1,326 @@
+"""Asks a `DecodePolicy` in each decode step, checks its answers without asking the device, and counts.
+
+`Stepping.prepare` runs after a prefill has settled what a layer holds, `Stepping.attend` before the layer
+attends in a decode step, and `Stepping.observe` with that step's attention. Nothing here waits for the device
+in a step: what is wrong with the values of an answer is noted there, and raised by `Stepping.settle`, at the
+latest when the block ends. On the CPU, where values are at hand, it is raised in the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.step_memory import StepMemory
+from kvprune.engine.receipts import StepReceipt
+from kvprune.engine.step_counts import CheckedAnswer, StepCounts, StepRead, recorded
+from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.step_checks import FLAWS, check_places, check_state, flaws
+from kvprune.policy.step_view import HeldView, StepView
+from kvprune.policy.view import LayerView
+from kvprune.tokens.selection import Selection
+
+__all__ = ["Stepping"]
+
+_Answer = TypeVar("_Answer")
+
+
+class Stepping:
+    """Calls one policy in the decode steps of one model.
+
+    Args:
+        policy: The policy; only a `DecodePolicy` is ever called.
+        layer_indices: The model's cross-attention layers in order.
+
+    Attributes:
+        recorder: If set, called with what each call of a layer read; for oracles.
+    """
+
+    def __init__(self, policy: CrossKVPolicy, layer_indices: Sequence[int]) -> None:
+        takes = isinstance(policy, DecodePolicy) and policy.takes_steps
+        self._policy = policy if takes and isinstance(policy, DecodePolicy) else None
+        self._layer_indices = tuple(layer_indices)
+        self._logs: dict[int, StepCounts] = {}
+        self.recorder: Callable[[StepRead], None] | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the policy decides in decode steps."""
+        return self._policy is not None
+
+    @property
+    def observes(self) -> bool:
+        """Whether the policy wants to see the attention of each step."""
+        return self._policy is not None and self._policy.observes
+
+    @property
+    def policy(self) -> DecodePolicy:
+        """The policy, if it decides in decode steps."""
+        assert self._policy is not None
+        return self._policy
+
+    def prepare(self, view: LayerView, layer: CrossKVLayer, *, cached: bool) -> None:
+        """Let the policy prepare for the steps of a layer, after its prefill decisions are applied.
+
+        Args:
+            view: The layer after its attention in prefill.
+            layer: Its cache layer, pruned.
+            cached: Whether there is a cache.
+
+        Raises:
+            UnsupportedCacheError: If there is none, so that no step would follow.
+            PolicyFailedError: If the policy raises, or returns no state.
+        """
+        if self._policy is None:
+            return
+        policy = self._policy
+        if not cached:
+            raise UnsupportedCacheError(
+                f"policy {policy.spec} decides in decode steps, but the model was called without a cache "
+                "(use_cache=False, or gradient checkpointing), so no step would read one; call it with "
+                "use_cache=True"
+            )
+        keys, values = layer.assembled()
+        slots, valid = layer.entries()
+        held = HeldView(
+            layer=view,
+            keys=keys,
+            values=values,
+            slots=slots,
+            valid=valid,
+            columns=layer.columns,
+            earlier=None if layer.steps is None else dict(layer.steps.tensors),
+        )
+        with torch.no_grad():
+            state = self._call(held.where, lambda: policy.prepare(held))
+        where = f"policy {policy.name!r} {held.where}: prepare"
+        layer.steps = StepMemory(
+            check_state(state, len(keys), where),
+            keys.device,
+            copies=layer.copies,
+            by_row=policy.observes,
+            compiles=policy.compiles,
+        )
+        self._logs[view.rank] = StepCounts(layer)
+
+    def view(
+        self,
+        rank: int,
+        layer: CrossKVLayer,
+        queries_of: Callable[[], Tensor],
+        readable: Tensor | None,
+        *,
+        batch: int,
+        text_rows: int,
+        scaling: float,
+    ) -> StepView:
+        """Return the view of a layer that is about to attend in a decode step.
+
+        Args:
+            rank: Index among the cross-attention layers.
+            layer: Its cache layer.
+            queries_of: Returns the queries of the layer, ``[B, Hq, T, D]``.
+            readable: bool ``[B, Hkv or 1, T or 1, K]``, what the model's mask lets through; None for all.
+            batch: Rows of the batch B.
+            text_rows: Text rows T of the call.
+            scaling: Factor on attention logits.
+
+        Raises:
+            UnsupportedCacheError: If the cache was not filled under this policy, or several tokens are read
+                at once under a policy that observes steps.
+        """
+        policy = self.policy
+        if layer.steps is None:
+            raise UnsupportedCacheError(
+                f"policy {policy.spec} decides in decode steps, but layer {self._layer_indices[rank]} of "
+                "this cache was filled without it; start with an empty cache"
+            )
+        if text_rows > 1 and policy.observes:
+            raise UnsupportedCacheError(
+                f"policy {policy.spec} observes each decode step, but this call reads {text_rows} tokens at "
+                "once (assisted decoding, or a later turn of text); give it one token at a time, or use a "
+                "policy that observes no steps"
+            )
+        keys, values = layer.assembled()
+        copies = layer.copies * text_rows
+        return StepView(
+            queries_of=lambda: queries_of().transpose(1, 2).flatten(0, 1),  # [N, Hq, D]
+            text_rows=batch * text_rows,
+            keys=keys,
+            values=values,
+            slots_of=lambda: layer.entries()[0],
+            readable=_readable(layer, readable, batch, text_rows),
+            number=layer.steps.taken,
+            taken=-1 if policy.compiles else layer.steps.taken_eagerly,
+            layer_idx=self._layer_indices[rank],
+            rank=rank,
+            num_layers=len(self._layer_indices),
+            scaling=scaling,
+            policy_name=policy.name,
+            copies=copies,
+            unrestricted=readable is None and not layer.ragged,
+        )
+
+    def attend(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:
+        """Ask which entries a step reads; checked, and with places that are safe to read.
+
+        Args:
+            layer: The cache layer.
+            step: The step.
+            text_rows: Text rows of the call for each row of the batch.
+
+        Raises:
+            SelectionError: If the answer breaks an invariant. What only its values show is noted, if they are
+                not on the CPU, and raised later.
+            PolicyFailedError: If the policy raises an error of its own.
+        """
+        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        assert memory is not None
+        state = memory.of_text_rows(layer.copies, text_rows)
+        with torch.no_grad():
+            answer = self._call(step.where, lambda: policy.attend(step, state), step)
+            read = held = _entries(step.readable, log.heads, full=step.unrestricted)
+            if answer is not None:
+                answer = self._checked(answer, step, log, 0)
+                read = _entries(answer.valid, log.heads, full=answer.is_known_full)
+            log.count(read, held, step.text_rows, text_rows)
+            memory.advance(text_rows)
+            if self.recorder is not None:
+                self.recorder(recorded(layer, step, answer, text_rows))
+        return answer
+
+    def observe(self, layer: CrossKVLayer, step: StepView, attention: Tensor) -> None:
+        """Show the policy the attention of a step, keep its new state, and free what it drops.
+
+        Args:
+            layer: The cache layer.
+            step: The step.
+            attention: ``[N, Hq, K]``.
+
+        Raises:
+            SelectionError, PolicyFailedError: As in `attend`, and if the new state has other names or rows.
+            UnsupportedCacheError: If the policy drops entries that are quantized.
+        """
+        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        assert memory is not None
+        state = memory.of_text_rows(layer.copies, 1)
+        where = f"policy {policy.name!r} {step.where}: observe"
+        with torch.no_grad():
+            answer = self._call(step.where, lambda: policy.observe(step, attention, state), step)
+            if not isinstance(answer, tuple) or len(answer) != 2:
+                raise PolicyFailedError(
+                    f"{where} returned {type(answer).__name__}, expected a pair (state, kept or None)"
+                )
+            kept = None if answer[1] is None else self._checked(answer[1], step, log, 1)
+            memory.store(check_state(answer[0], step.text_rows, where, memory.tensors))
+            if kept is not None:
+                layer.evict(kept)
+                log.measure(layer)
+
+    def settle(self) -> tuple[StepReceipt, ...]:
+        """Read the counts from the device, and raise what was wrong with answers.
+
+        Raises:
+            SelectionError: If an answer broke an invariant.
+        """
+        for rank, log in self._logs.items():
+            self._raise(log, rank)
+        return tuple(log.receipt(self._layer_indices[rank]) for rank, log in sorted(self._logs.items()))
+
+    def restart(self) -> None:
+        """Forget the counts of the prefill before, after raising what was wrong with its steps."""
+        if self._logs:
+            self.settle()
+            self._logs = {}
+
+    def _checked(self, answer: object, step: StepView, log: StepCounts, asked: int) -> Selection:
+        """Check an answer of ``attend`` (0) or ``observe`` (1)."""
+        where = f"policy {self.policy.name!r} {step.where}: {('attend', 'observe')[asked]}"
+        selection = check_places(answer, step, where)
+        if step.has_made(selection):
+            return selection
+        eager = not torch.compiler.is_compiling()
+        if eager and step.unrestricted and log.checked is not None and log.checked.is_of(selection):
+            return log.checked.safe
+        found = flaws(selection, step)
+        safe = Selection.trusted(selection.indices.clamp(0, step.entries - 1), selection.valid, step.entries)
+        if not eager:
+            log.flaws[asked].logical_or_(found)
+            return safe
+        if not _at_hand(found):
+            log.flaws[asked] |= found
+        elif found.any():  # the values are at hand
+            log.flaws[asked] |= found
+            self._raise(log, step.rank)
+        elif selection.valid.all():
+            safe = Selection.full(selection.indices, step.entries)
+        if step.unrestricted:
+            log.checked = CheckedAnswer(selection, safe)
+        return safe
+
+    def _raise(self, log: StepCounts, rank: int) -> None:
+        found = log.flaws.tolist()
+        for asked, method in enumerate(("attend", "observe")):
+            for flaw, text in zip(found[asked], FLAWS, strict=True):
+                if flaw:
+                    log.flaws.zero_()
+                    raise SelectionError(
+                        f"policy {self.policy.name!r} in a decode step at layer "
+                        f"{self._layer_indices[rank]}: {method}: {text}"
+                    )
+
+    def _call(self, where: str, question: Callable[[], _Answer], step: StepView | None = None) -> _Answer:
+        """Call the policy; an unexpected exception becomes an error that names it, and so does writing."""
+        if torch.compiler.is_compiling():
+            return question()
+        name = self.policy.name
+        shown = () if step is None else (step.keys, step.values)
+        before = [tensor._version for tensor in shown if not tensor.is_inference()]
+        try:
+            answer = question()
+        except (KVPruneError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise PolicyFailedError(
+                f"policy {name!r} raised {type(error).__name__} {where}: {str(error)[:500]}"
+            ) from error
+        if before != [tensor._version for tensor in shown if not tensor.is_inference()]:
+            raise PolicyFailedError(
+                f"policy {name!r} changed keys or values in place {where}; a view shows the model's "
+                "own tensors and is read-only: work on a copy"
+            )
+        return answer
+
+
+def _at_hand(tensor: Tensor) -> bool:
+    """Whether reading the values of a tensor waits for no device."""
+    return tensor.device.type == "cpu"
+
+
+def _entries(flags: Tensor, heads: int, *, full: bool) -> int | Tensor:
+    """Return how many flags ``[N, H or 1, K]`` are set, those of all heads counted for each head."""
+    if full:
+        return flags.shape[0] * heads * flags.shape[-1]
+    return flags.sum() * (heads // flags.shape[1])
+
+
+def _readable(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_rows: int) -> Tensor:
+    """Return which entries each text row may attend to, bool ``[N, Hkv or 1, K]``."""
+    found = None
+    if layer.ragged and layer.valid is not None:
+        held = layer.valid.repeat_interleave(layer.copies, dim=0)[:, None]  # [B, 1, H or 1, K]
+        found = held.expand(-1, text_rows, -1, -1)
+    if readable is not None:
+        allowed = readable.transpose(1, 2).expand(batch, text_rows, -1, -1)  # [B, T, Hkv or 1, K]
+        found = allowed if found is None else allowed & found
+    if found is None:
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
+            batch * text_rows, 1, layer.width
+        )
+    return found.flatten(0, 1)

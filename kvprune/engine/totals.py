@@ -1,0 +1,69 @@
+"""What the receipts of all layers add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvprune.engine.receipts import LayerReceipt, StepReceipt, TextReceipt
+
+__all__ = ["Totals"]
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """The receipts of the latest prefill and of the decode steps after it, layer by layer.
+
+    Args:
+        layers: One receipt per cross-attention layer of the latest prefill.
+        text_layers: One receipt per self-attention layer, if the policy prunes text.
+        steps: One receipt per cross-attention layer of the decode steps since the latest prefill, if the
+            policy decides in them.
+    """
+
+    layers: tuple[LayerReceipt, ...] = ()
+    text_layers: tuple[TextReceipt, ...] = ()
+    steps: tuple[StepReceipt, ...] = ()
+
+    def set_steps(self, steps: Sequence[StepReceipt]) -> None:
+        """Replace the receipts of decode steps; what a step has freed counts as not held from then on."""
+        self.steps = tuple(steps)
+        by_layer = {receipt.layer_idx: receipt for receipt in steps}
+        self.layers = tuple(
+            after.of(layer) if (after := by_layer.get(layer.layer_idx)) is not None else layer
+            for layer in self.layers
+        )
+
+    @property
+    def text_bytes_held(self) -> int:
+        """Bytes of the text's keys and values held after the latest prefill, if the policy prunes text."""
+        return sum(layer.bytes_held for layer in self.text_layers)
+
+    @property
+    def text_bytes_full(self) -> int:
+        """Bytes of the text's keys and values that stock transformers would hold."""
+        return sum(layer.bytes_full for layer in self.text_layers)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of cross-attention keys and values held after the latest prefill."""
+        return sum(layer.bytes_held for layer in self.layers)
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes of cross-attention keys and values that stock transformers would hold."""
+        return sum(layer.bytes_full for layer in self.layers)
+
+    @property
+    def bytes_of_bookkeeping(self) -> int:
+        """Bytes of column numbers and validity flags, in addition to keys and values."""
+        return sum(layer.bytes_of_bookkeeping for layer in self.layers)
+
+    @property
+    def read_fraction(self) -> float:
+        """Entries that decode steps read / entries that are held, mean over layers, rows and heads.
+
+        NaN if the policy does not decide in decode steps, or none were taken.
+        """
+        shares = [layer.entries_read / layer.entries_held for layer in self.steps if layer.steps]
+        return sum(shares) / len(shares) if shares else float("nan")

@@ -1,0 +1,196 @@
+"""Views of policies that decide in each decode step: what a layer holds after prefill, and one step.
+
+A view shows a layer's *entries*: what its cache holds, in the order in which it holds them. Entries are named
+by their place, 0 to K - 1. `slots` says from which column of the unpruned cache each of them came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvprune.policy.view import LayerView
+from kvprune.tokens.packing import repeat_rows
+from kvprune.tokens.precision import accumulation_dtype
+from kvprune.tokens.selection import Selection
+
+__all__ = ["HeldView", "State", "StepView", "in_order"]
+
+State = Mapping[str, Tensor]
+"""What a policy knows about one layer between steps: tensors by name, whose first axis is rows."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldView:
+    """What one cross-attention layer holds after a prefill, for `DecodePolicy.prepare`.
+
+    Axes: R rows that are held (copies of a sample, such as its beams, are one row), Hq and Hkv query and KV
+    heads, K entries, D head width.
+
+    Args:
+        layer: The layer right after its attention in this prefill: the columns that arrived, and all that
+            was captured for them.
+        keys: ``[R, Hkv, K, D]``, all entries, those of earlier images included.
+        values: ``[R, Hkv, K, D]``.
+        slots: int64 ``[R, H or 1, K]``, the column of each entry.
+        valid: bool, same shape; false at padding of a ragged batch.
+        columns: Number of columns so far, those of earlier images included.
+        earlier: What the policy knew before this prefill; None after the first one.
+    """
+
+    layer: LayerView
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    valid: Tensor
+    columns: int
+    earlier: State | None = None
+
+    @property
+    def entries(self) -> int:
+        """Number of entries K."""
+        return self.keys.shape[-2]
+
+    @property
+    def where(self) -> str:
+        """The moment and layer of the view, for messages."""
+        return f"after prefill {self.layer.where}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepView:
+    """One cross-attention layer in one decode step, before it attends.
+
+    Axes: N text rows that attend in this step (one for each row of the batch; more if one call reads several
+    tokens at once), R rows that are held, Hq and Hkv query and KV heads, K entries, D head width.
+
+    Args:
+        queries_of: Returns `queries`, which cost a projection that the layer repeats.
+        text_rows: Number of text rows N.
+        keys: ``[R, Hkv, K, D]``, as they are held.
+        values: ``[R, Hkv, K, D]``.
+        slots_of: Returns `slots`.
+        readable: bool ``[N, Hkv or 1, K]``, the entries that each text row may attend to. False at padding
+            and where the model's own mask hides an entry.
+        number: int64 ``[]``, decode steps since the prefill, 0 in the first one. A call that reads several
+            tokens counts as that many steps, but all of its rows have the number of its first.
+        taken: The same on the host, for policies that do not compile (`DecodePolicy.compiles`); -1 for
+            others, because a graph would be made anew for each number.
+        layer_idx: Index of the decoder layer in the model.
+        rank: Index among the cross-attention layers, 0 to L - 1.
+        num_layers: Number of cross-attention layers L.
+        scaling: Factor on attention logits.
+        policy_name: For messages.
+        copies: Consecutive text rows that attend to one held row.
+        unrestricted: Whether each text row may attend to every entry, as far as the host knows: there is
+            neither padding nor a mask.
+    """
+
+    queries_of: Callable[[], Tensor]
+    text_rows: int
+    keys: Tensor
+    values: Tensor
+    slots_of: Callable[[], Tensor]
+    readable: Tensor
+    number: Tensor
+    taken: int
+    layer_idx: int
+    rank: int
+    num_layers: int
+    scaling: float
+    policy_name: str = "?"
+    copies: int = 1
+    unrestricted: bool = False
+    _made: list[Selection] = field(default_factory=list, repr=False)
+    _queries: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def entries(self) -> int:
+        """Number of entries K."""
+        return self.keys.shape[-2]
+
+    @property
+    def queries(self) -> Tensor:
+        """Queries of this step as they enter attention, ``[N, Hq, D]``; computed when first asked for."""
+        if not self._queries:
+            self._queries.append(self.queries_of())
+        return self._queries[0]
+
+    @property
+    def rows(self) -> Tensor:
+        """The held row that each text row attends to, int64 ``[N]``."""
+        return torch.arange(self.text_rows, device=self.keys.device) // self.copies
+
+    @property
+    def slots(self) -> Tensor:
+        """Column of each entry, int64 ``[R, H or 1, K]``."""
+        return self.slots_of()
+
+    @property
+    def heads(self) -> int:
+        """Number of KV heads Hkv, which may read different entries."""
+        return self.keys.shape[1]
+
+    @property
+    def where(self) -> str:
+        """The moment and layer of the view, for messages."""
+        return f"in a decode step at layer {self.layer_idx}"
+
+    def of_rows(self, held: Tensor) -> Tensor:
+        """Return what is held, ``[R, ...]``, for each text row, ``[N, ...]``; a view where it can be."""
+        return repeat_rows(held, self.copies)
+
+    def grouped_queries(self) -> Tensor:
+        """Return the queries by KV head, ``[N, Hkv, Hq / Hkv, D]``, in float32 (float64 for float64)."""
+        dtype = accumulation_dtype(self.queries)
+        queries = self.queries.to(dtype)
+        return queries.reshape(len(queries), self.heads, -1, queries.shape[-1])
+
+    def has_made(self, selection: Selection) -> bool:
+        """Whether `best` has made a selection in this step, one that needs no check."""
+        return any(made is selection for made in self._made)
+
+    def best(self, scores: Tensor, count: int, limit: Tensor | None = None) -> Selection:
+        """Return the entries of the highest scores, for each text row, without asking the device.
+
+        Equal scores go to the lower place.
+
+        Args:
+            scores: ``[N, Hkv or 1, K]``, higher = read. Entries that a row cannot read do not matter.
+            count: How many entries are read at most; the width of the selection.
+            limit: int64 ``[N]``, how many entries each text row reads, at least 1; ``count`` by default.
+
+        Returns:
+            ``[N, Hkv or 1, count]``. Rows that may read fewer entries are padded.
+        """
+        count = max(1, min(count, self.entries))
+        if self.unrestricted and limit is None:
+            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+            self._made.append(Selection.full(order.sort(dim=-1).values, self.entries))
+            return self._made[-1]
+        heads = max(scores.shape[1], self.readable.shape[1])
+        lowest = scores.masked_fill(~self.readable, -torch.inf)  # [N, H, K]
+        # Stable, so that equal scores go to the lower place on any device.
+        found, places = lowest.expand(-1, heads, -1).sort(dim=-1, descending=True, stable=True)
+        found, places = found[..., :count], places[..., :count]  # [N, H, count], best first
+        valid = found > -torch.inf
+        if limit is not None:
+            valid = valid & (torch.arange(count, device=valid.device) < limit[:, None, None])
+        return in_order(places, valid, self.entries)
+
+
+def in_order(places: Tensor, valid: Tensor, entries: int) -> Selection:
+    """Return the selection of the valid places, in any order; needs no device transfer.
+
+    Args:
+        places: int64 ``[N, H, n]``, distinct where valid.
+        valid: bool, same shape.
+        entries: Number of entries K.
+    """
+    places = torch.where(valid, places, entries).sort(dim=-1).values  # valid ones first
+    valid = places < entries
+    last = torch.where(valid, places, 0).amax(-1, keepdim=True)
+    return Selection.trusted(torch.where(valid, places, last), valid, entries)

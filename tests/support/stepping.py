@@ -1,0 +1,43 @@
+"""Runs of policies that decide in decode steps, against the oracle that masks per step."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from generation import generate
+from torch import Tensor
+
+import kvprune
+from kvprune.session.registry import find_adapter
+from kvprune.testing import masked_oracle
+from kvprune.testing.oracle_steps import masked_steps
+
+__all__ = ["against_oracle", "recorded"]
+
+
+def recorded(model: Any, inputs: dict[str, Any], policy: Any, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """Generate under a policy, from a fixed random state; return sequences, logits and the compression."""
+    torch.manual_seed(0)
+    settings = {name: options.pop(name) for name in ("seed", "reread") if name in options}
+    with kvprune.compress(model, policy, **settings) as run:
+        run.record_steps()
+        sequences, logits, _ = generate(model, inputs, **options)
+    return sequences, logits, run
+
+
+def against_oracle(model: Any, inputs: dict[str, Any], policy: Any, **options: Any) -> float:
+    """Return the largest difference in logits to the untouched model that masks what each step skips."""
+    sequences, logits, run = recorded(model, inputs, policy, **options)
+    reread = options.pop("reread", False)
+    torch.manual_seed(0)
+    with ExitStack() as stack:
+        adapter, kept = find_adapter(model), (run.selections, run.prefill_selections)
+        stack.enter_context(masked_oracle(model, *kept, adapter=adapter, reread=reread))
+        stack.enter_context(masked_steps(adapter(model).sites, run.step_reads))
+        expected_sequences, expected, _ = generate(model, inputs, **options)
+    assert not logits.isnan().any()
+    assert torch.equal(sequences, expected_sequences)
+    differ = logits != expected  # some models forbid tokens by logits of -inf, which are equal
+    return float((logits - expected)[differ].abs().max()) if differ.any() else 0.0
