@@ -9,8 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from kvprune.errors import UnsupportedModelError
+
 __all__ = [
     "CACHE",
+    "STATES",
     "cache_argument",
     "cache_of",
     "has_cache",
@@ -19,6 +22,7 @@ __all__ = [
     "tokens_of",
     "with_cache",
     "with_returned_cache",
+    "with_states",
     "without_cache",
 ]
 
@@ -27,6 +31,9 @@ _CACHE_NAMES = ("cache", "past_key_values")
 
 CACHE = "|".join(_CACHE_NAMES)
 """The same names in the form that `probe_signatures` reads: any one of them."""
+
+STATES = "encoder_outputs", "encoder_hidden_states"
+"""Arguments that bring what the encoder has returned."""
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -91,3 +98,17 @@ def has_cache(named: Mapping[str, Any], config: Any) -> bool:
     """
     use_cache = named.get("use_cache")
     return cache_of(named) is not None or bool(config.use_cache if use_cache is None else use_cache)
+
+
+def with_states(named: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Return the arguments of a call; raise if they do not say what the encoder has returned.
+
+    Raises:
+        UnsupportedModelError: Names the family and the arguments that were looked for.
+    """
+    if all(named.get(name) is None for name in STATES):
+        raise UnsupportedModelError(
+            f"generate of {family} passes none of {', '.join(STATES)} to the model, so a second branch "
+            "would run the encoder again; its adapter must define second_call()"
+        )
+    return dict(named)

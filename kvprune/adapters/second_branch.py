@@ -16,38 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvprune.adapters.arguments import cache_of, named_arguments, returned_cache
+from kvprune.adapters.arguments import STATES, cache_of, named_arguments, returned_cache
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.generation import CANDIDATES
 from kvprune.engine.measurement import Stopwatch
 from kvprune.errors import ContrastError, UnsupportedModelError
 
-__all__ = ["CallRecorder", "RecordedCall", "rows_with_prefix", "with_states"]
+__all__ = ["CallRecorder", "RecordedCall", "rows_with_prefix"]
 
 PROCESSORS = "_get_logits_processor"
 """Method of ``GenerationMixin`` that makes the list of logits processors, once in each `generate`."""
 
-_STATES = "encoder_outputs", "encoder_hidden_states"
-"""Arguments that bring what the encoder has returned."""
-
-
-def with_states(named: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Return the arguments of a call; raise if they do not say what the encoder has returned.
-
-    Raises:
-        UnsupportedModelError: Names the family and the arguments that were looked for.
-    """
-    if all(named.get(name) is None for name in _STATES):
-        raise UnsupportedModelError(
-            f"generate of {family} passes none of {', '.join(_STATES)} to the model, so a second branch "
-            "would run the encoder again; its adapter must define second_call()"
-        )
-    return dict(named)
-
 
 def _version(named: Mapping[str, Any]) -> int | None:
     """Return how often the encoder states of a call have been changed in place; None if unknown."""
-    for name in _STATES:
+    for name in STATES:
         states = named.get(name)
         states = states if states is None or isinstance(states, Tensor) else states[0]
         if isinstance(states, Tensor):
