@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from kvprune.errors import UnsupportedModelError
@@ -40,12 +42,26 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Return all arguments of a forward call by name, including positional ones."""
     if not args:
         return kwargs
+    if not torch.compiler.is_compiling() and "forward" not in module.__dict__:
+        named = dict(zip(_positional_names(type(module).forward), args, strict=False))
+        if len(named) == len(args) and named.keys().isdisjoint(kwargs):
+            return named | kwargs
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-    named: dict[str, Any] = dict(bound.arguments)
+    named = dict(bound.arguments)
     for name, parameter in inspect.signature(module.forward).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD and name in named:
             named.update(named.pop(name))
     return named
+
+
+@functools.lru_cache(maxsize=256)
+def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of what a method takes by position, without self.
+
+    Kept, because hooks ask in each layer at each token, and reading a signature takes as long as a small layer.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
 
 
 def tokens_of(named: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from kvprune.adapters.second_branch import CallRecorder, RecordedCall, rows_with
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.measurement import Stopwatch
 from kvprune.errors import ContrastError, UnsupportedCacheError
-from kvprune.session.contrast_report import ContrastReport, bytes_of
+from kvprune.session.contrast_report import ContrastReport, bytes_of, text_bytes_of
 from kvprune.session.contrast_rules import CombineRule
 from kvprune.text import shown
 
@@ -218,6 +218,8 @@ class ContrastProcessor:
         report.pruned.add(watch, is_prefill=is_first)
         if not is_first:
             report.add_combining(combining)
-        report.full.bytes_cross, report.full.bytes_text = bytes_of(self._first_cache, self._cross)
-        _, report.pruned.bytes_text = bytes_of(self._cache, self._cross)
-        report.pruned.bytes_cross = self._manager.report.bytes_held
+            report.full.bytes_text = text_bytes_of(self._first_cache, self._cross)
+        else:
+            report.full.bytes_cross, report.full.bytes_text = bytes_of(self._first_cache, self._cross)
+            report.pruned.bytes_cross = self._manager.report.bytes_held
+        report.pruned.bytes_text = text_bytes_of(self._cache, self._cross)
