@@ -84,9 +84,8 @@ class TrainedPolicy(CrossKVPolicy):
         if path is None:
             return None
         if not self.weights.endswith(SUFFIX) and not path.is_file():
-            names = sorted(
-                one.stem.removeprefix(f"{self.name}-") for one in path.parent.glob(self._pattern())
-            )
+            files = path.parent.glob(f"{self.name}-*{SUFFIX}")
+            names = sorted(one.stem.removeprefix(f"{self.name}-") for one in files)
             raise WeightsError(
                 f"policy {self.name!r} comes with no weights {shown(self.weights)}: there is no file "
                 f"{shown(path.name)} (there are {', '.join(names) or 'none'}); name a file ({SUFFIX}), or "
@@ -95,14 +94,15 @@ class TrainedPolicy(CrossKVPolicy):
         file = read_weights(path)
         if file.policy != self.name:
             raise WeightsError(
-                f"the weights {shown(str(path))} are those of policy {shown(file.policy)}, not of {self.name!r}"
+                f"the weights {shown(str(path))} are those of policy {shown(file.policy)}, not of "
+                f"{self.name!r}"
             )
         for option in self.trained_options:
             own = getattr(self, option)
             if option in file.options and file.options[option] != own:
                 raise WeightsError(
-                    f"the weights {shown(str(path))} were trained with {option}={file.options[option]}, but the "
-                    f"policy {self.name!r} has {option}={own}; state the former, or train others"
+                    f"the weights {shown(str(path))} were trained with {option}={file.options[option]}, but "
+                    f"the policy {self.name!r} has {option}={own}; state the former, or train others"
                 )
         return file
 
@@ -118,15 +118,11 @@ class TrainedPolicy(CrossKVPolicy):
         if self.digest and self.digest != found:
             assert file is not None
             raise WeightsError(
-                f"the weights {shown(str(file.path))} of policy {self.name!r} have the digest {found}, but the "
-                f"spec asks for {shown(self.digest)} ({DIGEST_DIGITS} digits of the SHA-256): the file is "
+                f"the weights {shown(str(file.path))} of policy {self.name!r} have the digest {found}, but "
+                f"the spec asks for {shown(self.digest)} ({DIGEST_DIGITS} digits of the SHA-256): the file is "
                 "another one, or has changed since"
             )
         object.__setattr__(self, "digest", found)
-
-    @classmethod
-    def _pattern(cls) -> str:
-        return f"{cls.name}-*{SUFFIX}"
 
 
 def _folder(cls: type[TrainedPolicy]) -> Path:

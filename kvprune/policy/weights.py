@@ -223,9 +223,9 @@ def _checked(
     for key in policy.trained_for:
         if file.geometry.get(key) != geometry[key]:
             raise WeightsError(
-                f"{where} were trained for a model of {key} {file.geometry.get(key, 'unknown')}, but this model "
-                f"has {geometry[key]}; train them for it with `kvprune train`, or take weights={FRESH}, which "
-                "is untrained"
+                f"{where} were trained for a model of {key} {file.geometry.get(key, 'unknown')}, but this "
+                f"model has {geometry[key]}; train them for it with `kvprune train`, or take "
+                f"weights={FRESH}, which is untrained"
             )
     stat = path.stat()
     tensors = _read(path, stat.st_mtime_ns, stat.st_size)[1]
