@@ -119,8 +119,8 @@ class TrainedPolicy(CrossKVPolicy):
             assert file is not None
             raise WeightsError(
                 f"the weights {shown(str(file.path))} of policy {self.name!r} have the digest {found}, but "
-                f"the spec asks for {shown(self.digest)} ({DIGEST_DIGITS} digits of the SHA-256): the file is "
-                "another one, or has changed since"
+                f"the spec asks for {shown(self.digest)} ({DIGEST_DIGITS} digits of the SHA-256): the file "
+                "is another one, or has changed since"
             )
         object.__setattr__(self, "digest", found)
 
