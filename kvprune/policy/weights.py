@@ -50,10 +50,13 @@ class HasWeights(Protocol):
     """What is read of a policy with weights; `kvprune.policy.TrainedPolicy` has all of it."""
 
     name: ClassVar[str]
-    trained_for: ClassVar[tuple[str, ...]]
     trained_options: ClassVar[tuple[str, ...]]
     weights: Any
     digest: Any
+
+    @property
+    def trained_for(self) -> tuple[str, ...]:
+        """Properties of a model that the weights are made for."""
 
     @property
     def weights_path(self) -> Path | None:
