@@ -49,7 +49,6 @@ from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.layout import Layout
-from kvprune.tokens.reindexing import compose
 from kvprune.tokens.visibility import Visibility
 
 __all__ = ["CrossKVManager"]
@@ -159,7 +158,8 @@ class CrossKVManager:
             self._prepare(prefill, features[:: prefill.shared_rows.copies])
         layer.separate()
         prefill.record.note_arrival(self.layer_indices[rank], layer)
-        return layer.expect(prefill.onward, prefill.new_columns, prefill.shared_rows)
+        arrival = layer.expect(prefill.onward, prefill.new_columns, prefill.shared_rows)
+        return replace(arrival, replaced=prefill.replaced)
 
     def _prepare(self, prefill: Prefill, features: Tensor) -> None:
         """Run once before the first layer: collect captures, ask the guide, let a `FeaturePolicy` decide."""
@@ -226,7 +226,7 @@ class CrossKVManager:
             UnsupportedCacheError: If there is no cache, and the policy prunes nothing but the cache.
         """
         prefill, policy = self._running(), self.policy
-        received = prefill.onward
+        received, replaced = prefill.onward, prefill.replaced
         prefill.record.note_attention(self.layer_indices[rank], layer)
         view = self._calls.layer_view(
             prefill,
@@ -238,7 +238,7 @@ class CrossKVManager:
             follows_text=follows_text,
         )
         before = None if layer.slots is None else attended_selection(layer, received, prefill.first_new)
-        context = DecisionContext(view, layer, layer.width - view.columns, before)
+        context = DecisionContext(view, layer, layer.width - view.columns, before, replaced)
         with torch.no_grad(), Stopwatch(view.device) as watch:
             if isinstance(policy, PrefillPolicy):
                 answer = self._calls.observe(policy, view)
@@ -312,7 +312,7 @@ class CrossKVManager:
         if decision.note:
             self.report.warn(decision.note)
         if decision.onward is not None:
-            prefill.onward = compose(None, decision.onward)
+            prefill.pass_on(decision.onward)
 
     def _conclude(self, prefill: Prefill) -> None:
         """Let a `PrefillPolicy` decide, once, about all layers that it observed, and apply the decisions."""
