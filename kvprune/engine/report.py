@@ -28,6 +28,7 @@ SCHEMA = 2
 """Schema version of `CompressionReport.to_dict`; raised when a field is removed or changes its meaning."""
 
 _MIB = 1024 * 1024
+_LiveLayer = weakref.ref[CrossKVLayer]
 
 
 @dataclass
@@ -90,7 +91,7 @@ class CompressionReport(Totals):
     _visible: float = field(default=0.0, repr=False)  # tokens that decoding could see, mean over samples
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
-    _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)
+    _live: tuple[_LiveLayer, ...] = field(default=(), repr=False, compare=False)
     _live_text: tuple[weakref.ref[TextKVLayer], ...] = field(default=(), repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class CompressionReport(Totals):
         visible: Sequence[int],
         *,
         bytes_peak: int = 0,
-        live: Sequence[weakref.ref[CrossKVLayer]] = (),
+        live: Sequence[_LiveLayer] = (),
     ) -> None:
         """Add the receipts of one prefill.
 
@@ -154,14 +155,10 @@ class CompressionReport(Totals):
         self.kept_of_stored = sum(shares) / len(shares) if shares else float("nan")
 
     def add_loaded(
-        self,
-        name: str,
-        layers: Sequence[LayerReceipt],
-        facts: Mapping[str, Any],
-        live: Sequence[weakref.ref[CrossKVLayer]],
+        self, file: str, layers: Sequence[LayerReceipt], facts: Mapping[str, Any], live: Sequence[_LiveLayer]
     ) -> None:
         """Begin with a cache that an earlier run has filled; ``facts`` are numbers of its latest prefill."""
-        self.loaded, self.layers, self._live = name, tuple(layers), tuple(live)
+        self.loaded, self.layers, self._live = file, tuple(layers), tuple(live)
         for name, number in facts.items():
             setattr(self, name, number)
         seen = [fraction for fraction in self.kept_per_sample if fraction == fraction]
@@ -203,7 +200,7 @@ class CompressionReport(Totals):
         )
         self.windows = (receipt,) if window.is_first else (*self.windows, receipt)
 
-    def live_layers(self) -> list[tuple[LayerReceipt, weakref.ref[CrossKVLayer]]]:
+    def live_layers(self) -> list[tuple[LayerReceipt, _LiveLayer]]:
         """Return each receipt with the cache layer that it describes; empty without a cache."""
         return list(zip(self.layers, self._live, strict=False))
 

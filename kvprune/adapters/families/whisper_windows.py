@@ -170,7 +170,9 @@ def probe_windows() -> Probe:
     """Check that transformers has the methods of Whisper and the local variables that are read."""
     code, mixin = _code(), _mixin()
     missing = [name for name in _READ if name not in code.co_varnames + code.co_cellvars]
-    missing += [name for name in (DETECTS_LANGUAGE, ASKS_FOR_SPEECH) if not hasattr(mixin, name)]
+    missing += [
+        name for name in (DETECTS_LANGUAGE, ASKS_FOR_SPEECH, REPEATS_INPUTS) if not hasattr(mixin, name)
+    ]
     detail = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(_READ)}"
     return Probe("WhisperGenerationMixin", not missing, detail)
 
