@@ -186,7 +186,7 @@ class Stepping:
                 not on the CPU, and raised later.
             PolicyFailedError: If the policy raises an error of its own.
         """
-        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
         assert memory is not None
         state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
@@ -213,7 +213,7 @@ class Stepping:
             SelectionError, PolicyFailedError: As in `attend`, and if the new state has other names or rows.
             UnsupportedCacheError: If the policy drops entries that are quantized.
         """
-        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
         assert memory is not None
         state = memory.of_text_rows(layer.copies, 1)
         where = f"policy {policy.name!r} {step.where}: observe"
@@ -228,6 +228,17 @@ class Stepping:
             if kept is not None:
                 layer.evict(kept)
                 log.measure(layer)
+
+    def resume(self, rank: int, layer: CrossKVLayer) -> None:
+        """Count the steps of a layer that an earlier run has filled, if the policy takes any."""
+        if self._policy is not None:
+            self._logs[rank] = StepCounts(layer)
+
+    def _log(self, rank: int, layer: CrossKVLayer) -> StepCounts:
+        """Return the counts of a layer; new ones if its cache was filled by an earlier run."""
+        if rank not in self._logs:
+            self.resume(rank, layer)
+        return self._logs[rank]
 
     def settle(self) -> tuple[StepReceipt, ...]:
         """Read the counts from the device, and raise what was wrong with answers.
