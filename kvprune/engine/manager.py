@@ -14,8 +14,7 @@ The manager works on tensors, selections and visibility, and knows no model fami
                                     the report is written
 
 Decode steps read the pruned cache layers, and ask a `DecodePolicy` (`kvprune.engine.stepping`).
-A policy that decides at a new moment, such as the logits, takes a view, a base class
-(`kvprune.policy.moments`), a method of `PolicyCalls` that calls it, and a method here.
+A new moment takes a view, a base class (`kvprune.policy.moments`), and a method of `PolicyCalls` and of this.
 
 Copies of one sample in the batch (beams, return sequences) get one decision and are held once. Here and in
 views, R counts distinct rows; what users read counts the whole batch B.
@@ -82,7 +81,7 @@ class CrossKVManager:
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._calls = PolicyCalls(policy, seed, self.layer_indices, self.report.note_draw)
         self.history = History(self.report)
-        self.steps = Stepping(policy, self.layer_indices)
+        self.steps = Stepping(policy, self.layer_indices, self._calls.held)
         self._prefill: Prefill | None = None
 
     @property
@@ -101,6 +100,7 @@ class CrossKVManager:
         layout: Callable[[], Layout] | None = None,
         prompt: Callable[[Tensor], Prompt] | None = None,
         capture: Callable[[], Captured] | None = None,
+        before: Stopwatch | None = None,
     ) -> None:
         """Open a prefill.
 
@@ -117,13 +117,14 @@ class CrossKVManager:
                 ``[R, S, C]``; None if the adapter supports no guide.
             capture: Returns what the adapter captured of all new columns, for R rows, once the encoder has
                 run; None if it captured nothing.
+            before: Around what has run for the policy so far; the report counts it.
 
         Raises:
             UnsupportedModelError: If the policy needs a grid, and the columns have none.
         """
         self.steps.restart()
         first_new, rows = visibility.columns - new_columns, shared_rows or SharedRows()
-        record = PrefillRecord(cached=cached)
+        record = PrefillRecord(cached=cached, before=before)
         self._prefill = Prefill(
             visibility, first_new, fingerprints, rows, cached, record, layout, prompt, capture
         )
