@@ -122,7 +122,7 @@ class CrossKVManager:
         Raises:
             UnsupportedModelError: If the policy needs a grid, and the columns have none.
         """
-        self.steps.restart()
+        self.report.set_steps(self.steps.restart())
         first_new, rows = visibility.columns - new_columns, shared_rows or SharedRows()
         record = PrefillRecord(cached=cached)
         self._prefill = Prefill(
@@ -272,6 +272,7 @@ class CrossKVManager:
         """
         prefill, self._prefill = self._prefill, None
         if prefill is None or not completed:
+            self.steps.abandon(prefill)
             return
         self._conclude(prefill)
         if self.rereads and not reread:

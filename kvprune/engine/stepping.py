@@ -233,10 +233,23 @@ class Stepping:
             self._raise(log, rank)
         return tuple(log.receipt(self._layer_indices[rank]) for rank, log in sorted(self._logs.items()))
 
-    def restart(self) -> None:
-        """Forget the counts of the prefill before, after raising what was wrong with its steps."""
-        if self._logs:
-            self.settle()
+    def reads_less(self) -> bool:
+        """Whether steps so far have read less than all, or may free some of it later; waits for the device.
+
+        Raises:
+            SelectionError: As `settle` does.
+        """
+        return self.observes or any(step.entries_read < step.entries_held for step in self.settle())
+
+    def restart(self) -> tuple[StepReceipt, ...]:
+        """Begin the counts of a prefill; return those of the one before, see `settle`."""
+        found = self.settle()
+        self._logs = {}
+        return found
+
+    def abandon(self, prefill: object) -> None:
+        """Forget what was prepared for a prefill that was interrupted, if there is one."""
+        if prefill is not None:
             self._logs = {}
 
     def _checked(self, answer: object, step: StepView, log: StepCounts, asked: int) -> Selection:
@@ -323,4 +336,5 @@ def _readable(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_row
         return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
             batch * text_rows, 1, layer.width
         )
-    return found.flatten(0, 1)
+    found = found.flatten(0, 1)
+    return found | ~found.any(-1, keepdim=True)  # a row from which everything is hidden attends to something

@@ -74,7 +74,8 @@ class StepView:
         values: ``[R, Hkv, K, D]``.
         slots_of: Returns `slots`.
         readable: bool ``[N, Hkv or 1, K]``, the entries that each text row may attend to. False at padding
-            and where the model's own mask hides an entry.
+            and where the model's own mask hides an entry. True everywhere for a row from which all is hidden
+            (a sample of padding, or without condition), because attention must read something.
         number: int64 ``[]``, decode steps since the prefill, 0 in the first one. A call that reads several
             tokens counts as that many steps, but all of its rows have the number of its first.
         taken: The same on the host, for policies that do not compile (`DecodePolicy.compiles`); -1 for
