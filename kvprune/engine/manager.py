@@ -272,9 +272,9 @@ class CrossKVManager:
         """
         prefill, self._prefill = self._prefill, None
         if prefill is None or not completed:
-            self.steps.abandon(prefill)
             return
         self._conclude(prefill)
+        self.steps.begin()
         if self.rereads and not reread:
             raise CompressionStateError("the adapter did not read the last token again, as reread=True asks")
         self.report.count_encoder_input(reread=reread)

@@ -47,6 +47,8 @@ class Stepping:
         self._policy = policy if takes and isinstance(policy, DecodePolicy) else None
         self._layer_indices = tuple(layer_indices)
         self._logs: dict[int, StepCounts] = {}
+        self._before: tuple[StepReceipt, ...] = ()  # what `settle` returns until a prefill has ended
+        self._in_prefill = False
         self.recorder: Callable[[StepRead], None] | None = None
 
     @property
@@ -226,9 +228,14 @@ class Stepping:
     def settle(self) -> tuple[StepReceipt, ...]:
         """Read the counts from the device, and raise what was wrong with answers.
 
+        Returns:
+            One receipt for each layer since the latest prefill that has ended.
+
         Raises:
             SelectionError: If an answer broke an invariant.
         """
+        if self._in_prefill:
+            return self._before
         for rank, log in self._logs.items():
             self._raise(log, rank)
         return tuple(log.receipt(self._layer_indices[rank]) for rank, log in sorted(self._logs.items()))
@@ -242,15 +249,14 @@ class Stepping:
         return self.observes or any(step.entries_read < step.entries_held for step in self.settle())
 
     def restart(self) -> tuple[StepReceipt, ...]:
-        """Begin the counts of a prefill; return those of the one before, see `settle`."""
-        found = self.settle()
-        self._logs = {}
-        return found
+        """Forget the counts when a prefill begins, and return them; see `settle`."""
+        self._before = self.settle()
+        self._logs, self._in_prefill = {}, True
+        return self._before
 
-    def abandon(self, prefill: object) -> None:
-        """Forget what was prepared for a prefill that was interrupted, if there is one."""
-        if prefill is not None:
-            self._logs = {}
+    def begin(self) -> None:
+        """Count from now on: a prefill has ended. One that was broken off leaves the counts before it."""
+        self._in_prefill = False
 
     def _checked(self, answer: object, step: StepView, log: StepCounts, asked: int) -> Selection:
         """Check an answer of ``attend`` (0) or ``observe`` (1)."""

@@ -71,8 +71,7 @@ class Quest(BudgetPolicy, DecodePolicy):
         up = queries.clamp(min=0) @ state["largest"].to(queries).transpose(-1, -2)  # [N, Hkv, g, P]
         down = queries.clamp(max=0) @ state["smallest"].to(queries).transpose(-1, -2)
         bounds = (up + down).amax(2)  # [N, Hkv, P]: the query head that wants the page most
-        scores = bounds.repeat_interleave(self.page, dim=-1)[..., : step.entries]  # [N, Hkv, K]
-        return step.best(scores, count, state.get("limit"))
+        return step.best_pages(bounds, self.page, count, state.get("limit"))
 
     fidelity = "adapted"
     paper = "arXiv 2406.10774 (Quest)"
@@ -86,10 +85,10 @@ class Quest(BudgetPolicy, DecodePolicy):
     differs = (
         "heads of a group read the same pages; the last page may be read in part; no layer is left whole"
     )
-    checked_against = "unverified"
+    checked_against = "same tokens in a decode step as mit-han-lab/Quest@01c1623, for budgets of whole pages"
     cost = (
         "in each step, two products of queries and page bounds (an eighth of all keys at page=16), a sort of "
-        "the entries, and a copy of what is read; the bounds take a sixteenth of the cache"
+        "the pages, and a copy of what is read; the bounds take a sixteenth of the cache"
     )
     bibtex = """
 @article{quest2024,
