@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.guidance import GuideReceipt
 from kvprune.engine.live_check import check_layers, check_text_layers
-from kvprune.engine.receipts import LayerReceipt, TextReceipt, Window, WindowReceipt
+from kvprune.engine.receipts import (
+    LayerReceipt,
+    StepReceipt,
+    TextReceipt,
+    Window,
+    WindowReceipt,
+    read_of_visible,
+)
 from kvprune.engine.totals import Totals
 from kvprune.errors import ReceiptError
 from kvprune.policy.spec import PolicySpec
@@ -197,12 +204,28 @@ class CompressionReport(Totals):
             kept_per_sample=self.kept_per_sample,
             bytes_peak=self.bytes_peak,
             layers=self.layers,
+            visible=self._visible,
         )
         self.windows = (receipt,) if window.is_first else (*self.windows, receipt)
 
     def live_layers(self) -> list[tuple[LayerReceipt, _LiveLayer]]:
         """Return each receipt with the cache layer that it describes; empty without a cache."""
         return list(zip(self.layers, self._live, strict=False))
+
+    def set_steps(self, steps: Sequence[StepReceipt]) -> None:
+        """Replace the receipts of decode steps, also in the latest window; see `Totals.set_steps`."""
+        super().set_steps(steps)
+        if self.windows and steps:
+            self.windows = (*self.windows[:-1], replace(self.windows[-1], steps=self.steps))
+
+    @property
+    def read_of_visible(self) -> float:
+        """Tokens that a decode step reads / tokens that decoding could see, mean over layers and samples.
+
+        Of the steps after the latest prefill; NaN if the policy does not decide in decode steps, or none were
+        taken.
+        """
+        return read_of_visible(self.steps, self._visible)
 
     @property
     def kept_fraction(self) -> float:
@@ -275,6 +298,7 @@ class CompressionReport(Totals):
             "guide": None if self.guide is None else self.guide.to_dict(),
             "warnings": list(self.warnings),
             "read_fraction": _or_none(self.read_fraction),
+            "read_of_visible": _or_none(self.read_of_visible),
             "layers": [asdict(layer) for layer in self.layers],
             "steps": [asdict(layer) for layer in self.steps],
             "text_layers": [asdict(layer) for layer in self.text_layers],
@@ -284,9 +308,12 @@ class CompressionReport(Totals):
     def _on_steps(self) -> str:
         read = sum(layer.bytes_read_per_step for layer in self.steps) / _MIB
         state = sum(layer.bytes_of_state for layer in self.steps) / _MIB
+        steps = _count(max(layer.steps for layer in self.steps), "step")
+        rejected = max(layer.rejected for layer in self.steps)
+        drafts = f" and {_count(rejected, 'rejected draft')}" if rejected else ""
         return (
             f"a decode step reads {self.read_fraction:.1%} of what is held ({read:.2f} MiB, mean over "
-            f"{_count(max(layer.steps for layer in self.steps), 'step')}), and frees only what the policy "
+            f"{steps}{drafts}), and frees only what the policy "
             f"drops; the policy's state takes {state:.3f} MiB"
         )
 
@@ -321,7 +348,7 @@ class CompressionReport(Totals):
                 f"{self.text_bytes_full / _MIB:.3f} MiB stock, in {len(self.text_layers)} layers; "
                 f"kept {self.text_kept_fraction:.1%} of text entries"
             )
-        if any(layer.steps for layer in self.steps):
+        if any(layer.any_steps for layer in self.steps):
             lines.append(self._on_steps())
         if self.rereads:
             lines.append(
