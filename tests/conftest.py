@@ -5,8 +5,6 @@ import itertools
 import os
 import textwrap
 
-gc.disable()  # until all tests are collected: see `pytest_collection_finish`
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are collected: see `pytest_collection_finish`
 
 _common = {
     "deadline": None,

@@ -10,7 +10,6 @@ import kvprune
 from kvprune import Budget, LayerView, ScoringPolicy, Selection
 from kvprune.testing import strategies
 
-
 ONLY_DRAW = Phase.explicit, Phase.generate
 """What is found need not be small, and shrinking takes longer than finding."""
 
@@ -82,7 +81,8 @@ def test_every_corner_of_the_description_is_drawn(wanted):
 
 @pytest.mark.parametrize("wanted", [lambda p: p.model == "bart" and p.beams == 2, lambda p: p.kv_heads == 4])
 def test_models_are_varied(wanted):
-    assert wanted(find(strategies.model_problems(), wanted, settings=settings(database=None, phases=ONLY_DRAW)))
+    search = settings(database=None, phases=ONLY_DRAW)
+    assert wanted(find(strategies.model_problems(), wanted, settings=search))
 
 
 def test_options_of_a_class_become_variants():
