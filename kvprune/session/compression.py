@@ -267,6 +267,14 @@ class Compression:
         self._attached = False
         self._adapter.detach()
 
+    def check_steps(self) -> None:
+        """Raise what was wrong in decode steps and was not raised there, because it lay on a device.
+
+        Raises:
+            SelectionError: If the policy gave an answer that breaks an invariant.
+        """
+        self._manager.steps.settle()
+
     def check_ran(self) -> None:
         """Raise if the policy did not run, although the model did.
 
