@@ -92,7 +92,8 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = _header(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            # Copied: how a tensor lies in a mapped file can change the last bit of what is computed from it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, no mapping
     except (SafetensorError, OSError) as error:
         missing = not path.exists()
         why = "there is no such file" if missing else f"it is no safetensors file, or was cut off ({error})"
