@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +220,17 @@ def test_outside_the_block_a_loaded_cache_cannot_be_read(tmp_path):
     model, _, _, _, saved = saved_mllama(tmp_path / "a")
     with pytest.raises(UnsupportedCacheError, match="outside the block no mask is cut"):
         answer(model, saved.inputs(questions(3)))
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "saved-caches.md").read_text("utf-8")
+    code = "".join(re.findall(r"<!-- test: picture -->\n```python\n(.*?)```", page, re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(compile(code, "saved-caches.md", "exec"), space)
+    assert "read from b1 to d1. heart triangle circle" in capsys.readouterr().out
+    assert space["saved"].bytes_held * 4 == space["saved"].bytes_full
+    assert len(space["out"]) == 2
 
 
 ELSEWHERE = """
