@@ -24,6 +24,7 @@ from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.step_checks import FLAWS, check_places, check_state, flaws
 from kvprune.policy.step_view import HeldView, StepView
 from kvprune.policy.view import LayerView
+from kvprune.policy.weights import HeldWeights
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]
@@ -37,16 +38,22 @@ class Stepping:
     Args:
         policy: The policy; only a `DecodePolicy` is ever called.
         layer_indices: The model's cross-attention layers in order.
+        held: The weights of the policy.
 
     Attributes:
         recorder: If set, called with what each call of a layer read; for oracles.
     """
 
-    def __init__(self, policy: CrossKVPolicy, layer_indices: Sequence[int]) -> None:
+    def __init__(
+        self, policy: CrossKVPolicy, layer_indices: Sequence[int], held: HeldWeights | None = None
+    ) -> None:
         takes = isinstance(policy, DecodePolicy) and policy.takes_steps
         self._policy = policy if takes and isinstance(policy, DecodePolicy) else None
         self._layer_indices = tuple(layer_indices)
+        self._held = held or HeldWeights()
         self._logs: dict[int, StepCounts] = {}
+        self._before: tuple[StepReceipt, ...] = ()  # what `settle` returns until a prefill has ended
+        self._in_prefill = False
         self.recorder: Callable[[StepRead], None] | None = None
 
     @property
@@ -165,6 +172,7 @@ class Stepping:
             policy_name=policy.name,
             copies=copies,
             unrestricted=readable is None and not layer.ragged,
+            held=self._held,
         )
 
     def attend(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:
@@ -237,18 +245,35 @@ class Stepping:
     def settle(self) -> tuple[StepReceipt, ...]:
         """Read the counts from the device, and raise what was wrong with answers.
 
+        Returns:
+            One receipt for each layer since the latest prefill that has ended.
+
         Raises:
             SelectionError: If an answer broke an invariant.
         """
+        if self._in_prefill:
+            return self._before
         for rank, log in self._logs.items():
             self._raise(log, rank)
         return tuple(log.receipt(self._layer_indices[rank]) for rank, log in sorted(self._logs.items()))
 
-    def restart(self) -> None:
-        """Forget the counts of the prefill before, after raising what was wrong with its steps."""
-        if self._logs:
-            self.settle()
-            self._logs = {}
+    def reads_less(self) -> bool:
+        """Whether steps so far have read less than all, or may free some of it later; waits for the device.
+
+        Raises:
+            SelectionError: As `settle` does.
+        """
+        return self.observes or any(step.entries_read < step.entries_held for step in self.settle())
+
+    def restart(self) -> tuple[StepReceipt, ...]:
+        """Forget the counts when a prefill begins, and return them; see `settle`."""
+        self._before = self.settle()
+        self._logs, self._in_prefill = {}, True
+        return self._before
+
+    def begin(self) -> None:
+        """Count from now on: a prefill has ended. One that was broken off leaves the counts before it."""
+        self._in_prefill = False
 
     def _checked(self, answer: object, step: StepView, log: StepCounts, asked: int) -> Selection:
         """Check an answer of ``attend`` (0) or ``observe`` (1)."""
@@ -334,4 +359,5 @@ def _readable(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_row
         return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
             batch * text_rows, 1, layer.width
         )
-    return found.flatten(0, 1)
+    found = found.flatten(0, 1)
+    return found | ~found.any(-1, keepdim=True)  # a row from which everything is hidden attends to something

@@ -29,6 +29,7 @@ from kvprune.session.registry import load
 from kvprune.session.saved_cache import SavedCache
 from kvprune.session.saving import save_cache
 from kvprune.text import shown
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Compression", "compress", "require_uncompressed"]
@@ -220,6 +221,25 @@ class Compression:
         self._manager.steps.recorder = self._reads.append
 
     @property
+    def replacements(self) -> Mapping[int, Replacement]:
+        """New tokens that the latest prefill fed to its layers, by layer index, since `record_replacements`.
+
+        `prefill_selections` says which of them a layer attended to: those in whose places it has columns.
+        Layers that received the encoder's own features are left out.
+
+        Raises:
+            CompressionStateError: If there were new tokens, and they were not recorded.
+        """
+        return self._manager.history.kept.replacements
+
+    def record_replacements(self) -> None:
+        """Keep from now on the new tokens' features after each prefill, on the model's device; for oracles.
+
+        They take ``[B, K, C]`` numbers. Without this call they are freed when the prefill ends.
+        """
+        self._manager.history.keeps_features = True
+
+    @property
     def is_attached(self) -> bool:
         """Whether the model runs under the policy now."""
         return self._attached
@@ -246,6 +266,14 @@ class Compression:
         """Restore every hook and attribute of the model (KV12). Does nothing if already detached."""
         self._attached = False
         self._adapter.detach()
+
+    def check_steps(self) -> None:
+        """Raise what was wrong in decode steps and was not raised there, because it lay on a device.
+
+        Raises:
+            SelectionError: If the policy gave an answer that breaks an invariant.
+        """
+        self._manager.steps.settle()
 
     def check_ran(self) -> None:
         """Raise if the policy did not run, although the model did.
