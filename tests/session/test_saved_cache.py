@@ -31,6 +31,7 @@ SPECS = (
     "elastic:keep_ratio=0.3",  # merged
     slow("prumerge"),  # merged features
     "zipvl",  # quantized
+    "meanpool:keep_ratio=0.3",  # new tokens
     "quest",  # decides in decode steps, with state
     "csp",  # prunes text, too
 )
