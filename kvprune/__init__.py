@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from kvprune.policy.step_view import HeldView as HeldView
     from kvprune.policy.step_view import StepView as StepView
     from kvprune.policy.text_view import TextView as TextView
+    from kvprune.policy.trained import TrainedPolicy as TrainedPolicy
     from kvprune.policy.view import FeatureView as FeatureView
     from kvprune.policy.view import LayerView as LayerView
     from kvprune.session.answer_guide import answer_attention as answer_attention
@@ -86,6 +87,7 @@ _NAMES = {
     "Selection": "tokens.selection",
     "StepView": "policy.step_view",
     "TextView": "policy.text_view",
+    "TrainedPolicy": "policy.trained",
     "answer_attention": "session.answer_guide",
     "compress": "session.compression",
     "contrast": "session.contrast",

@@ -36,6 +36,7 @@ __all__ = [
     "UnknownPolicyError",
     "UnsupportedCacheError",
     "UnsupportedModelError",
+    "WeightsError",
 ]
 
 
@@ -72,6 +73,10 @@ class PolicyOptionError(KVPruneError):
 
 class BudgetError(PolicyOptionError):
     """A budget is neither a ratio in (0, 1] nor a positive number of tokens."""
+
+
+class WeightsError(PolicyOptionError):
+    """Weights of a policy are missing, are not what the spec names, or do not fit the policy or the model."""
 
 
 class PluginError(KVPruneError):

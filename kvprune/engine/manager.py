@@ -83,7 +83,7 @@ class CrossKVManager:
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._calls = PolicyCalls(policy, seed, self.layer_indices, self.report.note_draw)
         self.history = History(self.report)
-        self.steps = Stepping(policy, self.layer_indices)
+        self.steps = Stepping(policy, self.layer_indices, self._calls.held)
         self._prefill: Prefill | None = None
 
     @property

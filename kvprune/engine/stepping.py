@@ -24,6 +24,7 @@ from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.step_checks import FLAWS, check_places, check_state, flaws
 from kvprune.policy.step_view import HeldView, StepView
 from kvprune.policy.view import LayerView
+from kvprune.policy.weights import HeldWeights
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]
@@ -37,15 +38,19 @@ class Stepping:
     Args:
         policy: The policy; only a `DecodePolicy` is ever called.
         layer_indices: The model's cross-attention layers in order.
+        held: The weights of the policy.
 
     Attributes:
         recorder: If set, called with what each call of a layer read; for oracles.
     """
 
-    def __init__(self, policy: CrossKVPolicy, layer_indices: Sequence[int]) -> None:
+    def __init__(
+        self, policy: CrossKVPolicy, layer_indices: Sequence[int], held: HeldWeights | None = None
+    ) -> None:
         takes = isinstance(policy, DecodePolicy) and policy.takes_steps
         self._policy = policy if takes and isinstance(policy, DecodePolicy) else None
         self._layer_indices = tuple(layer_indices)
+        self._held = held or HeldWeights()
         self._logs: dict[int, StepCounts] = {}
         self.recorder: Callable[[StepRead], None] | None = None
 
@@ -165,6 +170,7 @@ class Stepping:
             policy_name=policy.name,
             copies=copies,
             unrestricted=readable is None and not layer.ragged,
+            held=self._held,
         )
 
     def attend(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:

@@ -78,6 +78,8 @@ class CrossKVPolicy(AnyPolicy, ABC):
         moment: When the policy decides, for tables: "layer", or what its base class says.
         budget_scope: Over what `exact_budget` is exact: each "head" of each layer, the mean over the heads of
             each "layer", or the mean over all layers of the "model".
+        on_any_model: Options with which the policy runs on a model of any geometry, if its defaults do not:
+            checks and measurements take them.
     """
 
     name: ClassVar[str]
@@ -95,6 +97,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
     keeps_invisible: ClassVar[bool] = False
     moment: ClassVar[str] = "layer"
     budget_scope: ClassVar[Literal["head", "layer", "model"]] = "head"
+    on_any_model: ClassVar[typing.Mapping[str, OptionValue]] = MappingProxyType({})
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:

@@ -5,8 +5,8 @@ Views are read-only by contract: a policy neither writes to their tensors nor ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
@@ -18,6 +18,7 @@ from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
 from kvprune.policy.captured import Captured
 from kvprune.policy.geometry import Geometry
 from kvprune.policy.text_view import TextView
+from kvprune.policy.weights import HasWeights, HeldWeights
 from kvprune.tokens import randomness
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.precision import accumulation_dtype
@@ -44,6 +45,7 @@ class View(Geometry):
         layout_of: Returns the positions of the columns in their images; None if unknown.
         captured: Tensors that the policy declared in ``needs``; a `FeatureView` always has the features.
         on_draw: Called when the policy takes the generator; the report says that the policy drew.
+        held: The weights that the run holds.
     """
 
     visibility: Visibility
@@ -54,6 +56,7 @@ class View(Geometry):
     layout_of: Callable[[], Layout] | None = None
     captured: Captured = Captured()
     on_draw: Callable[[], None] = lambda: None
+    held: HeldWeights = field(default_factory=HeldWeights, repr=False)
 
     @property
     def batch(self) -> int:
@@ -133,6 +136,29 @@ class View(Geometry):
         that took the others.
         """
         return self._needed(self.captured.class_attention, "class_attention")
+
+    @property
+    def geometry(self) -> Mapping[str, int]:
+        """What the view knows about the model, by name: what weights may be trained for.
+
+        ``cross_layers`` L; ``feature_width`` C if features are captured; at a layer also ``kv_heads`` Hkv,
+        ``head_width`` D, and ``heads`` Hq if queries are captured.
+        """
+        known = {"cross_layers": self.num_layers}
+        if self.captured.features is not None:
+            known["feature_width"] = self.captured.features.shape[-1]
+        return known
+
+    def weights(self, policy: HasWeights) -> Mapping[str, Tensor]:
+        """Return the trained weights of a policy, by name, in float32 on the device of the view; read-only.
+
+        Args:
+            policy: A `TrainedPolicy`: ``view.weights(self)``.
+
+        Raises:
+            WeightsError: If they do not fit the policy or the model.
+        """
+        return self.held.of(policy, self.device, self.geometry)
 
     @property
     def _place(self) -> int:
@@ -216,6 +242,14 @@ class LayerView(View):
     def where(self) -> str:
         """The moment and layer of the view, for messages."""
         return f"at layer {self.layer_idx}"
+
+    @property
+    def geometry(self) -> Mapping[str, int]:
+        """What the view knows about the model, by name: what weights may be trained for."""
+        known = {**super().geometry, "kv_heads": self.heads, "head_width": self.keys.shape[-1]}
+        if self.captured.queries is not None:
+            known["heads"] = self.captured.queries.shape[1]
+        return known
 
     @property
     def _place(self) -> int:
