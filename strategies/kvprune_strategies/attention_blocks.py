@@ -48,8 +48,8 @@ def entry_blocks(numbers: Tensor, valid: Tensor, size: int) -> dict[str, Tensor]
         size: Entries of a block, at most.
 
     Returns:
-        ``block``: int64, same shape, the block of each entry, counted from 0; -1 for class tokens and padding.
-        ``members``: int64 ``[R, H or 1, P, size]``, the entries of each of P blocks; K where a block has fewer.
+        ``block``: int64, same shape, the block of each entry, from 0 on; -1 for class tokens and padding.
+        ``members``: int64 ``[R, H or 1, P, size]``, the entries of each of P blocks; K where one has fewer.
     """
     entries = numbers.shape[-1]
     place = torch.arange(entries, device=numbers.device)

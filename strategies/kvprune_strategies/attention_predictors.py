@@ -6,6 +6,7 @@ oldest first, and return a score of each block, ``[N, H, P]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,6 +25,16 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "conv3.bias": (1,),
 }
 """The weights of the network, 4833 numbers."""
+
+
+def initial_weights() -> dict[str, Tensor]:
+    """Return the weights that training starts from, in float32: always the same, uniform by fan-in."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name, shape in SHAPES.items():
+        bound = 1 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.0
+        made[name] = (2 * torch.rand(shape, generator=generator) - 1) * bound
+    return made
 
 
 def last(history: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvprune import Budget, DecodePolicy, HeldView, Selection, StepView, scoring
+from kvprune import Budget, DecodePolicy, HeldView, Selection, StepView, TrainedPolicy, scoring
 from kvprune.errors import PolicyOptionError
 from kvprune.policy import BudgetPolicy, State
 from kvprune_strategies import attention_blocks as blocks
@@ -18,7 +21,7 @@ _HISTORY = "history"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttnPred(BudgetPolicy, DecodePolicy):
+class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
     """Read in each decode step the blocks that are expected to receive most attention; keep everything.
 
     The history is the attention that blocks of entries received from the last rows, first those of the
@@ -36,15 +39,18 @@ class AttnPred(BudgetPolicy, DecodePolicy):
         keep_ratio: Fraction of visible tokens that a step reads, in (0, 1]; 0.5 if neither this nor
             keep_tokens is given. All tokens stay in the cache.
         keep_tokens: Number of visible tokens that a step reads, instead of a fraction.
-        predictor: "last" expects the last row again, "mean" the mean of the history, and "ema" a mean in
-            which older rows count less.
+        predictor: "cnn" asks a small convolutional network. "last" expects the last row again, "mean" the
+            mean of the history, and "ema" a mean in which older rows count less; they need no weights.
         history: Rows of the history.
         interval: Every so many steps, one reads everything; 1 for all of them, 0 for none.
         block: Entries of a block.
         decay: For "ema", how much a row counts relative to the next one, in (0, 1).
+        weights: Of the network, for "cnn": "demo" or "whisper-base", for the embedded model and
+            openai/whisper-base; or a file. They are made for one ``history`` and one ``block``, and work with
+            any number of heads, layers and blocks. ``python tests/train_attnpred.py`` trains others.
     """
 
-    predictor: Literal["last", "mean", "ema"] = "last"
+    predictor: Literal["cnn", "last", "mean", "ema"] = "cnn"
     history: int = 16
     interval: int = 5
     block: int = 8
@@ -53,6 +59,8 @@ class AttnPred(BudgetPolicy, DecodePolicy):
     name = "attnpred"
     version = 1
     needs = frozenset({"queries"})
+    trained_options = ("history", "block")
+    on_any_model = MappingProxyType({})  # the weights that come with it fit any model
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,11 +71,25 @@ class AttnPred(BudgetPolicy, DecodePolicy):
                 )
         if not 0 < self.decay < 1:
             raise PolicyOptionError(f"decay of policy 'attnpred' lies in (0, 1), got {self.decay}")
+        if self.predictor != "cnn" and self.weights != type(self).weights:
+            raise PolicyOptionError(
+                f"policy 'attnpred' reads weights with predictor=cnn alone, got predictor={self.predictor} "
+                f"and weights={self.weights}; leave one of them out"
+            )
 
     @property
     def exact_budget(self) -> Budget | None:
         """None: the budget says what a step reads, and the cache keeps everything."""
         return None
+
+    @property
+    def weights_path(self) -> Path | None:
+        """The file of the weights; None if the predictor has none."""
+        return super().weights_path if self.predictor == "cnn" else None
+
+    def initial(self, geometry: Mapping[str, int]) -> Mapping[str, Tensor]:
+        """Return the weights that training starts from."""
+        return predictors.initial_weights()
 
     def prepare(self, view: HeldView) -> State:
         """Return the history of the prompt, which entries form a block, and how much each sample reads.
@@ -101,7 +123,7 @@ class AttnPred(BudgetPolicy, DecodePolicy):
         count = self.budget.resolve(step.entries)
         if count == step.entries or (self.interval and (step.taken + 1) % self.interval == 0):
             return None
-        expected = scoring.by_kv_head(self._expected(state), step.heads)  # [N, Hkv, P]
+        expected = scoring.by_kv_head(self._expected(step, state), step.heads)  # [N, Hkv, P]
         scores = blocks.spread(expected, state, self.block, step.entries)  # [N, Hkv, K]
         return step.best(scores, count, state.get("limit"))
 
@@ -110,28 +132,31 @@ class AttnPred(BudgetPolicy, DecodePolicy):
         row = blocks.pooled(attention[:, :, None], state, self.block)  # [N, Hq, 1, P]
         return {**state, _HISTORY: torch.cat([state[_HISTORY][:, :, 1:], row], dim=2)}, None
 
-    def _expected(self, state: State) -> Tensor:
+    def _expected(self, step: StepView, state: State) -> Tensor:
         """Return the attention that each block is expected to receive, ``[N, Hq, P]``."""
         history = state[_HISTORY]
         if self.predictor == "last":
             return predictors.last(history)
         if self.predictor == "mean":
             return predictors.mean(history)
-        return predictors.ema(history, self.decay)
+        if self.predictor == "ema":
+            return predictors.ema(history, self.decay)
+        return predictors.network(step.weights(self), history.float(), blocks.real_blocks(state))
 
     compiles: ClassVar[bool] = False  # which steps read everything, only the host can say
 
     fidelity = "adapted"
     paper = "arXiv 2502.04077 (AttentionPredictor)"
     deviations = """
-    Cross-attention adds no tokens while it decodes, and no token is first or recent: the original always reads
-    the first and the last 64 tokens; here class tokens take their place. Blocks stay within a row of a
-    picture. The step that corrects the history reads everything and answers from it; the original computes
-    full attention in each step to simulate what it skips, and its answer never sees it. What is expected is
-    averaged over the query heads that share a KV head, because they read the same blocks. The last block may
-    be read in part, so that the budget is exact. No layer is left whole; the original's scripts leave two.
-    The history has 16 rows, not 64, and blocks 8 tokens, not 16, because prompts are short and rows of
-    pictures are no multiple of 16.
+    The original always reads the first and the last 64 tokens of a text. Encoder tokens are neither first nor
+    recent, so class tokens take their place. Blocks stay within a row of a picture. The step that corrects
+    the history reads everything and answers from it. The original computes full attention in each step, to
+    simulate what it skips, and does not answer from it. What is expected is averaged over the query heads
+    that share a KV head, because they read the same blocks. The last block may be read in part, so that the
+    budget is exact. No layer is left whole; the original's scripts leave two. The history has 16 rows instead
+    of 64, and a block 8 tokens instead of 16, because prompts and rows of pictures are short. The published
+    weights were trained on self-attention of other models; these were trained here, on cross-attention, with
+    the squared error of the next row. Some rows of their histories are made as sparse as a step leaves them.
     """
     differs = (
         "class tokens are read always, instead of the first and last 64; a step that corrects the history "
@@ -139,8 +164,9 @@ class AttnPred(BudgetPolicy, DecodePolicy):
     )
     checked_against = "unverified"
     cost = (
-        "after the prompt, attention of its last rows; in each step, what is expected from them, a sort of the "
-        "entries, a copy of what is read, and a second product of queries and the keys that are read"
+        "after the prompt, attention of its last rows; in each step, the predictor (cnn: 76 000 products for "
+        "each block and query head), a sort of the entries, a copy of what is read, and a second product of "
+        "queries and the keys that are read"
     )
     bibtex = """
 @article{attentionpredictor2025,
