@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from kvprune.tokens.budget import Budget as Budget
     from kvprune.tokens.decision import Decision as Decision
     from kvprune.tokens.layout import Layout as Layout
+    from kvprune.tokens.replacement import Replacement as Replacement
     from kvprune.tokens.selection import Selection as Selection
 
 __version__ = "0.1.0"
@@ -83,6 +84,7 @@ _NAMES = {
     "Layout": "tokens.layout",
     "PolicySpec": "policy.spec",
     "PrefillPolicy": "policy.moments",
+    "Replacement": "tokens.replacement",
     "ScoringPolicy": "policy.budgeted",
     "Selection": "tokens.selection",
     "StepView": "policy.step_view",

@@ -38,12 +38,14 @@ __all__ = [
     "require_policy_class",
 ]
 
-Need = Literal["queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention", "grid"]
+Need = Literal[
+    "queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention", "grid", "question"
+]
 """What must be captured for a view beyond keys, values and visibility.
 
 "text_cache" captures nothing: it asks for calls of `CrossKVPolicy.select_text`. "guidance" costs a forward
 pass of a guide (`kvprune.Guide`). "grid" captures nothing, either: models whose columns are no patches of a
-picture are refused.
+picture are refused. "question" costs a pass of the text layers over the prompt, without the picture.
 """
 
 

@@ -37,16 +37,21 @@ class TrainedPolicy(CrossKVPolicy):
         digest: The first 12 hexadecimal digits of the file's SHA-256. If stated, the file must have it.
 
     Class attributes:
-        trained_for: Properties of a model that the weights are made for, out of `View.geometry`.
+        trained_for: Properties of a model that the weights are made for, out of `View.geometry`; a property
+            where they depend on options.
         trained_options: Options that the weights are made for; the file must have been trained with the same.
     """
 
     weights: str = "demo"
     digest: str = ""
 
-    trained_for: ClassVar[tuple[str, ...]] = ()
     trained_options: ClassVar[tuple[str, ...]] = ()
     on_any_model = MappingProxyType({"weights": FRESH})
+
+    @property
+    def trained_for(self) -> tuple[str, ...]:
+        """Properties of a model that the weights are made for, out of `View.geometry`."""
+        return ()
 
     @abstractmethod
     def initial(self, geometry: Mapping[str, int]) -> Mapping[str, Tensor]:
@@ -119,8 +124,8 @@ class TrainedPolicy(CrossKVPolicy):
             assert file is not None
             raise WeightsError(
                 f"the weights {shown(str(file.path))} of policy {self.name!r} have the digest {found}, but "
-                f"the spec asks for {shown(self.digest)} ({DIGEST_DIGITS} digits of the SHA-256): the file is "
-                "another one, or has changed since"
+                f"the spec asks for {shown(self.digest)} ({DIGEST_DIGITS} digits of the SHA-256): the file "
+                "is another one, or has changed since"
             )
         object.__setattr__(self, "digest", found)
 

@@ -5,7 +5,7 @@ Views are read-only by contract: a policy neither writes to their tensors nor ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -18,7 +18,7 @@ from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
 from kvprune.policy.captured import Captured
 from kvprune.policy.geometry import Geometry
 from kvprune.policy.text_view import TextView
-from kvprune.policy.weights import HasWeights, HeldWeights
+from kvprune.policy.weights import HeldWeights, Weighted
 from kvprune.tokens import randomness
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.precision import accumulation_dtype
@@ -30,7 +30,7 @@ _Captured = TypeVar("_Captured", bound="Tensor | TextView")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class View(Geometry):
+class View(Geometry, Weighted):
     """Properties that all views of encoder tokens share.
 
     Axes: B batch as the model saw it, T text rows, S encoder tokens that reached this point, C width of
@@ -138,27 +138,13 @@ class View(Geometry):
         return self._needed(self.captured.class_attention, "class_attention")
 
     @property
-    def geometry(self) -> Mapping[str, int]:
-        """What the view knows about the model, by name: what weights may be trained for.
+    def question(self) -> Tensor:
+        """What the model makes of the prompt's text without the picture, ``[B, W]``.
 
-        ``cross_layers`` L; ``feature_width`` C if features are captured; at a layer also ``kv_heads`` Hkv,
-        ``head_width`` D, and ``heads`` Hq if queries are captured.
+        The hidden state of the last token of the prompt after the last layer and its norm, in a pass over the
+        text that skips cross-attention. W is the width of the text layers.
         """
-        known = {"cross_layers": self.num_layers}
-        if self.captured.features is not None:
-            known["feature_width"] = self.captured.features.shape[-1]
-        return known
-
-    def weights(self, policy: HasWeights) -> Mapping[str, Tensor]:
-        """Return the trained weights of a policy, by name, in float32 on the device of the view; read-only.
-
-        Args:
-            policy: A `TrainedPolicy`: ``view.weights(self)``.
-
-        Raises:
-            WeightsError: If they do not fit the policy or the model.
-        """
-        return self.held.of(policy, self.device, self.geometry)
+        return self._needed(self.captured.question, "question")
 
     @property
     def _place(self) -> int:
@@ -242,14 +228,6 @@ class LayerView(View):
     def where(self) -> str:
         """The moment and layer of the view, for messages."""
         return f"at layer {self.layer_idx}"
-
-    @property
-    def geometry(self) -> Mapping[str, int]:
-        """What the view knows about the model, by name: what weights may be trained for."""
-        known = {**super().geometry, "kv_heads": self.heads, "head_width": self.keys.shape[-1]}
-        if self.captured.queries is not None:
-            known["heads"] = self.captured.queries.shape[1]
-        return known
 
     @property
     def _place(self) -> int:

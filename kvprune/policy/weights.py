@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import WeightsError
+from kvprune.policy.captured import Captured
 from kvprune.text import shown
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "SUFFIX",
     "HasWeights",
     "HeldWeights",
+    "Weighted",
     "WeightsFile",
     "read_weights",
     "save_weights",
@@ -48,10 +50,13 @@ class HasWeights(Protocol):
     """What is read of a policy with weights; `kvprune.policy.TrainedPolicy` has all of it."""
 
     name: ClassVar[str]
-    trained_for: ClassVar[tuple[str, ...]]
     trained_options: ClassVar[tuple[str, ...]]
     weights: Any
     digest: Any
+
+    @property
+    def trained_for(self) -> tuple[str, ...]:
+        """Properties of a model that the weights are made for."""
 
     @property
     def weights_path(self) -> Path | None:
@@ -142,9 +147,14 @@ class HeldWeights:
     """The weights that a run holds: read once, and once more for each device, in float32.
 
     Views have one, and policies ask for their weights by `View.weights`. Several threads may ask.
+
+    Args:
+        given: Tensors by name, by name of the policy, that are handed out instead of those of files: what is
+            being trained. They may carry a gradient.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        self._given = given or {}
         self._held: dict[tuple[HasWeights, torch.device, tuple[int | None, ...]], Mapping[str, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -167,6 +177,8 @@ class HeldWeights:
             WeightsError: If they do not fit: their file has changed, or they were trained for another
                 geometry, or their names or shapes are wrong.
         """
+        if policy.name in self._given:
+            return self._given[policy.name]
         known = tuple(geometry.get(key) for key in policy.trained_for)
         key = policy, device, known
         held = self._held.get(key)
@@ -203,6 +215,48 @@ class HeldWeights:
         found = initial if path is None else _checked(policy, path, initial, geometry)
         moved = {name: tensor.to(device, torch.float32).detach() for name, tensor in found.items()}
         return MappingProxyType(moved)
+
+
+class Weighted:
+    """The part of a view that knows the model for which weights are trained, and returns weights."""
+
+    held: HeldWeights
+    num_layers: int
+    captured: Captured
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        raise NotImplementedError
+
+    @property
+    def geometry(self) -> Mapping[str, int]:
+        """What the view knows about the model, by name: what weights may be trained for.
+
+        ``cross_layers`` L; ``feature_width`` C and ``question_width`` W if these are captured; at a layer
+        also ``kv_heads`` Hkv, ``head_width`` D, and ``heads`` Hq if queries are captured.
+        """
+        keys, captured = getattr(self, "keys", None), self.captured
+        axes: Mapping[str, tuple[Tensor | None, int]] = {
+            "feature_width": (captured.features, -1),
+            "question_width": (captured.question, -1),
+            "kv_heads": (keys, 1),
+            "head_width": (keys, -1),
+            "heads": (captured.queries, 1),
+        }
+        known = {name: tensor.shape[axis] for name, (tensor, axis) in axes.items() if tensor is not None}
+        return {"cross_layers": self.num_layers, **known}
+
+    def weights(self, policy: HasWeights) -> Mapping[str, Tensor]:
+        """Return the trained weights of a policy, by name, in float32 on the device of the view; read-only.
+
+        Args:
+            policy: A `TrainedPolicy`: ``view.weights(self)``.
+
+        Raises:
+            WeightsError: If they do not fit the policy or the model.
+        """
+        return self.held.of(policy, self.device, self.geometry)
 
 
 def _checked(

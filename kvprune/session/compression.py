@@ -25,6 +25,7 @@ from kvprune.session.answer_guide import AnswerGuide, require_matching_guide
 from kvprune.session.guide import BoundGuide, Guide
 from kvprune.session.registry import load
 from kvprune.text import shown
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Compression", "compress", "require_uncompressed"]
@@ -174,6 +175,25 @@ class Compression:
         """Note from now on what each decode step reads, which takes memory for each step."""
         self._reads.clear()
         self._manager.steps.recorder = self._reads.append
+
+    @property
+    def replacements(self) -> Mapping[int, Replacement]:
+        """New tokens that the latest prefill fed to its layers, by layer index, since `record_replacements`.
+
+        `prefill_selections` says which of them a layer attended to: those in whose places it has columns.
+        Layers that received the encoder's own features are left out.
+
+        Raises:
+            CompressionStateError: If there were new tokens, and they were not recorded.
+        """
+        return self._manager.history.kept.replacements
+
+    def record_replacements(self) -> None:
+        """Keep from now on the new tokens' features after each prefill, on the model's device; for oracles.
+
+        They take ``[B, K, C]`` numbers. Without this call they are freed when the prefill ends.
+        """
+        self._manager.history.keeps_features = True
 
     @property
     def is_attached(self) -> bool:
