@@ -79,12 +79,14 @@ def pooled(attention: Tensor, state: Mapping[str, Tensor], size: int) -> Tensor:
     entries = attention.shape[-1]
     if MEMBERS not in state:
         padded = torch.nn.functional.pad(attention, (0, -entries % size))
-        return padded.unflatten(-1, (-1, size)).amax(-1)
+        by_block: Tensor = padded.unflatten(-1, (-1, size))  # [N, Hq, M, P, size]
+        return by_block.amax(-1)
     members = state[MEMBERS]  # [N, H or 1, P, size]
     members = members.repeat_interleave(attention.shape[1] // members.shape[1], dim=1)
     padded = torch.nn.functional.pad(attention, (0, 1))  # a block's missing members receive nothing
     index = members.flatten(2)[:, :, None].expand(-1, -1, attention.shape[2], -1)  # [N, Hq, M, P * size]
-    return padded.gather(-1, index).unflatten(-1, members.shape[-2:]).amax(-1)
+    largest: Tensor = padded.gather(-1, index).unflatten(-1, members.shape[-2:]).amax(-1)
+    return largest
 
 
 def spread(scores: Tensor, state: Mapping[str, Tensor], size: int, entries: int) -> Tensor:

@@ -51,7 +51,7 @@ def ema(history: Tensor, decay: float) -> Tensor:
     """Expect a mean in which a row counts ``decay`` times as much as the next one."""
     age = torch.arange(history.shape[2] - 1, -1, -1, device=history.device)
     weights = (decay**age).to(history)
-    return torch.einsum("nhmp,m->nhp", history, weights / weights.sum())
+    return (history * (weights / weights.sum())[:, None]).sum(2)
 
 
 def network(weights: Mapping[str, Tensor], history: Tensor, real: Tensor | None = None) -> Tensor:

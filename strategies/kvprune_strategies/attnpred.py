@@ -59,7 +59,7 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
     name = "attnpred"
     version = 1
     needs = frozenset({"queries"})
-    trained_options = ("history", "block")
+    trained_options: ClassVar[tuple[str, ...]] = ("history", "block")
     on_any_model = MappingProxyType({})  # the weights that come with it fit any model
 
     def __post_init__(self) -> None:
