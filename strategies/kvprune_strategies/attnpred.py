@@ -162,7 +162,10 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
         "class tokens are read always, instead of the first and last 64; a step that corrects the history "
         "also answers from the full cache; heads of a group read the same blocks; no layer is left whole"
     )
-    checked_against = "unverified"
+    checked_against = (
+        "same blocks in each of six steps as MIRALab-USTC/LLM-AttentionPredictor@8196868, with the same weights, "
+        "drawn at random"
+    )
     cost = (
         "after the prompt, attention of its last rows; in each step, the predictor (cnn: 76 000 products for "
         "each block and query head), a sort of the entries, a copy of what is read, and a second product of "
