@@ -43,6 +43,8 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
             mean of the history, and "ema" a mean in which older rows count less; they need no weights.
         history: Rows of the history.
         interval: Every so many steps, one reads everything; 1 for all of them, 0 for none.
+        first: Steps after the prompt that read everything, before any other. Rows of a prompt that ask for
+            nothing, such as Whisper's four tokens, do not say what to expect.
         block: Entries of a block.
         decay: For "ema", how much a row counts relative to the next one, in (0, 1).
         weights: Of the network, for "cnn": "demo" or "whisper-base", for the embedded model and
@@ -53,6 +55,7 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
     predictor: Literal["cnn", "last", "mean", "ema"] = "cnn"
     history: int = 16
     interval: int = 5
+    first: int = 0
     block: int = 8
     decay: float = 0.7
 
@@ -64,7 +67,7 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, least in (("history", 1), ("interval", 0), ("block", 1)):
+        for option, least in (("history", 1), ("interval", 0), ("first", 0), ("block", 1)):
             if getattr(self, option) < least:
                 raise PolicyOptionError(
                     f"{option} of policy 'attnpred' is at least {least}, got {getattr(self, option)}"
@@ -121,11 +124,15 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
     def attend(self, step: StepView, state: State) -> Selection | None:
         """Read the blocks that are expected to receive most; everything in some steps."""
         count = self.budget.resolve(step.entries)
-        if count == step.entries or (self.interval and (step.taken + 1) % self.interval == 0):
+        if count == step.entries or self._reads_all(step.taken):
             return None
         expected = scoring.by_kv_head(self._expected(step, state), step.heads)  # [N, Hkv, P]
         scores = blocks.spread(expected, state, self.block, step.entries)  # [N, Hkv, K]
         return step.best(scores, count, state.get("limit"))
+
+    def _reads_all(self, taken: int) -> bool:
+        """Whether a step reads everything, after so many others."""
+        return taken < self.first or (self.interval > 0 and (taken + 1) % self.interval == 0)
 
     def observe(self, step: StepView, attention: Tensor, state: State) -> tuple[State, Selection | None]:
         """Let the step's attention take the place of the oldest row of the history."""
@@ -163,8 +170,8 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
         "also answers from the full cache; heads of a group read the same blocks; no layer is left whole"
     )
     checked_against = (
-        "same blocks in each of six steps as MIRALab-USTC/LLM-AttentionPredictor@8196868, with the same weights, "
-        "drawn at random"
+        "same blocks in each of six steps as MIRALab-USTC/LLM-AttentionPredictor@8196868, with the same "
+        "weights, drawn at random"
     )
     cost = (
         "after the prompt, attention of its last rows; in each step, the predictor (cnn: 76 000 products for "

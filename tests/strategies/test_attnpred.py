@@ -104,7 +104,11 @@ def slow_steps(view, held, sample, queries, policy, grid):
     for number, step in enumerate(queries, start=1):
         read = []
         for kv_head in range(len(keys)):
-            if (policy.interval and number % policy.interval == 0) or budget == count:
+            if (
+                budget == count
+                or number <= policy.first
+                or (policy.interval and not number % policy.interval)
+            ):
                 read.append(set(range(count)))
                 continue
             heads = range(kv_head * group, (kv_head + 1) * group)
@@ -125,11 +129,12 @@ def slow_steps(view, held, sample, queries, policy, grid):
     st.sampled_from(["last", "mean", "ema"]),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([0, 1, 3]),
+    st.sampled_from([0, 2]),
     st.sampled_from([1, 2, 5]),
     st.sampled_from([0.3, 0.5, 1.0]),
     st.integers(0, 99),
 )
-def test_it_reads_what_the_slow_rule_reads(grid, predictor, history, interval, block, ratio, seed):
+def test_it_reads_what_the_slow_rule_reads(grid, predictor, history, interval, first, block, ratio, seed):
     sees = [[[1, 1]] * 3, [[0, 0], [0, 0], [1, 0]]]  # the second sample has one tile, and one live row
     visibility = make_visibility(sees, COLUMNS // TILES)
     layout = Layout.tiles(GRID, torch.tensor([[2], [1]]), TILES, class_token=True)
@@ -137,7 +142,7 @@ def test_it_reads_what_the_slow_rule_reads(grid, predictor, history, interval, b
         visibility = make_visibility([[[1]] * 3, [[1], [1], [1]]], COLUMNS)
         layout = Layout.line(COLUMNS)
     view = make_view(visibility, seed=seed, layout_of=lambda: layout)
-    options = f"predictor={predictor},history={history},interval={interval},block={block}"
+    options = f"predictor={predictor},history={history},interval={interval},first={first},block={block}"
     policy = kvprune.get_policy(f"attnpred:keep_ratio={ratio},{options}")
     slots = torch.arange(COLUMNS).expand(2, 1, -1)
     valid = visibility.decode[:, None]
@@ -289,6 +294,7 @@ def test_wrong_options():
     for options, message in (
         ("predictor=last,history=0", "history of policy 'attnpred' is at least 1, got 0"),
         ("interval=-1", "interval of policy 'attnpred' is at least 0, got -1"),
+        ("first=-1", "first of policy 'attnpred' is at least 0, got -1"),
         ("predictor=last,block=0", "block of policy 'attnpred' is at least 1, got 0"),
         ("decay=1.0", r"decay of policy 'attnpred' lies in \(0, 1\), got 1.0"),
         ("predictor=last,weights=fresh", "reads weights with predictor=cnn alone, got predictor=last"),
