@@ -68,7 +68,8 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-GRAPH = {name: imports(path, modules()) for name, path in modules().items()}
+MODULES = modules()
+GRAPH = {name: imports(path, MODULES) for name, path in MODULES.items()}
 
 
 @pytest.mark.parametrize("module", sorted(GRAPH))
