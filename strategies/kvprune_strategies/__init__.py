@@ -9,6 +9,7 @@ import kvprune
 from kvprune_strategies.adakv import AdaKV as AdaKV
 from kvprune_strategies.aircache import AirCache as AirCache
 from kvprune_strategies.answer_attention import AnswerAttention as AnswerAttention
+from kvprune_strategies.attnpred import AttnPred as AttnPred
 from kvprune_strategies.cdpruner import CDPruner as CDPruner
 from kvprune_strategies.csp import CSP as CSP
 from kvprune_strategies.divprune import DivPrune as DivPrune

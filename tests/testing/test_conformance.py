@@ -31,6 +31,7 @@ _NOT_APPLICABLE = {
     "adakv": {"KV15"},
     "aircache": {"KV15"},
     "answer-attention": {"KV15"},
+    "attnpred": {"KV02", "KV09", "KV15"},
     "cdpruner": {"KV15"},
     "csp": {"KV15"},
     "divprune": {"KV15"},
@@ -59,7 +60,8 @@ _NOT_APPLICABLE = {
     "zipvl": {"KV15"},
 }
 NOT_APPLICABLE = {
-    name: ids if name == "quest" else ids | {"KV16", "KV17"} for name, ids in _NOT_APPLICABLE.items()
+    name: ids if name in ("attnpred", "quest") else ids | {"KV16", "KV17"}
+    for name, ids in _NOT_APPLICABLE.items()
 }
 
 
