@@ -50,9 +50,18 @@ class HasWeights(Protocol):
     """What is read of a policy with weights; `kvprune.policy.TrainedPolicy` has all of it."""
 
     name: ClassVar[str]
-    trained_options: ClassVar[tuple[str, ...]]
-    weights: Any
-    digest: Any
+
+    @property
+    def trained_options(self) -> tuple[str, ...]:
+        """Options that the weights are made for."""
+
+    @property
+    def weights(self) -> str:
+        """Name of the weights."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of their file."""
 
     @property
     def trained_for(self) -> tuple[str, ...]:

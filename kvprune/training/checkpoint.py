@@ -88,10 +88,12 @@ def load(path: Path, device: torch.device) -> Checkpoint:
                 parts[part][name] = file.get_tensor(key)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise TrainingError(
-            f"{shown(str(path))} is no checkpoint of `kvprune train`, or is damaged ({str(error)[:200]}); move "
+            f"{shown(str(path))} is no checkpoint of `kvprune train`, or is damaged ({str(error)[:200]}); "
+            "move "
             "it away"
         ) from error
-    return Checkpoint(**told, **parts)
+    made: dict[str, Any] = {**told, **parts}
+    return Checkpoint(**made)
 
 
 def write_whole(path: Path, content: bytes) -> None:

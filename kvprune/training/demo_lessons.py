@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvprune.demo.pictures import Glyph, Picture, draw
+from kvprune.demo.pictures import Glyph, draw
 from kvprune.demo.prompts import prompt
 from kvprune.demo.strokes import Split
 from kvprune.demo.tasks import TASKS, Query, ask
@@ -23,8 +22,8 @@ __all__ = ["DemoLessons"]
 _AT_ONCE = 16
 """Pictures that the vision tower sees at once."""
 
-_QUESTIONS = 1_000_003
-"""Offset of the numbers of lessons among the random numbers, which those of pictures do not reach."""
+_PICTURES, _QUESTIONS = 14, 15
+"""Last part of the seeds of pictures and of questions; no example of the demo has seeds of four numbers."""
 
 
 class DemoLessons:
@@ -40,7 +39,6 @@ class DemoLessons:
         pictures: Number of pictures to learn from.
         batch: Questions in each lesson.
         validation: Number of pictures for validation, with eight questions each.
-        processes: Processes that draw; 0 draws in this one.
         on_progress: Called with the pictures drawn so far, and all.
     """
 
@@ -53,61 +51,55 @@ class DemoLessons:
         pictures: int = 1000,
         batch: int = 128,
         validation: int = 64,
-        processes: int = 0,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._model, self._processor, self._seed, self._batch = model, processor, seed, batch
         self._on_progress = on_progress
         self._counts = pictures, validation
-        self._train = self._bank("train", pictures, processes)
-        self._held_out = self._bank("held-out", validation, processes)
+        self._train = self._bank("train", pictures)
+        self._held_out = self._bank("held-out", validation)
 
     @property
     def source(self) -> str:
         """What the lessons are made of."""
         pictures, validation = self._counts
         return (
-            f"embedded demo, seed {self._seed}, {pictures} pictures to learn from, {self._batch} questions in "
+            f"embedded demo, seed {self._seed}, {pictures} pictures to learn from, {self._batch} questions "
+            "in "
             f"each lesson, {validation} pictures for validation"
         )
 
     def lesson(self, number: int) -> Lesson:
         """Return a lesson to learn from; it depends on the number and the seed."""
-        rng = np.random.default_rng([self._seed, _QUESTIONS + number, 0])
+        rng = np.random.default_rng([self._seed, number, 1, _QUESTIONS])
         return self._lesson(rng, self._train, rng.integers(len(self._train[0]), size=self._batch).tolist())
 
     def validation(self) -> Sequence[Lesson]:
         """Return the lessons that nobody learns from."""
-        rng = np.random.default_rng([self._seed, _QUESTIONS, 1])
+        rng = np.random.default_rng([self._seed, 0, 0, _QUESTIONS])
         which = [index for index in range(len(self._held_out[0])) for _ in range(8)]
         return [
             self._lesson(rng, self._held_out, which[start : start + self._batch])
             for start in range(0, len(which), self._batch)
         ]
 
-    def _bank(
-        self, split: Split, count: int, processes: int
-    ) -> tuple[list[tuple[Glyph, ...]], Tensor, dict[str, Tensor]]:
+    def _bank(self, split: Split, count: int) -> tuple[list[tuple[Glyph, ...]], Tensor, dict[str, Tensor]]:
         """Draw pictures; return what they show, their features ``[P, S, C]``, and how they are tiled."""
-        numbers = [(self._seed, number, split) for number in range(count)]
         shown: list[tuple[Glyph, ...]] = []
         features, device, inner = [], self._model.device, self._model.model
         tiling: dict[str, Tensor] = {}
-        pool = multiprocessing.get_context("spawn").Pool(processes) if processes else None
-        try:
-            drawn = map(_drawn, numbers) if pool is None else pool.imap(_drawn, numbers, chunksize=4)
-            for start in range(0, count, _AT_ONCE):
-                pictures = [next(drawn) for _ in range(min(_AT_ONCE, count - start))]
-                shown += [picture.glyphs for picture in pictures]
-                pixels = {name: tensor.to(device) for name, tensor in vars(to_tiles(pictures)).items()}
-                with torch.no_grad():
-                    seen = inner.multi_modal_projector(inner.vision_model(**pixels).last_hidden_state)
-                features.append(seen.reshape(len(pictures), -1, seen.shape[-1]))
-                tiling = {name: tensor[:1] for name, tensor in pixels.items() if name != "pixel_values"}
-                self._on_progress(len(shown), count)
-        finally:
-            if pool is not None:
-                pool.terminate()
+        for start in range(0, count, _AT_ONCE):
+            pictures = [
+                draw(np.random.default_rng([self._seed, number, int(split == "train"), _PICTURES]), split)
+                for number in range(start, min(start + _AT_ONCE, count))
+            ]
+            shown += [picture.glyphs for picture in pictures]
+            pixels = {name: tensor.to(device) for name, tensor in vars(to_tiles(pictures)).items()}
+            with torch.no_grad():
+                seen = inner.multi_modal_projector(inner.vision_model(**pixels).last_hidden_state)
+            features.append(seen.reshape(len(pictures), -1, seen.shape[-1]))
+            tiling = {name: tensor[:1] for name, tensor in pixels.items() if name != "pixel_values"}
+            self._on_progress(len(shown), count)
         return shown, torch.cat(features), tiling
 
     def _lesson(
@@ -132,11 +124,6 @@ class DemoLessons:
         arguments |= {name: tensor.expand(len(asked), *tensor.shape[1:]) for name, tensor in tiling.items()}
         chosen = torch.tensor(pictures).to(device)
         return Lesson(Prompt(arguments, features[chosen]), tokens, written)
-
-
-def _drawn(what: tuple[int, int, Split]) -> Picture:
-    seed, number, split = what
-    return draw(np.random.default_rng([seed, number, int(split == "train"), 14]), split)
 
 
 def _texts(processor: Any, asked: Sequence[Query]) -> tuple[dict[str, Tensor], list[list[int]]]:

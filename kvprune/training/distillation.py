@@ -69,7 +69,8 @@ class Distillation:
     ) -> None:
         if not isinstance(policy, FeaturePolicy):
             raise TrainingError(
-                f"policy {policy.name!r} does not decide before the first cross-attention layer, so it cannot be "
+                f"policy {policy.name!r} does not decide before the first cross-attention layer, so it "
+                "cannot be "
                 "trained by distillation here; kvprune train trains policies that return new tokens"
             )
         adapter.require_needs(policy)
@@ -115,7 +116,8 @@ class Distillation:
         logits = self.adapter.replay(prompt, lesson.answer, lesson.written)
         if logits is None:
             raise TrainingError(
-                f"the adapter for {self.adapter.family} does not return what the model predicts for an answer, "
+                f"the adapter for {self.adapter.family} does not return what the model predicts for an "
+                "answer, "
                 "so nothing can be distilled; train on a model such as Llama-3.2-Vision"
             )
         return logits

@@ -39,7 +39,8 @@ class Files:
     def __post_init__(self) -> None:
         if self.weights.suffix != SUFFIX:
             raise TrainingError(
-                f"the weights are written to a file whose name ends in {SUFFIX}, got {shown(str(self.weights))}"
+                f"the weights are written to a file whose name ends in {SUFFIX}, got "
+                f"{shown(str(self.weights))}"
             )
         if not self.weights.parent.is_dir():
             raise TrainingError(f"there is no folder {shown(str(self.weights.parent))} to write weights to")
@@ -73,7 +74,8 @@ class Files:
             for path in (self.curve, self.picture):
                 if path.exists():
                     raise TrainingError(
-                        f"there is a file {shown(str(path))} already, which is of no training to continue; move "
+                        f"there is a file {shown(str(path))} already, which is of no training to continue; "
+                        "move "
                         "it away, or name another file with --out"
                     )
             return False
@@ -84,7 +86,8 @@ class Files:
                 for name in names
             )
             raise TrainingError(
-                f"{shown(str(self.checkpoint))} is of a training with other settings ({told}); continue it with "
+                f"{shown(str(self.checkpoint))} is of a training with other settings ({told}); continue it "
+                "with "
                 "the same ones, or name another file with --out"
             )
         return True
@@ -233,7 +236,7 @@ def _step(
         group["lr"] = recipe.rate_at(step) * group["faster"]
     optimizer.zero_grad(set_to_none=False)
     measures = teacher.measure(lesson)
-    measures.loss.backward()  # type: ignore[no-untyped-call]
+    measures.loss.backward()
     parameters = [one for group in optimizer.param_groups for one in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
     divergence, length = torch.stack([measures.divergence, norm]).tolist()
