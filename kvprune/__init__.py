@@ -53,6 +53,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from kvprune.session.hookspecs import hookimpl as hookimpl
     from kvprune.session.registry import get_policy as get_policy
     from kvprune.session.registry import list_policies as list_policies
+    from kvprune.session.saved_cache import SavedCache as SavedCache
+    from kvprune.session.saved_cache import load_cache as load_cache
     from kvprune.tokens.budget import Budget as Budget
     from kvprune.tokens.decision import Decision as Decision
     from kvprune.tokens.layout import Layout as Layout
@@ -85,6 +87,7 @@ _NAMES = {
     "PolicySpec": "policy.spec",
     "PrefillPolicy": "policy.moments",
     "Replacement": "tokens.replacement",
+    "SavedCache": "session.saved_cache",
     "ScoringPolicy": "policy.budgeted",
     "Selection": "tokens.selection",
     "StepView": "policy.step_view",
@@ -97,6 +100,7 @@ _NAMES = {
     "guided_generate": "session.early_exit",
     "hookimpl": "session.hookspecs",
     "list_policies": "session.registry",
+    "load_cache": "session.saved_cache",
     "onward_decision": "policy.budgeted",
     "require_scorer": "policy.nesting",
 }

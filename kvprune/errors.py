@@ -27,6 +27,7 @@ __all__ = [
     "QuantizationError",
     "ReceiptError",
     "ResultsError",
+    "SavedCacheError",
     "ScoreError",
     "SelectionError",
     "SpecError",
@@ -158,6 +159,10 @@ class ContrastError(KVPruneError):
 
 class ReceiptError(KVPruneError):
     """A receipt does not match the contents of the live cache, or the cache no longer exists."""
+
+
+class SavedCacheError(KVPruneError):
+    """A cache cannot be saved, a file is no saved cache of this model, or a question does not fit to it."""
 
 
 class ConformanceError(KVPruneError):

@@ -26,6 +26,7 @@ class Declaration(ABC):
         captured_in_encoder: What of it is captured while the encoder runs.
         rereads: Whether the adapter can read the last prompt token again (``compress(..., reread=True)``):
             it calls `prepare_reread` and `finish_prefill`, and defines `last_row`.
+        asking: Options of ``generate`` that questions to a saved cache need (`kvprune.SavedCache.inputs`).
     """
 
     family: ClassVar[str]
@@ -34,6 +35,7 @@ class Declaration(ABC):
     lacks: ClassVar[Mapping[str, str]] = {}
     captured_in_encoder: ClassVar[frozenset[str]] = frozenset({"class_attention"})
     rereads: ClassVar[bool] = False
+    asking: ClassVar[Mapping[str, object]] = {}
 
     @classmethod
     def matches(cls, model: object) -> bool:

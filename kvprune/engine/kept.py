@@ -71,6 +71,15 @@ class KeptSelections:
         if tokens is not None:
             self._text[layer_idx] = tokens, seen
 
+    def as_rows(self) -> Mapping[int, tuple[Selection | None, Selection, int]]:
+        """Return what each layer attended to and kept, for R rows, and the copies of each row."""
+        return {index: (layer.attended, layer.kept, layer.copies) for index, layer in self._layers.items()}
+
+    @property
+    def text_tokens(self) -> Mapping[int, tuple[Tensor, int]]:
+        """Tokens that pruned self-attention layers hold, int64 ``[B, H or 1, K]``, and how many they saw."""
+        return dict(self._text)
+
     @property
     def selections(self) -> Mapping[int, Selection]:
         """Columns that decoding uses since the latest prefill, by layer index."""

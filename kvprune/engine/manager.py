@@ -122,7 +122,7 @@ class CrossKVManager:
         Raises:
             UnsupportedModelError: If the policy needs a grid, and the columns have none.
         """
-        self.steps.restart()
+        self.report.set_steps(self.steps.restart())
         first_new, rows = visibility.columns - new_columns, shared_rows or SharedRows()
         record = PrefillRecord(cached=cached, before=before)
         self._prefill = Prefill(
@@ -275,6 +275,7 @@ class CrossKVManager:
         if prefill is None or not completed:
             return
         self._conclude(prefill)
+        self.steps.begin()
         if self.rereads and not reread:
             raise CompressionStateError("the adapter did not read the last token again, as reread=True asks")
         self.report.count_encoder_input(reread=reread)

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.guidance import GuideReceipt
 from kvprune.engine.live_check import check_layers, check_text_layers
-from kvprune.engine.receipts import LayerReceipt, TextReceipt, Window, WindowReceipt
+from kvprune.engine.receipts import (
+    LayerReceipt,
+    StepReceipt,
+    TextReceipt,
+    Window,
+    WindowReceipt,
+    read_of_visible,
+)
 from kvprune.engine.totals import Totals
 from kvprune.errors import ReceiptError
 from kvprune.policy.spec import PolicySpec
@@ -28,6 +35,7 @@ SCHEMA = 2
 """Schema version of `CompressionReport.to_dict`; raised when a field is removed or changes its meaning."""
 
 _MIB = 1024 * 1024
+_LiveLayer = weakref.ref[CrossKVLayer]
 
 
 @dataclass
@@ -66,6 +74,7 @@ class CompressionReport(Totals):
             unknown.
         windows: One receipt per prefill of the latest ``generate``, in order, if the model reads recordings
             window by window, as Whisper does; empty for other models and for calls of the model by hand.
+        loaded: File of the saved cache that this compression began with; None if it began with none.
     """
 
     policy: PolicySpec
@@ -85,10 +94,11 @@ class CompressionReport(Totals):
     unit: Unit = Unit("token")
     seconds_per_column: float | None = None
     windows: tuple[WindowReceipt, ...] = ()
+    loaded: str | None = None
     _visible: float = field(default=0.0, repr=False)  # tokens that decoding could see, mean over samples
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
-    _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)
+    _live: tuple[_LiveLayer, ...] = field(default=(), repr=False, compare=False)
     _live_text: tuple[weakref.ref[TextKVLayer], ...] = field(default=(), repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +129,7 @@ class CompressionReport(Totals):
         visible: Sequence[int],
         *,
         bytes_peak: int = 0,
-        live: Sequence[weakref.ref[CrossKVLayer]] = (),
+        live: Sequence[_LiveLayer] = (),
     ) -> None:
         """Add the receipts of one prefill.
 
@@ -150,6 +160,16 @@ class CompressionReport(Totals):
             for tokens in by_sample
         ]
         self.kept_of_stored = sum(shares) / len(shares) if shares else float("nan")
+
+    def add_loaded(
+        self, file: str, layers: Sequence[LayerReceipt], facts: Mapping[str, Any], live: Sequence[_LiveLayer]
+    ) -> None:
+        """Begin with a cache that an earlier run has filled; ``facts`` are numbers of its latest prefill."""
+        self.loaded, self.layers, self._live = file, tuple(layers), tuple(live)
+        for name, number in facts.items():
+            setattr(self, name, number)
+        seen = [fraction for fraction in self.kept_per_sample if fraction == fraction]
+        self._kept_sum, self._kept_samples = sum(seen), len(seen)
 
     def add_text(
         self,
@@ -184,8 +204,28 @@ class CompressionReport(Totals):
             kept_per_sample=self.kept_per_sample,
             bytes_peak=self.bytes_peak,
             layers=self.layers,
+            visible=self._visible,
         )
         self.windows = (receipt,) if window.is_first else (*self.windows, receipt)
+
+    def live_layers(self) -> list[tuple[LayerReceipt, _LiveLayer]]:
+        """Return each receipt with the cache layer that it describes; empty without a cache."""
+        return list(zip(self.layers, self._live, strict=False))
+
+    def set_steps(self, steps: Sequence[StepReceipt]) -> None:
+        """Replace the receipts of decode steps, also in the latest window; see `Totals.set_steps`."""
+        super().set_steps(steps)
+        if self.windows and steps:
+            self.windows = (*self.windows[:-1], replace(self.windows[-1], steps=self.steps))
+
+    @property
+    def read_of_visible(self) -> float:
+        """Tokens that a decode step reads / tokens that decoding could see, mean over layers and samples.
+
+        Of the steps after the latest prefill; NaN if the policy does not decide in decode steps, or none were
+        taken.
+        """
+        return read_of_visible(self.steps, self._visible)
 
     @property
     def kept_fraction(self) -> float:
@@ -220,7 +260,7 @@ class CompressionReport(Totals):
             ReceiptError: If the cache was deleted (keep ``past_key_values``, for instance with
                 ``return_dict_in_generate=True``), or differs from a receipt.
         """
-        if not self.prefills:
+        if not self.prefills and self.loaded is None:
             raise ReceiptError(f"{self.policy}: nothing was compressed yet, so there is nothing to verify")
         if not self._live:
             raise ReceiptError(
@@ -242,6 +282,7 @@ class CompressionReport(Totals):
             "requested": dict(self.requested),
             "encoder_inputs": self.encoder_inputs,
             "prefills": self.prefills,
+            "loaded": self.loaded,
             "rereads": self.rereads,
             "kept_fraction": _or_none(self.kept_fraction),
             "kept_of_stored": _or_none(self.kept_of_stored),
@@ -257,6 +298,7 @@ class CompressionReport(Totals):
             "guide": None if self.guide is None else self.guide.to_dict(),
             "warnings": list(self.warnings),
             "read_fraction": _or_none(self.read_fraction),
+            "read_of_visible": _or_none(self.read_of_visible),
             "layers": [asdict(layer) for layer in self.layers],
             "steps": [asdict(layer) for layer in self.steps],
             "text_layers": [asdict(layer) for layer in self.text_layers],
@@ -266,21 +308,25 @@ class CompressionReport(Totals):
     def _on_steps(self) -> str:
         read = sum(layer.bytes_read_per_step for layer in self.steps) / _MIB
         state = sum(layer.bytes_of_state for layer in self.steps) / _MIB
+        steps = _count(max(layer.steps for layer in self.steps), "step")
+        rejected = max(layer.rejected for layer in self.steps)
+        drafts = f" and {_count(rejected, 'rejected draft')}" if rejected else ""
         return (
             f"a decode step reads {self.read_fraction:.1%} of what is held ({read:.2f} MiB, mean over "
-            f"{_count(max(layer.steps for layer in self.steps), 'step')}), and frees only what the policy "
+            f"{steps}{drafts}), and frees only what the policy "
             f"drops; the policy's state takes {state:.3f} MiB"
         )
 
     def __str__(self) -> str:
-        if not self.prefills:
+        if not self.prefills and self.loaded is None:
             seen = f"{self.encoder_inputs} encoder inputs seen"
             return printable(f"{self.policy}: nothing compressed yet ({seen})")
         held, full = self.bytes_held / _MIB, self.bytes_full / _MIB
         share = f" ({held / full:.1%})" if full else ""
         asked = ", ".join(f"{name} {value}" for name, value in self.requested.items()) or "no budget"
         lines = [
-            f"{self.policy}  seed {self.seed}  prefills {self.prefills}",
+            f"{self.policy}  seed {self.seed}  prefills {self.prefills}"
+            + f"  loaded from {self.loaded}" * (self.loaded is not None),
             f"asked: {asked}; kept {self.kept_fraction:.1%} of visible {self.unit.many}, "
             f"{self.kept_of_stored:.1%} of those that stock holds",
             f"cross-attention cache {held:.2f} MiB of {full:.2f} MiB stock{share}; "
@@ -302,7 +348,7 @@ class CompressionReport(Totals):
                 f"{self.text_bytes_full / _MIB:.3f} MiB stock, in {len(self.text_layers)} layers; "
                 f"kept {self.text_kept_fraction:.1%} of text entries"
             )
-        if any(layer.steps for layer in self.steps):
+        if any(layer.any_steps for layer in self.steps):
             lines.append(self._on_steps())
         if self.rereads:
             lines.append(

@@ -73,6 +73,7 @@ class StepCounts:
         self.in_graphs = torch.zeros(4, dtype=torch.int64, device=device)  # the same, of compiled steps
         self.flaws = torch.zeros(2, len(FLAWS), dtype=torch.bool, device=device)
         self.checked: CheckedAnswer | None = None
+        self._memory = layer.steps
         self.heads = layer.keys.shape[1]
         self.bytes_of_entry = sum(
             side.shape[-1] * side.element_size() for side in (layer.keys, layer.values)
@@ -101,9 +102,11 @@ class StepCounts:
             int(one) + other
             for one, other in zip((self.read, self.held, self.rows, self.steps), graphs, strict=True)
         )
+        rejected = 0 if self._memory is None else self._memory.taken_back
         return StepReceipt(
             layer_idx=layer_idx,
-            steps=steps,
+            steps=steps - rejected,
+            rejected=rejected,
             entries_read=read / (rows * self.heads) if rows else 0.0,
             entries_held=held / (rows * self.heads) if rows else 0.0,
             bytes_read_per_step=round(read * self.bytes_of_entry / steps) if steps else 0,

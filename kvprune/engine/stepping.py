@@ -52,6 +52,8 @@ class Stepping:
         self._layer_indices = tuple(layer_indices)
         self._held = held or HeldWeights()
         self._logs: dict[int, StepCounts] = {}
+        self._before: tuple[StepReceipt, ...] = ()  # what `settle` returns until a prefill has ended
+        self._in_prefill = False
         self.recorder: Callable[[StepRead], None] | None = None
 
     @property
@@ -186,7 +188,7 @@ class Stepping:
                 not on the CPU, and raised later.
             PolicyFailedError: If the policy raises an error of its own.
         """
-        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
         assert memory is not None
         state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
@@ -213,7 +215,7 @@ class Stepping:
             SelectionError, PolicyFailedError: As in `attend`, and if the new state has other names or rows.
             UnsupportedCacheError: If the policy drops entries that are quantized.
         """
-        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
         assert memory is not None
         state = memory.of_text_rows(layer.copies, 1)
         where = f"policy {policy.name!r} {step.where}: observe"
@@ -229,21 +231,49 @@ class Stepping:
                 layer.evict(kept)
                 log.measure(layer)
 
+    def resume(self, rank: int, layer: CrossKVLayer) -> None:
+        """Count the steps of a layer that an earlier run has filled, if the policy takes any."""
+        if self._policy is not None:
+            self._logs[rank] = StepCounts(layer)
+
+    def _log(self, rank: int, layer: CrossKVLayer) -> StepCounts:
+        """Return the counts of a layer; new ones if its cache was filled by an earlier run."""
+        if rank not in self._logs:
+            self.resume(rank, layer)
+        return self._logs[rank]
+
     def settle(self) -> tuple[StepReceipt, ...]:
         """Read the counts from the device, and raise what was wrong with answers.
+
+        Returns:
+            One receipt for each layer since the latest prefill that has ended.
 
         Raises:
             SelectionError: If an answer broke an invariant.
         """
+        if self._in_prefill:
+            return self._before
         for rank, log in self._logs.items():
             self._raise(log, rank)
         return tuple(log.receipt(self._layer_indices[rank]) for rank, log in sorted(self._logs.items()))
 
-    def restart(self) -> None:
-        """Forget the counts of the prefill before, after raising what was wrong with its steps."""
-        if self._logs:
-            self.settle()
-            self._logs = {}
+    def reads_less(self) -> bool:
+        """Whether steps so far have read less than all, or may free some of it later; waits for the device.
+
+        Raises:
+            SelectionError: As `settle` does.
+        """
+        return self.observes or any(step.entries_read < step.entries_held for step in self.settle())
+
+    def restart(self) -> tuple[StepReceipt, ...]:
+        """Forget the counts when a prefill begins, and return them; see `settle`."""
+        self._before = self.settle()
+        self._logs, self._in_prefill = {}, True
+        return self._before
+
+    def begin(self) -> None:
+        """Count from now on: a prefill has ended. One that was broken off leaves the counts before it."""
+        self._in_prefill = False
 
     def _checked(self, answer: object, step: StepView, log: StepCounts, asked: int) -> Selection:
         """Check an answer of ``attend`` (0) or ``observe`` (1)."""
@@ -329,4 +359,5 @@ def _readable(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_row
         return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
             batch * text_rows, 1, layer.width
         )
-    return found.flatten(0, 1)
+    found = found.flatten(0, 1)
+    return found | ~found.any(-1, keepdim=True)  # a row from which everything is hidden attends to something

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvprune.engine.measurement import Stopwatch
 from kvprune.engine.report import CompressionReport
 
-__all__ = ["BranchCost", "ContrastReport", "bytes_of"]
+__all__ = ["BranchCost", "ContrastReport", "bytes_of", "text_bytes_of"]
 
 _MIB = 1024 * 1024
 _MOST_PENDING = 64
@@ -140,12 +140,16 @@ class ContrastReport:
             "decided": None if self.decided is None else self.decided.tolist(),
         }
 
+    def _read(self) -> str:
+        read = self.against.read_of_visible  # NaN if the policy does not decide in decode steps
+        return "" if read != read else f", and a decode step read {read:.1%}"
+
     def __str__(self) -> str:
         lines = [f"contrast against {self.against.policy}, combined by {self.combine}"]
         if not self.steps:
             return lines[0] + "\nno token was generated yet"
         lines += [
-            f"the second branch kept {self.kept_fraction:.1%} of the encoder's tokens",
+            f"the second branch kept {self.kept_fraction:.1%} of the encoder's tokens{self._read()}",
             f"{self.steps} steps in {self.generations} calls of generate; a token took {self.cost:.2f} times "
             "as long as without contrast",
             f"{'branch':<8} {'prefill s':>10} {'decode s':>10} {'cross MiB':>10} {'text MiB':>10}",
@@ -169,18 +173,20 @@ def bytes_of(cache: Any, cross_layers: frozenset[int]) -> tuple[int, int]:
         cross_layers: Indices of the layers of a flat cache that hold encoder tokens.
     """
     cross = getattr(cache, "cross_attention_cache", None)
-    if cross is not None:
-        return _bytes(cross.layers), _bytes(cache.self_attention_cache.layers)
-    layers = list(enumerate(cache.layers))
-    return (
-        _bytes([layer for index, layer in layers if index in cross_layers]),
-        _bytes([layer for index, layer in layers if index not in cross_layers]),
-    )
+    held = 0 if cross is None else sum(map(_bytes, cross.layers))
+    if cross is None:
+        held = sum(_bytes(layer) for index, layer in enumerate(cache.layers) if index in cross_layers)
+    return held, text_bytes_of(cache, cross_layers)
 
 
-def _bytes(layers: Any) -> int:
-    held = 0
-    for layer in layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            held += tensor.nbytes if isinstance(tensor, Tensor) else 0
-    return held
+def text_bytes_of(cache: Any, cross_layers: frozenset[int]) -> int:
+    """Return the second of `bytes_of`, which grows with each token."""
+    own = getattr(cache, "self_attention_cache", None)
+    if own is not None:
+        return sum(map(_bytes, own.layers))
+    return sum(_bytes(layer) for index, layer in enumerate(cache.layers) if index not in cross_layers)
+
+
+def _bytes(layer: Any) -> int:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return (0 if keys is None else keys.nbytes) + (0 if values is None else values.nbytes)

@@ -32,6 +32,7 @@ def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None)
         *_draws_notes(summary),
         *_timing_notes(summary),
         *(_unfinished_note(summary) if summary.kind == "pictures" else _transcript_notes(summary)),
+        *_read_notes(summary),
         *_budget_notes(summary),
         *_reach_note(summary),
     ]
@@ -130,10 +131,24 @@ def _draws_notes(summary: Summary) -> list[str]:
     return found
 
 
+def _read_notes(summary: Summary) -> list[str]:
+    """Say what a decode step reads, where that is less than what is kept."""
+    rows = dict.fromkeys(row.label for row in summary.rows if row.reads_less)
+    if not rows:
+        return []
+    share = "%" if summary.window_seconds is None else "s"
+    return [
+        f"read {share} is what a decode step reads, mean over steps; {', '.join(rows)} "
+        f"{'decide' if len(rows) > 1 else 'decides'} that in each step. kept {share} is "
+        "what was there after the prompt; figures show what is read."
+    ]
+
+
 def _budget_notes(summary: Summary) -> list[str]:
     kept = "visible tokens" if summary.window_seconds is None else "the audio frames"
     return [
-        f"Careful: {row.spec} kept {100 * row.kept_fraction:.1f} % of {kept} instead of "
+        f"Careful: {row.spec} {'read' if row.reads_less else 'kept'} {100 * row.read_fraction:.1f} % of "
+        f"{kept} {'in a step ' if row.reads_less else ''}instead of "
         f"{100 * row.keep_ratio:.4g} %; do not compare it with its neighbours."
         for row in summary.rows
         if row.keep_ratio is not None and row.misses_budget

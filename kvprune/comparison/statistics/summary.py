@@ -88,8 +88,17 @@ class Summary:
         return self.rows[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready data: what summary.json holds."""
-        return asdict(self)
+        """Return JSON-ready data: what summary.json holds; see `Row.read_fraction` for what is left out."""
+        found = asdict(self)
+        for row, data in zip(self.rows, found["rows"], strict=True):
+            if not row.reads_less:
+                del data["read_fraction"]
+        return found
+
+    @property
+    def reads_less(self) -> bool:
+        """Whether decode steps of any row read less than it keeps."""
+        return any(row.reads_less for row in self.rows)
 
 
 def summarise(
@@ -216,6 +225,7 @@ class _Table:
             self_guided=self._self_guided.get(one.spec),
             seeds=tuple(seed for seed in own.seeds if seed is not None),
             kept_fraction=float(own.kept.mean()),
+            read_fraction=float(own.read.mean()),
             bytes_held=float(own.held.mean()),
             bytes_full=float(own.stock.mean()),
             accuracy=mean_rate(own.correct),

@@ -109,7 +109,9 @@ class Scenario:
         """
         adapter = self.adapter_class(self.model if model is None else model)
         guide = AnswerGuide(adapter, torch.tensor(_ANSWER)) if policy.reads_answer else None
-        return Compression(adapter, policy, self.seed, guide, reread=self.reread)
+        run = Compression(adapter, policy, self.seed, guide, reread=self.reread)
+        run.record_replacements()
+        return run
 
     def renew(self) -> None:
         """Discard the working copy; the next use makes a new one."""
@@ -142,7 +144,6 @@ class Scenario:
     ) -> tuple[Compression, Any]:
         """Run one forward call under the policy; return the compression and the cache."""
         with self.compress(policy) as run, torch.no_grad():
-            run.record_replacements()
             cache = forward(self.model, inputs or self.batch())
         return run, cache
 
@@ -151,7 +152,6 @@ class Scenario:
         if policy not in self._runs:
             with self.compress(policy) as run:
                 run.record_steps()
-                run.record_replacements()
                 self._runs[policy] = run, self.generate(self.model)
         return self._runs[policy]
 
