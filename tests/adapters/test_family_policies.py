@@ -36,13 +36,15 @@ REFUSALS = {
     "answer-attention": "takes only guidance that was made from one|"
     "needs 'guidance', which the .* adapter does not provide",
     "guided": "needs 'guidance', which the .* adapter does not provide",
+    "quecc": "needs 'question', which the .* adapter does not provide",
 }
 """What is said when a policy is refused for a family."""
 
 
 def spec_of(policy: str) -> str:
-    ratio = "keep_ratio" in load().policy_class(policy).option_types()
-    return f"{policy}:keep_ratio=0.5" if ratio else policy
+    cls = load().policy_class(policy)
+    ratio = {"keep_ratio": 0.5} if "keep_ratio" in cls.option_types() else {}
+    return str(kvprune.PolicySpec(policy, {**cls.on_any_model, **ratio}))
 
 
 @pytest.mark.parametrize(
