@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from anywhere import on_any_model
 from family_checks import (
     MOST,
     adapter_of,
@@ -42,9 +43,8 @@ REFUSALS = {
 
 
 def spec_of(policy: str) -> str:
-    cls = load().policy_class(policy)
-    ratio = {"keep_ratio": 0.5} if "keep_ratio" in cls.option_types() else {}
-    return str(kvprune.PolicySpec(policy, {**cls.on_any_model, **ratio}))
+    ratio = {"keep_ratio": 0.5} if "keep_ratio" in load().policy_class(policy).option_types() else {}
+    return str(on_any_model(policy, **ratio).spec)
 
 
 @pytest.mark.parametrize(

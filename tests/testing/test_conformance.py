@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anywhere import on_any_model
 from kvprune_strategies import kvprune_policies
 from zoo.budget import IgnoresBudget
 from zoo.leftovers import DefaultDtype, GlobalHook
@@ -22,7 +23,6 @@ from zoo.shape import NanScores, Unsorted
 import kvprune
 from kvprune import ScoringPolicy, Selection
 from kvprune.errors import ConformanceError, PolicyOptionError, SpecError, UnknownInvariantError
-from kvprune.session.registry import load
 from kvprune.testing import LayerProblem, ModelProblem, check_policy, recheck, strategies
 from kvprune.testing.conformance import INVARIANTS, SUITE_VERSION
 from kvprune.testing.conformance.common.isolation import process_state
@@ -63,11 +63,6 @@ _NOT_APPLICABLE = {
 NOT_APPLICABLE = {
     name: ids if name == "quest" else ids | {"KV16", "KV17"} for name, ids in _NOT_APPLICABLE.items()
 }
-
-
-def on_any_model(name):
-    """A policy with default options, or those that fit a model of any geometry."""
-    return kvprune.get_policy(kvprune.PolicySpec(name, load().policy_class(name).on_any_model))
 
 
 def failure_of(policy, **options):

@@ -47,7 +47,7 @@ def tensors(path):
     return load_file(path)
 
 
-class Interrupted(Exception):
+class StopHereError(Exception):
     """Stands for a user who presses Ctrl+C."""
 
 
@@ -77,10 +77,10 @@ def test_an_interrupted_training_continues_bit_by_bit(tmp_path, adapter, lessons
 
     def interrupt(step, row):
         if step == 3:
-            raise Interrupted
+            raise StopHereError
 
     files = Files(tmp_path / "parts.safetensors")
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopHereError):
         train(adapter, POLICY, lessons, RECIPE, files, {}, half=False, on_progress=interrupt)
     assert files.checkpoint.exists()
     assert not files.weights.exists()
@@ -136,7 +136,7 @@ def test_validation_shares_no_picture_with_what_is_learned():
     assert {one.file_sha256 for one in held}.isdisjoint(one.file_sha256 for one in learning)
     assert split(examples, 0.2, seed=0) == (learning, held)
     require_apart(learning, held)
-    with pytest.raises(TrainingError, match="2 of its examples show one .*: 'a0' and 'a1'"):
+    with pytest.raises(TrainingError, match=r"2 of its examples show one .*: 'a0' and 'a1'"):
         require_apart(examples, [examples[0], examples[1]])
     with pytest.raises(TrainingError, match="no examples to validate with"):
         require_apart(examples, [])
