@@ -15,7 +15,6 @@ The manager works on tensors, selections and visibility, and knows no model fami
 
 Decode steps read the pruned cache layers, and ask a `DecodePolicy` (`kvprune.engine.stepping`).
 A new moment takes a view, a base class (`kvprune.policy.moments`), and a method of `PolicyCalls` and of this.
-
 Copies of one sample in the batch (beams, return sequences) get one decision and are held once. Here and in
 views, R counts distinct rows; what users read counts the whole batch B.
 """

@@ -70,6 +70,9 @@ from kvprune.policy.view import (
     LayerView,
     View,
 )
+from kvprune.policy.weights import (
+    save_weights,
+)
 from kvprune.tokens.buckets import (
     merge_mean,
     merge_weighted,
@@ -105,5 +108,6 @@ __all__ = [
     "nearest",
     "onward_decision",
     "require_scorer",
+    "save_weights",
     "uniform",
 ]

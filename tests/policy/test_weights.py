@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 import threading
 from pathlib import Path
 
@@ -211,3 +212,20 @@ def test_writing_to_the_weights_is_found():
 
 def test_conformance_takes_weights_that_fit_any_model():
     assert check_policy(Learned, only=["class", "KV01"], examples=1).passed
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "write-a-policy.md").read_text("utf-8")
+EXAMPLE = re.search(r"<!-- test: weights -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
+
+
+def test_the_example_of_the_page_runs(tmp_path):
+    space = {"__name__": "example"}
+    exec(compile(EXAMPLE, "write-a-policy.md", "exec", dont_inherit=True), space)
+    fresh = space["Learned"](weights="fresh")
+    path, view = tmp_path / "w.safetensors", make_view(SEE)
+    save_weights(path, fresh, {"direction": torch.ones(4)}, view.geometry, {})
+    policy = space["Learned"](weights=str(path), keep_tokens=2)
+    kept = policy.select(view).cache
+    assert kept.counts.tolist() == [[2, 2]]
+    scores = view.values.float().sum(-1)[0]
+    assert kept.indices[0].tolist() == scores.topk(2).indices.sort().values.tolist()

@@ -319,9 +319,9 @@ class MllamaAdapter(ModelAdapter):
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""
         return guide.geometry(self._inner)
 
-    def question(self, named: Mapping[str, Any], ends: Tensor | None = None) -> Tensor:
+    def question(self, named: Mapping[str, Any]) -> Tensor:
         """Read the text of a prompt without its picture: cross-attention layers are skipped then."""
-        return read_question(self._text, named, ends)
+        return read_question(self._text, named)
 
     def replay(
         self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None
