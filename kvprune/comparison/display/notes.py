@@ -133,7 +133,7 @@ def _draws_notes(summary: Summary) -> list[str]:
 
 def _read_notes(summary: Summary) -> list[str]:
     """Say what a decode step reads, where that is less than what is kept."""
-    rows = dict.fromkeys(row.label for row in summary.rows if row.reads_less)
+    rows = dict.fromkeys(row.label for row in summary.rows if row.read_fraction is not None)
     if not rows:
         return []
     share = "%" if summary.window_seconds is None else "s"
@@ -145,11 +145,11 @@ def _read_notes(summary: Summary) -> list[str]:
 
 
 def _budget_notes(summary: Summary) -> list[str]:
-    kept = "visible tokens" if summary.window_seconds is None else "the audio frames"
+    tokens = "visible tokens" if summary.window_seconds is None else "the audio frames"
     return [
-        f"Careful: {row.spec} {'read' if row.reads_less else 'kept'} {100 * row.read_fraction:.1f} % of "
-        f"{kept} {'in a step ' if row.reads_less else ''}instead of "
-        f"{100 * row.keep_ratio:.4g} %; do not compare it with its neighbours."
+        f"Careful: {row.spec} {'kept' if row.read_fraction is None else 'read in a step'} "
+        f"{100 * row.read:.1f} % of {tokens} instead of {100 * row.keep_ratio:.4g} %; do not compare it with "
+        "its neighbours."
         for row in summary.rows
         if row.keep_ratio is not None and row.misses_budget
     ]
