@@ -217,8 +217,8 @@ class CallRecorder(Attachment):
         for one in processors:
             if _GUIDANCE in type(one).__name__:
                 raise ContrastError(
-                    f"{type(one).__name__} is a contrast of its own, with a branch without prompt; use one of "
-                    "the two: pass guidance_scale=1"
+                    f"{type(one).__name__} is a contrast of its own, with a branch without prompt; use one "
+                    "of the two: pass guidance_scale=1"
                 )
         vars(self._here).clear()
         self._here.is_first = True

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import ContrastError
-from kvprune.policy.options import check_option, describe_type, parse_option
+from kvprune.policy.options import check_option, default_of, describe_type, parse_option
 from kvprune.policy.spec import PolicySpec
 from kvprune.text import shown, suggestion
 
@@ -67,6 +67,18 @@ class CombineRule(ABC):
         """The rule as text, with all options."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return f"{self.name}:" + ",".join(f"{name}={value}" for name, value in values)
+
+    @property
+    def short_spec(self) -> PolicySpec:
+        """The rule as a spec of the options that differ from their defaults."""
+        return PolicySpec(
+            self.name,
+            {
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if getattr(self, field.name) != default_of(field)
+            },
+        )
 
 
 def plausible(scores: Tensor, reference: Tensor, beta: float) -> Tensor:
@@ -232,7 +244,7 @@ def _contrast(expert: Tensor, amateur: Tensor, strength: float) -> Tensor:
     """Return ``(1 + strength) * expert - strength * amateur``; -inf where the expert is, never NaN."""
     if strength == 0:
         return expert
-    # amateur + (1 + strength) * (expert - amateur), in one kernel: these few small ones are what a token costs
+    # amateur + (1 + strength) * (expert - amateur), in one kernel: these small ones are what a token costs
     return torch.where(expert.isneginf(), expert, torch.lerp(amateur, expert, 1 + strength))
 
 
