@@ -25,7 +25,8 @@ from kvprune.policy.spec import PolicySpec
 from kvprune.session.compression import Compression, compress, require_uncompressed
 from kvprune.session.contrast_processor import ContrastProcessor, require_options
 from kvprune.session.contrast_report import ContrastReport
-from kvprune.session.contrast_rules import CombineRule, get_rule
+from kvprune.session.contrast_rules import CombineRule
+from kvprune.session.rules import get_rule
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Contrast", "contrast"]

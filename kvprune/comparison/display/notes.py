@@ -46,8 +46,8 @@ def _contrast_note(summary: Summary) -> list[str]:
         return []
     return [
         "Rows with contrast=RULE run two branches, the full cache and a pruned one, and combine what both "
-        "say (docs/contrast.md): the budget and kept % are those of the second branch, MiB and seconds of both; "
-        "a second text cache comes on top. They save nothing."
+        "say (docs/contrast.md): the budget and kept % are those of the second branch, MiB and seconds of "
+        "both; a second text cache comes on top. They save nothing."
     ]
 
 

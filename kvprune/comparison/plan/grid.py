@@ -14,8 +14,9 @@ from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.nesting import parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
-from kvprune.session.contrast_rules import CombineRule, get_rule
+from kvprune.session.contrast_rules import CombineRule
 from kvprune.session.registry import Registry
+from kvprune.session.rules import get_rule
 from kvprune.text import suggestion
 
 __all__ = [
