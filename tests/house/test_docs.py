@@ -67,7 +67,7 @@ def test_every_invariant_is_documented_and_tested():
 
 
 def test_every_hook_is_documented():
-    for hook in ("kvprune_policies", "kvprune_adapters"):
+    for hook in ("kvprune_policies", "kvprune_adapters", "kvprune_combine_rules"):
         assert hasattr(hookspecs, hook)
         assert f"### `{hook}()`" in DOCS["hooks.md"]
 

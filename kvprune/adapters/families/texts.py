@@ -157,9 +157,7 @@ class ProphetNetAdapter(Declared):
     model_classes = ("ProphetNetForConditionalGeneration", "ProphetNetModel")
     scaled_by_width = True  # its attention divides by the square root and names no factor
     lacks = no_text("its self-attention reads several streams of predicted tokens")
-    rereads = (
-        False  # what it returns has several rows for each token, of which those of one cannot be replaced
-    )
+    rereads = False  # it returns several rows for each token; those of one cannot be replaced
 
 
 class SwitchTransformersAdapter(Declared):
