@@ -104,7 +104,7 @@ class PolicyCalls:
             policy_name=self.policy.name,
             on_draw=self.on_draw,
             layout_of=prefill.layout_of(received),
-            captured=prefill.captured_of(received, own, layer.keys.device, follows_text=follows_text),
+            captured=prefill.captured_of(rank, received, own, layer.keys.device, follows_text),
             follows_text=follows_text,
         )
 

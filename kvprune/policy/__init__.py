@@ -50,6 +50,9 @@ from kvprune.policy.moments import (
 from kvprune.policy.nesting import (
     require_scorer,
 )
+from kvprune.policy.reconstruction import (
+    Reconstruction,
+)
 from kvprune.policy.spec import (
     PolicySpec,
 )
@@ -89,6 +92,7 @@ __all__ = [
     "PolicySpec",
     "PrefillPolicy",
     "ProportionalAllocator",
+    "Reconstruction",
     "ScoringPolicy",
     "State",
     "StepView",

@@ -23,6 +23,7 @@ from kvprune.policy.declarations import require_declarations
 from kvprune.policy.spec import PolicySpec
 from kvprune.session.answer_guide import AnswerGuide, require_matching_guide
 from kvprune.session.guide import BoundGuide, Guide
+from kvprune.session.reconstruction import BoundReconstruction
 from kvprune.session.registry import load
 from kvprune.text import shown
 from kvprune.tokens.selection import Selection
@@ -35,7 +36,7 @@ def compress(
     policy: str | PolicySpec | CrossKVPolicy,
     *,
     seed: int = 0,
-    guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
+    guide: nn.Module | Guide | Guidance | BoundGuide | None = None,
     reread: bool = False,
 ) -> Compression:
     """Compress the cross-attention cache of a model inside a ``with`` block.
@@ -95,7 +96,7 @@ class Compression:
         adapter: ModelAdapter,
         policy: CrossKVPolicy,
         seed: int,
-        guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
+        guide: nn.Module | Guide | Guidance | BoundGuide | None = None,
         *,
         reread: bool = False,
     ) -> None:
@@ -260,7 +261,7 @@ def _compiled(model: nn.Module) -> str:
 
 
 def _bound(
-    guide: nn.Module | Guide | Guidance | AnswerGuide | None, target: ModelAdapter, policy: CrossKVPolicy
+    guide: nn.Module | Guide | Guidance | BoundGuide | None, target: ModelAdapter, policy: CrossKVPolicy
 ) -> Callable[[Prompt], Guidance] | None:
     """Return the function that provides guidance; None if the policy does not use a guide.
 
@@ -268,7 +269,11 @@ def _bound(
         GuideError: If a guide is given and the policy does not use one, or the guide knows the answer and the
             policy must not, or the other way round.
     """
-    if "guidance" not in policy.needs:
+    if "reconstruction" in policy.needs and guide is None:
+        return BoundReconstruction(target, policy)
+    if isinstance(guide, BoundReconstruction):
+        return guide
+    if "guidance" not in policy.needs or "reconstruction" in policy.needs:
         if guide is not None:
             raise GuideError(
                 f"policy {policy.spec} does not use a guide, but got one ({type(guide).__name__}); leave "

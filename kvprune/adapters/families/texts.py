@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprune.adapters.arguments import cache_of
-from kvprune.adapters.families.declared import RELATIVE, WITH_TEXT, Declared, LikeBart, no_text
+from kvprune.adapters.families.declared import RELATIVE, REPEATS, WITH_TEXT, Declared, LikeBart, no_text
 from kvprune.adapters.tiny.models import example_bart
 
 __all__ = [
@@ -65,6 +65,7 @@ class T5Adapter(Declared):
         "LongT5Model",
     )
     lacks = RELATIVE
+    provides = REPEATS
 
 
 class MBartAdapter(LikeBart):
@@ -86,7 +87,7 @@ class NllbMoeAdapter(Declared):
 
     family = "NLLB-MoE"
     model_classes = ("NllbMoeForConditionalGeneration", "NllbMoeModel")
-    provides = WITH_TEXT
+    provides = REPEATS | {"text"}
 
 
 class MarianAdapter(LikeBart):
@@ -157,6 +158,7 @@ class ProphetNetAdapter(Declared):
     model_classes = ("ProphetNetForConditionalGeneration", "ProphetNetModel")
     scaled_by_width = True  # its attention divides by the square root and names no factor
     lacks = no_text("its self-attention reads several streams of predicted tokens")
+    provides = REPEATS
 
 
 class SwitchTransformersAdapter(Declared):
@@ -165,6 +167,7 @@ class SwitchTransformersAdapter(Declared):
     family = "Switch Transformers"
     model_classes = ("SwitchTransformersForConditionalGeneration", "SwitchTransformersModel")
     lacks = RELATIVE
+    provides = REPEATS
 
 
 class T5GemmaAdapter(Declared):
@@ -173,6 +176,7 @@ class T5GemmaAdapter(Declared):
     family = "T5Gemma"
     model_classes = ("T5GemmaForConditionalGeneration", "T5GemmaModel")
     lacks = no_text("its self-attention slides windows and may cap logits")
+    provides = REPEATS
 
 
 class EncoderDecoderModelAdapter(Declared):
@@ -182,6 +186,11 @@ class EncoderDecoderModelAdapter(Declared):
     model_classes = ("EncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
     provides = WITH_TEXT
+    lacks = {
+        **Declared.lacks,
+        "reconstruction": "its encoder and decoder may have different vocabularies, so the one need not be "
+        "able to repeat the other's tokens",
+    }
 
 
 class DiaAdapter(Declared):
@@ -189,7 +198,10 @@ class DiaAdapter(Declared):
 
     family = "Dia"
     model_classes = ("DiaForConditionalGeneration", "DiaModel")
-    lacks = no_text("its decoder writes several channels of sound")
+    lacks = {
+        **no_text("its decoder writes several channels of sound"),
+        "reconstruction": "its decoder writes sound and cannot repeat the text",
+    }
     rereads = False  # a token is a row of codebooks, of which nobody knows the last one
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
@@ -206,7 +218,10 @@ class MusicgenAdapter(Declared):
 
     family = "MusicGen"
     model_classes = ("MusicgenForConditionalGeneration",)
-    lacks = no_text("its decoder reads a row of tokens for each codebook")
+    lacks = {
+        **no_text("its decoder reads a row of tokens for each codebook"),
+        "reconstruction": "its decoder writes sound and cannot repeat the text",
+    }
     provides = Declared.provides - {"guidance"}  # one row of tokens is no prompt that could be run again
 
     def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:
