@@ -27,11 +27,13 @@ class Context:
         prompt: What the decoder reads first.
         text: int64 ``[R, n]``, token ids of what the encoder has read; None if the model must write a text.
         real: bool ``[R, n]``, which of them are no padding; they come first.
+        note: What a user should know about it, or "".
     """
 
     prompt: Prompt
     text: Tensor | None = None
     real: Tensor | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ def require_generating(model: Any, family: str) -> None:
     """
     if not getattr(model, "can_generate", lambda: False)():
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({family}) cannot generate, so it cannot write what its encoder has read; "
+            f"{type(model).__name__} ({family}) cannot generate, so it cannot write what its encoder reads; "
             "pass the model with its language head"
         )
 

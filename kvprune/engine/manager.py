@@ -63,7 +63,7 @@ class CrossKVManager:
         policy: The policy that decides.
         seed: Seed for policies that draw random numbers.
         layer_indices: The model's cross-attention layers in order; their positions are the ranks.
-        guide: Ranks encoder tokens for policies that need "guidance" or "reconstruction"; called once in each prefill.
+        guide: Ranks encoder tokens for policies that need "guidance" or "reconstruction", in each prefill.
         rereads: Whether the last token of each prompt is read again from the pruned cache, see `decide`.
     """
 

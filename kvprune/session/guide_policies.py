@@ -98,7 +98,7 @@ class AttentionRecord:
         return self._spread(total, batch), rows.repeat_interleave(copies)
 
     def _spread(self, scores: Tensor, batch: int) -> Tensor:
-        """Return scores ``[R, ..., S]`` of the columns that the guide received for the batch and all columns."""
+        """Return scores ``[R, ..., S]`` of what the guide received for the whole batch and all columns."""
         copies = batch // len(scores)
         if self._received is not None:  # padding of a ragged batch has score 0
             everything = scores.new_zeros(*scores.shape[:-1], self._received.columns)

@@ -2,8 +2,8 @@
 
 No text of the target's call plays a part, so the scores do not depend on the question. The text is that of a
 text encoder's own tokens, or one that the model writes greedily with the full cache. Then the decoder reads
-this text once, with the full cache, and the largest attention to each encoder token is its score, by layer and
-KV head (KVzip, arXiv 2505.23416).
+this text once, with the full cache, and the largest attention to each encoder token is its score, by layer
+and KV head (KVzip, arXiv 2505.23416).
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ class BoundReconstruction(BoundGuide):
         """Find or write the text, read it once, and note the largest attention."""
         context = self._target.context(prompt, self._request)
         passes.prompt_tokens = attended_tokens(context.prompt)
-        note = ""
+        notes = [context.note]
         if context.text is None or context.real is None:
             with self._under(OwnImages()) as manager:
                 writing = self._adapter.write(context.prompt, self._request.max_new_tokens)
             passes.add(manager, writing.written, calls=writing.calls)
-            text, real, note = writing.text, writing.written, self._note_of(writing)
+            text, real = writing.text, writing.written
+            notes.append(self._note_of(writing))
         else:
             text, real = context.text, context.real
         record = PeakRecord()
@@ -66,16 +67,23 @@ class BoundReconstruction(BoundGuide):
         passes.add(manager, real)
         layers = record.layers(len(prompt.text))
         scores = torch.stack([layer.amax(1).to(layers[0].device) for layer in layers]).amax(0)  # [R, S]
-        rows = context.prompt.text.new_full((len(scores),), context.prompt.text.shape[1] + text.shape[1] - 1)
-        return Guidance(scores=scores, rows=rows, answer=text, written=real, layers=layers, note=note)
+        rows = context.prompt.text.shape[1] - 1 + real.sum(-1)  # [R]
+        return Guidance(
+            scores=scores,
+            rows=rows,
+            answer=text,
+            written=real,
+            layers=layers,
+            note="; ".join(filter(None, notes)),
+        )
 
     def _note_of(self, writing: Writing) -> str:
         """Return a warning if a text was cut."""
         if not writing.is_cut:
             return ""
         return (
-            f"a reconstruction was cut at {writing.text.shape[1]} tokens, so encoder tokens that only its rest "
-            f"would need score low (max_new_tokens={self._request.max_new_tokens})"
+            f"a reconstruction was cut at {writing.text.shape[1]} tokens (max_new_tokens="
+            f"{self._request.max_new_tokens}), so encoder tokens that only its rest would need score low"
         )
 
 
@@ -84,8 +92,8 @@ def _request_of(policy: CrossKVPolicy) -> Reconstruction:
     asked = {part.reconstructs_from for part in parts(policy) if "reconstruction" in part.needs}
     if len(asked) > 1:
         raise GuideError(
-            f"parts of policy {policy.spec} ask for different reconstructions ({', '.join(map(str, asked))}); "
-            "give them the same options"
+            f"parts of policy {policy.spec} ask for different reconstructions "
+            f"({', '.join(map(str, asked))}); give them the same options"
         )
     if "guidance" in policy.needs:
         raise GuideError(

@@ -101,21 +101,24 @@ class KVzip(BudgetPolicy, PrefillPolicy):
     deviations = """
     The published method asks a language model to repeat its context, and lets it read the context again after
     that request. In cross-attention, encoder tokens are the context. Text encoders: their own tokens follow
-    the decoder's start token without a request, because models such as BART take none. Pictures and
-    sounds have no text, so the model writes one itself, which the published method never does; scores then
-    depend on what this text mentions. Encoders that read the question, too, and decoders that
-    cannot write the text are refused. The published softmax runs over a chunk of 2048 tokens of the context,
-    the system prompt and the repeated text; here it runs over all encoder tokens, and the repeated text is in
-    self-attention. Texts are not cut into chunks, so a text longer than the decoder's positions is refused. The
-    last token of the text is predicted and not read. The published threshold keeps one pair less than the
-    ratio says, and no tied ones; here the number is exact, and ties go to earlier tokens of a head. Scores
-    that agree to five digits count as equal when heads share. The best token of each image stays in each head.
+    the decoder's start token without a request, because models such as BART take none. Pictures and sounds
+    have no text, so the model writes one itself, which the published method never does; scores then depend on
+    what this text mentions. Refused are encoders that read the question, too, and decoders that cannot write
+    the text. The published softmax runs over a chunk of 2048 tokens of the context, the system prompt and the
+    repeated text; here it runs over all encoder tokens, and the repeated text is in self-attention. Texts are
+    not cut into chunks, so a text longer than the decoder's positions is refused. The last token of the text
+    is predicted and not read. The published threshold keeps one pair less than the ratio says, and no tied
+    ones; here the number is exact, and ties go to earlier tokens of a head. Scores that agree to five digits
+    count as equal when heads share. The best token of each image stays in each head.
     """
     differs = (
-        "the text is the encoder's own tokens without a request to repeat them, and for pictures and sounds one "
-        "that the model writes; softmax over encoder tokens alone; the budget is exact"
+        "the text is the encoder's own tokens without a request to repeat them, and for pictures and sounds "
+        "one that the model writes; softmax over encoder tokens alone; the budget is exact"
     )
-    checked_against = "unverified"
+    checked_against = (
+        "same sets as the authors' snu-mllab/KVzip@5d84729 and NVIDIA/kvpress@8bb29b9 (KVzipPress), given the "
+        "queries of the pass, where each head keeps some"
+    )
     cost = (
         "for pictures and sounds one generation with the full cache; then one forward call over the text, and "
         "one product of queries and keys in each of its cross-attention layers; scores of all layers until "

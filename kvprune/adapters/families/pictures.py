@@ -32,6 +32,7 @@ __all__ = [
 _QUESTION = (
     "its encoder reads the question together with the picture, so no text of it is free of the question"
 )
+_RELATIVE_WITH_QUESTION = {**RELATIVE, "reconstruction": _QUESTION}
 _WITH_QUESTION = {**Declared.lacks, "reconstruction": _QUESTION}
 
 
@@ -58,7 +59,7 @@ class Pix2StructAdapter(PageColumns, Declared):
 
     family = "Pix2Struct"
     model_classes = ("Pix2StructForConditionalGeneration",)
-    lacks = {**RELATIVE, "reconstruction": _QUESTION}
+    lacks = _RELATIVE_WITH_QUESTION
 
 
 class UdopAdapter(UdopColumns, Declared):
@@ -66,7 +67,7 @@ class UdopAdapter(UdopColumns, Declared):
 
     family = "UDOP"
     model_classes = ("UdopForConditionalGeneration", "UdopModel")
-    lacks = {**RELATIVE, "reconstruction": _QUESTION}
+    lacks = _RELATIVE_WITH_QUESTION
 
 
 class PPFormulaNetAdapter(LikeBart):

@@ -37,6 +37,14 @@ __all__ = [
     "T5GemmaAdapter",
 ]
 
+_TWO_VOCABULARIES = {
+    **Declared.lacks,
+    "reconstruction": "its decoder may have another vocabulary than its encoder, whose tokens it would repeat",
+}
+_WRITES_SOUND = {"reconstruction": "its decoder writes sound and cannot repeat the text"}
+_CHANNELS = {**no_text("its decoder writes several channels of sound"), **_WRITES_SOUND}
+_CODEBOOKS = {**no_text("its decoder reads a row of tokens for each codebook"), **_WRITES_SOUND}
+
 
 class BartAdapter(LikeBart):
     """BART, whose encoder columns are text tokens."""
@@ -186,11 +194,7 @@ class EncoderDecoderModelAdapter(Declared):
     model_classes = ("EncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
     provides = WITH_TEXT
-    lacks = {
-        **Declared.lacks,
-        "reconstruction": "its encoder and decoder may have different vocabularies, so the one need not be "
-        "able to repeat the other's tokens",
-    }
+    lacks = _TWO_VOCABULARIES
 
 
 class DiaAdapter(Declared):
@@ -198,10 +202,7 @@ class DiaAdapter(Declared):
 
     family = "Dia"
     model_classes = ("DiaForConditionalGeneration", "DiaModel")
-    lacks = {
-        **no_text("its decoder writes several channels of sound"),
-        "reconstruction": "its decoder writes sound and cannot repeat the text",
-    }
+    lacks = _CHANNELS
     rereads = False  # a token is a row of codebooks, of which nobody knows the last one
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
@@ -218,10 +219,7 @@ class MusicgenAdapter(Declared):
 
     family = "MusicGen"
     model_classes = ("MusicgenForConditionalGeneration",)
-    lacks = {
-        **no_text("its decoder reads a row of tokens for each codebook"),
-        "reconstruction": "its decoder writes sound and cannot repeat the text",
-    }
+    lacks = _CODEBOOKS
     provides = Declared.provides - {"guidance"}  # one row of tokens is no prompt that could be run again
 
     def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:

@@ -16,6 +16,10 @@ from kvprune.policy.reconstruction import Reconstruction
 
 __all__ = ["Describing", "describing"]
 
+_UNPROMPTED = (
+    "the reconstruction is what the model writes about the picture unprompted, which may be no description of "
+    "it; give prompt_ids that ask for one, such as those of 'Describe the image.' in the model's chat template"
+)
 _IMAGE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
@@ -29,7 +33,9 @@ class Describing(ModelAdapter):
     def context(self, prompt: Prompt, request: Reconstruction) -> Context:
         """Return the prompt of a description; the model must write it."""
         config: Any = self.model.config
-        return Context(describing(config, prompt, request.prompt_ids))
+        return Context(
+            describing(config, prompt, request.prompt_ids), note="" if request.prompt_ids else _UNPROMPTED
+        )
 
     def write(self, prompt: Prompt, max_new_tokens: int) -> Writing:
         """Write a description."""
