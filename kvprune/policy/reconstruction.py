@@ -60,7 +60,7 @@ class Reconstruction:
         wrong = [word for word in words if not (word.isascii() and word.isdigit() and len(word) < 11)]
         if wrong:
             raise PolicyOptionError(
-                "prompt_ids are token ids with spaces between them, such as '5 17' (tokenizer(text).input_ids "
-                f"makes them of text), got {shown(wrong[0])}"
+                "prompt_ids are token ids with spaces between them, such as '5 17' "
+                f"(tokenizer(text).input_ids makes them of text), got {shown(wrong[0])}"
             )
         return cls(tuple(map(int, words)), max_new_tokens)

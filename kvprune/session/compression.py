@@ -269,10 +269,8 @@ def _bound(
         GuideError: If a guide is given and the policy does not use one, or the guide knows the answer and the
             policy must not, or the other way round.
     """
-    if "reconstruction" in policy.needs and guide is None:
-        return BoundReconstruction(target, policy)
-    if isinstance(guide, BoundReconstruction):
-        return guide
+    if "reconstruction" in policy.needs and (guide is None or isinstance(guide, BoundReconstruction)):
+        return guide or BoundReconstruction(target, policy)
     if "guidance" not in policy.needs or "reconstruction" in policy.needs:
         if guide is not None:
             raise GuideError(

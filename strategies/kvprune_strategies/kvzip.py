@@ -112,8 +112,8 @@ class KVzip(BudgetPolicy, PrefillPolicy):
     count as equal when heads share. The best token of each image stays in each head.
     """
     differs = (
-        "the text is the encoder's own tokens without a request to repeat them, and for pictures and sounds "
-        "one that the model writes; softmax over encoder tokens alone; the budget is exact"
+        "the text is the encoder's own tokens without a request to repeat them, or for pictures and sounds "
+        "one that the model writes; softmax over encoder tokens alone"
     )
     checked_against = (
         "same sets as the authors' snu-mllab/KVzip@5d84729 and NVIDIA/kvpress@8bb29b9 (KVzipPress), given the "

@@ -39,7 +39,7 @@ __all__ = [
 
 _TWO_VOCABULARIES = {
     **Declared.lacks,
-    "reconstruction": "its decoder may have another vocabulary than its encoder, whose tokens it would repeat",
+    "reconstruction": "its decoder may have another vocabulary than the encoder whose tokens it would repeat",
 }
 _WRITES_SOUND = {"reconstruction": "its decoder writes sound and cannot repeat the text"}
 _CHANNELS = {**no_text("its decoder writes several channels of sound"), **_WRITES_SOUND}

@@ -17,8 +17,8 @@ from kvprune.policy.reconstruction import Reconstruction
 __all__ = ["Describing", "describing"]
 
 _UNPROMPTED = (
-    "the reconstruction is what the model writes about the picture unprompted, which may be no description of "
-    "it; give prompt_ids that ask for one, such as those of 'Describe the image.' in the model's chat template"
+    "the reconstruction is what the model writes about the picture unprompted, which may be no description "
+    "of it; give prompt_ids that ask for one, such as 'Describe the image.' in the model's chat template"
 )
 _IMAGE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
