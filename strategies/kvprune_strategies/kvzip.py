@@ -116,12 +116,12 @@ class KVzip(BudgetPolicy, PrefillPolicy):
         "one that the model writes; softmax over encoder tokens alone"
     )
     checked_against = (
-        "same sets as the authors' snu-mllab/KVzip@5d84729 and NVIDIA/kvpress@8bb29b9 (KVzipPress), given the "
-        "queries of the pass, where each head keeps some"
+        "same sets as the authors' snu-mllab/KVzip@5d84729 and NVIDIA/kvpress@8bb29b9 (KVzipPress), given "
+        "the queries of the pass, where each head keeps some"
     )
     cost = (
-        "for pictures and sounds one generation with the full cache; then one forward call over the text, and "
-        "one product of queries and keys in each of its cross-attention layers; scores of all layers until "
+        "for pictures and sounds one generation with the full cache; then one forward call over the text, "
+        "and one product of queries and keys in each of its cross-attention layers; scores of all layers until "
         "the last has attended, when L * Hkv * S numbers are sorted"
     )
     bibtex = """
