@@ -27,6 +27,7 @@ __all__ = [
     "QuantizationError",
     "ReceiptError",
     "ResultsError",
+    "SavedCacheError",
     "ScoreError",
     "SelectionError",
     "SpecError",
@@ -36,6 +37,7 @@ __all__ = [
     "UnknownPolicyError",
     "UnsupportedCacheError",
     "UnsupportedModelError",
+    "WeightsError",
 ]
 
 
@@ -72,6 +74,10 @@ class PolicyOptionError(KVPruneError):
 
 class BudgetError(PolicyOptionError):
     """A budget is neither a ratio in (0, 1] nor a positive number of tokens."""
+
+
+class WeightsError(PolicyOptionError):
+    """Weights of a policy are missing, are not what the spec names, or do not fit the policy or the model."""
 
 
 class PluginError(KVPruneError):
@@ -152,6 +158,10 @@ class ContrastError(KVPruneError):
 
 class ReceiptError(KVPruneError):
     """A receipt does not match the contents of the live cache, or the cache no longer exists."""
+
+
+class SavedCacheError(KVPruneError):
+    """A cache cannot be saved, a file is no saved cache of this model, or a question does not fit to it."""
 
 
 class ConformanceError(KVPruneError):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+from kvprune.errors import UnsupportedModelError
 
 __all__ = [
     "CACHE",
+    "STATES",
     "cache_argument",
     "cache_of",
     "has_cache",
@@ -19,6 +24,7 @@ __all__ = [
     "tokens_of",
     "with_cache",
     "with_returned_cache",
+    "with_states",
     "without_cache",
 ]
 
@@ -28,17 +34,34 @@ _CACHE_NAMES = ("cache", "past_key_values")
 CACHE = "|".join(_CACHE_NAMES)
 """The same names in the form that `probe_signatures` reads: any one of them."""
 
+STATES = "encoder_outputs", "encoder_hidden_states"
+"""Arguments that bring what the encoder has returned."""
+
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments of a forward call by name, including positional ones."""
     if not args:
         return kwargs
+    if not torch.compiler.is_compiling() and "forward" not in module.__dict__:
+        named = dict(zip(_positional_names(type(module).forward), args, strict=False))
+        if len(named) == len(args) and named.keys().isdisjoint(kwargs):
+            return named | kwargs
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-    named: dict[str, Any] = dict(bound.arguments)
+    named = dict(bound.arguments)
     for name, parameter in inspect.signature(module.forward).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD and name in named:
             named.update(named.pop(name))
     return named
+
+
+@functools.lru_cache(maxsize=256)
+def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of what a method takes by position, without self.
+
+    Kept, because hooks ask in each layer at each token, and reading a signature takes as long as a small layer.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
 
 
 def tokens_of(named: Mapping[str, Any]) -> Any:
@@ -91,3 +114,17 @@ def has_cache(named: Mapping[str, Any], config: Any) -> bool:
     """
     use_cache = named.get("use_cache")
     return cache_of(named) is not None or bool(config.use_cache if use_cache is None else use_cache)
+
+
+def with_states(named: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Return the arguments of a call; raise if they do not say what the encoder has returned.
+
+    Raises:
+        UnsupportedModelError: Names the family and the arguments that were looked for.
+    """
+    if all(named.get(name) is None for name in STATES):
+        raise UnsupportedModelError(
+            f"generate of {family} passes none of {', '.join(STATES)} to the model, so a second branch "
+            "would run the encoder again; its adapter must define second_call()"
+        )
+    return dict(named)

@@ -30,13 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvprune.adapters.arguments import cache_of, named_arguments
+from kvprune.adapters.arguments import cache_of, named_arguments, with_states
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.call import Call
 from kvprune.adapters.declaration import Declaration
 from kvprune.adapters.reconstruction import Reconstructing
 from kvprune.adapters.rereading import Rereading, last_row, require_rereadable
-from kvprune.adapters.second_branch import with_states
 from kvprune.adapters.sites import Site
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager

@@ -16,43 +16,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvprune.adapters.arguments import cache_of, named_arguments, returned_cache
+from kvprune.adapters.arguments import STATES, cache_of, named_arguments, returned_cache
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.generation import CANDIDATES
 from kvprune.engine.measurement import Stopwatch
 from kvprune.errors import ContrastError, UnsupportedModelError
 
-__all__ = ["CallRecorder", "RecordedCall", "rows_with_prefix", "with_states"]
+__all__ = ["CallRecorder", "RecordedCall", "rows_with_prefix"]
 
 PROCESSORS = "_get_logits_processor"
 """Method of ``GenerationMixin`` that makes the list of logits processors, once in each `generate`."""
 
-_STATES = "encoder_outputs", "encoder_hidden_states"
-"""Arguments that bring what the encoder has returned."""
 
-
-def with_states(named: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Return the arguments of a call; raise if they do not say what the encoder has returned.
-
-    Raises:
-        UnsupportedModelError: Names the family and the arguments that were looked for.
-    """
-    if all(named.get(name) is None for name in _STATES):
-        raise UnsupportedModelError(
-            f"generate of {family} passes none of {', '.join(_STATES)} to the model, so a second branch "
-            "would run the encoder again; its adapter must define second_call()"
-        )
-    return dict(named)
-
-
-def _version(named: Mapping[str, Any]) -> int | None:
-    """Return how often the encoder states of a call have been changed in place; None if unknown."""
-    for name in _STATES:
+def _states(named: Mapping[str, Any]) -> Tensor | None:
+    """Return the encoder states ``[B, S, C]`` that a call brings; None if it brings none."""
+    for name in STATES:
         states = named.get(name)
         states = states if states is None or isinstance(states, Tensor) else states[0]
         if isinstance(states, Tensor):
-            return None if states.is_inference() else states._version
+            return states
     return None
+
+
+def _mark(named: Mapping[str, Any]) -> int | Tensor | None:
+    """Return what tells whether the encoder states of a call are changed in place from now on.
+
+    That is how often they have been changed by now, or a copy of them in inference mode, which does not count
+    changes; None if the call brings no states.
+    """
+    states = _states(named)
+    if states is None:
+        return None
+    return states.clone() if states.is_inference() else states._version
+
+
+def _is_changed(named: Mapping[str, Any], mark: int | Tensor | None) -> bool:
+    """Whether the encoder states of a call were changed since `_mark`."""
+    states = _states(named)
+    if states is None or mark is None:
+        return False
+    if isinstance(mark, int):
+        return states._version != mark
+    return not bool(((states == mark) | mark.isnan()).all())  # one device transfer in each generate
+
+
+_GUIDANCE = "ClassifierFreeGuidance"
+"""In the names of logits processors that contrast with a branch without prompt; MusicGen has its own."""
 
 
 @dataclass
@@ -66,7 +75,8 @@ class RecordedCall:
         device: Device of its tensors.
         returned: The cache that the call has returned; BLIP makes another one.
         watch: Measures the call.
-        version: How often the encoder states had been changed in place before the call; None if unknown.
+        mark: Tells whether the encoder states are changed in place; None after the first call.
+        is_running: Whether the call has not returned yet.
         encoding: What the adapter's module `encoding` has returned in the call; None if it did not run.
     """
 
@@ -75,7 +85,8 @@ class RecordedCall:
     past: int | None
     device: torch.device
     watch: Stopwatch
-    version: int | None = None
+    mark: int | Tensor | None = None
+    is_running: bool = True
     encoding: Any = None
     returned: Any = None
 
@@ -90,7 +101,7 @@ class RecordedCall:
         Raises:
             UnsupportedModelError: Names the model.
         """
-        if self.version is not None and _version(self.arguments) != self.version:
+        if _is_changed(self.arguments, self.mark):
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} changes the encoder states in place each time it is called, "
                 "as Moonshine Streaming does, so a second branch would read other states; contrast another "
@@ -177,21 +188,25 @@ class CallRecorder(Attachment):
         return call
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._call is not None and self._call.is_running:
+            return  # MusicGen and its decoder can both generate, and one calls the other
         named = dict(named_arguments(module, args, kwargs))
         cache = cache_of(named)
         past = None if cache is None else int(cache.get_seq_length())
+        mark = _mark(named) if vars(self._here).pop("is_first", False) else None
         if past == 0 and not hasattr(self._here, "empty"):
             self._here.empty = copy.deepcopy(cache)
         self.seen += 1
         device = next(value.device for value in named.values() if isinstance(value, Tensor))
         watch = Stopwatch(device)
-        self._here.call = RecordedCall(module, named, past, device, watch, _version(named))
+        self._here.call = RecordedCall(module, named, past, device, watch, mark)
         watch.__enter__()
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._call is not None:
-            self._call.watch.__exit__(None, None, None)
-            self._call.returned = returned_cache(output)
+        call = self._call
+        if call is not None and call.module is module:
+            call.watch.__exit__(None, None, None)
+            call.returned, call.is_running = returned_cache(output), False
 
     def _keep_encoding(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._call is not None:
@@ -199,7 +214,14 @@ class CallRecorder(Attachment):
 
     def _with_processor(self, make: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = make(generation_config, *args, **kwargs)
+        for one in processors:
+            if _GUIDANCE in type(one).__name__:
+                raise ContrastError(
+                    f"{type(one).__name__} is a contrast of its own, with a branch without prompt; use one of "
+                    "the two: pass guidance_scale=1"
+                )
         vars(self._here).clear()
+        self._here.is_first = True
         # First in the list: it combines what the model says, before others change it.
         processors.insert(0, self._make(make.args[0], generation_config))
         return processors

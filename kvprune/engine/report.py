@@ -28,6 +28,7 @@ SCHEMA = 2
 """Schema version of `CompressionReport.to_dict`; raised when a field is removed or changes its meaning."""
 
 _MIB = 1024 * 1024
+_LiveLayer = weakref.ref[CrossKVLayer]
 
 
 @dataclass
@@ -66,6 +67,7 @@ class CompressionReport(Totals):
             unknown.
         windows: One receipt per prefill of the latest ``generate``, in order, if the model reads recordings
             window by window, as Whisper does; empty for other models and for calls of the model by hand.
+        loaded: File of the saved cache that this compression began with; None if it began with none.
     """
 
     policy: PolicySpec
@@ -85,10 +87,11 @@ class CompressionReport(Totals):
     unit: Unit = Unit("token")
     seconds_per_column: float | None = None
     windows: tuple[WindowReceipt, ...] = ()
+    loaded: str | None = None
     _visible: float = field(default=0.0, repr=False)  # tokens that decoding could see, mean over samples
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
-    _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)
+    _live: tuple[_LiveLayer, ...] = field(default=(), repr=False, compare=False)
     _live_text: tuple[weakref.ref[TextKVLayer], ...] = field(default=(), repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +122,7 @@ class CompressionReport(Totals):
         visible: Sequence[int],
         *,
         bytes_peak: int = 0,
-        live: Sequence[weakref.ref[CrossKVLayer]] = (),
+        live: Sequence[_LiveLayer] = (),
     ) -> None:
         """Add the receipts of one prefill.
 
@@ -150,6 +153,16 @@ class CompressionReport(Totals):
             for tokens in by_sample
         ]
         self.kept_of_stored = sum(shares) / len(shares) if shares else float("nan")
+
+    def add_loaded(
+        self, file: str, layers: Sequence[LayerReceipt], facts: Mapping[str, Any], live: Sequence[_LiveLayer]
+    ) -> None:
+        """Begin with a cache that an earlier run has filled; ``facts`` are numbers of its latest prefill."""
+        self.loaded, self.layers, self._live = file, tuple(layers), tuple(live)
+        for name, number in facts.items():
+            setattr(self, name, number)
+        seen = [fraction for fraction in self.kept_per_sample if fraction == fraction]
+        self._kept_sum, self._kept_samples = sum(seen), len(seen)
 
     def add_text(
         self,
@@ -187,6 +200,10 @@ class CompressionReport(Totals):
         )
         self.windows = (receipt,) if window.is_first else (*self.windows, receipt)
 
+    def live_layers(self) -> list[tuple[LayerReceipt, _LiveLayer]]:
+        """Return each receipt with the cache layer that it describes; empty without a cache."""
+        return list(zip(self.layers, self._live, strict=False))
+
     @property
     def kept_fraction(self) -> float:
         """Tokens that decoding keeps / tokens it could see, mean over samples, layers and heads.
@@ -220,7 +237,7 @@ class CompressionReport(Totals):
             ReceiptError: If the cache was deleted (keep ``past_key_values``, for instance with
                 ``return_dict_in_generate=True``), or differs from a receipt.
         """
-        if not self.prefills:
+        if not self.prefills and self.loaded is None:
             raise ReceiptError(f"{self.policy}: nothing was compressed yet, so there is nothing to verify")
         if not self._live:
             raise ReceiptError(
@@ -242,6 +259,7 @@ class CompressionReport(Totals):
             "requested": dict(self.requested),
             "encoder_inputs": self.encoder_inputs,
             "prefills": self.prefills,
+            "loaded": self.loaded,
             "rereads": self.rereads,
             "kept_fraction": _or_none(self.kept_fraction),
             "kept_of_stored": _or_none(self.kept_of_stored),
@@ -273,14 +291,15 @@ class CompressionReport(Totals):
         )
 
     def __str__(self) -> str:
-        if not self.prefills:
+        if not self.prefills and self.loaded is None:
             seen = f"{self.encoder_inputs} encoder inputs seen"
             return printable(f"{self.policy}: nothing compressed yet ({seen})")
         held, full = self.bytes_held / _MIB, self.bytes_full / _MIB
         share = f" ({held / full:.1%})" if full else ""
         asked = ", ".join(f"{name} {value}" for name, value in self.requested.items()) or "no budget"
         lines = [
-            f"{self.policy}  seed {self.seed}  prefills {self.prefills}",
+            f"{self.policy}  seed {self.seed}  prefills {self.prefills}"
+            + f"  loaded from {self.loaded}" * (self.loaded is not None),
             f"asked: {asked}; kept {self.kept_fraction:.1%} of visible {self.unit.many}, "
             f"{self.kept_of_stored:.1%} of those that stock holds",
             f"cross-attention cache {held:.2f} MiB of {full:.2f} MiB stock{share}; "

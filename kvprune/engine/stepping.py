@@ -24,6 +24,7 @@ from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.step_checks import FLAWS, check_places, check_state, flaws
 from kvprune.policy.step_view import HeldView, StepView
 from kvprune.policy.view import LayerView
+from kvprune.policy.weights import HeldWeights
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]
@@ -37,15 +38,19 @@ class Stepping:
     Args:
         policy: The policy; only a `DecodePolicy` is ever called.
         layer_indices: The model's cross-attention layers in order.
+        held: The weights of the policy.
 
     Attributes:
         recorder: If set, called with what each call of a layer read; for oracles.
     """
 
-    def __init__(self, policy: CrossKVPolicy, layer_indices: Sequence[int]) -> None:
+    def __init__(
+        self, policy: CrossKVPolicy, layer_indices: Sequence[int], held: HeldWeights | None = None
+    ) -> None:
         takes = isinstance(policy, DecodePolicy) and policy.takes_steps
         self._policy = policy if takes and isinstance(policy, DecodePolicy) else None
         self._layer_indices = tuple(layer_indices)
+        self._held = held or HeldWeights()
         self._logs: dict[int, StepCounts] = {}
         self.recorder: Callable[[StepRead], None] | None = None
 
@@ -165,6 +170,7 @@ class Stepping:
             policy_name=policy.name,
             copies=copies,
             unrestricted=readable is None and not layer.ragged,
+            held=self._held,
         )
 
     def attend(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:
@@ -180,7 +186,7 @@ class Stepping:
                 not on the CPU, and raised later.
             PolicyFailedError: If the policy raises an error of its own.
         """
-        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
         assert memory is not None
         state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
@@ -207,7 +213,7 @@ class Stepping:
             SelectionError, PolicyFailedError: As in `attend`, and if the new state has other names or rows.
             UnsupportedCacheError: If the policy drops entries that are quantized.
         """
-        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
         assert memory is not None
         state = memory.of_text_rows(layer.copies, 1)
         where = f"policy {policy.name!r} {step.where}: observe"
@@ -222,6 +228,17 @@ class Stepping:
             if kept is not None:
                 layer.evict(kept)
                 log.measure(layer)
+
+    def resume(self, rank: int, layer: CrossKVLayer) -> None:
+        """Count the steps of a layer that an earlier run has filled, if the policy takes any."""
+        if self._policy is not None:
+            self._logs[rank] = StepCounts(layer)
+
+    def _log(self, rank: int, layer: CrossKVLayer) -> StepCounts:
+        """Return the counts of a layer; new ones if its cache was filled by an earlier run."""
+        if rank not in self._logs:
+            self.resume(rank, layer)
+        return self._logs[rank]
 
     def settle(self) -> tuple[StepReceipt, ...]:
         """Read the counts from the device, and raise what was wrong with answers.

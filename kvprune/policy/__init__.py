@@ -18,7 +18,8 @@ in each decode step                     what the step reads          DecodePolic
 
 `FeaturePolicy`, `PrefillPolicy` and `DecodePolicy` get a budget by
 ``class Mine(BudgetPolicy, FeaturePolicy)``. A policy of any kind may prune the text's own cache as well: it
-needs "text_cache" and writes ``select_text``.
+needs "text_cache" and writes ``select_text``. One with trained weights is
+``class Mine(TrainedPolicy, FeaturePolicy)``, or with another base class in place of `FeaturePolicy`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ from kvprune.policy.step_view import (
 from kvprune.policy.text_view import (
     TextView,
 )
+from kvprune.policy.trained import (
+    TrainedPolicy,
+)
 from kvprune.policy.view import (
     FeatureView,
     LayerView,
@@ -97,6 +101,7 @@ __all__ = [
     "State",
     "StepView",
     "TextView",
+    "TrainedPolicy",
     "View",
     "check_scores",
     "merge_mean",

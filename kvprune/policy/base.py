@@ -49,13 +49,14 @@ Need = Literal[
     "reconstruction",
     "class_attention",
     "grid",
+    "question",
 ]
 """What must be captured for a view beyond keys, values and visibility.
 
 "text_cache" captures nothing: it asks for calls of `CrossKVPolicy.select_text`. "guidance" costs a forward
 pass of a guide (`kvprune.Guide`). "reconstruction" costs a generation and a forward pass of the model itself
 (`CrossKVPolicy.reconstructs_from`). "grid" captures nothing, either: models whose columns are no patches of a
-picture are refused.
+picture are refused. "question" costs a pass of the text layers over the prompt, without the picture.
 """
 
 
@@ -90,6 +91,8 @@ class CrossKVPolicy(AnyPolicy, ABC):
         moment: When the policy decides, for tables: "layer", or what its base class says.
         budget_scope: Over what `exact_budget` is exact: each "head" of each layer, the mean over the heads of
             each "layer", or the mean over all layers of the "model".
+        on_any_model: Options with which the policy runs on a model of any geometry, if its defaults do not:
+            checks and measurements take them.
     """
 
     name: ClassVar[str]
@@ -107,6 +110,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
     keeps_invisible: ClassVar[bool] = False
     moment: ClassVar[str] = "layer"
     budget_scope: ClassVar[Literal["head", "layer", "model"]] = "head"
+    on_any_model: ClassVar[typing.Mapping[str, OptionValue]] = MappingProxyType({})
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:

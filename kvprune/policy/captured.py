@@ -37,6 +37,7 @@ class Captured:
         guidance: ``[B, S]``, the importance of each token according to a guide.
         reconstruction: ``[B, Hkv, S]``, the largest attention of a reconstruction pass in the view's layer.
         class_attention: ``[B, S]``, attention from each tile's class token to its patches.
+        question: ``[B, W]``, the last hidden state of a pass over the prompt's text alone.
         text: The self-attention layer before this layer.
     """
 
@@ -46,6 +47,7 @@ class Captured:
     guidance: Tensor | None = _with_columns(1)
     reconstruction: Tensor | None = _with_columns(2)
     class_attention: Tensor | None = _with_columns(1)
+    question: Tensor | None = None
     text: TextView | None = None
 
     def at(self, selection: Selection | None) -> Captured:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvprune.policy.view import LayerView
+from kvprune.policy.weights import HasWeights, HeldWeights
 from kvprune.tokens.packing import repeat_rows
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
@@ -59,6 +60,10 @@ class HeldView:
         """The moment and layer of the view, for messages."""
         return f"after prefill {self.layer.where}"
 
+    def weights(self, policy: HasWeights) -> Mapping[str, Tensor]:
+        """Return the trained weights of a policy; see `View.weights`."""
+        return self.layer.weights(policy)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepView:
@@ -87,6 +92,7 @@ class StepView:
         copies: Consecutive text rows that attend to one held row.
         unrestricted: Whether each text row may attend to every entry, as far as the host knows: there is
             neither padding nor a mask.
+        held: The weights that the run holds.
     """
 
     queries_of: Callable[[], Tensor]
@@ -104,6 +110,7 @@ class StepView:
     policy_name: str = "?"
     copies: int = 1
     unrestricted: bool = False
+    held: HeldWeights = field(default_factory=HeldWeights, repr=False)
     _made: list[Selection] = field(default_factory=list, repr=False)
     _queries: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -138,6 +145,18 @@ class StepView:
     def where(self) -> str:
         """The moment and layer of the view, for messages."""
         return f"in a decode step at layer {self.layer_idx}"
+
+    def weights(self, policy: HasWeights) -> Mapping[str, Tensor]:
+        """Return the trained weights of a policy, by name, in float32 on the device of the view; read-only.
+
+        Args:
+            policy: A `TrainedPolicy`: ``step.weights(self)``.
+
+        Raises:
+            WeightsError: If they do not fit the policy or the model.
+        """
+        known = {"cross_layers": self.num_layers, "kv_heads": self.heads, "head_width": self.keys.shape[-1]}
+        return self.held.of(policy, self.keys.device, known)
 
     def of_rows(self, held: Tensor) -> Tensor:
         """Return what is held, ``[R, ...]``, for each text row, ``[N, ...]``; a view where it can be."""

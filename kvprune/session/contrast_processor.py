@@ -13,7 +13,7 @@ from kvprune.adapters.second_branch import CallRecorder, RecordedCall, rows_with
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.measurement import Stopwatch
 from kvprune.errors import ContrastError, UnsupportedCacheError
-from kvprune.session.contrast_report import ContrastReport, bytes_of
+from kvprune.session.contrast_report import ContrastReport, bytes_of, text_bytes_of
 from kvprune.session.contrast_rules import CombineRule
 from kvprune.text import shown
 
@@ -118,24 +118,26 @@ class ContrastProcessor:
 
     def _start(self, call: RecordedCall) -> None:
         """Take the cache of the second branch, when the first branch has read the prompt."""
-        if call.cache is None:
+        cache = call.cache if call.returned is None else call.returned
+        if cache is None:
             raise UnsupportedCacheError(
                 f"generate calls {type(call.module).__name__} without a cache; contrast needs use_cache=True "
                 "and a model that has a cache"
             )
-        if call.cache.is_compileable:
+        if cache.is_compileable:
             raise UnsupportedCacheError(
                 f"the second branch gets a cache like that of the first one, which must grow, got "
-                f"{shown(call.cache)}; leave past_key_values out"
+                f"{shown(cache)}; leave past_key_values out"
             )
         empty = self._recorder.take_empty()
-        if call.past != 0 or empty is None:
+        if call.cache is not None and (call.past != 0 or empty is None):
             raise UnsupportedCacheError(
                 f"the cache holds {call.past} tokens of earlier turns, which the second branch has not read; "
                 "leave past_key_values out and pass the whole conversation"
             )
         call.require_unchanged_states()
-        self._first_cache, self._cache = call.cache if call.returned is None else call.returned, empty
+        # Without a cache in the first call, as MusicGen's, the second branch makes its own, too.
+        self._first_cache, self._cache = cache, empty
 
     def _follow(self, call: RecordedCall, input_ids: Tensor) -> None:
         """Reorder the second cache as `generate` has reordered the first one."""
@@ -216,6 +218,8 @@ class ContrastProcessor:
         report.pruned.add(watch, is_prefill=is_first)
         if not is_first:
             report.add_combining(combining)
-        report.full.bytes_cross, report.full.bytes_text = bytes_of(self._first_cache, self._cross)
-        _, report.pruned.bytes_text = bytes_of(self._cache, self._cross)
-        report.pruned.bytes_cross = self._manager.report.bytes_held
+            report.full.bytes_text = text_bytes_of(self._first_cache, self._cross)
+        else:
+            report.full.bytes_cross, report.full.bytes_text = bytes_of(self._first_cache, self._cross)
+            report.pruned.bytes_cross = self._manager.report.bytes_held
+        report.pruned.bytes_text = text_bytes_of(self._cache, self._cross)

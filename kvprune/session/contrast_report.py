@@ -11,7 +11,7 @@ from torch import Tensor
 from kvprune.engine.measurement import Stopwatch
 from kvprune.engine.report import CompressionReport
 
-__all__ = ["BranchCost", "ContrastReport", "bytes_of"]
+__all__ = ["BranchCost", "ContrastReport", "bytes_of", "text_bytes_of"]
 
 _MIB = 1024 * 1024
 _MOST_PENDING = 64
@@ -169,18 +169,20 @@ def bytes_of(cache: Any, cross_layers: frozenset[int]) -> tuple[int, int]:
         cross_layers: Indices of the layers of a flat cache that hold encoder tokens.
     """
     cross = getattr(cache, "cross_attention_cache", None)
-    if cross is not None:
-        return _bytes(cross.layers), _bytes(cache.self_attention_cache.layers)
-    layers = list(enumerate(cache.layers))
-    return (
-        _bytes([layer for index, layer in layers if index in cross_layers]),
-        _bytes([layer for index, layer in layers if index not in cross_layers]),
-    )
+    held = 0 if cross is None else sum(map(_bytes, cross.layers))
+    if cross is None:
+        held = sum(_bytes(layer) for index, layer in enumerate(cache.layers) if index in cross_layers)
+    return held, text_bytes_of(cache, cross_layers)
 
 
-def _bytes(layers: Any) -> int:
-    held = 0
-    for layer in layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            held += tensor.nbytes if isinstance(tensor, Tensor) else 0
-    return held
+def text_bytes_of(cache: Any, cross_layers: frozenset[int]) -> int:
+    """Return the second of `bytes_of`, which grows with each token."""
+    own = getattr(cache, "self_attention_cache", None)
+    if own is not None:
+        return sum(map(_bytes, own.layers))
+    return sum(_bytes(layer) for index, layer in enumerate(cache.layers) if index not in cross_layers)
+
+
+def _bytes(layer: Any) -> int:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return (0 if keys is None else keys.nbytes) + (0 if values is None else values.nbytes)

@@ -182,7 +182,7 @@ class Mod(CombineRule):
     def combine(self, full: Tensor, pruned: Tensor, decided: Tensor | None) -> Tensor:
         """Return the sum or the contrast of the two branches, as `begin` has decided for each row."""
         assert decided is not None
-        added = full + self.agree * pruned if self.agree else full  # 0 * -inf is NaN
+        added = full.add(pruned, alpha=self.agree) if self.agree else full  # 0 * -inf is NaN
         scores = torch.where(decided[:, None], added, _contrast(full, pruned, self.disagree))
         return plausible(scores, full, self.beta)
 
@@ -232,8 +232,8 @@ def _contrast(expert: Tensor, amateur: Tensor, strength: float) -> Tensor:
     """Return ``(1 + strength) * expert - strength * amateur``; -inf where the expert is, never NaN."""
     if strength == 0:
         return expert
-    difference = (1 + strength) * expert - strength * amateur
-    return torch.where(expert.isneginf(), expert, difference)
+    # amateur + (1 + strength) * (expert - amateur), in one kernel: these few small ones are what a token costs
+    return torch.where(expert.isneginf(), expert, torch.lerp(amateur, expert, 1 + strength))
 
 
 def _require(rule: CombineRule, name: str, least: float, most: float) -> None:

@@ -111,6 +111,7 @@ class LayerProblem(_ShortRepr):
                 guidance=self._draw("guidance", 1, see.columns)[:, 0, :, 0].abs().float(),
                 reconstruction=self._draw("reconstruction", self.kv_heads, see.columns)[..., 0].abs().float(),
                 class_attention=self._class_attention(see),
+                question=self._draw("question", 1, 1)[:, 0, 0],
                 text=self.text(policy_name),
             ),
             keys=self._draw("keys", self.kv_heads, see.columns),

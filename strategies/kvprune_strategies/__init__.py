@@ -25,6 +25,7 @@ from kvprune_strategies.norm import Norm as Norm
 from kvprune_strategies.prefixkv import PrefixKV as PrefixKV
 from kvprune_strategies.prumerge import PruMerge as PruMerge
 from kvprune_strategies.pyramid import Pyramid as Pyramid
+from kvprune_strategies.quecc import QueCC as QueCC
 from kvprune_strategies.quest import Quest as Quest
 from kvprune_strategies.random_keep import Random as Random
 from kvprune_strategies.snapkv import SnapKV as SnapKV

@@ -167,6 +167,9 @@ class ProphetNetAdapter(Declared):
     scaled_by_width = True  # its attention divides by the square root and names no factor
     lacks = no_text("its self-attention reads several streams of predicted tokens")
     provides = REPEATS
+    rereads = (
+        False  # what it returns has several rows for each token, of which those of one cannot be replaced
+    )
 
 
 class SwitchTransformersAdapter(Declared):
