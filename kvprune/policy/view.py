@@ -248,7 +248,8 @@ class LayerView(View):
         """How much the model needs each token to write what the encoder has read, ``[B, Hkv, S]``.
 
         The largest attention weight that the token receives in this layer, over all rows and the query heads
-        of each KV head, while the decoder reads a text of the encoder's input (`kvprune.policy.Reconstruction`).
+        of each KV head, while the decoder reads a text of what the encoder has read
+        (`kvprune.policy.Reconstruction`).
         """
         return self._needed(self.captured.reconstruction, "reconstruction")
 

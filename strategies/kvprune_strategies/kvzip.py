@@ -121,8 +121,8 @@ class KVzip(BudgetPolicy, PrefillPolicy):
     )
     cost = (
         "for pictures and sounds one generation with the full cache; then one forward call over the text, "
-        "and one product of queries and keys in each of its cross-attention layers; scores of all layers until "
-        "the last has attended, when L * Hkv * S numbers are sorted"
+        "and one product of queries and keys in each of its cross-attention layers; scores of all layers "
+        "until the last has attended, when L * Hkv * S numbers are sorted"
     )
     bibtex = """
 @article{kvzip2025,
