@@ -51,6 +51,9 @@ from kvprune.policy.moments import (
 from kvprune.policy.nesting import (
     require_scorer,
 )
+from kvprune.policy.reconstruction import (
+    Reconstruction,
+)
 from kvprune.policy.spec import (
     PolicySpec,
 )
@@ -96,6 +99,7 @@ __all__ = [
     "PolicySpec",
     "PrefillPolicy",
     "ProportionalAllocator",
+    "Reconstruction",
     "ScoringPolicy",
     "State",
     "StepView",

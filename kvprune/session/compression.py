@@ -23,8 +23,10 @@ from kvprune.errors import CompressionStateError, NestedCompressionError, Policy
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
 from kvprune.policy.declarations import require_declarations
 from kvprune.policy.spec import PolicySpec
-from kvprune.session.answer_guide import AnswerGuide, bound_guide
+from kvprune.session.answer_guide import AnswerGuide
+from kvprune.session.binding import bound_guide
 from kvprune.session.guide import Guide
+from kvprune.session.reconstruction import BoundReconstruction
 from kvprune.session.registry import load
 from kvprune.session.saved_cache import SavedCache
 from kvprune.session.saving import save_cache
@@ -40,7 +42,7 @@ def compress(
     policy: str | PolicySpec | CrossKVPolicy | SavedCache,
     *,
     seed: int = 0,
-    guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
+    guide: nn.Module | Guide | Guidance | AnswerGuide | BoundReconstruction | None = None,
     reread: bool = False,
 ) -> Compression:
     """Compress the cross-attention cache of a model inside a ``with`` block.
@@ -106,7 +108,7 @@ class Compression:
         adapter: ModelAdapter,
         policy: CrossKVPolicy,
         seed: int,
-        guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
+        guide: nn.Module | Guide | Guidance | AnswerGuide | BoundReconstruction | None = None,
         *,
         reread: bool = False,
         saved: SavedCache | None = None,

@@ -36,6 +36,7 @@ REFUSALS = {
     "visionzip": "needs 'class_attention', which the .* adapter does not provide",
     "answer-attention": "takes only guidance that was made from one|"
     "needs 'guidance', which the .* adapter does not provide",
+    "kvzip": "needs 'reconstruction', which the .* adapter does not provide",
     "guided": "needs 'guidance', which the .* adapter does not provide",
     "quecc": "needs 'question', which the .* adapter does not provide",
 }

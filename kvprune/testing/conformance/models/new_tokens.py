@@ -25,7 +25,8 @@ class _Fainter(FeatureScoringPolicy):
     name = "fainter"
 
     def score(self, view: FeatureView) -> Tensor:
-        return view.features.float().norm(dim=-1)[:, None]
+        lengths: Tensor = view.features.float().norm(dim=-1)  # [B, S]
+        return lengths[:, None]
 
     def choose(self, view: FeatureView) -> Decision:
         places = super().choose(view).onward
