@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from kvprune.policy.step_view import HeldView as HeldView
     from kvprune.policy.step_view import StepView as StepView
     from kvprune.policy.text_view import TextView as TextView
+    from kvprune.policy.trained import TrainedPolicy as TrainedPolicy
     from kvprune.policy.view import FeatureView as FeatureView
     from kvprune.policy.view import LayerView as LayerView
     from kvprune.session.answer_guide import answer_attention as answer_attention
@@ -52,9 +53,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from kvprune.session.hookspecs import hookimpl as hookimpl
     from kvprune.session.registry import get_policy as get_policy
     from kvprune.session.registry import list_policies as list_policies
+    from kvprune.session.saved_cache import SavedCache as SavedCache
+    from kvprune.session.saved_cache import load_cache as load_cache
     from kvprune.tokens.budget import Budget as Budget
     from kvprune.tokens.decision import Decision as Decision
     from kvprune.tokens.layout import Layout as Layout
+    from kvprune.tokens.replacement import Replacement as Replacement
     from kvprune.tokens.selection import Selection as Selection
 
 __version__ = "0.1.0"
@@ -82,10 +86,13 @@ _NAMES = {
     "Layout": "tokens.layout",
     "PolicySpec": "policy.spec",
     "PrefillPolicy": "policy.moments",
+    "Replacement": "tokens.replacement",
+    "SavedCache": "session.saved_cache",
     "ScoringPolicy": "policy.budgeted",
     "Selection": "tokens.selection",
     "StepView": "policy.step_view",
     "TextView": "policy.text_view",
+    "TrainedPolicy": "policy.trained",
     "answer_attention": "session.answer_guide",
     "compress": "session.compression",
     "contrast": "session.contrast",
@@ -93,6 +100,7 @@ _NAMES = {
     "guided_generate": "session.early_exit",
     "hookimpl": "session.hookspecs",
     "list_policies": "session.registry",
+    "load_cache": "session.saved_cache",
     "onward_decision": "policy.budgeted",
     "require_scorer": "policy.nesting",
 }

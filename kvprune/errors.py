@@ -27,15 +27,18 @@ __all__ = [
     "QuantizationError",
     "ReceiptError",
     "ResultsError",
+    "SavedCacheError",
     "ScoreError",
     "SelectionError",
     "SpecError",
     "StudyError",
     "SynthesisError",
+    "TrainingError",
     "UnknownInvariantError",
     "UnknownPolicyError",
     "UnsupportedCacheError",
     "UnsupportedModelError",
+    "WeightsError",
 ]
 
 
@@ -72,6 +75,10 @@ class PolicyOptionError(KVPruneError):
 
 class BudgetError(PolicyOptionError):
     """A budget is neither a ratio in (0, 1] nor a positive number of tokens."""
+
+
+class WeightsError(PolicyOptionError):
+    """Weights of a policy are missing, are not what the spec names, or do not fit the policy or the model."""
 
 
 class PluginError(KVPruneError):
@@ -154,12 +161,20 @@ class ReceiptError(KVPruneError):
     """A receipt does not match the contents of the live cache, or the cache no longer exists."""
 
 
+class SavedCacheError(KVPruneError):
+    """A cache cannot be saved, a file is no saved cache of this model, or a question does not fit to it."""
+
+
 class ConformanceError(KVPruneError):
     """A policy breaks invariants; ``report`` is the `kvprune.testing.ConformanceReport`."""
 
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class TrainingError(KVPruneError):
+    """Weights cannot be trained like this: the policy, the data, or the files that would be written."""
 
 
 class UnknownInvariantError(KVPruneError):

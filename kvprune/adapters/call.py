@@ -58,6 +58,7 @@ class Call:
         self.transient: CrossKVLayer | None = None
         self.returns_weights = True
         self.again: Rereading | None = None
+        self._encoded: Tensor | None = None
 
     def layer_for(self, cache: Cache | None, layer_idx: int) -> CrossKVLayer:
         """Return the `CrossKVLayer` of a layer: in the cache, or a transient one if there is no cache."""
@@ -81,17 +82,39 @@ class Call:
             What arrives, for R rows, and its features, ``[B, K, C]``.
 
         Raises:
-            UnsupportedModelError: If rows that are held once differ by now.
+            UnsupportedModelError: If rows that are held once differ by now, or if new tokens stand in the
+                place of features that are not the same in each layer.
         """
+        self._encoded = features if self._encoded is None else self._encoded
         arrival = self.manager.before_layer(rank, layer, features)
         if text is not None and layer.copies > 1:
             _require_alike(text, layer.copies, self.manager.layer_indices[rank])
         self.attended = arrival.contents, layer.columns + arrival.columns
         if arrival.received is not None:
-            features = gather_features(features, arrival.received.repeat(layer.copies))  # [B, K, C]
+            replaced = arrival.replaced and arrival.replaced.repeat(layer.copies)
+            if replaced is not None:
+                self._require_replaceable(features, self.manager.layer_indices[rank])
+            features = gather_features(features, arrival.received.repeat(layer.copies), replaced)  # [B, K, C]
         if "features" in self.needs:
             self.tensors["features"] = features
         return arrival, features
+
+    def _require_replaceable(self, features: Tensor, layer_idx: int) -> None:
+        """Raise unless a layer gets the features that the first one got, of which new tokens were made."""
+        first = self._encoded
+        if first is None or features is first:
+            return
+        if features.shape == first.shape and features.dtype == first.dtype:
+            if features.device == first.device and features.data_ptr() == first.data_ptr():
+                return
+            if torch.equal(features, first.to(features.device)):
+                return
+        raise UnsupportedModelError(
+            "the policy puts new tokens, made of the first layer's features, in the place of columns, but "
+            f"layer {layer_idx} of this model gets other features than the first one "
+            f"({features.dtype} {list(features.shape)}, the first one {first.dtype} {list(first.shape)}); "
+            "policies that make new tokens need a model whose layers all get the same"
+        )
 
     def after_layer(self, rank: int, site: Site, cache: Cache | None, *, follows_text: bool = True) -> None:
         """Tell the manager that a layer has attended, and hand over what was captured in it.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from kvprune.adapters.probes import Probe
 from kvprune.errors import IncompatibleTransformersError, UnsupportedModelError
@@ -24,6 +26,7 @@ class Declaration(ABC):
         captured_in_encoder: What of it is captured while the encoder runs.
         rereads: Whether the adapter can read the last prompt token again (``compress(..., reread=True)``):
             it calls `prepare_reread` and `finish_prefill`, and defines `last_row`.
+        asking: Options of ``generate`` that questions to a saved cache need (`kvprune.SavedCache.inputs`).
     """
 
     family: ClassVar[str]
@@ -32,6 +35,7 @@ class Declaration(ABC):
     lacks: ClassVar[Mapping[str, str]] = {}
     captured_in_encoder: ClassVar[frozenset[str]] = frozenset({"class_attention"})
     rereads: ClassVar[bool] = False
+    asking: ClassVar[Mapping[str, object]] = {}
 
     @classmethod
     def matches(cls, model: object) -> bool:
@@ -70,6 +74,24 @@ class Declaration(ABC):
                 f"reread=True reads the last prompt token again, which the adapter {cls.__name__} for "
                 f"{cls.family} cannot do (its rereads is False); leave reread out"
             )
+
+    def question(self, named: Mapping[str, Any]) -> Tensor:
+        """Read the text of a prompt without its picture, in a pass that leaves no cache.
+
+        Optional; without it, the family supports no policy that needs "question".
+
+        Args:
+            named: Arguments of a forward call by name, of which those about text are used.
+
+        Returns:
+            ``[B, W]``, the hidden state of each last token after the last layer and its norm.
+
+        Raises:
+            UnsupportedModelError: If the family has no such pass.
+        """
+        raise UnsupportedModelError(
+            f"the adapter for {self.family} reads no text without a picture: it does not define question()"
+        )
 
     @classmethod
     def require_probes(cls) -> None:

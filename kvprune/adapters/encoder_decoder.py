@@ -38,7 +38,7 @@ from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
 from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
 from kvprune.adapters.rereading import last_row
-from kvprune.adapters.stepping import stepped
+from kvprune.adapters.stepping import follow_text, stepped
 from kvprune.adapters.text_capture import TextCapture
 from kvprune.adapters.text_sites import TextSite, find_text_sites
 from kvprune.cache.placement import OneCrossLayer, open_layer, require_cache
@@ -304,6 +304,7 @@ class EncoderDecoderAdapter(Columns):
 
         if self.manager.steps.is_active:
             rank, _ = self._by_layer[site.layer_idx]
+            follow_text(layer, cache.self_attention_cache, len(named["hidden_states"][0]))
             return stepped(call, site, rank, layer, {**named, site.mask: mask}, alone)
         if not layer.is_readable:
             named = with_cache(named, alone(*layer.spread()))

@@ -8,18 +8,22 @@ from torch import Tensor
 from kvprune.adapters.sites import by_query_head
 from kvprune.cache.contents import Contents
 from kvprune.tokens.merging import merge_features
+from kvprune.tokens.replacement import Replacement, among
 from kvprune.tokens.selection import Selection
 
 __all__ = ["gather_features", "to_all_columns"]
 
 
-def gather_features(features: Tensor, received: Selection) -> Tensor:
+def gather_features(features: Tensor, received: Selection, replaced: Replacement | None = None) -> Tensor:
     """Return the features of the columns that a layer receives, ``[B, K, C]``, merged if it merges.
 
     Args:
         features: ``[B, S, C]``, all new columns.
         received: The columns that arrive, for each row of the batch, ``[B, 1, K]``.
+        replaced: New tokens, of which those in the received columns' places arrive; None for the encoder's.
     """
+    if replaced is not None:
+        features, received = replaced.features.to(features.device), among(replaced.places, received)
     indices, valid, merge = received.indices[:, 0], received.valid[:, 0], received.merge
     if merge is not None:
         entries = indices.shape[-1]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvprune.errors import UnsupportedCacheError
 
-__all__ = ["OneMask"]
+__all__ = ["OneMask", "by_head"]
 
 _ADDING = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 _COPYING = {
@@ -86,6 +86,11 @@ class OneMask(Tensor):
             f"{func} was called with a mask of each head (shapes {shapes}); attention that accepts one mask "
             "for all heads can only add it to logits of the same shape; use a policy whose heads share tokens"
         )
+
+
+def by_head(mask: Tensor | None) -> Tensor | None:
+    """Return a mask as it is, or the masks ``[B, Hq, T, K]`` that a `OneMask` stands for."""
+    return mask.by_head if isinstance(mask, OneMask) else mask
 
 
 def _fit(args: Sequence[Any]) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from kvprune.adapters.arguments import with_cache
 from kvprune.adapters.call import Call
 from kvprune.adapters.columns.mask import ColumnMask
+from kvprune.adapters.one_mask import by_head
 from kvprune.adapters.sites import Site, by_query_head
 from kvprune.cache.contents import Contents
 from kvprune.cache.cross_layer import CrossKVLayer
@@ -23,7 +25,7 @@ from kvprune.policy.step_view import StepView
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
 
-__all__ = ["stepped"]
+__all__ = ["follow_text", "stepped"]
 
 
 def stepped(
@@ -48,7 +50,8 @@ def stepped(
         UnsupportedModelError: If the module cannot read different entries for the rows of this call.
         SelectionError, PolicyFailedError, UnsupportedCacheError: See `kvprune.engine.stepping.Stepping`.
     """
-    steps, hidden, mask = call.manager.steps, named["hidden_states"], named.get(site.mask)
+    steps, hidden, given = call.manager.steps, named["hidden_states"], named.get(site.mask)
+    mask = by_head(given)
     text_rows = hidden.shape[1]
     if text_rows > 1 and site.mask_by_head:
         raise UnsupportedModelError(
@@ -66,22 +69,38 @@ def stepped(
         scaling=site.scaling,
     )
     selection = steps.attend(layer, step, text_rows)
+    passed = given
     before: Contents | None = layer.contents  # observing may drop entries, after this step has read them
     if selection is None:
         keys, values = layer.spread()
     elif text_rows == 1:
         keys, values = layer.read(selection.indices)
-        mask = _over_chosen(mask, selection, site, hidden)
+        passed = _over_chosen(mask, selection, site, hidden)
         before = _chosen(selection, step) if call.returns_weights else None
     else:
         keys, values = layer.spread()
-        mask = _by_text_row(mask, selection, site, hidden)
+        passed = _by_text_row(mask, selection, site, hidden)
     call.attended = None if before is None else (before, layer.columns)
     if steps.observes:
         with torch.no_grad():
-            attention = _attention(step, keys, mask, site)  # [N, Hq, n]
+            attention = _attention(step, keys, by_head(passed), site)  # [N, Hq, n]
             steps.observe(layer, step, _at_entries(attention, selection, step.entries))
-    return with_cache({**named, site.mask: mask}, one_layer(keys, values))
+    return with_cache({**named, site.mask: passed}, one_layer(keys, values))
+
+
+def follow_text(layer: CrossKVLayer, text: Cache, text_rows: int) -> None:
+    """Take back the steps of drafts that were rejected since the step before, which leave the text alone.
+
+    Args:
+        layer: A cross-attention layer.
+        text: The cache of the text, which has this call's tokens already.
+        text_rows: Text rows of the call.
+    """
+    if layer.steps is None or torch.compiler.is_compiling():
+        return
+    length = text.get_seq_length()
+    if isinstance(length, int):  # a static cache counts on the device, and takes no drafts
+        layer.steps.follow_text(length - text_rows)
 
 
 def _queries(site: Site, hidden: Tensor) -> Tensor:

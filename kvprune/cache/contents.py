@@ -16,6 +16,7 @@ from kvprune.cache.pools import Pool
 from kvprune.cache.reader import Reader
 from kvprune.cache.shared_rows import SharedRows
 from kvprune.errors import UnsupportedCacheError
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import OWN_BITS, Selection
 
 __all__ = ["Arrival", "Contents", "HeldEntries"]
@@ -50,11 +51,13 @@ class Arrival:
         received: The new columns that arrive, for R rows; None for all of them.
         columns: Number of new columns, including dropped ones.
         contents: What the layer holds after the update, and attends to.
+        replaced: New tokens that arrive in the place of the received columns; None for the encoder's own.
     """
 
     received: Selection | None
     columns: int
     contents: Contents
+    replaced: Replacement | None = None
 
 
 class HeldEntries(DynamicLayer):

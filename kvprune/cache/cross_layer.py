@@ -230,6 +230,7 @@ class CrossKVLayer(HeldEntries):
 
     def reset(self) -> None:
         """Forget everything that is held."""
+        self.is_initialized = False  # older releases would zero tensors that copies of this layer share
         super().reset()
         self.columns, self.slots, self.valid, self.ragged, self._arrival = 0, None, None, False, None
         self.bias = self.steps = None

@@ -30,6 +30,8 @@ class StepMemory:
         taken: int64 ``[]``, decode steps so far.
         taken_eagerly: The same as the host knows it, compiled steps left out.
         is_changed: Whether a step has changed the state.
+        taken_back: Steps that were taken back, as far as the host knows.
+        text_before: Text tokens in the cache before the first step; None until then, and where unknown.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class StepMemory:
             for name, tensor in tensors.items()
         }
         self.taken = torch.zeros((), dtype=torch.int64, device=device)
-        self.taken_eagerly = 0
+        self.taken_eagerly = self.taken_back = 0
+        self.text_before: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +97,24 @@ class StepMemory:
         """Repeat each row."""
         self.over_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
+    def follow_text(self, before: int) -> None:
+        """Take back the steps of text tokens that have left the cache since.
+
+        transformers takes rejected drafts from the text alone if it keeps text and encoder tokens apart.
+
+        Args:
+            before: Text tokens in the cache before this step.
+
+        Raises:
+            UnsupportedCacheError: As `take_back` says.
+        """
+        if not self.taken_eagerly:
+            self.text_before = before
+        elif self.text_before is not None:
+            rejected = self.text_before + self.taken_eagerly - before
+            if rejected > 0:
+                self.take_back(rejected)
+
     def take_back(self, tokens: int) -> None:
         """Take back the last steps, as assisted decoding does with rejected drafts.
 
@@ -105,7 +126,9 @@ class StepMemory:
                 f"{tokens} tokens are taken back from the cache, but the policy has observed their steps and "
                 "cannot forget them; decode without an assistant, or with a policy that observes no steps"
             )
-        self.taken_eagerly = max(0, self.taken_eagerly - tokens)
+        undone = min(tokens, self.taken_eagerly)
+        self.taken_eagerly -= undone
+        self.taken_back += undone
         self.taken = (self.taken - tokens).clamp(min=0)  # tokens of the prompt are no steps
 
     def to(self, device: torch.device | str) -> None:

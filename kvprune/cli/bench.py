@@ -69,11 +69,17 @@ def memory(
 
 
 def _installed(found: Registry) -> list[CrossKVPolicy]:
-    """Return every installed policy with default options; report those that need options as left out."""
+    """Return every installed policy with default options; report those that need options as left out.
+
+    Where default options do not fit every model, it has those of `CrossKVPolicy.on_any_model`.
+    """
+    from kvprune.policy.spec import PolicySpec
+
     policies = []
     for name in sorted(found.policies):
         try:
-            policies.append(found.get_policy(name))
+            options = found.policies[name].cls.on_any_model
+            policies.append(found.get_policy(PolicySpec(name, options)))
         except KVPruneError as error:
             say(printable(f"left out: {error}", 400))
     return policies

@@ -17,7 +17,7 @@ from kvprune.errors import UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.merging import Merge
-from kvprune.tokens.reindexing import among_entries, anchors, compose, of_columns, positions
+from kvprune.tokens.reindexing import among_entries, anchors, of_columns, positions
 from kvprune.tokens.selection import OWN_BITS, Selection
 
 __all__ = ["apply", "attended_selection"]
@@ -50,10 +50,12 @@ def apply(
             warn("quantized entries carry no gradient: backpropagation stops at them")
         merge = _retain(prefill, decision, context)  # with gradients, if they are recorded
     if decision.onward is not None:
-        prefill.onward = compose(prefill.onward, decision.onward)
+        prefill.pass_on(decision.onward)
     kept = layer.selection()
     merge = _with_carried_bias(merge, layer, kept.indices, kept.valid, prefill.first_new)
     prefill.kept.add(layer_idx, context.attended, kept.with_merge(merge), layer.copies)
+    if context.replaced is not None:
+        prefill.kept.add_replaced(layer_idx, context.replaced.moved_by(prefill.first_new), layer.copies)
 
 
 def _retain(prefill: Prefill, decision: Decision, context: DecisionContext) -> Merge | None:

@@ -24,15 +24,19 @@ class History:
         kept: What the latest prefill kept.
         window: What the prefill that begins reads of its recordings; None if it reads no window. An adapter
             whose model reads recordings window by window sets it before each prefill.
+        keeps_features: Whether the features of new tokens of the latest prefill are kept, for oracles.
     """
 
     report: CompressionReport
     kept: KeptSelections = field(default_factory=KeptSelections)
     window: Window | None = None
+    keeps_features: bool = False
     _recorders: list[list[KeptSelections]] = field(default_factory=list)
 
     def add(self, kept: KeptSelections) -> None:
         """Add a prefill that has just completed, and is in the report."""
+        if not self.keeps_features:
+            kept.forget_features()
         self.kept = kept
         self.report.add_window(self.window)
         for recorder in self._recorders:

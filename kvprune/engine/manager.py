@@ -14,9 +14,7 @@ The manager works on tensors, selections and visibility, and knows no model fami
                                     the report is written
 
 Decode steps read the pruned cache layers, and ask a `DecodePolicy` (`kvprune.engine.stepping`).
-A policy that decides at a new moment, such as the logits, takes a view, a base class
-(`kvprune.policy.moments`), a method of `PolicyCalls` that calls it, and a method here.
-
+A new moment takes a view, a base class (`kvprune.policy.moments`), and a method of `PolicyCalls` and of this.
 Copies of one sample in the batch (beams, return sequences) get one decision and are held once. Here and in
 views, R counts distinct rows; what users read counts the whole batch B.
 """
@@ -50,7 +48,6 @@ from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.layout import Layout
-from kvprune.tokens.reindexing import compose
 from kvprune.tokens.visibility import Visibility
 
 __all__ = ["CrossKVManager"]
@@ -83,7 +80,7 @@ class CrossKVManager:
         self.report = CompressionReport(policy=policy.spec, seed=seed, requested=dict(policy.requested))
         self._calls = PolicyCalls(policy, seed, self.layer_indices, self.report.note_draw)
         self.history = History(self.report)
-        self.steps = Stepping(policy, self.layer_indices)
+        self.steps = Stepping(policy, self.layer_indices, self._calls.held)
         self._prefill: Prefill | None = None
 
     @property
@@ -102,6 +99,7 @@ class CrossKVManager:
         layout: Callable[[], Layout] | None = None,
         prompt: Callable[[Tensor], Prompt] | None = None,
         capture: Callable[[], Captured] | None = None,
+        before: Stopwatch | None = None,
     ) -> None:
         """Open a prefill.
 
@@ -118,13 +116,14 @@ class CrossKVManager:
                 ``[R, S, C]``; None if the adapter supports no guide.
             capture: Returns what the adapter captured of all new columns, for R rows, once the encoder has
                 run; None if it captured nothing.
+            before: Around what has run for the policy so far; the report counts it.
 
         Raises:
             UnsupportedModelError: If the policy needs a grid, and the columns have none.
         """
-        self.steps.restart()
+        self.report.set_steps(self.steps.restart())
         first_new, rows = visibility.columns - new_columns, shared_rows or SharedRows()
-        record = PrefillRecord(cached=cached)
+        record = PrefillRecord(cached=cached, before=before)
         self._prefill = Prefill(
             visibility, first_new, fingerprints, rows, cached, record, layout, prompt, capture
         )
@@ -158,7 +157,8 @@ class CrossKVManager:
             self._prepare(prefill, features[:: prefill.shared_rows.copies])
         layer.separate()
         prefill.record.note_arrival(self.layer_indices[rank], layer)
-        return layer.expect(prefill.onward, prefill.new_columns, prefill.shared_rows)
+        arrival = layer.expect(prefill.onward, prefill.new_columns, prefill.shared_rows)
+        return replace(arrival, replaced=prefill.replaced)
 
     def _prepare(self, prefill: Prefill, features: Tensor) -> None:
         """Run once before the first layer: collect captures, ask the guide, let a `FeaturePolicy` decide."""
@@ -225,7 +225,7 @@ class CrossKVManager:
             UnsupportedCacheError: If there is no cache, and the policy prunes nothing but the cache.
         """
         prefill, policy = self._running(), self.policy
-        received = prefill.onward
+        received, replaced = prefill.onward, prefill.replaced
         prefill.record.note_attention(self.layer_indices[rank], layer)
         view = self._calls.layer_view(
             prefill,
@@ -237,7 +237,7 @@ class CrossKVManager:
             follows_text=follows_text,
         )
         before = None if layer.slots is None else attended_selection(layer, received, prefill.first_new)
-        context = DecisionContext(view, layer, layer.width - view.columns, before)
+        context = DecisionContext(view, layer, layer.width - view.columns, before, replaced)
         with torch.no_grad(), Stopwatch(view.device) as watch:
             if isinstance(policy, PrefillPolicy):
                 answer = self._calls.observe(policy, view)
@@ -274,6 +274,7 @@ class CrossKVManager:
         if prefill is None or not completed:
             return
         self._conclude(prefill)
+        self.steps.begin()
         if self.rereads and not reread:
             raise CompressionStateError("the adapter did not read the last token again, as reread=True asks")
         self.report.count_encoder_input(reread=reread)
@@ -311,7 +312,7 @@ class CrossKVManager:
         if decision.note:
             self.report.warn(decision.note)
         if decision.onward is not None:
-            prefill.onward = compose(None, decision.onward)
+            prefill.pass_on(decision.onward)
 
     def _conclude(self, prefill: Prefill) -> None:
         """Let a `PrefillPolicy` decide, once, about all layers that it observed, and apply the decisions."""

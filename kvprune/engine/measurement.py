@@ -99,14 +99,15 @@ class PrefillRecord:
 
     Args:
         cached: Whether there is a cache; without one, nothing is held after the call.
+        before: Around what ran before the first layer for the policy; counts for that layer.
     """
 
-    def __init__(self, *, cached: bool) -> None:
+    def __init__(self, *, cached: bool, before: Stopwatch | None = None) -> None:
         self.cached = cached
         self._layers: dict[int, _Layer] = {}
         self._copies = 1
         self._deferred = False
-        self._feature_watches: tuple[Stopwatch, ...] = ()
+        self._feature_watches: tuple[Stopwatch, ...] = () if before is None else (before,)
         self._text: list[tuple[TextReceipt, weakref.ref[TextKVLayer], Stopwatch]] = []
         self._text_kept: list[Tensor] = []
 
@@ -133,7 +134,7 @@ class PrefillRecord:
 
     def note_feature_decision(self, watch: Stopwatch) -> None:
         """Note a decision before the first layer; its run time counts for that layer."""
-        self._feature_watches = (watch,)
+        self._feature_watches += (watch,)
 
     def note_arrival(self, layer_idx: int, layer: CrossKVLayer) -> None:
         """Measure a layer before new columns arrive."""

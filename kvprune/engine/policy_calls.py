@@ -9,7 +9,7 @@ policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from kvprune.policy.captured import Captured
 from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView
+from kvprune.policy.weights import HeldWeights
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.selection import Selection
 
@@ -41,12 +42,14 @@ class PolicyCalls:
         seed: Seed for policies that draw random numbers.
         layer_indices: The model's cross-attention layers in order.
         on_draw: Called when the policy draws random numbers.
+        held: The weights of the policy.
     """
 
     policy: CrossKVPolicy
     seed: int
     layer_indices: tuple[int, ...]
     on_draw: Callable[[], None] = lambda: None
+    held: HeldWeights = field(default_factory=HeldWeights)
 
     def feature_view(self, prefill: Prefill, features: Tensor) -> FeatureView:
         """Return the view of a policy that decides before the first layer.
@@ -62,6 +65,7 @@ class PolicyCalls:
             fingerprints=self._noting(prefill.fingerprints),
             policy_name=self.policy.name,
             on_draw=self.on_draw,
+            held=self.held,
             layout_of=prefill.layout,
             captured=Captured(features=features).joined(prefill.captured, features.device),
         )
@@ -103,6 +107,7 @@ class PolicyCalls:
             fingerprints=self._noting(prefill.fingerprints),
             policy_name=self.policy.name,
             on_draw=self.on_draw,
+            held=self.held,
             layout_of=prefill.layout_of(received),
             captured=prefill.captured_of(received, own, layer.keys.device, follows_text=follows_text),
             follows_text=follows_text,

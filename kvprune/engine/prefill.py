@@ -22,6 +22,8 @@ from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.policy.captured import Captured
 from kvprune.policy.view import LayerView
 from kvprune.tokens.layout import Layout
+from kvprune.tokens.reindexing import compose
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
@@ -48,6 +50,8 @@ class Prefill:
     Attributes:
         captured: What `capture` and the guide returned, and the self-attention before the current layer.
         onward: The columns that later layers receive; None for all new ones.
+        replaced: New tokens in the place of columns; later layers receive those that `onward` keeps. None if
+            they receive the encoder's own.
         is_prepared: Whether the steps before the first layer are done.
         observed: Layers that a `PrefillPolicy` has observed and decides about at the end.
         text_counts: Number of text entries kept for each sample, int64 ``[R]``.
@@ -66,6 +70,7 @@ class Prefill:
     capture: Callable[[], Captured] | None = None
     captured: Captured = Captured()
     onward: Selection | None = None
+    replaced: Replacement | None = None
     is_prepared: bool = False
     observed: list[ObservedLayer] = field(default_factory=list)
     text_counts: Tensor | None = None
@@ -85,6 +90,16 @@ class Prefill:
     def new_columns(self) -> int:
         """Number of columns that arrive in this call."""
         return self.visibility.columns - self.first_new
+
+    def pass_on(self, onward: Selection | Replacement) -> None:
+        """Let later layers receive only these of the columns that arrive, or new tokens in their place."""
+        if isinstance(onward, Replacement):
+            received = None if self.onward is None else self.onward.with_merge(None)
+            self.onward = compose(received, onward.places)
+            # A copy, so that the policy cannot change it later. It keeps a gradient.
+            self.replaced = Replacement.trusted(onward.with_padding().features.clone(), self.onward)
+        else:
+            self.onward = compose(self.onward, onward)
 
     def arriving(self, received: Selection | None) -> Visibility:
         """Return the visibility of the columns that arrive at a layer: all new ones, or those kept so far."""
@@ -122,12 +137,14 @@ class DecisionContext:
         layer: The cache layer that the decision prunes.
         first: The first new entry of the layer; entries before it belong to earlier images.
         attended: Columns that the layer attended to; None for all columns.
+        replaced: New tokens that the layer received in the place of columns; None for the encoder's own.
     """
 
     view: LayerView
     layer: CrossKVLayer
     first: int
     attended: Selection | None
+    replaced: Replacement | None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import PolicyFailedError
+from kvprune.policy.weights import HeldWeights
 
 __all__ = ["unchanged"]
 
@@ -47,6 +48,9 @@ def _tensors(view: object, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in a dataclass and in the dataclasses that it holds, with their names."""
     if isinstance(view, Tensor):
         yield name.replace(".captured.", "."), view
+    elif isinstance(view, HeldWeights):
+        for tensor in view.tensors():
+            yield "view.weights", tensor
     elif is_dataclass(view) and not isinstance(view, type):
         for field in fields(view):
             yield from _tensors(getattr(view, field.name), f"{name}.{field.name}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvprune.tokens.selection import OWN_BITS
 
-__all__ = ["LayerReceipt", "StepReceipt", "TextReceipt", "Window", "WindowReceipt"]
+__all__ = ["LayerReceipt", "StepReceipt", "TextReceipt", "Window", "WindowReceipt", "read_of_visible"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +72,17 @@ class StepReceipt:
 
     Args:
         layer_idx: Index of the decoder layer.
-        steps: Decode steps so far.
-        entries_read: Entries that a text row and KV head reads, mean over steps, rows and heads.
+        steps: Decode steps so far, without those of rejected drafts (assisted decoding). An encoder-decoder
+            model does not say what becomes of the last drafts of a call, so these count as steps.
+        entries_read: Entries that a text row and KV head reads, mean over steps, rows and heads. Rejected
+            drafts have read, too, and count here.
         entries_held: Entries that it could have read, mean as above.
         bytes_read_per_step: Bytes of keys and values that one step reads, all rows together, mean over steps.
         width: Entries per sample and KV head that the layer holds after the latest step.
         bytes_held: Bytes of their keys and values.
         bytes_of_bookkeeping: Bytes of column numbers and validity flags.
         bytes_of_state: Bytes of what the policy knows about the layer between steps, in addition.
+        rejected: Steps of rejected drafts.
     """
 
     layer_idx: int
@@ -90,6 +94,12 @@ class StepReceipt:
     bytes_held: int
     bytes_of_bookkeeping: int
     bytes_of_state: int
+    rejected: int = 0
+
+    @property
+    def any_steps(self) -> bool:
+        """Whether anything was read in a step."""
+        return self.steps + self.rejected > 0
 
     def of(self, layer: LayerReceipt) -> LayerReceipt:
         """Return the receipt of a layer after these steps."""
@@ -135,6 +145,9 @@ class WindowReceipt:
         kept_per_sample: Tokens that decoding keeps / tokens it could see, for each row.
         bytes_peak: Peak bytes of cross-attention keys and values in this prefill.
         layers: One receipt per cross-attention layer.
+        steps: One receipt per cross-attention layer of the decode steps until the next prefill, if the policy
+            decides in them.
+        visible: Tokens that decoding could see, mean over rows.
     """
 
     rows: tuple[int, ...]
@@ -143,6 +156,8 @@ class WindowReceipt:
     kept_per_sample: tuple[float, ...]
     bytes_peak: int
     layers: tuple[LayerReceipt, ...]
+    steps: tuple[StepReceipt, ...] = ()
+    visible: float = 0.0
 
     @property
     def bytes_held(self) -> int:
@@ -154,6 +169,11 @@ class WindowReceipt:
         """Bytes of cross-attention keys and values that stock transformers would hold."""
         return sum(layer.bytes_full for layer in self.layers)
 
+    @property
+    def read_of_visible(self) -> float:
+        """Tokens that a decode step reads / tokens that decoding could see; NaN without such steps."""
+        return read_of_visible(self.steps, self.visible)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the receipt as JSON-ready data, without the receipts of single layers."""
         return {
@@ -164,4 +184,19 @@ class WindowReceipt:
             "bytes_held": self.bytes_held,
             "bytes_full": self.bytes_full,
             "bytes_peak": self.bytes_peak,
+            "read_of_visible": None if math.isnan(self.read_of_visible) else self.read_of_visible,
         }
+
+
+def read_of_visible(steps: Sequence[StepReceipt], visible: float) -> float:
+    """Return the fraction of the visible tokens that a decode step reads, mean over layers.
+
+    Args:
+        steps: One receipt per layer.
+        visible: Tokens that decoding could see, mean over samples.
+
+    Returns:
+        NaN if no step was taken, or nothing was visible.
+    """
+    read = [layer.entries_read for layer in steps if layer.any_steps]
+    return sum(read) / len(read) / visible if read and visible else float("nan")

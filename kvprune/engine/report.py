@@ -8,87 +8,37 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.guidance import GuideReceipt
 from kvprune.engine.live_check import check_layers, check_text_layers
-from kvprune.engine.receipts import LayerReceipt, TextReceipt, Window, WindowReceipt
-from kvprune.engine.totals import Totals
+from kvprune.engine.receipts import (
+    LayerReceipt,
+    StepReceipt,
+    TextReceipt,
+    Window,
+    WindowReceipt,
+)
+from kvprune.engine.report_facts import ReportFacts
+from kvprune.engine.report_text import report_text
 from kvprune.errors import ReceiptError
-from kvprune.policy.spec import PolicySpec
-from kvprune.text import printable
-from kvprune.tokens.layout import Unit
 
 __all__ = ["SCHEMA", "CompressionReport"]
 
 SCHEMA = 2
 """Schema version of `CompressionReport.to_dict`; raised when a field is removed or changes its meaning."""
 
-_MIB = 1024 * 1024
+_LiveLayer = weakref.ref[CrossKVLayer]
 
 
 @dataclass
-class CompressionReport(Totals):
-    """What one compression has done so far.
+class CompressionReport(ReportFacts):
+    """What one compression has done so far; `ReportFacts` lists its attributes."""
 
-    Byte counts and layers are those of the latest prefill, less what decode steps have freed since; kept
-    fractions are averaged over all prefills, and seconds are added up.
-
-    Attributes:
-        policy: Spec of the policy.
-        seed: Seed for its random numbers.
-        requested: Budget options of the policy by name, such as ``{"keep_ratio": 0.25}``.
-        encoder_inputs: Number of forward calls that brought encoder states (an image).
-        prefills: Number of these in which the policy's decisions were applied.
-        rereads: Number of these after which the last token was read again from the pruned cache
-            (``compress(..., reread=True)``).
-        layers: One receipt per cross-attention layer.
-        kept_per_sample: Tokens that decoding keeps / tokens it could see, for each sample of the latest
-            prefill, averaged over layers and heads. NaN for samples that see no image.
-        kept_of_stored: Tokens that decoding keeps / tokens that stock transformers holds, padding tiles
-            included; mean over samples, layers and heads of the latest prefill.
-        bytes_peak: Peak bytes of cross-attention keys and values in the latest prefill.
-        seconds: Time that the policy took to decide, over all prefills, without its guide.
-        guide: Cost of the guide, over all prefills; None if the policy has none.
-        warnings: Warnings for the user, each once, in order of appearance.
-        drew: Whether the policy drew random numbers, so that another seed may keep other tokens.
-        text_layers: One receipt per self-attention layer, if the policy prunes text. All other byte counts
-            are of cross-attention only.
-        steps: One receipt per cross-attention layer of the decode steps since the latest prefill, if the
-            policy decides in them.
-        text_kept_fraction: Text entries kept / text entries before pruning, mean over samples and layers of
-            the latest prefill; None if the policy prunes no text.
-        unit: What one column of the cache is, for readers.
-        seconds_per_column: Seconds of sound that one column adds; None if columns are no sound, or it is
-            unknown.
-        windows: One receipt per prefill of the latest ``generate``, in order, if the model reads recordings
-            window by window, as Whisper does; empty for other models and for calls of the model by hand.
-    """
-
-    policy: PolicySpec
-    seed: int
-    requested: Mapping[str, float | int] = field(default_factory=dict)
-    encoder_inputs: int = 0
-    prefills: int = 0
-    rereads: int = 0
-    kept_per_sample: tuple[float, ...] = ()
-    kept_of_stored: float = float("nan")
-    bytes_peak: int = 0
-    seconds: float = 0.0
-    guide: GuideReceipt | None = None
-    warnings: tuple[str, ...] = ()
-    drew: bool = False
-    text_kept_fraction: float | None = None
-    unit: Unit = Unit("token")
-    seconds_per_column: float | None = None
-    windows: tuple[WindowReceipt, ...] = ()
-    _visible: float = field(default=0.0, repr=False)  # tokens that decoding could see, mean over samples
-    _kept_sum: float = field(default=0.0, repr=False)
-    _kept_samples: int = field(default=0, repr=False)
-    _live: tuple[weakref.ref[CrossKVLayer], ...] = field(default=(), repr=False, compare=False)
+    _live: tuple[_LiveLayer, ...] = field(default=(), repr=False, compare=False)
     _live_text: tuple[weakref.ref[TextKVLayer], ...] = field(default=(), repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +69,7 @@ class CompressionReport(Totals):
         visible: Sequence[int],
         *,
         bytes_peak: int = 0,
-        live: Sequence[weakref.ref[CrossKVLayer]] = (),
+        live: Sequence[_LiveLayer] = (),
     ) -> None:
         """Add the receipts of one prefill.
 
@@ -150,6 +100,16 @@ class CompressionReport(Totals):
             for tokens in by_sample
         ]
         self.kept_of_stored = sum(shares) / len(shares) if shares else float("nan")
+
+    def add_loaded(
+        self, file: str, layers: Sequence[LayerReceipt], facts: Mapping[str, Any], live: Sequence[_LiveLayer]
+    ) -> None:
+        """Begin with a cache that an earlier run has filled; ``facts`` are numbers of its latest prefill."""
+        self.loaded, self.layers, self._live = file, tuple(layers), tuple(live)
+        for name, number in facts.items():
+            setattr(self, name, number)
+        seen = [fraction for fraction in self.kept_per_sample if fraction == fraction]
+        self._kept_sum, self._kept_samples = sum(seen), len(seen)
 
     def add_text(
         self,
@@ -184,28 +144,19 @@ class CompressionReport(Totals):
             kept_per_sample=self.kept_per_sample,
             bytes_peak=self.bytes_peak,
             layers=self.layers,
+            visible=self._visible,
         )
         self.windows = (receipt,) if window.is_first else (*self.windows, receipt)
 
-    @property
-    def kept_fraction(self) -> float:
-        """Tokens that decoding keeps / tokens it could see, mean over samples, layers and heads.
+    def live_layers(self) -> list[tuple[LayerReceipt, _LiveLayer]]:
+        """Return each receipt with the cache layer that it describes; empty without a cache."""
+        return list(zip(self.layers, self._live, strict=False))
 
-        NaN before the first prefill, and if no sample saw an image.
-        """
-        return self._kept_sum / self._kept_samples if self._kept_samples else float("nan")
-
-    @property
-    def kept_seconds(self) -> tuple[float, float] | None:
-        """Seconds of sound that decoding keeps and could see, mean over samples of the latest prefill.
-
-        None where columns are no sound, or nobody knows how long they last.
-        """
-        seen = [fraction for fraction in self.kept_per_sample if fraction == fraction]
-        if self.seconds_per_column is None or not seen:
-            return None
-        heard = self._visible * self.seconds_per_column
-        return heard * sum(seen) / len(seen), heard
+    def set_steps(self, steps: Sequence[StepReceipt]) -> None:
+        """Replace the receipts of decode steps, also in the latest window; see `Totals.set_steps`."""
+        super().set_steps(steps)
+        if self.windows and steps:
+            self.windows = (*self.windows[:-1], replace(self.windows[-1], steps=self.steps))
 
     def verify(self) -> int:
         """Measure the live cache again, and compare it with the receipts of the latest prefill.
@@ -220,7 +171,7 @@ class CompressionReport(Totals):
             ReceiptError: If the cache was deleted (keep ``past_key_values``, for instance with
                 ``return_dict_in_generate=True``), or differs from a receipt.
         """
-        if not self.prefills:
+        if not self.prefills and self.loaded is None:
             raise ReceiptError(f"{self.policy}: nothing was compressed yet, so there is nothing to verify")
         if not self._live:
             raise ReceiptError(
@@ -242,6 +193,7 @@ class CompressionReport(Totals):
             "requested": dict(self.requested),
             "encoder_inputs": self.encoder_inputs,
             "prefills": self.prefills,
+            "loaded": self.loaded,
             "rereads": self.rereads,
             "kept_fraction": _or_none(self.kept_fraction),
             "kept_of_stored": _or_none(self.kept_of_stored),
@@ -257,73 +209,16 @@ class CompressionReport(Totals):
             "guide": None if self.guide is None else self.guide.to_dict(),
             "warnings": list(self.warnings),
             "read_fraction": _or_none(self.read_fraction),
+            "read_of_visible": _or_none(self.read_of_visible),
             "layers": [asdict(layer) for layer in self.layers],
             "steps": [asdict(layer) for layer in self.steps],
             "text_layers": [asdict(layer) for layer in self.text_layers],
             "windows": [window.to_dict() for window in self.windows],
         }
 
-    def _on_steps(self) -> str:
-        read = sum(layer.bytes_read_per_step for layer in self.steps) / _MIB
-        state = sum(layer.bytes_of_state for layer in self.steps) / _MIB
-        return (
-            f"a decode step reads {self.read_fraction:.1%} of what is held ({read:.2f} MiB, mean over "
-            f"{_count(max(layer.steps for layer in self.steps), 'step')}), and frees only what the policy "
-            f"drops; the policy's state takes {state:.3f} MiB"
-        )
-
     def __str__(self) -> str:
-        if not self.prefills:
-            seen = f"{self.encoder_inputs} encoder inputs seen"
-            return printable(f"{self.policy}: nothing compressed yet ({seen})")
-        held, full = self.bytes_held / _MIB, self.bytes_full / _MIB
-        share = f" ({held / full:.1%})" if full else ""
-        asked = ", ".join(f"{name} {value}" for name, value in self.requested.items()) or "no budget"
-        lines = [
-            f"{self.policy}  seed {self.seed}  prefills {self.prefills}",
-            f"asked: {asked}; kept {self.kept_fraction:.1%} of visible {self.unit.many}, "
-            f"{self.kept_of_stored:.1%} of those that stock holds",
-            f"cross-attention cache {held:.2f} MiB of {full:.2f} MiB stock{share}; "
-            f"at most {self.bytes_peak / _MIB:.2f} MiB in prefill",
-            f"{'layer':>5}  {'decided':>7}  {'held':>6}  {'stock':>6}  {'MiB held':>9}  {'MiB stock':>9}"
-            + ("  held by bits" if any(layer.quantized for layer in self.layers) else ""),
-        ]
-        lines += [
-            f"{layer.layer_idx:>5}  {layer.decisions:>7}  {layer.width:>6}  {layer.columns:>6}  "
-            f"{layer.bytes_held / _MIB:>9.3f}  {layer.bytes_full / _MIB:>9.3f}{_by_bits(layer)}"
-            for layer in self.layers
-        ]
-        if self.kept_seconds is not None:
-            kept, heard = self.kept_seconds
-            lines.insert(2, f"kept {kept:.2f} s of {heard:.2f} s of sound in the latest prefill")
-        if self.text_layers and self.text_kept_fraction is not None:
-            lines.append(
-                f"text cache {self.text_bytes_held / _MIB:.3f} MiB of "
-                f"{self.text_bytes_full / _MIB:.3f} MiB stock, in {len(self.text_layers)} layers; "
-                f"kept {self.text_kept_fraction:.1%} of text entries"
-            )
-        if any(layer.steps for layer in self.steps):
-            lines.append(self._on_steps())
-        if self.rereads:
-            lines.append(
-                f"the last token of {_count(self.rereads, 'prompt')} was read again from the pruned cache"
-            )
-        lines.append(f"deciding took {self.seconds:.3g} s")
-        if self.guide is not None:
-            lines.append(str(self.guide))
-        # A spec may hold text of others, and so may what a policy says it requested.
-        return "\n".join(printable(line) for line in [*lines, *(f"warning: {w}" for w in self.warnings)])
-
-
-def _by_bits(layer: LayerReceipt) -> str:
-    if not layer.quantized:
-        return ""
-    return "  " + ", ".join(f"{width} at {bits}" for bits, width in layer.widths.items())
+        return report_text(self)
 
 
 def _or_none(value: float) -> float | None:
     return None if value != value else value
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -13,7 +13,7 @@ from kvprune.policy.step_checks import FLAWS
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.selection import Selection
 
-__all__ = ["CheckedAnswer", "StepCounts", "StepRead", "recorded"]
+__all__ = ["CheckedAnswer", "StepCounts", "StepRead", "count_entries", "readable_entries", "recorded"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,7 @@ class StepCounts:
         self.in_graphs = torch.zeros(4, dtype=torch.int64, device=device)  # the same, of compiled steps
         self.flaws = torch.zeros(2, len(FLAWS), dtype=torch.bool, device=device)
         self.checked: CheckedAnswer | None = None
+        self._memory = layer.steps
         self.heads = layer.keys.shape[1]
         self.bytes_of_entry = sum(
             side.shape[-1] * side.element_size() for side in (layer.keys, layer.values)
@@ -101,9 +102,11 @@ class StepCounts:
             int(one) + other
             for one, other in zip((self.read, self.held, self.rows, self.steps), graphs, strict=True)
         )
+        rejected = 0 if self._memory is None else self._memory.taken_back
         return StepReceipt(
             layer_idx=layer_idx,
-            steps=steps,
+            steps=steps - rejected,
+            rejected=rejected,
             entries_read=read / (rows * self.heads) if rows else 0.0,
             entries_held=held / (rows * self.heads) if rows else 0.0,
             bytes_read_per_step=round(read * self.bytes_of_entry / steps) if steps else 0,
@@ -124,3 +127,27 @@ def recorded(layer: CrossKVLayer, step: StepView, answer: Selection | None, text
     # Entries that are not read are written to one column beyond the last, which is cut off.
     columns.scatter_(-1, torch.where(read, slots, layer.columns), True)
     return StepRead(step.layer_idx, columns[..., :-1].unflatten(0, (-1, text_rows)))
+
+
+def count_entries(flags: Tensor, heads: int, *, full: bool) -> int | Tensor:
+    """Return how many flags ``[N, H or 1, K]`` are set, those of all heads counted for each head."""
+    if full:
+        return flags.shape[0] * heads * flags.shape[-1]
+    return flags.sum() * (heads // flags.shape[1])
+
+
+def readable_entries(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_rows: int) -> Tensor:
+    """Return which entries each text row may attend to, bool ``[N, Hkv or 1, K]``."""
+    found = None
+    if layer.ragged and layer.valid is not None:
+        held = layer.valid.repeat_interleave(layer.copies, dim=0)[:, None]  # [B, 1, H or 1, K]
+        found = held.expand(-1, text_rows, -1, -1)
+    if readable is not None:
+        allowed = readable.transpose(1, 2).expand(batch, text_rows, -1, -1)  # [B, T, Hkv or 1, K]
+        found = allowed if found is None else allowed & found
+    if found is None:
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
+            batch * text_rows, 1, layer.width
+        )
+    found = found.flatten(0, 1)
+    return found | ~found.any(-1, keepdim=True)  # a row from which everything is hidden attends to something

@@ -17,13 +17,21 @@ from torch import Tensor
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.step_memory import StepMemory
 from kvprune.engine.receipts import StepReceipt
-from kvprune.engine.step_counts import CheckedAnswer, StepCounts, StepRead, recorded
+from kvprune.engine.step_counts import (
+    CheckedAnswer,
+    StepCounts,
+    StepRead,
+    count_entries,
+    readable_entries,
+    recorded,
+)
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.step_checks import FLAWS, check_places, check_state, flaws
 from kvprune.policy.step_view import HeldView, StepView
 from kvprune.policy.view import LayerView
+from kvprune.policy.weights import HeldWeights
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]
@@ -37,16 +45,22 @@ class Stepping:
     Args:
         policy: The policy; only a `DecodePolicy` is ever called.
         layer_indices: The model's cross-attention layers in order.
+        held: The weights of the policy.
 
     Attributes:
         recorder: If set, called with what each call of a layer read; for oracles.
     """
 
-    def __init__(self, policy: CrossKVPolicy, layer_indices: Sequence[int]) -> None:
+    def __init__(
+        self, policy: CrossKVPolicy, layer_indices: Sequence[int], held: HeldWeights | None = None
+    ) -> None:
         takes = isinstance(policy, DecodePolicy) and policy.takes_steps
         self._policy = policy if takes and isinstance(policy, DecodePolicy) else None
         self._layer_indices = tuple(layer_indices)
+        self._held = held or HeldWeights()
         self._logs: dict[int, StepCounts] = {}
+        self._before: tuple[StepReceipt, ...] = ()  # what `settle` returns until a prefill has ended
+        self._in_prefill = False
         self.recorder: Callable[[StepRead], None] | None = None
 
     @property
@@ -155,7 +169,7 @@ class Stepping:
             keys=keys,
             values=values,
             slots_of=lambda: layer.entries()[0],
-            readable=_readable(layer, readable, batch, text_rows),
+            readable=readable_entries(layer, readable, batch, text_rows),
             number=layer.steps.taken,
             taken=-1 if policy.compiles else layer.steps.taken_eagerly,
             layer_idx=self._layer_indices[rank],
@@ -165,6 +179,7 @@ class Stepping:
             policy_name=policy.name,
             copies=copies,
             unrestricted=readable is None and not layer.ragged,
+            held=self._held,
         )
 
     def attend(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:
@@ -180,15 +195,15 @@ class Stepping:
                 not on the CPU, and raised later.
             PolicyFailedError: If the policy raises an error of its own.
         """
-        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
         assert memory is not None
         state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
             answer = self._call(step.where, lambda: policy.attend(step, state), step)
-            read = held = _entries(step.readable, log.heads, full=step.unrestricted)
+            read = held = count_entries(step.readable, log.heads, full=step.unrestricted)
             if answer is not None:
                 answer = self._checked(answer, step, log, 0)
-                read = _entries(answer.valid, log.heads, full=answer.is_known_full)
+                read = count_entries(answer.valid, log.heads, full=answer.is_known_full)
             log.count(read, held, step.text_rows, text_rows)
             memory.advance(text_rows)
             if self.recorder is not None:
@@ -207,7 +222,7 @@ class Stepping:
             SelectionError, PolicyFailedError: As in `attend`, and if the new state has other names or rows.
             UnsupportedCacheError: If the policy drops entries that are quantized.
         """
-        policy, log, memory = self.policy, self._logs[step.rank], layer.steps
+        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
         assert memory is not None
         state = memory.of_text_rows(layer.copies, 1)
         where = f"policy {policy.name!r} {step.where}: observe"
@@ -223,21 +238,49 @@ class Stepping:
                 layer.evict(kept)
                 log.measure(layer)
 
+    def resume(self, rank: int, layer: CrossKVLayer) -> None:
+        """Count the steps of a layer that an earlier run has filled, if the policy takes any."""
+        if self._policy is not None:
+            self._logs[rank] = StepCounts(layer)
+
+    def _log(self, rank: int, layer: CrossKVLayer) -> StepCounts:
+        """Return the counts of a layer; new ones if its cache was filled by an earlier run."""
+        if rank not in self._logs:
+            self.resume(rank, layer)
+        return self._logs[rank]
+
     def settle(self) -> tuple[StepReceipt, ...]:
         """Read the counts from the device, and raise what was wrong with answers.
+
+        Returns:
+            One receipt for each layer since the latest prefill that has ended.
 
         Raises:
             SelectionError: If an answer broke an invariant.
         """
+        if self._in_prefill:
+            return self._before
         for rank, log in self._logs.items():
             self._raise(log, rank)
         return tuple(log.receipt(self._layer_indices[rank]) for rank, log in sorted(self._logs.items()))
 
-    def restart(self) -> None:
-        """Forget the counts of the prefill before, after raising what was wrong with its steps."""
-        if self._logs:
-            self.settle()
-            self._logs = {}
+    def reads_less(self) -> bool:
+        """Whether steps so far have read less than all, or may free some of it later; waits for the device.
+
+        Raises:
+            SelectionError: As `settle` does.
+        """
+        return self.observes or any(step.entries_read < step.entries_held for step in self.settle())
+
+    def restart(self) -> tuple[StepReceipt, ...]:
+        """Forget the counts when a prefill begins, and return them; see `settle`."""
+        self._before = self.settle()
+        self._logs, self._in_prefill = {}, True
+        return self._before
+
+    def begin(self) -> None:
+        """Count from now on: a prefill has ended. One that was broken off leaves the counts before it."""
+        self._in_prefill = False
 
     def _checked(self, answer: object, step: StepView, log: StepCounts, asked: int) -> Selection:
         """Check an answer of ``attend`` (0) or ``observe`` (1)."""
@@ -301,26 +344,3 @@ class Stepping:
 def _at_hand(tensor: Tensor) -> bool:
     """Whether reading the values of a tensor waits for no device."""
     return tensor.device.type == "cpu"
-
-
-def _entries(flags: Tensor, heads: int, *, full: bool) -> int | Tensor:
-    """Return how many flags ``[N, H or 1, K]`` are set, those of all heads counted for each head."""
-    if full:
-        return flags.shape[0] * heads * flags.shape[-1]
-    return flags.sum() * (heads // flags.shape[1])
-
-
-def _readable(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_rows: int) -> Tensor:
-    """Return which entries each text row may attend to, bool ``[N, Hkv or 1, K]``."""
-    found = None
-    if layer.ragged and layer.valid is not None:
-        held = layer.valid.repeat_interleave(layer.copies, dim=0)[:, None]  # [B, 1, H or 1, K]
-        found = held.expand(-1, text_rows, -1, -1)
-    if readable is not None:
-        allowed = readable.transpose(1, 2).expand(batch, text_rows, -1, -1)  # [B, T, Hkv or 1, K]
-        found = allowed if found is None else allowed & found
-    if found is None:
-        return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
-            batch * text_rows, 1, layer.width
-        )
-    return found.flatten(0, 1)

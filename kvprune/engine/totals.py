@@ -65,5 +65,5 @@ class Totals:
 
         NaN if the policy does not decide in decode steps, or none were taken.
         """
-        shares = [layer.entries_read / layer.entries_held for layer in self.steps if layer.steps]
+        shares = [layer.entries_read / layer.entries_held for layer in self.steps if layer.any_steps]
         return sum(shares) / len(shares) if shares else float("nan")

@@ -18,7 +18,8 @@ in each decode step                     what the step reads          DecodePolic
 
 `FeaturePolicy`, `PrefillPolicy` and `DecodePolicy` get a budget by
 ``class Mine(BudgetPolicy, FeaturePolicy)``. A policy of any kind may prune the text's own cache as well: it
-needs "text_cache" and writes ``select_text``.
+needs "text_cache" and writes ``select_text``. One with trained weights is
+``class Mine(TrainedPolicy, FeaturePolicy)``, or with another base class in place of `FeaturePolicy`.
 """
 
 from __future__ import annotations
@@ -61,10 +62,16 @@ from kvprune.policy.step_view import (
 from kvprune.policy.text_view import (
     TextView,
 )
+from kvprune.policy.trained import (
+    TrainedPolicy,
+)
 from kvprune.policy.view import (
     FeatureView,
     LayerView,
     View,
+)
+from kvprune.policy.weights import (
+    save_weights,
 )
 from kvprune.tokens.buckets import (
     merge_mean,
@@ -93,6 +100,7 @@ __all__ = [
     "State",
     "StepView",
     "TextView",
+    "TrainedPolicy",
     "View",
     "check_scores",
     "merge_mean",
@@ -100,5 +108,6 @@ __all__ = [
     "nearest",
     "onward_decision",
     "require_scorer",
+    "save_weights",
     "uniform",
 ]

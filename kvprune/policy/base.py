@@ -38,12 +38,14 @@ __all__ = [
     "require_policy_class",
 ]
 
-Need = Literal["queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention", "grid"]
+Need = Literal[
+    "queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention", "grid", "question"
+]
 """What must be captured for a view beyond keys, values and visibility.
 
 "text_cache" captures nothing: it asks for calls of `CrossKVPolicy.select_text`. "guidance" costs a forward
 pass of a guide (`kvprune.Guide`). "grid" captures nothing, either: models whose columns are no patches of a
-picture are refused.
+picture are refused. "question" costs a pass of the text layers over the prompt, without the picture.
 """
 
 
@@ -78,6 +80,8 @@ class CrossKVPolicy(AnyPolicy, ABC):
         moment: When the policy decides, for tables: "layer", or what its base class says.
         budget_scope: Over what `exact_budget` is exact: each "head" of each layer, the mean over the heads of
             each "layer", or the mean over all layers of the "model".
+        on_any_model: Options with which the policy runs on a model of any geometry, if its defaults do not:
+            checks and measurements take them.
     """
 
     name: ClassVar[str]
@@ -95,6 +99,7 @@ class CrossKVPolicy(AnyPolicy, ABC):
     keeps_invisible: ClassVar[bool] = False
     moment: ClassVar[str] = "layer"
     budget_scope: ClassVar[Literal["head", "layer", "model"]] = "head"
+    on_any_model: ClassVar[typing.Mapping[str, OptionValue]] = MappingProxyType({})
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:

@@ -42,8 +42,10 @@ class BudgetPolicy(CrossKVPolicy):
         default_ratio: The keep_ratio of a policy whose options state no budget. None: the policy then finds
             the number of tokens itself, and has no ``budget``.
         budget_alternatives: Names of options that may be stated in place of keep_ratio and keep_tokens, such
-            as ``k_ratio`` of `trim`. Each is None by default, or a fraction in (0, 1]. What such a fraction
-            is taken of is the policy's business, so ``exact_budget`` is None where one is stated.
+            as ``k_ratio`` of `trim`. Each is None by default, or a fraction in (0, 1], or, if the option is
+            an int, such as ``k`` of `meanpool`, a whole number from 1. What such a number is taken of is the
+            policy's business, so ``exact_budget`` is None where one is stated, and with a whole number there
+            is no ``budget``.
     """
 
     keep_ratio: float | None = None
@@ -61,12 +63,24 @@ class BudgetPolicy(CrossKVPolicy):
             got = " and ".join(f"{name}={value!r}" for name, value in stated.items())
             raise BudgetError(f"policy {self.name!r} takes either {options}, got {got}")
         for name in self.budget_alternatives:
-            if name in stated and not 0 < stated[name] <= 1:
+            if name not in stated:
+                continue
+            if self._is_whole(name):
+                if stated[name] < 1:
+                    raise BudgetError(
+                        f"{name} of policy {self.name!r} is a whole number from 1, got {stated[name]!r}"
+                    )
+                return
+            if not 0 < stated[name] <= 1:
                 raise BudgetError(
                     f"{name} of policy {self.name!r} is a fraction in (0, 1], got {stated[name]!r}"
                 )
         if stated or self.default_ratio is not None:
             self.budget  # noqa: B018  raises on an impossible budget
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether an option holds a whole number, such as cells of k x k, and no fraction."""
+        return float not in typing.get_args(self.option_types()[name])
 
     @property
     def stated_budget(self) -> Mapping[str, float | int]:
@@ -79,10 +93,13 @@ class BudgetPolicy(CrossKVPolicy):
         """The budget that the options state, or the default. An alternative counts as a keep_ratio.
 
         Raises:
-            BudgetError: If nothing is stated and there is no default.
+            BudgetError: If nothing is stated and there is no default, or a whole number is stated instead.
         """
         if self.keep_tokens is not None:
             return Budget(keep_tokens=self.keep_tokens)
+        for name, whole in self.stated_budget.items():
+            if name in self.budget_alternatives and self._is_whole(name):
+                raise BudgetError(f"policy {self.name!r} states {name}={whole!r} in place of a budget")
         for ratio in (*self.stated_budget.values(), self.default_ratio):
             if ratio is not None:
                 return Budget(keep_ratio=ratio)

@@ -36,6 +36,7 @@ class Captured:
         features: ``[B, S, C]`` as they enter the projections to keys and values.
         guidance: ``[B, S]``, the importance of each token according to a guide.
         class_attention: ``[B, S]``, attention from each tile's class token to its patches.
+        question: ``[B, W]``, the last hidden state of a pass over the prompt's text alone.
         text: The self-attention layer before this layer.
     """
 
@@ -44,6 +45,7 @@ class Captured:
     features: Tensor | None = _with_columns(1)
     guidance: Tensor | None = _with_columns(1)
     class_attention: Tensor | None = _with_columns(1)
+    question: Tensor | None = None
     text: TextView | None = None
 
     def at(self, selection: Selection | None) -> Captured:

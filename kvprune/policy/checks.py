@@ -10,6 +10,7 @@ from kvprune.policy.merge_checks import check_merge
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, View
 from kvprune.tokens.decision import Decision
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
 
 __all__ = ["check_decision", "check_scores", "check_text"]
@@ -37,13 +38,48 @@ def check_decision(decision: object, view: View, policy: str) -> None:
         )
     for what, selection, visible in (
         ("cache", decision.cache, view.visible),
-        ("onward", decision.onward, view.visible_in_prefill),
+        ("onward", decision.received, view.visible_in_prefill),
     ):
         if selection is not None:
             _check_shape(f"{where}: {what}", selection, view)
             _check_coverage(f"{where}: {what}", selection, view, visible)
             if selection.merge is not None:
                 check_merge(what, selection, selection.merge, view, where)
+    if isinstance(decision.onward, Replacement):
+        _check_replacement(f"{where}: onward", decision.onward, view)
+
+
+def _check_replacement(where: str, replacement: Replacement, view: View) -> None:
+    """Check new tokens whose places are a legal selection; one host transfer."""
+    features, places, shown = replacement.features, replacement.places, view.captured.features
+    if shown is None:
+        raise SelectionError(
+            f"KV01: {where} puts new tokens in the place of columns, but the policy has not seen "
+            'the features that it replaces; write needs = frozenset({"features"}) in the class'
+        )
+    if features.shape[-1] != shown.shape[-1] or features.dtype != shown.dtype:
+        raise SelectionError(
+            f"KV01: {where} has features of {features.shape[-1]} channels in {features.dtype}, expected "
+            f"{shown.shape[-1]} channels in {shown.dtype}, as view.features"
+        )
+    if features.layout != torch.strided or features.device != shown.device:
+        raise SelectionError(
+            f"KV01: {where} has features in a {features.layout} tensor on {features.device}, expected a "
+            f"plain one on {shown.device}, where view.features is"
+        )
+    device = places.indices.device
+    seen = view.visible_in_prefill.to(device)  # [B, S]
+    valid = places.valid[:, 0]  # [B, K]
+    unseen = ~seen.gather(-1, places.indices[:, 0]) & valid & seen.any(-1, keepdim=True)
+    wrong = ~features.detach().isfinite().all(-1).to(device) & valid  # [B, K]
+    hidden, broken = torch.stack([unseen.sum(), wrong.sum()]).tolist()
+    if hidden:
+        raise SelectionError(
+            f"KV04: {where} puts {hidden} new tokens in places that no text row can see, so nothing would "
+            "attend to them; take places from view.visible_in_prefill"
+        )
+    if broken:
+        raise SelectionError(f"{where}: the features of {broken} new tokens are NaN or infinite")
 
 
 def _check_shape(where: str, selection: Selection, view: View) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvprune.policy.view import LayerView
+from kvprune.policy.weights import HasWeights, HeldWeights
 from kvprune.tokens.packing import repeat_rows
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
@@ -59,6 +60,10 @@ class HeldView:
         """The moment and layer of the view, for messages."""
         return f"after prefill {self.layer.where}"
 
+    def weights(self, policy: HasWeights) -> Mapping[str, Tensor]:
+        """Return the trained weights of a policy; see `View.weights`."""
+        return self.layer.weights(policy)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepView:
@@ -74,7 +79,8 @@ class StepView:
         values: ``[R, Hkv, K, D]``.
         slots_of: Returns `slots`.
         readable: bool ``[N, Hkv or 1, K]``, the entries that each text row may attend to. False at padding
-            and where the model's own mask hides an entry.
+            and where the model's own mask hides an entry. True everywhere for a row from which all is hidden
+            (a sample of padding, or without condition), because attention must read something.
         number: int64 ``[]``, decode steps since the prefill, 0 in the first one. A call that reads several
             tokens counts as that many steps, but all of its rows have the number of its first.
         taken: The same on the host, for policies that do not compile (`DecodePolicy.compiles`); -1 for
@@ -87,6 +93,7 @@ class StepView:
         copies: Consecutive text rows that attend to one held row.
         unrestricted: Whether each text row may attend to every entry, as far as the host knows: there is
             neither padding nor a mask.
+        held: The weights that the run holds.
     """
 
     queries_of: Callable[[], Tensor]
@@ -104,6 +111,7 @@ class StepView:
     policy_name: str = "?"
     copies: int = 1
     unrestricted: bool = False
+    held: HeldWeights = field(default_factory=HeldWeights, repr=False)
     _made: list[Selection] = field(default_factory=list, repr=False)
     _queries: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -138,6 +146,18 @@ class StepView:
     def where(self) -> str:
         """The moment and layer of the view, for messages."""
         return f"in a decode step at layer {self.layer_idx}"
+
+    def weights(self, policy: HasWeights) -> Mapping[str, Tensor]:
+        """Return the trained weights of a policy, by name, in float32 on the device of the view; read-only.
+
+        Args:
+            policy: A `TrainedPolicy`: ``step.weights(self)``.
+
+        Raises:
+            WeightsError: If they do not fit the policy or the model.
+        """
+        known = {"cross_layers": self.num_layers, "kv_heads": self.heads, "head_width": self.keys.shape[-1]}
+        return self.held.of(policy, self.keys.device, known)
 
     def of_rows(self, held: Tensor) -> Tensor:
         """Return what is held, ``[R, ...]``, for each text row, ``[N, ...]``; a view where it can be."""
@@ -180,6 +200,35 @@ class StepView:
         if limit is not None:
             valid = valid & (torch.arange(count, device=valid.device) < limit[:, None, None])
         return in_order(places, valid, self.entries)
+
+    def best_pages(self, scores: Tensor, page: int, count: int, limit: Tensor | None = None) -> Selection:
+        """Return the entries of the pages of the highest scores, without asking the device.
+
+        A page is a run of entries. Pages are read whole, the best first, until ``count`` entries are found;
+        the last one is read from its beginning. The same as `best` with each page's score for its entries,
+        but pages are sorted where each row may read all entries, and these are fewer.
+
+        Args:
+            scores: ``[N, Hkv or 1, P]``, higher = read; P = K / page, rounded up.
+            page: Entries of a page.
+            count: As in `best`.
+            limit: As in `best`.
+
+        Returns:
+            ``[N, Hkv or 1, count]``. Rows that may read fewer entries are padded.
+        """
+        count = max(1, min(count, self.entries))
+        if not self.unrestricted or limit is not None:
+            return self.best(scores.repeat_interleave(page, dim=-1)[..., : self.entries], count, limit)
+        # One page more than fills count, because the last page of all may be short.
+        most = min(-(-count // page) + 1, scores.shape[-1])
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]  # [N, H, most]
+        places = (order[..., None] * page + torch.arange(page, device=order.device)).flatten(-2)
+        held = places < self.entries  # [N, H, most * page], the best page first
+        taken = held & (held.cumsum(-1) <= count)
+        places = torch.where(taken, places, self.entries).sort(dim=-1).values[..., :count]
+        self._made.append(Selection.full(places, self.entries))
+        return self._made[-1]
 
 
 def in_order(places: Tensor, valid: Tensor, entries: int) -> Selection:

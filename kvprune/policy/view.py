@@ -6,7 +6,7 @@ Views are read-only by contract: a policy neither writes to their tensors nor ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
@@ -18,6 +18,7 @@ from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
 from kvprune.policy.captured import Captured
 from kvprune.policy.geometry import Geometry
 from kvprune.policy.text_view import TextView
+from kvprune.policy.weights import HeldWeights, Weighted
 from kvprune.tokens import randomness
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.precision import accumulation_dtype
@@ -29,7 +30,7 @@ _Captured = TypeVar("_Captured", bound="Tensor | TextView")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class View(Geometry):
+class View(Geometry, Weighted):
     """Properties that all views of encoder tokens share.
 
     Axes: B batch as the model saw it, T text rows, S encoder tokens that reached this point, C width of
@@ -44,6 +45,7 @@ class View(Geometry):
         layout_of: Returns the positions of the columns in their images; None if unknown.
         captured: Tensors that the policy declared in ``needs``; a `FeatureView` always has the features.
         on_draw: Called when the policy takes the generator; the report says that the policy drew.
+        held: The weights that the run holds.
     """
 
     visibility: Visibility
@@ -54,6 +56,7 @@ class View(Geometry):
     layout_of: Callable[[], Layout] | None = None
     captured: Captured = Captured()
     on_draw: Callable[[], None] = lambda: None
+    held: HeldWeights = field(default_factory=HeldWeights, repr=False)
 
     @property
     def batch(self) -> int:
@@ -133,6 +136,15 @@ class View(Geometry):
         that took the others.
         """
         return self._needed(self.captured.class_attention, "class_attention")
+
+    @property
+    def question(self) -> Tensor:
+        """What the model makes of the prompt's text without the picture, ``[B, W]``.
+
+        The hidden state of the last token of the prompt after the last layer and its norm, in a pass over the
+        text that skips cross-attention. W is the width of the text layers.
+        """
+        return self._needed(self.captured.question, "question")
 
     @property
     def _place(self) -> int:

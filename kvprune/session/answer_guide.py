@@ -8,7 +8,7 @@ take this ranking; all others refuse it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from kvprune.session.registry import find_adapter
 from kvprune.text import shown
 from kvprune.tokens.decision import Decision
 
-__all__ = ["AnswerGuide", "answer_attention", "require_matching_guide"]
+__all__ = ["AnswerGuide", "answer_attention", "bound_guide", "require_matching_guide"]
 
 
 def answer_attention(
@@ -238,3 +238,27 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None or one.shape != other.shape:
         return False
     return one is other or torch.allclose(one, other, rtol=1e-2, atol=1e-3)
+
+
+def bound_guide(
+    guide: nn.Module | Guide | Guidance | AnswerGuide | None, target: ModelAdapter, policy: CrossKVPolicy
+) -> Callable[[Prompt], Guidance] | None:
+    """Return the function that provides guidance; None if the policy does not use a guide.
+
+    Raises:
+        GuideError: If a guide is given and the policy does not use one, or the guide knows the answer and the
+            policy must not, or the other way round.
+    """
+    if "guidance" not in policy.needs:
+        if guide is not None:
+            raise GuideError(
+                f"policy {policy.spec} does not use a guide, but got one ({type(guide).__name__}); leave "
+                'guide out, or choose a policy that needs "guidance", such as guided'
+            )
+        return None
+    require_matching_guide(policy, guide)
+    if isinstance(guide, Guidance):
+        return lambda prompt: guide
+    if isinstance(guide, AnswerGuide):
+        return guide
+    return BoundGuide(guide if isinstance(guide, Guide) else Guide(guide), target)

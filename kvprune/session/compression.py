@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import nn
+from transformers.cache_utils import Cache
 
 from kvprune.adapters.attachment import compressing
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.compiled import compiled_part
-from kvprune.engine.guidance import Guidance, Prompt
+from kvprune.engine.guidance import Guidance
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
 from kvprune.engine.step_counts import StepRead
-from kvprune.errors import CompressionStateError, GuideError, NestedCompressionError, PolicyNeverRanError
+from kvprune.errors import CompressionStateError, NestedCompressionError, PolicyNeverRanError
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
 from kvprune.policy.declarations import require_declarations
 from kvprune.policy.spec import PolicySpec
-from kvprune.session.answer_guide import AnswerGuide, require_matching_guide
-from kvprune.session.guide import BoundGuide, Guide
+from kvprune.session.answer_guide import AnswerGuide, bound_guide
+from kvprune.session.guide import Guide
 from kvprune.session.registry import load
+from kvprune.session.saved_cache import SavedCache
+from kvprune.session.saving import save_cache
 from kvprune.text import shown
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Compression", "compress", "require_uncompressed"]
@@ -32,7 +37,7 @@ __all__ = ["Compression", "compress", "require_uncompressed"]
 
 def compress(
     model: nn.Module,
-    policy: str | PolicySpec | CrossKVPolicy,
+    policy: str | PolicySpec | CrossKVPolicy | SavedCache,
     *,
     seed: int = 0,
     guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
@@ -45,7 +50,8 @@ def compress(
 
     Args:
         model: A supported transformers model (``kvprune doctor`` lists them).
-        policy: A spec such as ``"trim:k_ratio=0.25"``, or a policy.
+        policy: A spec such as ``"trim:k_ratio=0.25"``, or a policy; or a cache that `kvprune.load_cache` has
+            loaded for this model, which brings its policy and seed: then questions to it can be asked.
         seed: Seed of policies that draw random numbers.
         guide: For policies that need guidance, such as ``guided``: another model with the same vision
             geometry, or a `kvprune.Guide` with options. With None the model guides itself, in an extra pass
@@ -67,6 +73,7 @@ def compress(
         GuideError: If the guide cannot guide this model, or the policy does not use a guide.
         PolicyFailedError: If the policy cannot say what it needs or requests, or says something impossible.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
+        SavedCacheError: If a cache was loaded for another model, or has another seed.
 
     Example:
         >>> with kvprune.compress(model, "trim:keep_ratio=0.25") as run:  # doctest: +SKIP
@@ -75,10 +82,14 @@ def compress(
     """
     registry = load()
     adapter = registry.adapter_for(model)
-    resolved = registry.resolve(policy)
+    saved = policy if isinstance(policy, SavedCache) else None
+    if saved is not None:
+        saved.require(model, seed)
+        seed, reread = saved.seed, reread or saved.reread
+    resolved = registry.resolve(policy.policy if isinstance(policy, SavedCache) else policy)
     require_policy_class(resolved.cls)
     adapter.require_probes()
-    return Compression(adapter(model), resolved.policy, seed, guide, reread=reread)
+    return Compression(adapter(model), resolved.policy, seed, guide, reread=reread, saved=saved)
 
 
 class Compression:
@@ -98,6 +109,7 @@ class Compression:
         guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
         *,
         reread: bool = False,
+        saved: SavedCache | None = None,
     ) -> None:
         require_declarations(policy)
         adapter.require_needs(policy)
@@ -108,10 +120,14 @@ class Compression:
         self.policy = policy
         self.reread = reread
         self._adapter = adapter
-        guides = _bound(guide, adapter, policy)
+        # A loaded cache needs no guide, unless another image arrives: then the manager says so.
+        guides = None if saved is not None and guide is None else bound_guide(guide, adapter, policy)
         self._manager = CrossKVManager(policy, seed, adapter.layer_indices, guides, rereads=reread)
         report = self._manager.report
         report.unit, report.seconds_per_column = adapter.column_unit, adapter.column_seconds
+        if saved is not None:
+            saved.begin(self._manager)
+        self._seed = seed
         self._attached = False
         self._reads: list[StepRead] = []
 
@@ -165,6 +181,35 @@ class Compression:
         """
         return self._manager.history.recording()
 
+    def save(
+        self,
+        cache: Cache,
+        path: str | os.PathLike[str],
+        inputs: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Save the cache of the latest prefill in a file, to ask it later (docs/saved-caches.md).
+
+        The file (safetensors) has what the cache holds, the selections, and a digest of each tensor. Text of
+        the prompt is saved with it, except for encoder-decoder models: their decoder reads each prompt anew.
+
+        Args:
+            cache: The ``past_key_values`` that ``model(**inputs)`` has returned.
+            path: Where.
+            inputs: Arguments of that call.
+            overwrite: Whether a file that is already there is replaced.
+
+        Raises:
+            SavedCacheError: If the cache is not the one that the latest prefill has filled, is static,
+                quantized or offloaded, or does not fit to the inputs; or if the file exists already.
+
+        Example:
+            >>> with kvprune.compress(model, "keydiff:keep_ratio=0.2") as run:  # doctest: +SKIP
+            ...     run.save(model(**inputs).past_key_values, "page.safetensors", inputs)
+        """
+        save_cache(self._adapter, self._manager, cache, path, inputs, seed=self._seed, overwrite=overwrite)
+
     @property
     def step_reads(self) -> Sequence[StepRead]:
         """What decode steps have read since `record_steps`, in order; for oracles."""
@@ -174,6 +219,25 @@ class Compression:
         """Note from now on what each decode step reads, which takes memory for each step."""
         self._reads.clear()
         self._manager.steps.recorder = self._reads.append
+
+    @property
+    def replacements(self) -> Mapping[int, Replacement]:
+        """New tokens that the latest prefill fed to its layers, by layer index, since `record_replacements`.
+
+        `prefill_selections` says which of them a layer attended to: those in whose places it has columns.
+        Layers that received the encoder's own features are left out.
+
+        Raises:
+            CompressionStateError: If there were new tokens, and they were not recorded.
+        """
+        return self._manager.history.kept.replacements
+
+    def record_replacements(self) -> None:
+        """Keep from now on the new tokens' features after each prefill, on the model's device; for oracles.
+
+        They take ``[B, K, C]`` numbers. Without this call they are freed when the prefill ends.
+        """
+        self._manager.history.keeps_features = True
 
     @property
     def is_attached(self) -> bool:
@@ -202,6 +266,14 @@ class Compression:
         """Restore every hook and attribute of the model (KV12). Does nothing if already detached."""
         self._attached = False
         self._adapter.detach()
+
+    def check_steps(self) -> None:
+        """Raise what was wrong in decode steps and was not raised there, because it lay on a device.
+
+        Raises:
+            SelectionError: If the policy gave an answer that breaks an invariant.
+        """
+        self._manager.steps.settle()
 
     def check_ran(self) -> None:
         """Raise if the policy did not run, although the model did.
@@ -257,27 +329,3 @@ def _compiled(model: nn.Module) -> str:
         f". Code was compiled from this model ({part}), and compiled code skips what is attached later: "
         "compile it inside the block, call torch._dynamo.reset() before the block, or call the model itself"
     )
-
-
-def _bound(
-    guide: nn.Module | Guide | Guidance | AnswerGuide | None, target: ModelAdapter, policy: CrossKVPolicy
-) -> Callable[[Prompt], Guidance] | None:
-    """Return the function that provides guidance; None if the policy does not use a guide.
-
-    Raises:
-        GuideError: If a guide is given and the policy does not use one, or the guide knows the answer and the
-            policy must not, or the other way round.
-    """
-    if "guidance" not in policy.needs:
-        if guide is not None:
-            raise GuideError(
-                f"policy {policy.spec} does not use a guide, but got one ({type(guide).__name__}); leave "
-                'guide out, or choose a policy that needs "guidance", such as guided'
-            )
-        return None
-    require_matching_guide(policy, guide)
-    if isinstance(guide, Guidance):
-        return lambda prompt: guide
-    if isinstance(guide, AnswerGuide):
-        return guide
-    return BoundGuide(guide if isinstance(guide, Guide) else Guide(guide), target)

@@ -98,7 +98,6 @@ class Contrast:
     Attributes:
         against: The policy of the second branch.
         combine: The rule.
-        report: What it cost and what the second branch kept so far, a `ContrastReport`.
     """
 
     def __init__(self, second: Compression, rule: CombineRule) -> None:
@@ -107,7 +106,7 @@ class Contrast:
         self._adapter = adapter
         self.against = second.policy
         self.combine = rule
-        self.report = ContrastReport(rule.spec, second.report)
+        self._report = ContrastReport(rule.spec, second.report)
         if "class_attention" in second.policy.needs:
             raise ContrastError(
                 f"policy {second.policy.spec} needs view.class_attention, which the vision encoder computes, "
@@ -116,6 +115,16 @@ class Contrast:
             )
         label = f"contrast with {second.policy.spec}"
         self._recorder = CallRecorder(adapter.model, label, adapter.encoding, self._processor)
+
+    @property
+    def report(self) -> ContrastReport:
+        """What it cost, and what the second branch kept so far and read in decode steps.
+
+        Raises:
+            SelectionError: If a policy that decides in decode steps gave an answer that breaks an invariant.
+        """
+        self._report.against = self._second.report  # counts what decode steps have read
+        return self._report
 
     @property
     def selections(self) -> Mapping[int, Selection]:
@@ -175,7 +184,7 @@ class Contrast:
             self._second._manager,
             self._recorder,
             self.combine,
-            self.report,
+            self._report,
             options.num_beams or 1,
         )
 
@@ -200,3 +209,4 @@ class Contrast:
         self.detach()
         if error is None:
             self._check_ran()
+            self._second.check_steps()

@@ -201,7 +201,9 @@ class ContrastProcessor:
                 "encode"
             )
         changed = any(one.merge is not None or one.quantizes for one in kept.selections.values())
-        drops = any(fraction < 1 for fraction in report.kept_per_sample)  # NaN where a sample sees no image
+        drops = self._manager.steps.reads_less() or any(
+            fraction < 1 for fraction in report.kept_per_sample
+        )  # NaN where a sample sees no image
         if isinstance(self._manager.policy, DecodePolicy) and not drops:
             raise ContrastError(
                 f"policy {self._manager.policy.spec} drops nothing, and chooses only from the second token "

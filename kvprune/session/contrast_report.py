@@ -140,12 +140,16 @@ class ContrastReport:
             "decided": None if self.decided is None else self.decided.tolist(),
         }
 
+    def _read(self) -> str:
+        read = self.against.read_of_visible  # NaN if the policy does not decide in decode steps
+        return "" if read != read else f", and a decode step read {read:.1%}"
+
     def __str__(self) -> str:
         lines = [f"contrast against {self.against.policy}, combined by {self.combine}"]
         if not self.steps:
             return lines[0] + "\nno token was generated yet"
         lines += [
-            f"the second branch kept {self.kept_fraction:.1%} of the encoder's tokens",
+            f"the second branch kept {self.kept_fraction:.1%} of the encoder's tokens{self._read()}",
             f"{self.steps} steps in {self.generations} calls of generate; a token took {self.cost:.2f} times "
             "as long as without contrast",
             f"{'branch':<8} {'prefill s':>10} {'decode s':>10} {'cross MiB':>10} {'text MiB':>10}",

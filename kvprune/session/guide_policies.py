@@ -61,7 +61,7 @@ class AttentionRecord:
 
             def choose(self, view: FeatureView) -> Decision:
                 decision = super().choose(view)
-                record._received = decision.onward
+                record._received = decision.received
                 return decision
 
             def select(self, view: LayerView) -> Decision:

@@ -25,6 +25,7 @@ from kvprune.policy.base import CrossKVPolicy, require_policy_class
 from kvprune.policy.declarations import NEEDS
 from kvprune.session import hookspecs
 from kvprune.session.contrast_rules import CombineRule, require_rule_class
+from kvprune.session.installed import distribution_of, installed
 from kvprune.text import error_line, printable, shown, suggestion
 
 __all__ = [
@@ -127,36 +128,13 @@ def find() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
 
 def _installed() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
     """Return our entry points, and the distributions whose entry points cannot be read."""
-    try:
-        return list(metadata.entry_points(group=ENTRY_POINT_GROUP)), []
-    except Exception:  # a single damaged distribution makes this raise, so look at each one below
-        pass
-    found: list[metadata.EntryPoint] = []
-    unreadable: list[BrokenPlugin] = []
-    seen: set[str] = set()
-    for distribution in metadata.distributions():
-        path = getattr(distribution, "_path", None)
-        name = printable(str(getattr(path, "name", "a distribution without a path")))
-        try:
-            name = distribution.name or name
-            key = re.sub("[-_.]+", "-", name).lower()
-            if key not in seen:  # the first on sys.path is the one that is imported
-                seen.add(key)
-                found += [one for one in distribution.entry_points if one.group == ENTRY_POINT_GROUP]
-        except Exception as error:
-            problem = PluginError(f"the entry points under {path} cannot be read: {error_line(error)}")
-            problem.__cause__ = error
-            unreadable.append(BrokenPlugin(printable(name), printable(name), problem))
-    return found, unreadable
-
-
-def distribution_of(entry_point: metadata.EntryPoint) -> str:
-    """Return the name of an entry point's distribution, or "an unknown distribution"."""
-    try:
-        name = entry_point.dist.name if entry_point.dist is not None else None
-    except Exception:  # damaged metadata
-        name = None
-    return printable(name) if name else "an unknown distribution"
+    found, unreadable = installed(ENTRY_POINT_GROUP)
+    broken = []
+    for one in unreadable:
+        problem = PluginError(f"the entry points under {one.path} cannot be read: {error_line(one.error)}")
+        problem.__cause__ = one.error
+        broken.append(BrokenPlugin(one.name, one.name, problem))
+    return found, broken
 
 
 @dataclass(frozen=True)

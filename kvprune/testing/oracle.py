@@ -3,6 +3,7 @@
 It shares no code with the cache manager. In the layers and at the steps where a selection drops a column, it
 adds the dtype's minimum to the attention mask that the stock model builds. All columns stay in the cache.
 
+- Where a policy made new tokens, their features stand in the place of columns before a layer projects them.
 - Where a selection merges, kept columns are overwritten with merged ones: the features that enter a layer in
   prefill, and the keys and values that the stock model cached after it.
 - Where a selection holds columns in few bits, the layer reads quantized keys and values at these steps.
@@ -28,9 +29,16 @@ from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.errors import SelectionError
 from kvprune.testing.hooks import temporary
-from kvprune.testing.oracle_arithmetic import as_held, logit_bias, merged_features, with_merges
+from kvprune.testing.oracle_arithmetic import (
+    as_held,
+    logit_bias,
+    merged_features,
+    replaced_features,
+    with_merges,
+)
 from kvprune.testing.oracle_rereading import rereading
 from kvprune.testing.oracle_windows import Turns, looking
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
 
 __all__ = ["masked_oracle"]
@@ -52,6 +60,7 @@ def masked_oracle(
     text_selections: Mapping[int, Selection] | None = None,
     prefill_text_selections: Mapping[int, Selection] | None = None,
     reread: bool = False,
+    replacements: Mapping[int, Replacement] | Sequence[Mapping[int, Replacement]] | None = None,
 ) -> Iterator[None]:
     """Run an untouched model so that it attends to selected columns only, merged as the selections say.
 
@@ -73,16 +82,20 @@ def masked_oracle(
             Tokens that come later are attended to as well. Mllama only.
         prefill_text_selections: The same for a call that brings an image: what an earlier turn kept.
         reread: Whether the last prompt token is read again, as decoding reads, before an answer begins.
+        replacements: New tokens whose features stand in the place of columns in prefill, by layer index
+            (``run.replacements``); or a list with a mapping for each prefill.
 
     Raises:
         SelectionError: If there are lists, and the block has another number of prefills.
     """
     decode, prefill = _listed(selections), _listed(prefill_selections)
-    if len(decode) != len(prefill):
-        raise SelectionError(
-            f"selections are for {len(decode)} prefills, but prefill_selections for {len(prefill)}; pass one "
-            "mapping of each for every prefill"
-        )
+    fed = [{}] * len(decode) if replacements is None else _listed(replacements)
+    for name, given in ("prefill_selections", prefill), ("replacements", fed):
+        if len(decode) != len(given):
+            raise SelectionError(
+                f"selections are for {len(decode)} prefills, but {name} for {len(given)}; pass one mapping "
+                "of each for every prefill"
+            )
     turns = Turns(len(decode), repeats=isinstance(selections, Mapping))
     text = text_selections or {}, prefill_text_selections or {}
     if adapter is None:
@@ -91,7 +104,7 @@ def masked_oracle(
     sites = attending.sites
     with ExitStack() as stack:
         stack.enter_context(looking(model, turns))
-        stack.enter_context(temporary(_hooks(model, sites, decode, prefill, *text, turns)))
+        stack.enter_context(temporary(_hooks(model, sites, decode, prefill, fed, *text, turns)))
         if reread:
             inner = getattr(attending, "decoder", None) or getattr(model, "model", model)
             layers = [site.layer_idx for site in sites]
@@ -110,6 +123,7 @@ def _hooks(
     sites: Sequence[Site],
     decode: Sequence[Mapping[int, Selection]],
     prefill: Sequence[Mapping[int, Selection | None]],
+    fed: Sequence[Mapping[int, Replacement]],
     decode_text: Mapping[int, Selection],
     prefill_text: Mapping[int, Selection],
     turns: Turns,
@@ -117,8 +131,9 @@ def _hooks(
     known: dict[tuple[Any, ...], list[float]] = {}
     pruned = [site for site in sites if all(site.layer_idx in one for one in decode)]
     for site in pruned:
-        pairs = [(one[site.layer_idx], two[site.layer_idx]) for one, two in zip(decode, prefill, strict=True)]
-        layer, module = _MaskedLayer(site, pairs, known, turns, leads=site is pruned[0]), site.module
+        at = site.layer_idx
+        parts = [(one[at], two[at], new.get(at)) for one, two, new in zip(decode, prefill, fed, strict=True)]
+        layer, module = _MaskedLayer(site, parts, known, turns, leads=site is pruned[0]), site.module
         yield module.register_forward_pre_hook(layer.before, with_kwargs=True)
         # Quantization is undone first, so that merging reads the layer's own numbers.
         yield module.register_forward_hook(layer.restore, with_kwargs=True, always_call=True)
@@ -138,8 +153,8 @@ class _MaskedLayer:
 
     Args:
         site: The layer's cross-attention.
-        pairs: For each prefill, what decoding may attend to after it, and what the prefill itself may attend
-            to; None for everything.
+        parts: For each prefill, what decoding may attend to after it, what the prefill itself may attend to
+            (None for everything), and new tokens that it receives.
         known: Vectors that were quantized before, see `as_held`.
         turns: Says which of the prefills it is.
         leads: Whether this layer is the first that attends in a prefill.
@@ -148,15 +163,15 @@ class _MaskedLayer:
     def __init__(
         self,
         site: Site,
-        pairs: Sequence[tuple[Selection, Selection | None]],
+        parts: Sequence[tuple[Selection, Selection | None, Replacement | None]],
         known: dict[tuple[Any, ...], list[float]],
         turns: Turns,
         *,
         leads: bool,
     ) -> None:
         self._site, self._layer_idx = site, site.layer_idx
-        self._pairs, self._turns, self._leads = pairs, turns, leads
-        self._decode, self._prefill = pairs[0]
+        self._parts, self._turns, self._leads = parts, turns, leads
+        self._decode, self._prefill, self._fed = parts[0]
         self._known = known
         self._in_prefill = False
         self._stock: tuple[Tensor, Tensor] | None = None  # keys and values while quantized ones replace them
@@ -171,7 +186,7 @@ class _MaskedLayer:
         if self._in_prefill:
             if self._leads:
                 self._turns.begin()
-            self._decode, self._prefill = self._pairs[self._turns.current]
+            self._decode, self._prefill, self._fed = self._parts[self._turns.current]
         selection = self._prefill if self._in_prefill else self._decode
         if selection is None:
             return None
@@ -180,8 +195,10 @@ class _MaskedLayer:
         site = self._site
         mask = _masked(named.get(site.mask), selection, named["hidden_states"], site)
         changed = {**named, site.mask: mask}
+        if self._in_prefill and self._fed is not None:
+            changed[site.states] = replaced_features(named[site.states], self._fed)
         if self._in_prefill and selection.merge is not None:
-            changed[site.states] = merged_features(named[site.states], selection)
+            changed[site.states] = merged_features(changed[site.states], selection)
         return (), changed
 
     def restore(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
 
-__all__ = ["as_held", "logit_bias", "merged_features", "with_merges"]
+__all__ = ["as_held", "logit_bias", "merged_features", "replaced_features", "with_merges"]
 
 
 def as_held(
@@ -94,6 +95,22 @@ def _entries(selection: Selection, sample: int, head: int) -> list[tuple[int, in
     return [
         (position, column) for position, (column, real) in enumerate(zip(columns, valid, strict=True)) if real
     ]
+
+
+def replaced_features(states: Tensor, replacement: Replacement) -> Tensor:
+    """Return encoder features with new tokens in their places, in the shape in which they came.
+
+    Args:
+        states: ``[B, S, width]``, or another shape of as many numbers, such as one with an axis for images.
+        replacement: For these columns, or for columns of which these are the last.
+    """
+    places = replacement.places
+    changed = states.reshape(len(places.indices), -1, states.shape[-1]).clone()  # [B, S, width]
+    first = places.columns - changed.shape[1]
+    for sample in range(len(changed)):
+        for position, column in _entries(places, sample, 0):
+            changed[sample, column - first] = replacement.features[sample, position]
+    return changed.reshape(states.shape)
 
 
 def merged_features(states: Tensor, selection: Selection) -> Tensor:

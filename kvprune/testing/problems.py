@@ -110,7 +110,8 @@ class LayerProblem(_ShortRepr):
                 features=self._draw("features", 1, see.columns)[:, 0],
                 guidance=self._draw("guidance", 1, see.columns)[:, 0, :, 0].abs().float(),
                 class_attention=self._class_attention(see),
-                text=self.text(policy_name),
+                question=self._draw("question", 1, 1)[:, 0, 0],
+                text=self._text(see, policy_name),
             ),
             keys=self._draw("keys", self.kv_heads, see.columns),
             values=self._draw("values", self.kv_heads, see.columns),
@@ -135,7 +136,10 @@ class LayerProblem(_ShortRepr):
 
     def text(self, policy_name: str = "?") -> TextView:
         """Draw the self-attention before the layer; each call draws the same one anew."""
-        text_rows = self.visibility().live.shape[1]
+        return self._text(self.visibility(), policy_name)
+
+    def _text(self, see: Visibility, policy_name: str) -> TextView:
+        text_rows = see.live.shape[1]
         real = torch.ones(len(self.layouts), text_rows, dtype=torch.bool)
         if self.family == "mllama":
             for sample, text in enumerate(self.layouts):
@@ -150,7 +154,7 @@ class LayerProblem(_ShortRepr):
             rank=2 + 4 * self.rank,
             num_layers=4 * self.num_layers,
             policy_name=policy_name,
-            image_tokens=self.visibility().decode.sum(-1),
+            image_tokens=see.decode.sum(-1),
             cross_layers=self.num_layers,
         )
 
@@ -198,7 +202,7 @@ class LayerProblem(_ShortRepr):
     def _mllama(self) -> Visibility:
         images = max(self.arrived + 1, *(sum(map(str.isdigit, text)) for text in self.layouts))
         length = max(map(len, self.layouts))
-        rows = torch.zeros(len(self.layouts), length, images * self.tiles, dtype=torch.bool)
+        rows = [[[False] * (images * self.tiles) for _ in range(length)] for _ in self.layouts]
         for sample, text in enumerate(self.layouts):
             run: list[int] = []  # units of the images that are seen now: the latest ones without text between
             image, last = 0, ""
@@ -207,14 +211,16 @@ class LayerProblem(_ShortRepr):
                     first = image * self.tiles
                     run = (run if last.isdigit() else []) + list(range(first, first + int(letter)))
                     image += 1
-                rows[sample, row, run] = True
+                for unit in run:
+                    rows[sample][row][unit] = True
                 last = letter
         units = torch.arange(images * self.tiles)
+        seen = torch.tensor(rows, dtype=torch.bool)
         return Visibility(
-            rows=rows,
+            rows=seen,
             units=units.repeat_interleave(self.patches)[None],
             images=units // self.tiles,
-            live=rows.any(-1),
+            live=seen.any(-1),
         )
 
     def _encoder_decoder(self) -> Visibility:
@@ -231,14 +237,15 @@ class LayerProblem(_ShortRepr):
     def _survivors(self, whole: Visibility) -> Selection:
         """What an earlier layer passed on: a random part, and one column of each visibility group."""
         random = torch.Generator().manual_seed(_digest(self.seed, "survivors"))
-        kept = torch.rand(whole.batch, whole.columns, generator=random) < self.received
+        kept = (torch.rand(whole.batch, whole.columns, generator=random) < self.received).tolist()
         for sample in range(whole.batch):
             groups = slow_groups(whole, sample) or [existing(whole, sample)]
-            unseen = set(range(whole.columns)).difference(*groups)
-            kept[sample, list(unseen)] = False
+            seen = set().union(*groups)
+            for column in range(whole.columns):
+                kept[sample][column] = kept[sample][column] and column in seen
             for group in groups:
-                kept[sample, min(group)] |= not kept[sample, list(group)].any()
-        return Selection.from_mask(kept[:, None])
+                kept[sample][min(group)] |= not any(kept[sample][column] for column in group)
+        return Selection.from_mask(torch.tensor(kept)[:, None])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

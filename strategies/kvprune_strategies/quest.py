@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kvprune import Budget, DecodePolicy, HeldView, Selection, StepView
 from kvprune.errors import PolicyOptionError
@@ -45,21 +47,22 @@ class Quest(BudgetPolicy, DecodePolicy):
 
     def prepare(self, view: HeldView) -> State:
         """Return bounds of each page's keys ``[R, Hkv, P, D]``, and how much each sample reads ``[R]``."""
-        entries, page = view.entries, self.page
-        pages = -(-entries // page)
-        real = view.valid[..., None]  # [R, H or 1, K, 1]
-        extra = (0, 0, 0, pages * page - entries)
-
-        def by_page(worst: float) -> torch.Tensor:  # padding is worse than any key
-            keys = torch.nn.functional.pad(torch.where(real, view.keys, worst), extra, value=worst)
-            return keys.reshape(*keys.shape[:2], pages, page, -1)  # [R, Hkv, P, page, D]
-
         counts = view.valid[:, 0].sum(-1).tolist()  # heads hold equally many
-        limit = torch.tensor(self.budget.resolve_all(counts), device=view.keys.device)
+        ragged = min(counts) < view.entries
         most = torch.finfo(view.keys.dtype).max  # finite, because a query may be 0 in a channel
-        largest, smallest = by_page(-most).amax(3), by_page(most).amin(3)
-        bounds = {"largest": largest, "smallest": smallest}
-        return bounds if min(counts) == entries else bounds | {"limit": limit}
+
+        def bounds(extreme: Callable[[Tensor, int], Tensor], worst: float) -> Tensor:
+            keys = torch.where(view.valid[..., None], view.keys, worst) if ragged else view.keys
+            whole = view.entries // self.page * self.page
+            pages = [extreme(keys[:, :, :whole].unflatten(2, (-1, self.page)), 3)]  # [R, Hkv, P, D]
+            if whole < view.entries:  # the last page is short
+                pages.append(extreme(keys[:, :, whole:], 2)[:, :, None])
+            return torch.cat(pages, dim=2)
+
+        state = {"largest": bounds(torch.amax, -most), "smallest": bounds(torch.amin, most)}
+        if ragged:
+            state["limit"] = torch.tensor(self.budget.resolve_all(counts), device=view.keys.device)
+        return state
 
     def attend(self, step: StepView, state: State) -> Selection | None:
         """Read the entries of the pages with the highest bounds."""
@@ -71,8 +74,7 @@ class Quest(BudgetPolicy, DecodePolicy):
         up = queries.clamp(min=0) @ state["largest"].to(queries).transpose(-1, -2)  # [N, Hkv, g, P]
         down = queries.clamp(max=0) @ state["smallest"].to(queries).transpose(-1, -2)
         bounds = (up + down).amax(2)  # [N, Hkv, P]: the query head that wants the page most
-        scores = bounds.repeat_interleave(self.page, dim=-1)[..., : step.entries]  # [N, Hkv, K]
-        return step.best(scores, count, state.get("limit"))
+        return step.best_pages(bounds, self.page, count, state.get("limit"))
 
     fidelity = "adapted"
     paper = "arXiv 2406.10774 (Quest)"
@@ -86,10 +88,10 @@ class Quest(BudgetPolicy, DecodePolicy):
     differs = (
         "heads of a group read the same pages; the last page may be read in part; no layer is left whole"
     )
-    checked_against = "unverified"
+    checked_against = "same tokens in a decode step as mit-han-lab/Quest@01c1623, for budgets of whole pages"
     cost = (
         "in each step, two products of queries and page bounds (an eighth of all keys at page=16), a sort of "
-        "the entries, and a copy of what is read; the bounds take a sixteenth of the cache"
+        "the pages, and a copy of what is read; the bounds take a sixteenth of the cache"
     )
     bibtex = """
 @article{quest2024,

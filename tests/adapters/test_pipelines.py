@@ -21,6 +21,7 @@ from kvprune.demo import model_path
 from kvprune.errors import CompressionStateError
 from kvprune.session.registry import find_adapter
 from kvprune.testing import masked_oracle
+from kvprune.testing.oracle_steps import masked_steps
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -99,6 +100,27 @@ def test_speech_recognition_of_one_recording_and_of_a_batch(name: str, folder_of
     assert answers(pipe, lambda: pipe(dict(as_dict), **options), SPECS[0]) == answers(
         pipe, lambda: pipe(one[0], **options), SPECS[0]
     )
+
+
+@pytest.mark.parametrize("name", ["Moonshine", "Whisper"])
+def test_speech_recognition_under_a_policy_that_decides_in_steps(name: str, folder_of: Folder) -> None:
+    pipe, options = listener(name, folder_of(name))
+    two = sounds(name, 2)
+
+    def ask() -> Any:
+        return pipe(two, batch_size=2, **options)
+
+    with kvprune.compress(pipe.model, "quest:keep_ratio=0.1,page=4") as run:
+        run.record_steps()
+        answer = ask()
+    assert run.report.kept_fraction == 1
+    assert run.report.read_of_visible == pytest.approx(0.1, abs=0.02)
+    adapter = find_adapter(pipe.model)
+    with (
+        masked_oracle(pipe.model, run.selections, run.prefill_selections, adapter=adapter),
+        masked_steps(adapter(pipe.model).sites, run.step_reads),
+    ):
+        assert answer == ask()
 
 
 @pytest.mark.parametrize("name", ["Moonshine", "Whisper"])

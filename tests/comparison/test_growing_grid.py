@@ -18,7 +18,14 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from PIL import Image
 
 from kvprune.comparison import Progress, Settings, Summary, compare, describe_folder, read_run
@@ -289,14 +296,27 @@ def by_spec(summary: dict[str, Any]) -> dict[str, Any]:
     return {**summary, "rows": rows, "batch_size": 0, "tasks": sorted(summary["tasks"])}
 
 
-GrowingGrid.TestCase.settings = settings(
-    max_examples=5,
-    stateful_step_count=12,
-    deadline=None,
-    derandomize=True,
-    phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes
-)
-TestGrowingGrid = GrowingGrid.TestCase
+def run_machine(examples: int) -> None:
+    """Take steps at random; what they find is not shrunk, which would take minutes."""
+    run_state_machine_as_test(
+        GrowingGrid,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=12,
+            deadline=None,
+            derandomize=True,
+            phases=(Phase.explicit, Phase.generate),
+        ),
+    )
+
+
+def test_whatever_happens_nothing_is_computed_twice_or_mixed() -> None:
+    run_machine(3)
+
+
+@pytest.mark.slow
+def test_whatever_happens_nothing_is_computed_twice_or_mixed_in_more_runs() -> None:
+    run_machine(10)
 
 
 def test_an_answer_of_other_ingredients_would_be_noticed(tmp_path: Path) -> None:

@@ -284,10 +284,11 @@ def test_kv10_the_same_seed_draws_the_same_and_another_seed_does_not():
     assert not torch.equal(first.selections[1].indices[0], first.selections[1].indices[1])  # samples differ
 
 
-def test_kv11_any_sequence_of_operations_keeps_tensors_and_selection_together():
+@pytest.mark.parametrize("sequences", [60, pytest.param(400, marks=pytest.mark.slow)])
+def test_kv11_any_sequence_of_operations_keeps_tensors_and_selection_together(sequences):
     """Fill, append, decode, retain, reorder, expand, select, crop, reset, copy, move (cache_machine.py)."""
     run_state_machine_as_test(
-        CacheMachine, settings=settings(max_examples=200, stateful_step_count=15, deadline=None)
+        CacheMachine, settings=settings(max_examples=sequences, stateful_step_count=15, deadline=None)
     )
 
 

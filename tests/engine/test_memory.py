@@ -9,9 +9,11 @@ import torch
 from generation import generate, mllama
 
 import kvprune
+from kvprune import StepView
 from kvprune.adapters.features import gather_features
 from kvprune.adapters.mllama import MllamaAdapter
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.policy import HeldView
 from kvprune.session.answer_guide import AnswerGuide
 from kvprune.testing import mllama_inputs
 from kvprune.testing.cost import LLAMA_11B, PeakMemory, ask, make_problem, peak_memory
@@ -65,6 +67,38 @@ def test_scoring_of_published_methods_needs_at_most_64_mib_at_11b_dimensions(spe
     problem = make_problem(policy, dtype=dtype)
     peak = peak_memory(lambda: ask(policy, problem))
     assert peak <= 64 * MIB, f"{peak / MIB:.1f} MiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_choosing_in_steps_needs_at_most_4_mib_at_11b_dimensions(dtype):
+    policy = kvprune.get_policy("quest:keep_ratio=0.1")
+    layer = make_problem(policy, dtype=dtype)
+    slots = torch.arange(layer.columns).expand(layer.batch, 1, -1)
+    valid = torch.ones_like(slots, dtype=torch.bool)
+    held = HeldView(
+        layer=layer, keys=layer.keys, values=layer.values, slots=slots, valid=valid, columns=layer.columns
+    )
+    queries = torch.randn(layer.batch, LLAMA_11B.query_heads, LLAMA_11B.width, dtype=dtype)
+    step = StepView(
+        queries_of=lambda: queries,
+        text_rows=layer.batch,
+        keys=layer.keys,
+        values=layer.values,
+        slots_of=lambda: slots,
+        readable=valid,
+        number=torch.zeros((), dtype=torch.int64),
+        taken=0,
+        layer_idx=0,
+        rank=0,
+        num_layers=1,
+        scaling=1.0,
+        unrestricted=True,
+    )
+    state = policy.prepare(held)
+    assert sum(tensor.nbytes for tensor in state.values()) <= 2 * layer.keys.nbytes / policy.page + MIB / 64
+    for what in (lambda: policy.prepare(held), lambda: policy.attend(step, state)):
+        peak = peak_memory(what)
+        assert peak <= 4 * MIB + sum(tensor.nbytes for tensor in state.values()), f"{peak / MIB:.1f} MiB"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

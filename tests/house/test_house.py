@@ -29,6 +29,7 @@ ROOMS = (
     "testing",
     "demo",
     "comparison",
+    "training",
     "cli",
 )
 """From the ground up: a room imports from itself, from rooms before it, and from errors.py and text.py."""
@@ -68,7 +69,8 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-GRAPH = {name: imports(path, modules()) for name, path in modules().items()}
+MODULES = modules()
+GRAPH = {name: imports(path, MODULES) for name, path in MODULES.items()}
 
 
 @pytest.mark.parametrize("module", sorted(GRAPH))

@@ -60,6 +60,31 @@ def test_best_takes_the_highest_scores_and_the_lower_place_of_ties(rows, entries
             assert set(places[len(wanted) :]) <= {wanted[-1]}  # padding repeats the last
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 7),
+    st.integers(1, 45),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_best_pages_are_those_of_best(rows, entries, page, count, whole, seed):
+    random = torch.Generator().manual_seed(seed)
+    scores = torch.randint(4, (rows, 2, -(-entries // page)), generator=random).double()  # many ties
+    readable = torch.rand(rows, 1, entries, generator=random) < 0.7
+    readable[..., seed % entries] = True
+    if whole:
+        readable[:] = True
+    step = view(readable, torch.zeros(rows, 2, entries, 3))
+    limit = None if seed % 3 else torch.randint(1, count + 1, (rows,), generator=random)
+    found = step.best_pages(scores, page, count, limit)
+    expected = step.best(scores.repeat_interleave(page, -1)[..., :entries], count, limit)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.valid, expected.valid)
+    assert step.has_made(found) == (step.unrestricted and limit is None)
+
+
 def test_rows_and_what_is_held():
     step = view(
         torch.ones(6, 1, 4, dtype=torch.bool), torch.arange(2.0)[:, None, None, None].expand(2, 2, 4, 3)

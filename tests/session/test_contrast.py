@@ -132,7 +132,16 @@ def under_both(model, inputs, spec, **options):
         return alone, generate(model, inputs, **options)
 
 
-@pytest.mark.parametrize("spec", ["elastic:keep_ratio=0.3", "csp:keep_ratio=0.3", "guided:keep_ratio=0.3"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "elastic:keep_ratio=0.3",
+        "csp:keep_ratio=0.3",
+        "guided:keep_ratio=0.3",
+        "quest:keep_ratio=0.3,page=2",
+        "h2o:keep_ratio=0.3,steps=3",
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_second_branch_is_the_compressed_model(family, spec):
     alone, second = under_both(model_of(family), prompted(family), spec)

@@ -68,7 +68,7 @@ class Remembers(kvprune.DecodePolicy):
 
     def prepare(self, view):
         keys = view.keys.double().norm(dim=-1)  # [R, Hkv, K]
-        return {"mass": keys / keys.amax(-1, keepdim=True)}
+        return {"mass": keys / keys.amax(-1, keepdim=True).clamp(min=1e-9)}  # a row without condition has 0
 
     def attend(self, step, state):
         return step.best(state["mass"], self.count)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anywhere import on_any_model
 from kvprune_strategies import kvprune_policies
 from zoo.budget import IgnoresBudget
 from zoo.leftovers import DefaultDtype, GlobalHook
@@ -31,6 +32,7 @@ _NOT_APPLICABLE = {
     "adakv": {"KV15"},
     "aircache": {"KV15"},
     "answer-attention": {"KV15"},
+    "attnpred": {"KV02", "KV09", "KV15"},
     "cdpruner": {"KV15"},
     "csp": {"KV15"},
     "divprune": {"KV15"},
@@ -46,6 +48,7 @@ _NOT_APPLICABLE = {
     "prefixkv": {"KV15"},
     "prumerge": set(),
     "pyramid": {"KV15"},
+    "quecc": {"KV02", "KV07", "KV08", "KV14", "KV15"},
     "quest": {"KV02", "KV09", "KV15"},
     "random": {"KV15"},
     "snapkv": {"KV15"},
@@ -59,7 +62,8 @@ _NOT_APPLICABLE = {
     "zipvl": {"KV15"},
 }
 NOT_APPLICABLE = {
-    name: ids if name == "quest" else ids | {"KV16", "KV17"} for name, ids in _NOT_APPLICABLE.items()
+    name: ids if name in ("attnpred", "quest") else ids | {"KV16", "KV17"}
+    for name, ids in _NOT_APPLICABLE.items()
 }
 
 
@@ -86,9 +90,15 @@ WITH_DEFAULT_OPTIONS = {
 """What does not apply to a policy with default options, where this is more than for all its options."""
 
 
+@pytest.fixture(scope="module")
+def runner():
+    """A runner for all policies: it computes only once what the untouched models generate."""
+    return Runner(seed=0, examples=0)
+
+
 @pytest.mark.parametrize("name", NOT_APPLICABLE)
-def test_built_in_policies_pass_on_a_few_problems(name):
-    policy, runner = kvprune.get_policy(name), Runner(seed=0, examples=0)
+def test_built_in_policies_pass_on_a_few_problems(name, runner):
+    policy = on_any_model(name)
     assert recheck("class", policy).outcome == "passed"
     for row in INVARIANTS:
         wanted = "not applicable" if row.id in WITH_DEFAULT_OPTIONS[name] else "passed"

@@ -7,7 +7,7 @@ a prefill with a decision of its own; `kvprune.engine.receipts.WindowReceipt` te
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,14 @@ from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.families.whisper_windows import (
     ASKS_FOR_SPEECH,
     DETECTS_LANGUAGE,
+    ONE_WINDOW,
+    REPEATS_INPUTS,
     Windows,
     detectors,
     probe_windows,
+    tried_once,
     unpruned,
+    with_sequences,
 )
 from kvprune.adapters.probes import Probe
 from kvprune.adapters.tiny.models import example_whisper
@@ -64,6 +68,9 @@ class WhisperAdapter(EncoderDecoderAdapter):
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
     self_attention = "self_attn"
     provides = EncoderDecoderAdapter.provides | {"text"}
+    asking: ClassVar[Mapping[str, object]] = {
+        "force_unique_generate_call": True
+    }  # a saved cache holds one window
 
     @property
     def column_seconds(self) -> float | None:
@@ -78,6 +85,8 @@ class WhisperAdapter(EncoderDecoderAdapter):
         self.around(self.model, ASKS_FOR_SPEECH, detectors(self))
         self.around(self.model, "_postprocess_outputs", self._without_unequal_cache)
         self.around(self.model, "_stack_split_outputs", self._with_cache)
+        self.around(self.model, ONE_WINDOW, tried_once)
+        self.around(self.model, REPEATS_INPUTS, with_sequences)
         self._windows = Windows(self.model)
         self._returned: Any = None  # a cache that generate returns, from the end of its window on
 

@@ -20,19 +20,32 @@ from torch import nn
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.generation import callers
 from kvprune.adapters.probes import Probe
+from kvprune.adapters.questions import is_absent
 from kvprune.engine.receipts import Window
+from kvprune.errors import SavedCacheError
+from kvprune.text import shown
 
 __all__ = [
     "ASKS_FOR_SPEECH",
     "DETECTS_LANGUAGE",
+    "ONE_WINDOW",
+    "REPEATS_INPUTS",
     "Windows",
     "detectors",
     "probe_windows",
+    "tried_once",
     "unpruned",
+    "with_sequences",
 ]
 
 DETECTS_LANGUAGE, ASKS_FOR_SPEECH = "detect_language", "_retrieve_logit_processors"
 """Methods of Whisper: one calls the model by itself, the other makes what calls the model during decoding."""
+
+ONE_WINDOW = "generate_with_fallback"
+"""Method of Whisper that generates from one window, and again at other temperatures."""
+
+REPEATS_INPUTS = "_expand_variables_for_generation"
+"""Method of Whisper that repeats its inputs for each return sequence."""
 
 _READ = (
     *("self", "generation_config", "batch_size", "seek"),
@@ -121,11 +134,45 @@ def detectors(attachment: Attachment) -> Callable[..., Any]:
     return call
 
 
+def with_sequences(expand: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Repeat the inputs for each return sequence; refuse it without features, where transformers fails.
+
+    Raises:
+        SavedCacheError: Says what would be right.
+    """
+    sequences = kwargs["generation_config"].num_return_sequences
+    if kwargs["input_features"] is None and sequences > 1:
+        raise SavedCacheError(
+            f"Whisper's generate returns several sequences only from input_features, and not from a saved "
+            f"cache, got num_return_sequences={sequences}; ask once for each sequence"
+        )
+    return expand(*args, **kwargs)
+
+
+def tried_once(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Generate from one window; from a saved cache, refuse what would read it again.
+
+    Raises:
+        SavedCacheError: Names the option.
+    """
+    if is_absent(kwargs.get("kwargs", {}).get("encoder_outputs")):
+        temperatures, threshold = kwargs["temperatures"], kwargs["generation_config"].no_speech_threshold
+        if len(temperatures) > 1 or threshold is not None:
+            raise SavedCacheError(
+                "a saved cache answers one question once, but generate would read it again (temperature="
+                f"{shown(temperatures)}, no_speech_threshold={threshold}); pass one temperature and "
+                "no_speech_threshold=None"
+            )
+    return generate(*args, **kwargs)
+
+
 def probe_windows() -> Probe:
     """Check that transformers has the methods of Whisper and the local variables that are read."""
     code, mixin = _code(), _mixin()
     missing = [name for name in _READ if name not in code.co_varnames + code.co_cellvars]
-    missing += [name for name in (DETECTS_LANGUAGE, ASKS_FOR_SPEECH) if not hasattr(mixin, name)]
+    missing += [
+        name for name in (DETECTS_LANGUAGE, ASKS_FOR_SPEECH, REPEATS_INPUTS) if not hasattr(mixin, name)
+    ]
     detail = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(_READ)}"
     return Probe("WhisperGenerationMixin", not missing, detail)
 
@@ -138,5 +185,5 @@ def _mixin() -> Any:
 
 def _code() -> CodeType:
     """Return the code of the method that generates from one window."""
-    code: CodeType = inspect.unwrap(_mixin().generate_with_fallback).__code__
+    code: CodeType = inspect.unwrap(getattr(_mixin(), ONE_WINDOW)).__code__
     return code

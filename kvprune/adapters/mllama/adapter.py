@@ -36,6 +36,7 @@ from kvprune.adapters.inspection import find_sites
 from kvprune.adapters.mllama import guide
 from kvprune.adapters.mllama.captures import capture_class_attention, capture_text, tile_layout
 from kvprune.adapters.mllama.probes import mllama_probes
+from kvprune.adapters.mllama.question import capture_question, read_question
 from kvprune.adapters.mllama.tile_mask import TileMask
 from kvprune.adapters.mllama.visibility import (
     arriving_tiles,
@@ -89,7 +90,9 @@ class MllamaAdapter(ModelAdapter):
 
     family = "Llama-3.2-Vision (Mllama)"
     model_classes = ("MllamaForConditionalGeneration", "MllamaModel")
-    provides = ModelAdapter.provides | {"text", "text_cache", "guidance", "class_attention", "grid"}
+    provides = ModelAdapter.provides.union(
+        ("text", "text_cache", "guidance", "class_attention", "grid", "question")
+    )
     rereads = True
     class_attention_layer: ClassVar[tuple[str, int]] = ("global_transformer", -1)
 
@@ -164,10 +167,12 @@ class MllamaAdapter(ModelAdapter):
         sharable = cached and rows.shape[-1] == new_units and may_share(self._text)
         shared_rows = repeated_rows(generation.repeats, named, source) if sharable else SharedRows()
         copies, policy, vision = shared_rows.copies, call.manager.policy, self._inner.vision_model
-        capture = prompt = None
+        capture = prompt = watch = None
         if "class_attention" in policy.needs:
             layer = self.class_attention_layer
             capture = capture_class_attention(self, policy.name, vision, layer, named, copies)
+        if "question" in policy.needs:
+            capture, watch = capture_question(self._text, named, copies, capture)
         if "guidance" in policy.needs:
             prompt = guide.make_prompt(named, batch, length, copies)
         call.manager.begin(
@@ -179,18 +184,13 @@ class MllamaAdapter(ModelAdapter):
             layout=tile_layout(vision, named, copies),
             prompt=prompt,
             capture=capture,
+            before=watch,
         )
         self._hook_layers(call, cached=cached)
         if {"text", "text_cache"} & policy.needs:
-            capture_text(
-                self,
-                call.manager,
-                self._text,
-                self.layer_indices,
-                named.get("attention_mask"),
-                copies=copies,
-                cached=cached,
-            )
+            mask = named.get("attention_mask")
+            layers = self.layer_indices
+            capture_text(self, call.manager, self._text, layers, mask, copies=copies, cached=cached)
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache that later calls read."""
@@ -318,6 +318,10 @@ class MllamaAdapter(ModelAdapter):
     def geometry(self) -> Mapping[str, object]:
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""
         return guide.geometry(self._inner)
+
+    def question(self, named: Mapping[str, Any]) -> Tensor:
+        """Read the text of a prompt without its picture: cross-attention layers are skipped then."""
+        return read_question(self._text, named)
 
     def replay(
         self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None

@@ -42,7 +42,8 @@ def columns(summary: Summary, *, ranked: bool) -> list[Column]:
         ranked: Whether the table is ranked, and so shows no memory of stock transformers.
     """
     return [
-        _kept(summary),
+        _share(summary, "kept", lambda row: row.kept_fraction),
+        *([_share(summary, "read", lambda row: row.read)] if summary.reads_less else []),
         _memory(ranked),
         *_metric(summary),
         *_versus(summary),
@@ -64,11 +65,12 @@ def survives(difference: PairedDifference | None) -> bool:
     return adjusted is not None and adjusted <= 0.05
 
 
-def _kept(summary: Summary) -> Column:
+def _share(summary: Summary, what: str, fraction: Callable[[Row], float]) -> Column:
+    """Return a column with a fraction of the visible tokens: in percent, or in seconds of sound."""
     window = summary.window_seconds
     if window is None:
-        return Column(group="", heading="kept %", cell=lambda row: f"{100 * row.kept_fraction:.1f}")
-    return Column(group="", heading="kept s", cell=lambda row: f"{window * row.kept_fraction:.1f}")
+        return Column(group="", heading=f"{what} %", cell=lambda row: f"{100 * fraction(row):.1f}")
+    return Column(group="", heading=f"{what} s", cell=lambda row: f"{window * fraction(row):.1f}")
 
 
 def _memory(ranked: bool) -> Column:

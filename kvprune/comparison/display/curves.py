@@ -52,7 +52,7 @@ _LINEAR = 0.01
 
 
 def curves(summary: Summary) -> dict[str, list[Row]]:
-    """Return rows by curve, without the full cache and references, by ascending kept fraction.
+    """Return rows by curve, without the full cache and references, by ascending fraction read.
 
     Curves come in the order of the summary; more than `FEW` by their mean, the best first.
     """
@@ -66,7 +66,7 @@ def curves(summary: Summary) -> dict[str, list[Row]]:
 
 
 def references(summary: Summary) -> dict[str, list[Row]]:
-    """Return rows that show what is possible, by curve, by ascending kept fraction."""
+    """Return rows that show what is possible, by curve, by ascending fraction read."""
     return _by_curve([row for row in summary.rows[1:] if row.is_reference])
 
 
@@ -185,7 +185,7 @@ def png(made: Figure) -> bytes:
 
 def _by_curve(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.kept_fraction):
+    for row in sorted(rows, key=lambda row: row.read):
         found.setdefault(_curve(row), []).append(row)
     return found
 

@@ -35,6 +35,7 @@ def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None)
         *_draws_notes(summary),
         *_timing_notes(summary),
         *(_unfinished_note(summary) if summary.kind == "pictures" else _transcript_notes(summary)),
+        *_read_notes(summary),
         *_budget_notes(summary),
         *_reach_note(summary),
     ]
@@ -143,11 +144,25 @@ def _draws_notes(summary: Summary) -> list[str]:
     return found
 
 
-def _budget_notes(summary: Summary) -> list[str]:
-    kept = "visible tokens" if summary.window_seconds is None else "the audio frames"
+def _read_notes(summary: Summary) -> list[str]:
+    """Say what a decode step reads, where that is less than what is kept."""
+    rows = dict.fromkeys(row.label for row in summary.rows if row.read_fraction is not None)
+    if not rows:
+        return []
+    share = "%" if summary.window_seconds is None else "s"
     return [
-        f"Careful: {row.spec} kept {100 * row.kept_fraction:.1f} % of {kept} instead of "
-        f"{100 * row.keep_ratio:.4g} %; do not compare it with its neighbours."
+        f"read {share} is what a decode step reads, mean over steps; {', '.join(rows)} "
+        f"{'decide' if len(rows) > 1 else 'decides'} that in each step. kept {share} is "
+        "what was there after the prompt; figures show what is read."
+    ]
+
+
+def _budget_notes(summary: Summary) -> list[str]:
+    tokens = "visible tokens" if summary.window_seconds is None else "the audio frames"
+    return [
+        f"Careful: {row.spec} {'kept' if row.read_fraction is None else 'read in a step'} "
+        f"{100 * row.read:.1f} % of {tokens} instead of {100 * row.keep_ratio:.4g} %; do not compare it with "
+        "its neighbours."
         for row in summary.rows
         if row.keep_ratio is not None and row.misses_budget
     ]

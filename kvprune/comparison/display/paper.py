@@ -39,7 +39,7 @@ def latex_table(summary: Summary, made: Provenance) -> str:
     """
     partner = summary.partner is not None
     main = r"Right (\%)" if summary.higher_is_better else r"WER (\%)"
-    headings = ["Policy", "Budget", "Kept", "MiB", main]
+    headings = ["Policy", "Budget", "Kept", *(["Read"] if summary.reads_less else []), "MiB", main]
     if summary.metric == "word_error_rate":
         headings.append(r"CER (\%)")
     if partner:
@@ -67,10 +67,9 @@ def _cells(row: Row, summary: Summary, best: float | None) -> list[str]:
     if best is not None and not row.is_reference and row.main.value == best:
         name, value = rf"\textbf{{{name}}}", _rate(row.main, bold=True)
     window = summary.window_seconds
-    kept = (
-        rf"{100 * row.kept_fraction:.1f}\,\%" if window is None else rf"{window * row.kept_fraction:.1f}\,s"
-    )
-    cells = [name, latex(budget(row, window)), kept, f"{row.bytes_held / 2**20:.3g}", value]
+    fractions = [row.kept_fraction, *([row.read] if summary.reads_less else [])]
+    shares = [rf"{100 * one:.1f}\,\%" if window is None else rf"{window * one:.1f}\,s" for one in fractions]
+    cells = [name, latex(budget(row, window)), *shares, f"{row.bytes_held / 2**20:.3g}", value]
     if row.speech is not None:
         cells.append(_rate(row.speech.character_error_rate))
     if summary.partner is not None:
@@ -129,6 +128,10 @@ def _caption(summary: Summary, made: Provenance) -> str:
             f"its 95\\,\\% interval; $p$: exact {test} (t test over draws where there are several); "
             "$p_{\\mathrm{Holm}}$ and $^{*}$ ($p_{\\mathrm{Holm}} \\le 0.05$): corrected for all comparisons "
             "of this table."
+        )
+    if summary.reads_less:
+        said.append(
+            "Read: what a decode step reads, on average, which is the budget of policies that choose it."
         )
     if any(row.is_reference for row in summary.rows):
         said.append(r"$^{\dagger}$ Looks at the answer before it prunes; no method.")

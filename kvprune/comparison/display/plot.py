@@ -1,4 +1,4 @@
-"""The figure of a comparison: the metric against the fraction of tokens kept, overall and by task."""
+"""The figure of a comparison: the metric against the fraction of tokens kept or read, overall and by task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["render"]
 
 _COLUMNS = 3
 _SHIFT = 0.03
-"""Points of equal kept fraction are shifted sideways, curve by curve, by this share of the fraction."""
+"""Points of equal fraction are shifted sideways, curve by curve, by this share of the fraction."""
 _WIDEST = 0.24
 """The shifts of all curves together span at most this share, so that budgets stay apart."""
 _LONGEST_TITLE = 40
@@ -70,9 +70,11 @@ def render(summary: Summary) -> bytes:
 
 
 def _kept_label(summary: Summary) -> str:
+    """Return what the horizontal axis shows: what is kept, and so what a decode step reads."""
+    kept = "read in a decode step" if summary.reads_less else "kept"
     if summary.window_seconds is None:
-        return "visible tokens kept (log scale)"
-    return f"kept of {summary.window_seconds:.0f} s (log scale)"
+        return f"visible tokens {kept} (log scale)"
+    return f"{kept} of {summary.window_seconds:.0f} s (log scale)"
 
 
 def _panel(axis: Axes, summary: Summary, found: dict[str, list[Row]], task: str | None) -> None:
@@ -85,7 +87,7 @@ def _panel(axis: Axes, summary: Summary, found: dict[str, list[Row]], task: str 
         rates = [_rate(row, task) for row in rows]
         intervals = [[rate.value - rate.low for rate in rates], [rate.high - rate.value for rate in rates]]
         axis.errorbar(
-            [row.kept_fraction * shift for row in rows],
+            [row.read * shift for row in rows],
             [rate.value for rate in rates],
             yerr=None if len(found) > FEW else intervals,
             elinewidth=0.9,
@@ -93,9 +95,7 @@ def _panel(axis: Axes, summary: Summary, found: dict[str, list[Row]], task: str 
             **style(number),
         )
     for rows in references(summary).values():
-        axis.plot(
-            [row.kept_fraction for row in rows], [_rate(row, task).value for row in rows], **REFERENCE_STYLE
-        )
+        axis.plot([row.read for row in rows], [_rate(row, task).value for row in rows], **REFERENCE_STYLE)
     axis.axhline(_rate(summary.reference, task).value, color="0.35", linestyle="-.", linewidth=1.2, zorder=1)
     if task is not None and task in summary.constant_answer:
         axis.axhline(summary.constant_answer[task], color="0.6", linestyle=":", linewidth=1.2, zorder=1)

@@ -92,6 +92,8 @@ def _record(row: Row, summary: Summary) -> Record:
         "seeds": " ".join(map(str, row.seeds)),
         "kept_fraction": row.kept_fraction,
         **({} if window is None else {"kept_seconds": window * row.kept_fraction}),
+        "read_fraction": row.read,
+        **({} if window is None else {"read_seconds": window * row.read}),
         "bytes_held": row.bytes_held,
         "bytes_full": row.bytes_full,
         **_rates(row),

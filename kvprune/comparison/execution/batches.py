@@ -130,6 +130,7 @@ def ask(
             bytes_held=held[number].bytes_held,
             bytes_full=held[number].bytes_full,
             receipt=held[number].receipt,
+            read_fraction=held[number].read_fraction,
         )
         answers.append(generator.judge(example, measured, tokens=tokens, cap=cap))
     return answers

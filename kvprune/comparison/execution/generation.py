@@ -42,6 +42,7 @@ class Measured(TypedDict):
     bytes_held: int
     bytes_full: int
     receipt: str
+    read_fraction: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,16 @@ class Held:
             recording, that of the window in which it held most, since no two windows are held at once.
         bytes_full: bytes that stock transformers would hold, likewise.
         receipt: SHA-256 of what was kept; see `receipts` and `receipt_of_windows`.
+        read_fraction: fraction of visible tokens that a decode step reads, mean over the examples of the
+            batch; of a recording that was read window by window, mean over its windows. None if the policy
+            does not decide in decode steps, or none were taken.
     """
 
     kept_fraction: float
     bytes_held: int
     bytes_full: int
     receipt: str
+    read_fraction: float | None = None
 
 
 def held_for_examples(
@@ -62,7 +66,8 @@ def held_for_examples(
     _check(spec, fractions, examples)
     proofs = receipts(spec, seed, report.layers, run.selections)
     size = report.bytes_held // examples, report.bytes_full // examples
-    found = [Held(fraction, *size, proof) for fraction, proof in zip(fractions, proofs, strict=True)]
+    read = _mean([report.read_of_visible])
+    found = [Held(fraction, *size, proof, read) for fraction, proof in zip(fractions, proofs, strict=True)]
     return [_beside_full(one) for one in found] if beside_full else found
 
 
@@ -78,18 +83,26 @@ def _by_window(
     fractions: list[list[float]] = [[] for _ in range(examples)]
     sizes: list[list[tuple[int, int]]] = [[] for _ in range(examples)]
     proofs: list[list[tuple[int, str]]] = [[] for _ in range(examples)]
+    reads: list[list[float]] = [[] for _ in range(examples)]
     for window, of_window in zip(run.report.windows, kept, strict=True):
         rows = len(window.rows)
         _check(spec, window.kept_per_sample, rows)
         found = receipts(spec, seed, window.layers, of_window.selections)
         for number, row in enumerate(window.rows):
             fractions[row].append(window.kept_per_sample[number])
+            reads[row].append(window.read_of_visible)
             sizes[row].append((window.bytes_held // rows, window.bytes_full // rows))
             proofs[row].append((window.starts[number], found[number]))
     return [
-        Held(sum(of_row) / len(of_row), *max(sizes[row]), receipt_of_windows(proofs[row]))
+        Held(sum(of_row) / len(of_row), *max(sizes[row]), receipt_of_windows(proofs[row]), _mean(reads[row]))
         for row, of_row in enumerate(fractions)
     ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Return the mean of the values that are no NaN; None if there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else None
 
 
 def _check(spec: str, fractions: Sequence[float], examples: int) -> None:

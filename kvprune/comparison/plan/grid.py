@@ -242,7 +242,8 @@ def partner(against: str, configurations: Sequence[Configuration], *, optional: 
 
 def _cross(spec: PolicySpec, cls: type[CrossKVPolicy], keep_ratios: Sequence[float]) -> list[PolicySpec]:
     """Return one spec per keep ratio; the spec as it is if it states a budget or its policy takes none."""
-    if "keep_ratio" not in cls.option_types() or any(option in BUDGETS for option in spec.options):
+    budgets = {*BUDGETS, *getattr(cls, "budget_alternatives", ())}
+    if "keep_ratio" not in cls.option_types() or budgets & spec.options.keys():
         return [spec]
     if not keep_ratios:
         raise PolicyOptionError(

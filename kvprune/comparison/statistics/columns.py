@@ -47,6 +47,7 @@ class Columns:
         agrees: 1 for the answer of the full cache.
         finished: 1 where the model ended the answer itself.
         kept: fraction of visible tokens kept.
+        read: fraction of visible tokens that a decode step reads.
         held: bytes of the cross-attention cache.
         stock: bytes that stock transformers holds.
         speech: what only transcripts have; None for pictures.
@@ -57,12 +58,14 @@ class Columns:
     agrees: Numbers
     finished: Numbers
     kept: Numbers
+    read: Numbers
     held: Numbers
     stock: Numbers
     speech: SpeechColumns | None
 
 
 _FIELDS = attrgetter("correct", "agrees_with_full", "finished", "kept_fraction", "bytes_held", "bytes_full")
+_READ = attrgetter("read_fraction", "kept_fraction")
 _SPEECH = attrgetter("word_errors", "words", "character_errors", "characters", "loops")
 
 
@@ -99,6 +102,7 @@ def columns(answers: Mapping[Key, Answer], spec: str, seeds: Sequence[int], ids:
     draws: tuple[int | None, ...] = tuple(seeds) or (None,)
     found = [answers.get((spec, seed, name)) or answers[spec, None, name] for seed in draws for name in ids]
     correct, agrees, finished, kept, held, stock = table(_FIELDS, found)
+    read, reads = table(_READ, found)  # NaN where a step reads all that is kept
     speech = None
     if isinstance(found[0], Transcript):
         names = ("word_errors", "words", "character_errors", "characters", "loops")
@@ -109,6 +113,7 @@ def columns(answers: Mapping[Key, Answer], spec: str, seeds: Sequence[int], ids:
         agrees=agrees,
         finished=finished,
         kept=kept,
+        read=np.where(np.isnan(read), reads, read),
         held=held,
         stock=stock,
         speech=speech,

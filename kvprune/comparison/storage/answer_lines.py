@@ -29,6 +29,7 @@ _PATTERNS = {
     "int | None": f"(?:null|{_WHOLE})",
     "hex": '"([0-9a-f]{64})"',
     "float": r"([01]\.[0-9]{1,20})",
+    "float | None": r"([01]\.[0-9]{1,20})",
 }
 _UNIT = re.compile(f"[0-9a-f]{{{UNIT_DIGITS}}}")
 
@@ -98,9 +99,23 @@ class LineReader:
                 kind, found = Transcript, _TRANSCRIPT.fullmatch(text)
             if found is None:
                 return None
-            unit, spec, seed, name, task, said, right, agrees, ended, kept, held, full, receipt, *more = (
-                found.groups()
-            )
+            (
+                unit,
+                spec,
+                seed,
+                name,
+                task,
+                said,
+                right,
+                agrees,
+                ended,
+                kept,
+                held,
+                full,
+                receipt,
+                read,
+                *more,
+            ) = found.groups()
             if "\\" in text:
                 spec, name, task, said = map(_unescaped, (spec, name, task, said))
         except ValueError:
@@ -119,9 +134,14 @@ class LineReader:
             bytes_held=sizes[held],
             bytes_full=sizes[full],
             receipt=receipt,
+            read_fraction=None if read is None else self._fractions[read],
             **(self._more(more) if more else {}),
         )
-        if answer.kept_fraction > 1 or answer.bytes_held < 0 or answer.bytes_full < 0:
+        if (
+            max(answer.kept_fraction, answer.read_fraction or 0) > 1
+            or answer.bytes_held < 0
+            or answer.bytes_full < 0
+        ):
             return None
         return StoredAnswer(once(unit, unit), answer)
 
@@ -211,11 +231,12 @@ def current(
 
 def _pattern(kind: type[Answer]) -> re.Pattern[str]:
     """Return what matches a line as `answer_rows` and `Journal.append` write it; one group for each value."""
-    patterns = [
-        (one.name, _PATTERNS["hex" if one.name == "receipt" else str(one.type)]) for one in fields(kind)
-    ]
-    parts = [f'"{name}": {pattern}' for name, pattern in patterns]
-    return re.compile(f'{{"{UNIT}": "({_UNIT.pattern})", ' + ", ".join(parts) + "}")
+    parts = [f'"{UNIT}": "({_UNIT.pattern})"']
+    for one in fields(kind):
+        pattern = _PATTERNS["hex" if one.name == "receipt" else str(one.type)]
+        part = f', "{one.name}": {pattern}'
+        parts.append(f"(?:{part})?" if one.name == "read_fraction" else part)
+    return re.compile("{" + "".join(parts) + "}")
 
 
 _SHORT = 64

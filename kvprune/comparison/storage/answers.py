@@ -33,6 +33,8 @@ class Answer:
         bytes_held: bytes of the batch's cross-attention cache, divided by the examples of the batch.
         bytes_full: bytes that stock transformers would hold, divided in the same way.
         receipt: SHA-256 of what was kept for this example; see `receipts`.
+        read_fraction: fraction of visible tokens that a decode step reads, mean over the batch, if the policy
+            chooses that in each step; None if it reads all that is kept.
     """
 
     spec: str
@@ -47,6 +49,7 @@ class Answer:
     bytes_held: int
     bytes_full: int
     receipt: str
+    read_fraction: float | None = None
 
     @property
     def key(self) -> Key:
@@ -81,7 +84,10 @@ class Transcript(Answer):
 
 def to_row(answer: Answer) -> dict[str, Any]:
     """Return the JSON object that stands for `answer` in results.jsonl."""
-    return asdict(answer)
+    row = asdict(answer)
+    if answer.read_fraction is None:
+        del row["read_fraction"]
+    return row
 
 
 def from_row(where: str, row: Mapping[str, Any]) -> Answer:
@@ -96,12 +102,14 @@ def from_row(where: str, row: Mapping[str, Any]) -> Answer:
     """
     kind = Transcript if "words" in row else Answer
     wanted = {field.name: str(field.type) for field in fields(kind)}
+    if row.get("read_fraction") is None:
+        del wanted["read_fraction"]
     if set(row) != set(wanted):
         odd = sorted(set(row) ^ set(wanted))[0]
         problem = "is missing" if odd in wanted else "is unknown"
         raise ResultsError(f"{where} is damaged: field {odd!r} {problem}; delete this line")
     types: dict[str, type | tuple[type, ...]] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
-    types["int | None"] = (int, type(None))
+    types |= {"int | None": (int, type(None)), "float | None": (int, float)}
     for name, wanted_type in wanted.items():
         value = row[name]
         if not isinstance(value, types[wanted_type]) or (isinstance(value, bool) and wanted_type != "bool"):
@@ -112,6 +120,7 @@ def from_row(where: str, row: Mapping[str, Any]) -> Answer:
     answer = kind(**row)
     for name, good, right in (
         ("kept_fraction", 0 <= answer.kept_fraction <= 1, "between 0 and 1"),
+        ("read_fraction", 0 <= (answer.read_fraction or 0) <= 1, "between 0 and 1"),
         ("bytes_held", 0 <= answer.bytes_held < _MOST_BYTES, "a number of bytes"),
         ("bytes_full", 0 <= answer.bytes_full < _MOST_BYTES, "a number of bytes"),
         ("receipt", _RECEIPT.fullmatch(answer.receipt) is not None, "64 hexadecimal digits"),

@@ -138,6 +138,7 @@ class StudyTable:
         found = [
             (f"{main} [95 %]" if intervals else main, [_metric(row, intervals) for row in rows]),
             ("kept %", [f"{100 * row.kept_fraction:.1f}" for row in rows]),
+            *([("read %", [f"{100 * row.read:.1f}" for row in rows])] if summary.reads_less else []),
             ("MiB", [f"{row.bytes_held / 2**20:.4g}" for row in rows]),
         ]
         if summary.stock is not None:
@@ -195,7 +196,8 @@ class StudyTable:
         return [
             f"{what} * marks differences to the full cache that hold after Holm's correction for all "
             "configurations in the results folder of the data set. kept % is the share of visible tokens "
-            "kept, and MiB the cross-attention cache of one example, both measured.",
+            "kept, and MiB the cross-attention cache of one example, both measured."
+            + (" read % is the share that a decode step reads." if first.reads_less else ""),
             mode,
             *timed,
             *seen,
@@ -260,6 +262,7 @@ def _record(part: Part, summary: Summary, row: Row) -> Record:
         "low": row.main.low,
         "high": row.main.high,
         "kept_fraction": row.kept_fraction,
+        "read_fraction": row.read,
         "bytes_held": row.bytes_held,
         "bytes_full": row.bytes_full,
         "agreement": row.agreement.value,

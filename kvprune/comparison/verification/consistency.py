@@ -132,7 +132,7 @@ def judge_transcripts(stored: StoredRun, generator: Generator) -> Iterator[Diffe
     for (spec, _, name), answer in stored.answers.items():
         if isinstance(answer, Transcript):
             row = to_row(answer)
-            given = Measured(**{field: row[field] for field in measured})  # type: ignore[typeddict-item]
+            given = Measured(**{field: getattr(answer, field) for field in measured})  # type: ignore[typeddict-item]
             again = generator.judge(examples[name], given, tokens=answer.tokens, cap=answer.cap)
             yield from compare_values(f"{spec}, example {name}", row, to_row(again), spec, name)
 

@@ -100,6 +100,7 @@ def make_problem(
             features=_draw((1, size.columns, size.features), dtype, device, seed),
             class_attention=_paid(policy, size, device, seed),
             guidance=_guidance(policy, size, device, seed),
+            question=_draw((1, size.features), dtype, device, seed, 8),
         ),
     )
 

@@ -70,12 +70,14 @@ def widening(policy: CrossKVPolicy) -> list[CrossKVPolicy]:
 def variants(cls: type[CrossKVPolicy]) -> list[CrossKVPolicy]:
     """Return policies of a class that together show what it can do; the first has default options.
 
+    Where these do not fit every model, it has those of `CrossKVPolicy.on_any_model`.
+
     Each choice of a bool or Literal option is taken once, and each option for a budget with several values.
 
     Raises:
         KVPruneError: If the class cannot be made with default options.
     """
-    default = cls.from_options({})
+    default = cls.from_options(cls.on_any_model)
     made: list[CrossKVPolicy | None] = [default]
     names = set(cls.option_types())
     if "keep_ratio" in names:

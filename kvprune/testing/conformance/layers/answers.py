@@ -19,6 +19,7 @@ from kvprune.testing.problems import LayerProblem
 from kvprune.testing.reference import kept_sets, slow_decode, slow_prefill
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.layout import Layout
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
 from kvprune.tokens.visibility import Visibility
 
@@ -71,7 +72,7 @@ def decides_nothing(policy: CrossKVPolicy, problem: LayerProblem) -> bool:
 
 def selections_of(decision: Decision) -> Iterator[tuple[str, Selection]]:
     """Yield the selections of a decision with their names, "cache" and "onward"."""
-    for part, selection in (("cache", decision.cache), ("onward", decision.onward)):
+    for part, selection in (("cache", decision.cache), ("onward", decision.received)):
         if selection is not None:
             yield part, selection
 
@@ -124,6 +125,8 @@ def require_well_formed(decision: object, view: FeatureView | LayerView) -> None
     """Raise `Violation` unless a decision has the shape and order that KV01 asks for."""
     if not isinstance(decision, Decision):
         raise Violation("a Decision(cache=..., onward=...) from select (KV01)", repr(decision)[:200])
+    if isinstance(decision.onward, Replacement):
+        _require_features(decision.onward, view)
     for part, selection in selections_of(decision):
         _require_tensors(part, selection, view)
         for sample, by_head in enumerate(selection.indices.tolist()):
@@ -153,6 +156,20 @@ def _require_tensors(part: str, selection: Selection, view: FeatureView | LayerV
         raise Violation(
             f"{part} to select from the {view.columns} columns of the view (KV01)", f"{selection.columns}"
         )
+
+
+def _require_features(replacement: Replacement, view: FeatureView | LayerView) -> None:
+    """Raise unless new tokens have finite features of the right dtype and shape."""
+    features, shown, places = replacement.features, view.captured.features, replacement.places
+    if shown is None:
+        raise Violation('needs = frozenset({"features"}) in a policy that makes new tokens (KV01)', "none")
+    wanted = [*places.indices.shape[::2], shown.shape[-1]]
+    if features.dtype != shown.dtype or list(features.shape) != wanted:
+        raise Violation(
+            f"new tokens of {shown.dtype} {wanted} (KV01)", f"{features.dtype} {list(features.shape)}"
+        )
+    if not features[places.valid[:, 0]].isfinite().all():
+        raise Violation("finite features of new tokens (KV01)", "NaN or infinite ones")
 
 
 def _require_order(where: str, row: list[int], flags: list[bool], columns: int) -> None:

@@ -78,8 +78,8 @@ def _counted(
     elif decision.onward is None or isinstance(policy, ScoringPolicy):
         yield "cache", [strata[0]], strata[:1]  # nothing is decided: decoding sees all that is visible
     # Otherwise the layer that decides for later ones keeps its own cache whole.
-    if decision.onward is not None:
-        yield "onward", kept_sets(decision.onward)[sample], strata
+    if decision.received is not None:
+        yield "onward", kept_sets(decision.received)[sample], strata
 
 
 def received_no_image(see: Visibility, sample: int) -> bool:

@@ -22,6 +22,7 @@ from kvprune.testing.problems import LayerProblem
 from kvprune.testing.reference import kept_bits, same_by_head, takers
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.merging import Merge
+from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import OWN_BITS, Selection
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 Written = tuple[object, ...]
+_ROUNDING = 256
+"""Features of new tokens may differ by this many times the precision of their dtype."""
 
 
 def written(decision: Decision) -> Written:
@@ -58,7 +61,9 @@ def written(decision: Decision) -> Written:
             merge.size_bias,
         )
 
-    return plain(decision.cache), plain(decision.onward)
+    onward = decision.onward
+    features = onward.features.tolist() if isinstance(onward, Replacement) else None
+    return plain(decision.cache), plain(decision.received), features
 
 
 def ask(policy: CrossKVPolicy, problem: LayerProblem) -> Written:
@@ -181,15 +186,32 @@ def _is_same(before: tuple[object, object] | None, after: tuple[object, object] 
 
 def check_alone(policy: CrossKVPolicy, problem: LayerProblem) -> None:
     """KV10: a sample selects alone what it selects in a batch, without the padding that the batch needs."""
-    together = dict(selections_of(answer(policy, pose(policy, problem))))
+    decision = answer(policy, pose(policy, problem))
+    together = dict(selections_of(decision))
     for sample in range(len(problem.layouts)):
         alone_view = cut_to_sample(pose(policy, problem), problem, sample)
-        alone = dict(selections_of(answer(policy, alone_view)))
+        by_itself = answer(policy, alone_view)
+        alone = dict(selections_of(by_itself))
         for part in ("cache", "onward"):
             if (part in together) != (part in alone):
                 raise Violation(f"{part} of sample {sample} alone as in the batch", "one is None, one is not")
             if part in together:
                 _require_same_sample(f"{part} of sample {sample} alone", together[part], sample, alone[part])
+        if isinstance(decision.onward, Replacement) and isinstance(by_itself.onward, Replacement):
+            _require_same_features(decision.onward, sample, by_itself.onward)
+
+
+def _require_same_features(together: Replacement, sample: int, alone: Replacement) -> None:
+    """Raise unless new tokens of a sample are the same alone as in a batch, up to rounding."""
+    in_batch = together.features[sample, together.places.valid[sample, 0]]  # [n, C]
+    by_itself = alone.features[0, alone.places.valid[0, 0]]
+    bound = _ROUNDING * torch.finfo(in_batch.dtype).eps * float(in_batch.abs().max().clamp(min=1))
+    apart = float((in_batch - by_itself).abs().max())
+    if not apart <= bound:
+        raise Violation(
+            f"new tokens of sample {sample} alone as in the batch, to {bound:.2g}",
+            f"features that differ by {apart:.2g}",
+        )
 
 
 def _require_same_sample(where: str, together: Selection, sample: int, alone: Selection) -> None:

@@ -109,7 +109,9 @@ class Scenario:
         """
         adapter = self.adapter_class(self.model if model is None else model)
         guide = AnswerGuide(adapter, torch.tensor(_ANSWER)) if policy.reads_answer else None
-        return Compression(adapter, policy, self.seed, guide, reread=self.reread)
+        run = Compression(adapter, policy, self.seed, guide, reread=self.reread)
+        run.record_replacements()
+        return run
 
     def renew(self) -> None:
         """Discard the working copy; the next use makes a new one."""
@@ -170,10 +172,10 @@ class Scenario:
         return self.layers_of(cache)
 
     def reference_layers(self, run: Compression) -> dict[int, Any]:
-        """Return the untouched model's cache layers after prefill, merged as in a run."""
-        selected, received = run.selections, run.prefill_selections
+        """Return the untouched model's cache layers after prefill, merged or replaced as in a run."""
+        selected, received, fed = run.selections, run.prefill_selections, run.replacements
         parts = [part for part in (*selected.values(), *received.values()) if part is not None]
-        if all(part.merge is None for part in parts):
+        if not fed and all(part.merge is None for part in parts):
             return self.stock_layers
         # Copies of a sample have equal selections: one of them is enough.
         copies = len(parts[0].indices) // self.batch_size
@@ -181,7 +183,8 @@ class Scenario:
             {layer: part and part.every(copies) for layer, part in parts.items()}
             for parts in (selected, received)
         )
-        with torch.no_grad(), self._masked(*once):
+        fed = {layer: replaced.every(copies) for layer, replaced in fed.items()}
+        with torch.no_grad(), self._masked(*once, replacements=fed):
             return self.layers_of(forward(self.pristine, self.batch()))
 
     @cached_property
@@ -200,7 +203,8 @@ class Scenario:
     @contextmanager
     def masked(self, run: Compression) -> Iterator[None]:
         """Let the untouched model attend to what a run kept, and in decode steps to what they read (KV13)."""
-        with self._masked(run.selections, run.prefill_selections, run.text_selections):
+        kept = run.selections, run.prefill_selections, run.text_selections
+        with self._masked(*kept, replacements=run.replacements):
             if not run.step_reads:
                 assert not any(layer.steps for layer in run.report.steps), "call run.record_steps() before"
                 yield
@@ -209,11 +213,11 @@ class Scenario:
                 yield
 
     def _masked(
-        self, selections: Any, prefill_selections: Any, text_selections: Any = None
+        self, selections: Any, prefill_selections: Any, text_selections: Any = None, *, replacements: Any
     ) -> AbstractContextManager[None]:
         if self.oracle is not None:
-            if text_selections or self.reread:
-                what = "pruned text" if text_selections else "re-reading"
+            if text_selections or self.reread or replacements:
+                what = "pruned text" if text_selections else "new tokens" if replacements else "re-reading"
                 raise NotApplicable(f"the oracle of this adapter does not support {what}")
             return self.oracle(self.pristine, selections, prefill_selections)
         self.sites(self.pristine)  # raises NotApplicable for a family that the oracle does not support
@@ -224,6 +228,7 @@ class Scenario:
             adapter=self.adapter_class,
             text_selections=text_selections,
             reread=self.reread,
+            replacements=replacements,
         )
 
     @cached_property

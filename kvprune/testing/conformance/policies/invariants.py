@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.budgeted import ScoringPolicy
+from kvprune.policy.budgeted import BudgetPolicy
 from kvprune.testing.conformance.common.budgets import keeping_all, stated_budget, widening
 from kvprune.testing.conformance.layers import (
     answers,
@@ -77,7 +77,8 @@ class Invariant:
 def _no_budget(policy: CrossKVPolicy) -> str:
     if stated_budget(policy) is None:
         return f"{policy.spec} states no budget (keep_ratio or keep_tokens) to count"
-    if not isinstance(policy, ScoringPolicy) and not policy.ranks_tokens:
+    declares = isinstance(policy, BudgetPolicy) and policy.exact_budget is not None
+    if not declares and not policy.ranks_tokens:
         return f"{policy.spec} has a budget but does not rank tokens (ranks_tokens is False)"
     says_so = type(policy).exact_budget is not CrossKVPolicy.exact_budget
     if says_so and policy.exact_budget is None:

@@ -1,0 +1,141 @@
+"""`TrainedPolicy`: the base class of policies with trained weights."""
+
+from __future__ import annotations
+
+import sys
+import typing
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvprune.errors import WeightsError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.weights import DIGEST_DIGITS, FRESH, SUFFIX, WeightsFile, read_weights
+from kvprune.text import shown
+
+__all__ = ["TrainedPolicy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPolicy(CrossKVPolicy):
+    """A policy that computes with trained weights: ``class Mine(TrainedPolicy, FeaturePolicy)``.
+
+    The policy holds the name of the weights and their digest, not the tensors: those belong to the run, which
+    reads them once. A view returns them: ``view.weights(self)["projection"]``. When the policy is made, the
+    digest of the file is filled in, so specs, receipts and manifests name the weights, and a file that has
+    changed is found out.
+
+    Args:
+        weights: A file in the safetensors format, or the short name of weights that come with the policy:
+            "demo" is the file ``weights/NAME-demo.safetensors`` beside the module that defines it. "fresh"
+            are the weights that training starts from, for a model of any geometry.
+        digest: The first 12 hexadecimal digits of the file's SHA-256. If stated, the file must have it.
+
+    Class attributes:
+        trained_for: Properties of a model that the weights are made for, out of `View.geometry`; a property
+            where they depend on options.
+        trained_options: Options that the weights are made for; the file must have been trained with the same.
+    """
+
+    weights: str = "demo"
+    digest: str = ""
+
+    trained_options: ClassVar[tuple[str, ...]] = ()
+    on_any_model = MappingProxyType({"weights": FRESH})
+
+    @property
+    def trained_for(self) -> tuple[str, ...]:
+        """Properties of a model that the weights are made for, out of `View.geometry`."""
+        return ()
+
+    @abstractmethod
+    def initial(self, geometry: Mapping[str, int]) -> Mapping[str, Tensor]:
+        """Return the tensors that training starts from, by name, in float32 on the CPU; always the same.
+
+        Files of weights must hold tensors of the same names and shapes.
+
+        Args:
+            geometry: Properties of the model, by name; those of `trained_for` are among them.
+        """
+
+    @property
+    def weights_name(self) -> str:
+        """Name of a file that comes with the policy, without its suffix; options may be part of it."""
+        return f"{self.name}-{self.weights}"
+
+    @property
+    def weights_path(self) -> Path | None:
+        """The file of the weights; None if they are fresh."""
+        if self.weights == FRESH:
+            return None
+        if self.weights.endswith(SUFFIX):
+            return Path(self.weights).expanduser()
+        return _folder(type(self)) / f"{self.weights_name}{SUFFIX}"
+
+    @property
+    def weights_file(self) -> WeightsFile | None:
+        """What the file of the weights says about itself; None if they are fresh.
+
+        Raises:
+            WeightsError: If there is no such file, it is not readable, or was trained for another policy, or
+                with other options.
+        """
+        path = self.weights_path
+        if path is None:
+            return None
+        if not self.weights.endswith(SUFFIX) and not path.is_file():
+            files = path.parent.glob(f"{self.name}-*{SUFFIX}")
+            names = sorted(one.stem.removeprefix(f"{self.name}-") for one in files)
+            raise WeightsError(
+                f"policy {self.name!r} comes with no weights {shown(self.weights)}: there is no file "
+                f"{shown(path.name)} (there are {', '.join(names) or 'none'}); name a file ({SUFFIX}), or "
+                f"{FRESH}, which is untrained"
+            )
+        file = read_weights(path)
+        if file.policy != self.name:
+            raise WeightsError(
+                f"the weights {shown(str(path))} are those of policy {shown(file.policy)}, not of "
+                f"{self.name!r}"
+            )
+        for option in self.trained_options:
+            own = getattr(self, option)
+            if option in file.options and file.options[option] != own:
+                raise WeightsError(
+                    f"the weights {shown(str(path))} were trained with {option}={file.options[option]}, but "
+                    f"the policy {self.name!r} has {option}={own}; state the former, or train others"
+                )
+        return file
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        file = self.weights_file
+        found = "" if file is None else file.digest
+        if self.digest and file is None:
+            raise WeightsError(
+                f"policy {self.name!r} with weights={FRESH} reads no file, so it has no digest; got "
+                f"digest={shown(self.digest)}"
+            )
+        if self.digest and self.digest != found:
+            assert file is not None
+            raise WeightsError(
+                f"the weights {shown(str(file.path))} of policy {self.name!r} have the digest {found}, but "
+                f"the spec asks for {shown(self.digest)} ({DIGEST_DIGITS} digits of the SHA-256): the file "
+                "is another one, or has changed since"
+            )
+        object.__setattr__(self, "digest", found)
+
+
+def _folder(cls: type[TrainedPolicy]) -> Path:
+    """Return the folder of the weights that come with a class."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if file is None:
+        raise WeightsError(
+            f"policy {cls.name!r} is defined in no file, so no weights come with it; name a file ({SUFFIX}), "
+            f"or {FRESH}"
+        )
+    return Path(typing.cast(str, file)).resolve().parent / "weights"
