@@ -305,18 +305,6 @@ class CompressionReport(Totals):
             "windows": [window.to_dict() for window in self.windows],
         }
 
-    def _on_steps(self) -> str:
-        read = sum(layer.bytes_read_per_step for layer in self.steps) / _MIB
-        state = sum(layer.bytes_of_state for layer in self.steps) / _MIB
-        steps = _count(max(layer.steps for layer in self.steps), "step")
-        rejected = max(layer.rejected for layer in self.steps)
-        drafts = f" and {_count(rejected, 'rejected draft')}" if rejected else ""
-        return (
-            f"a decode step reads {self.read_fraction:.1%} of what is held ({read:.2f} MiB, mean over "
-            f"{steps}{drafts}), and frees only what the policy "
-            f"drops; the policy's state takes {state:.3f} MiB"
-        )
-
     def __str__(self) -> str:
         if not self.prefills and self.loaded is None:
             seen = f"{self.encoder_inputs} encoder inputs seen"
@@ -349,7 +337,7 @@ class CompressionReport(Totals):
                 f"kept {self.text_kept_fraction:.1%} of text entries"
             )
         if any(layer.any_steps for layer in self.steps):
-            lines.append(self._on_steps())
+            lines.append(self.on_steps())
         if self.rereads:
             lines.append(
                 f"the last token of {_count(self.rereads, 'prompt')} was read again from the pruned cache"

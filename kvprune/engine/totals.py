@@ -67,3 +67,20 @@ class Totals:
         """
         shares = [layer.entries_read / layer.entries_held for layer in self.steps if layer.any_steps]
         return sum(shares) / len(shares) if shares else float("nan")
+
+    def on_steps(self) -> str:
+        """Say what decode steps have read, in a sentence."""
+        read = sum(layer.bytes_read_per_step for layer in self.steps) / 2**20
+        state = sum(layer.bytes_of_state for layer in self.steps) / 2**20
+        steps = _times(max(layer.steps for layer in self.steps), "step")
+        rejected = max(layer.rejected for layer in self.steps)
+        drafts = f" and {_times(rejected, 'rejected draft')}" if rejected else ""
+        return (
+            f"a decode step reads {self.read_fraction:.1%} of what is held ({read:.2f} MiB, mean over "
+            f"{steps}{drafts}), and frees only what the policy "
+            f"drops; the policy's state takes {state:.3f} MiB"
+        )
+
+
+def _times(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"

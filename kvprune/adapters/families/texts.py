@@ -157,7 +157,9 @@ class ProphetNetAdapter(Declared):
     model_classes = ("ProphetNetForConditionalGeneration", "ProphetNetModel")
     scaled_by_width = True  # its attention divides by the square root and names no factor
     lacks = no_text("its self-attention reads several streams of predicted tokens")
-    rereads = False  # what it returns has several rows for each token, of which those of one cannot be replaced
+    rereads = (
+        False  # what it returns has several rows for each token, of which those of one cannot be replaced
+    )
 
 
 class SwitchTransformersAdapter(Declared):
