@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvprune.cache.cross_layer import CrossKVLayer
@@ -17,11 +17,9 @@ from kvprune.engine.guidance import GuideReceipt
 from kvprune.engine.live_check import check_layers, check_text_layers
 from kvprune.engine.receipts import (
     LayerReceipt,
-    StepReceipt,
     TextReceipt,
     Window,
     WindowReceipt,
-    read_of_visible,
 )
 from kvprune.engine.totals import Totals
 from kvprune.errors import ReceiptError
@@ -93,9 +91,7 @@ class CompressionReport(Totals):
     text_kept_fraction: float | None = None
     unit: Unit = Unit("token")
     seconds_per_column: float | None = None
-    windows: tuple[WindowReceipt, ...] = ()
     loaded: str | None = None
-    _visible: float = field(default=0.0, repr=False)  # tokens that decoding could see, mean over samples
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
     _live: tuple[_LiveLayer, ...] = field(default=(), repr=False, compare=False)
@@ -211,21 +207,6 @@ class CompressionReport(Totals):
     def live_layers(self) -> list[tuple[LayerReceipt, _LiveLayer]]:
         """Return each receipt with the cache layer that it describes; empty without a cache."""
         return list(zip(self.layers, self._live, strict=False))
-
-    def set_steps(self, steps: Sequence[StepReceipt]) -> None:
-        """Replace the receipts of decode steps, also in the latest window; see `Totals.set_steps`."""
-        super().set_steps(steps)
-        if self.windows and steps:
-            self.windows = (*self.windows[:-1], replace(self.windows[-1], steps=self.steps))
-
-    @property
-    def read_of_visible(self) -> float:
-        """Tokens that a decode step reads / tokens that decoding could see, mean over layers and samples.
-
-        Of the steps after the latest prefill; NaN if the policy does not decide in decode steps, or none were
-        taken.
-        """
-        return read_of_visible(self.steps, self._visible)
 
     @property
     def kept_fraction(self) -> float:
