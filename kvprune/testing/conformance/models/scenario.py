@@ -20,7 +20,6 @@ from kvprune.adapters.base import ModelAdapter
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.session.answer_guide import AnswerGuide
 from kvprune.session.compression import Compression
-from kvprune.session.guide import BoundGuide
 from kvprune.session.reconstruction import BoundReconstruction
 from kvprune.session.registry import find_adapter
 from kvprune.testing.conformance.common.results import NotApplicable
@@ -110,7 +109,7 @@ class Scenario:
         keep all promises for any answer. The text of a reconstruction is as short.
         """
         adapter = self.adapter_class(self.model if model is None else model)
-        guide: BoundGuide | None = None
+        guide: AnswerGuide | BoundReconstruction | None = None
         if policy.reads_answer:
             guide = AnswerGuide(adapter, torch.tensor(_ANSWER))
         elif "reconstruction" in policy.needs:
