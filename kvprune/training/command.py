@@ -21,7 +21,6 @@ from kvprune.policy.weights import FRESH
 from kvprune.session.registry import find_adapter, get_policy
 from kvprune.text import shown
 from kvprune.training.curve import draw_curve
-from kvprune.training.demo_lessons import DemoLessons
 from kvprune.training.file_lessons import FileLessons, split
 from kvprune.training.lessons import Lessons
 from kvprune.training.recipe import Recipe
@@ -139,6 +138,8 @@ def _own(policy: TrainedPolicy) -> dict[str, Any]:
 def _lessons(asked: Asked, generator: Generator, adapter: ModelAdapter, on_progress: OnProgress) -> Lessons:
     """Return the lessons that the options ask for."""
     if asked.data is None:
+        from kvprune.training.demo_lessons import DemoLessons  # needs an extra
+
         return DemoLessons(
             generator.model,
             generator.processor,
