@@ -83,7 +83,10 @@ def train(
 
         require("matplotlib", who="the picture of the curve")
         hide_progress_bars()
-        recipe = Recipe(steps=steps, rate=rate, attention=attention, every=every, patience=patience)
+        warm_up = min(50, steps // 10)
+        recipe = Recipe(
+            steps=steps, rate=rate, warm_up=warm_up, attention=attention, every=every, patience=patience
+        )
         asked = Asked(
             policy=policy,
             out=out,

@@ -76,6 +76,7 @@ def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, d
         KVPruneError: If policy, model or data are wrong in another way.
     """
     policy, files = trainable(asked.policy), Files(asked.out)
+    files.require_new()  # before anything is loaded
     generator = PictureGenerator.load(
         asked.model,
         device=resolve_device(asked.device),
@@ -88,11 +89,13 @@ def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, d
     lessons = _lessons(asked, generator, adapter, on_progress)
     about = {"model_digest": model_digest(sources.weights(asked.model))}
 
+    told = "training"
+
     def progress(step: int, row: Mapping[str, float] | None) -> None:
-        told = (
-            "" if row is None else f", divergence {row['divergence']:.3g}, right {100 * row['right']:.1f} %"
-        )
-        on_progress(f"training{told}" if row is not None else "", step, recipe.steps)
+        nonlocal told
+        if row is not None:
+            told = f"training, divergence {row['divergence']:.3g}, right {100 * row['right']:.1f} %"
+        on_progress(told, step, recipe.steps)
 
     done = train(adapter, policy, lessons, recipe, files, about, half=asked.half, on_progress=progress)
     title = f"{replace(policy.spec, options=_own(policy))}, digest {done.file.digest}"
