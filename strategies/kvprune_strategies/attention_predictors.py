@@ -74,4 +74,5 @@ def network(weights: Mapping[str, Tensor], history: Tensor, real: Tensor | None 
         hidden = hidden * exists
     hidden = functional.conv2d(hidden, weights["conv2.weight"], weights["conv2.bias"], padding=1).relu()
     scores = functional.conv1d(hidden.mean(2), weights["conv3.weight"], weights["conv3.bias"])
-    return scores[:, 0].unflatten(0, history.shape[:2])
+    by_head: Tensor = scores[:, 0].unflatten(0, history.shape[:2])  # [N, H, P]
+    return by_head
