@@ -33,6 +33,7 @@ __all__ = [
     "SpecError",
     "StudyError",
     "SynthesisError",
+    "TrainingError",
     "UnknownInvariantError",
     "UnknownPolicyError",
     "UnsupportedCacheError",
@@ -170,6 +171,10 @@ class ConformanceError(KVPruneError):
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class TrainingError(KVPruneError):
+    """Weights cannot be trained like this: the policy, the data, or the files that would be written."""
 
 
 class UnknownInvariantError(KVPruneError):

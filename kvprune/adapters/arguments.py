@@ -58,7 +58,7 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names of what a method takes by position, without self.
 
-    Kept, because hooks ask in each layer at each token, and reading a signature takes as long as a small layer.
+    Kept, because hooks ask in each layer at each token, and reading a signature takes as long as a layer.
     """
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)

@@ -34,6 +34,7 @@ from kvprune.adapters.arguments import cache_of, named_arguments, with_states
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.call import Call
 from kvprune.adapters.declaration import Declaration
+from kvprune.adapters.reconstruction import Reconstructing
 from kvprune.adapters.rereading import Rereading, last_row, require_rereadable
 from kvprune.adapters.sites import Site
 from kvprune.engine.guidance import Prompt
@@ -47,7 +48,7 @@ _RETURN_NO_WEIGHTS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 """Implementations of attention that return no weights, so that decoding needs no hook for them."""
 
 
-class ModelAdapter(Attachment, Declaration):
+class ModelAdapter(Attachment, Declaration, Reconstructing):
     """Translates the forward calls of one model family into calls of the manager.
 
     An adapter hooks modules of one model, and `detach` restores every attribute (KV12). It makes no decisions

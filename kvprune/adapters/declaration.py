@@ -75,17 +75,16 @@ class Declaration(ABC):
                 f"{cls.family} cannot do (its rereads is False); leave reread out"
             )
 
-    def question(self, named: Mapping[str, Any], ends: Tensor | None = None) -> Tensor:
+    def question(self, named: Mapping[str, Any]) -> Tensor:
         """Read the text of a prompt without its picture, in a pass that leaves no cache.
 
         Optional; without it, the family supports no policy that needs "question".
 
         Args:
             named: Arguments of a forward call by name, of which those about text are used.
-            ends: int64 ``[B]``, the last token of each prompt; by default the last one that is no padding.
 
         Returns:
-            ``[B, W]``, the hidden state of that token after the last layer and its norm.
+            ``[B, W]``, the hidden state of each last token after the last layer and its norm.
 
         Raises:
             UnsupportedModelError: If the family has no such pass.

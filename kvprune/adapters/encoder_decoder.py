@@ -25,8 +25,8 @@ from transformers.cache_utils import EncoderDecoderCache
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
 from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.adapters.call import Call
-from kvprune.adapters.columns.layouts import Columns
 from kvprune.adapters.columns.mask import ColumnMask
+from kvprune.adapters.columns.texts import Texts
 from kvprune.adapters.columns.visibility import column_visibility, require_inputs, rows_of_text
 from kvprune.adapters.generation import (
     CANDIDATES,
@@ -66,7 +66,7 @@ class _Call(Call):
         self.mask = ColumnMask()
 
 
-class EncoderDecoderAdapter(Columns):
+class EncoderDecoderAdapter(Texts):
     """Base class of encoder-decoder families; a subclass declares `family` and `model_classes`.
 
     Class attributes, to set only where inspection misses something; "" means that inspection finds it:
@@ -90,6 +90,7 @@ class EncoderDecoderAdapter(Columns):
         "grid": "its columns are no patches of a picture",
         "text_cache": "only the text cache of Mllama can be pruned",
         "class_attention": "only the vision encoder of Mllama shows it",
+        "reconstruction": "no text is known that its decoder could repeat",
     }
     rereads = True
     attention: ClassVar[str] = ""
@@ -149,6 +150,8 @@ class EncoderDecoderAdapter(Columns):
         for module in self.model.modules():  # BLIP generates with a part of itself
             self.around(module, CANDIDATES, prompt_first)
         self.watch_encoder()
+        if "reconstruction" in manager.policy.needs:
+            self.watch_text()
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_call()
@@ -191,7 +194,9 @@ class EncoderDecoderAdapter(Columns):
             shared_rows=shared_rows,
             cached=cached,
             layout=lambda: self.layout(states[::copies]),
-            prompt=decoder_prompt(named, tokens.shape[1], copies) if "guidance" in needs else None,
+            prompt=decoder_prompt(named, tokens.shape[1], copies)
+            if {"guidance", "reconstruction"} & needs
+            else None,
         )
         caps = {site.softcap for site in self.sites} - {None}
         if caps and "queries" in needs:

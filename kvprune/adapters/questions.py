@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 
 from kvprune.errors import SavedCacheError
 
@@ -57,9 +56,7 @@ class AbsentStates(Tensor):
 
 def is_absent(states: object) -> bool:
     """Whether encoder states, or what holds them, are those of a saved cache."""
-    if isinstance(states, BaseModelOutput):
-        states = states.last_hidden_state
-    return isinstance(states, AbsentStates)
+    return isinstance(getattr(states, "last_hidden_state", states), AbsentStates)
 
 
 def read_inputs(inputs: Mapping[str, Any], entries: int | None, rows: int, columns: int) -> dict[str, Tensor]:
@@ -149,6 +146,8 @@ def encoder_question(
         states: Stands for the encoder's output, for each row of the cache.
         repeats: Questions that each row of the cache gets.
     """
+    from transformers.modeling_outputs import BaseModelOutput  # slow to import
+
     arguments: dict[str, Any] = {}
     if (attended := read.get("attention_mask")) is not None:
         arguments["attention_mask"] = attended.to(states.device).repeat_interleave(repeats, dim=0)

@@ -214,16 +214,17 @@ class CallRecorder(Attachment):
 
     def _with_processor(self, make: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = make(generation_config, *args, **kwargs)
+        vars(self._here).clear()
+        self._here.is_first = True
+        ours = self._make(make.args[0], generation_config)
         for one in processors:
             if _GUIDANCE in type(one).__name__:
                 raise ContrastError(
-                    f"{type(one).__name__} is a contrast of its own, with a branch without prompt; use one of "
-                    "the two: pass guidance_scale=1"
+                    f"{type(one).__name__} is a contrast of its own, with a branch without prompt; use one "
+                    "of the two: pass guidance_scale=1"
                 )
-        vars(self._here).clear()
-        self._here.is_first = True
         # First in the list: it combines what the model says, before others change it.
-        processors.insert(0, self._make(make.args[0], generation_config))
+        processors.insert(0, ours)
         return processors
 
     def _no_drafts(self, make: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kvprune.errors import SavedCacheError
@@ -55,6 +53,8 @@ def write_file(
     Raises:
         SavedCacheError: If there is a file and `overwrite` is false, or the file cannot be written.
     """
+    from safetensors.torch import save_file  # slow to import
+
     if path.exists() and not overwrite:
         raise SavedCacheError(f"{path} exists already; choose another path, or pass overwrite=True")
     # Each tensor gets a buffer of its own: safetensors refuses views of one.
@@ -89,10 +89,13 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         SavedCacheError: If it is no file of a saved cache, has another format version, or was changed.
     """
+    from safetensors import SafetensorError, safe_open  # slow to import
+
     try:
         with safe_open(path, framework="pt") as file:
             header = _header(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            # Copied: how a tensor lies in a mapped file can change the last bit of what is computed from it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, no mapping
     except (SafetensorError, OSError) as error:
         missing = not path.exists()
         why = "there is no such file" if missing else f"it is no safetensors file, or was cut off ({error})"

@@ -136,6 +136,8 @@ def _stored_cross(layer: CrossKVLayer) -> StoredLayer:
             "compiles": steps.compiles,
             "is_changed": steps.is_changed,
             "taken": int(steps.taken),
+            "taken_back": steps.taken_back,
+            "text_before": steps.text_before,
         }
         tensors |= {f"state.{name}": tensor for name, tensor in steps.tensors.items()}
     return StoredLayer(facts, tensors)
@@ -161,6 +163,7 @@ def _restored_cross(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         layer.steps = StepMemory(state, device, by_row=steps["by_row"], compiles=steps["compiles"])
         layer.steps.is_changed, layer.steps.taken_eagerly = bool(steps["is_changed"]), int(steps["taken"])
         layer.steps.taken = layer.steps.taken + int(steps["taken"])
+        layer.steps.taken_back, layer.steps.text_before = int(steps["taken_back"]), steps["text_before"]
     return layer
 
 

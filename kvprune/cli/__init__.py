@@ -19,7 +19,7 @@ except ModuleNotFoundError as missing:
         f"kvprune: the command line needs {missing.name}, which is not installed: pip install {missing.name}"
     ) from missing
 
-from kvprune.cli import bench, check, cite, compare, doctor, policies, results, study, verify
+from kvprune.cli import bench, check, cite, compare, doctor, policies, results, study, train, verify
 
 __all__ = ["app", "main"]
 
@@ -40,6 +40,7 @@ app.command()(check.check)
 app.command()(compare.compare)
 app.command()(study.study)
 app.command()(verify.verify)
+app.command()(train.train)
 app.add_typer(results.results, name="results")
 app.add_typer(bench.bench, name="bench")
 

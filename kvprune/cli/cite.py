@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvprune.cli.common import Debug, load_quietly, one_line_errors
-from kvprune.cli.facts import Facts, known_facts
+from kvprune.cli.facts import Facts, known_facts, known_rules
 from kvprune.errors import CitationError
 from kvprune.text import REFERENCE, printable
 
@@ -30,7 +30,7 @@ _OWN = """\
 
 def cite(
     names: Annotated[
-        list[str], typer.Argument(help="Names of policies, or kvprune for the framework itself.")
+        list[str], typer.Argument(help="Names of policies or rules, or kvprune for the framework itself.")
     ],
     debug: Debug = False,
 ) -> None:
@@ -54,7 +54,8 @@ def _bibtex(name: str, known: Mapping[str, Facts]) -> str:
         CitationError: If the policy has no entry; says what to cite instead.
         KVPruneError: If there is no such policy; see `Registry.entry`.
     """
-    policy = known.get(name)
+    rules = {} if name in known else {rule.name: rule for rule in known_rules()}
+    policy, what = known.get(name) or rules.get(name), "rule" if name in rules else "policy"
     if policy is None:
         load_quietly().entry(name)  # raises, and says which names there are
         raise CitationError(f"policy {name!r} was installed a moment ago; run the command again")
@@ -65,6 +66,6 @@ def _bibtex(name: str, known: Mapping[str, Facts]) -> str:
     if policy.paper:
         paper = printable(policy.paper, 400)
         raise CitationError(
-            f"policy {policy.name!r} brings no BibTeX entry; cite its paper by hand: {paper}; and {own}"
+            f"{what} {policy.name!r} brings no BibTeX entry; cite its paper by hand: {paper}; and {own}"
         )
-    raise CitationError(f"policy {policy.name!r} {kind}has no paper of its own; name it and {own}")
+    raise CitationError(f"{what} {policy.name!r} {kind}has no paper of its own; name it and {own}")

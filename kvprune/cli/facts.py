@@ -18,7 +18,7 @@ from pathlib import Path
 from kvprune.cli.common import load_quietly
 from kvprune.text import docstring
 
-__all__ = ["Facts", "known_facts", "read_sources"]
+__all__ = ["Facts", "known_facts", "known_rules", "read_sources"]
 
 _OWN = "kvprune"
 _FACTS: Mapping[str, str | int] = {
@@ -75,6 +75,32 @@ def known_facts() -> tuple[dict[str, Facts], tuple[str, ...]]:
     return facts, tuple(broken)
 
 
+def known_rules() -> list[Facts]:
+    """Return the facts of all installed rules of `kvprune.contrast`."""
+    if read_sources() is not None:
+        spec = importlib.util.find_spec("kvprune")  # which is loaded; its rooms are not
+        if spec is not None and spec.origin is not None:
+            source = Path(spec.origin).parent / "session" / "contrast_rules.py"
+            tree = ast.parse(source.read_text("utf-8"))
+            names = [cls.name for cls in tree.body if isinstance(cls, ast.ClassDef) and _is_rule(cls)]
+            return [_of_class(tree, name, f"{_OWN} ({_OWN})", check_bases=False) for name in names]
+    return [
+        Facts(
+            name=entry.name,
+            version=1,
+            origin=f"{entry.plugin} ({entry.distribution})",
+            text=docstring(entry.cls),
+            paper=entry.cls.paper,
+            bibtex=entry.cls.bibtex,
+        )
+        for entry in load_quietly().rules.values()
+    ]
+
+
+def _is_rule(cls: ast.ClassDef) -> bool:
+    return any(isinstance(base, ast.Name) and base.id == "CombineRule" for base in cls.bases)
+
+
 def read_sources() -> dict[str, Facts] | None:
     """Return the facts of our own policies by name, sorted, read from their source files.
 
@@ -121,9 +147,9 @@ def _of_package(plugin: str, package: str) -> Iterator[Facts]:
                 yield _of_class(tree, imported.name, f"{plugin} ({_OWN})")
 
 
-def _of_class(tree: ast.Module, name: str, origin: str) -> Facts:
+def _of_class(tree: ast.Module, name: str, origin: str, *, check_bases: bool = True) -> Facts:
     (cls,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    if not all(_is_ours(base, tree) for base in cls.bases):  # its facts may be inherited
+    if check_bases and not all(_is_ours(base, tree) for base in cls.bases):  # its facts may be inherited
         raise _NotPlain
     said = dict(_FACTS)
     for statement in cls.body:

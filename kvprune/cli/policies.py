@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvprune.cli.common import Debug, load_quietly, make_console, make_table, one_line_errors, say
-from kvprune.cli.facts import known_facts
+from kvprune.cli.facts import known_facts, known_rules
 from kvprune.errors import PluginError
 from kvprune.text import REFERENCE, docstring, error_line, printable
 
 if TYPE_CHECKING:
-    from kvprune.session.registry import PolicyEntry
+    from kvprune.session.registry import PolicyEntry, RuleEntry
 
 __all__ = ["list_policies", "read_docstrings", "show"]
 
@@ -34,12 +34,17 @@ def list_policies(debug: Debug = False) -> None:
             claim = f"({REFERENCE}) {claim}" if facts.is_reference else claim
             table.add_row(facts.name, str(facts.version), facts.origin, claim)
         make_console().print(table)
+        rules = make_table("rule of kvprune.contrast", "plugin (distribution)", "what it does")
+        for rule in known_rules():
+            claim = printable(" ".join(rule.text.partition("\n\n")[0].split()), _LONGEST_CLAIM)
+            rules.add_row(rule.name, rule.origin, claim)
+        make_console().print(rules)
         for problem in broken:
             say(problem)
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="Name of a policy, as `kvprune list` prints it.")],
+    name: Annotated[str, typer.Argument(help="Name of a policy or a rule, as `kvprune list` prints it.")],
     debug: Debug = False,
 ) -> None:
     """Explain a policy.
@@ -47,7 +52,11 @@ def show(
     Prints what the policy does, its options, where it comes from and what it costs.
     """
     with one_line_errors(debug):
-        entry = load_quietly().entry(name)
+        installed = load_quietly()
+        if name in installed.rules and name not in installed.policies:
+            _describe_rule(installed.rules[name])
+            return
+        entry = installed.entry(name)
         try:
             _describe(entry)
         except KeyboardInterrupt:
@@ -83,6 +92,30 @@ def _describe(entry: PolicyEntry) -> None:
     types = policy.option_types()
     table = make_table("option", "type", "default", "meaning")
     for option in dataclasses.fields(policy):
+        row = option.name, describe_type(types[option.name]), _default(option), meanings.get(option.name, "-")
+        table.add_row(*(printable(cell, _LONGEST) for cell in row))
+    print()
+    if types:
+        make_console().print(table)
+    else:
+        print("It has no options.")
+
+
+def _describe_rule(entry: RuleEntry) -> None:
+    """Print what the docstring, class attributes and options of a rule of `kvprune.contrast` say."""
+    from kvprune.policy.options import describe_type
+    from kvprune.session.contrast_rules import option_types
+
+    text, meanings = read_docstrings(entry.cls)
+    print(f"{entry.name}, a rule of kvprune.contrast, from plugin {entry.plugin} ({entry.distribution})\n")
+    print(printable(text, _LONGEST, newlines=True) + "\n")
+    facts = {"paper": entry.cls.paper, "fidelity": entry.cls.fidelity, "pruned as": entry.cls.pruned_as}
+    for fact, said in facts.items():
+        print(f"{fact + ':':<10}{printable(said, _LONGEST) or '-'}")
+    if entry.cls.bibtex:
+        print(f"{'cite:':<10}kvprune cite {entry.name}")
+    types, table = option_types(entry.cls), make_table("option", "type", "default", "meaning")
+    for option in dataclasses.fields(entry.cls):
         row = option.name, describe_type(types[option.name]), _default(option), meanings.get(option.name, "-")
         table.add_row(*(printable(cell, _LONGEST) for cell in row))
     print()

@@ -115,6 +115,9 @@ class Guidance:
         answer: int64 ``[R, n]``, tokens that the guide generated or was given; None if there are none.
         written: bool ``[R, n]``, true up to the first end of sequence; later tokens are padding.
         confidence: float64 ``[R]``, geometric mean of the guide's highest probability at each token.
+        layers: For a reconstruction, ``[R, Hkv, S]`` of each cross-attention layer: the largest attention
+            that each encoder token receives (`LayerView.reconstruction`). Empty otherwise.
+        note: What a user should know about it, or "".
         consistency: float64 ``[R]``, probability of the answer when the guide sees only few encoder tokens
             (`kvprune.guided_generate`); None if it was not computed.
     """
@@ -126,6 +129,8 @@ class Guidance:
     written: Tensor | None = None
     confidence: Tensor | None = None
     consistency: Tensor | None = None
+    layers: tuple[Tensor, ...] = ()
+    note: str = ""
 
     def of(self, samples: Tensor) -> Guidance:
         """Return the guidance for some of the rows, int64 ``[R']``."""
@@ -134,11 +139,12 @@ class Guidance:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **taken)
+        layers = tuple(layer[samples.to(layer.device)] for layer in self.layers)
+        return replace(self, **taken, layers=layers)
 
 
-def to_rows(guidance: Guidance, rows: int, copies: int, columns: int) -> Tensor:
-    """Return the guide's scores for each distinct row of a target, ``[rows, columns]``.
+def to_rows(guidance: Guidance, rows: int, copies: int, columns: int) -> Guidance:
+    """Return the guidance for each distinct row of a target: scores ``[rows, columns]``, and layers.
 
     Args:
         guidance: For these rows, or for a batch that repeats each of them several times.
@@ -158,7 +164,9 @@ def to_rows(guidance: Guidance, rows: int, copies: int, columns: int) -> Tensor:
         )
     alike, rest = divmod(have, rows)
     if alike and not rest and copies % alike == 0:
-        return scores[::alike]
+        return replace(
+            guidance, scores=scores[::alike], layers=tuple(layer[::alike] for layer in guidance.layers)
+        )
     raise GuideError(
         f"the guide ranked the tokens of {have} samples, but the target's batch has {rows * copies}"
         f"{f', {rows} of them different' if copies > 1 else ''}"

@@ -54,6 +54,15 @@ class KeptSelections:
         """
         self._replaced[layer_idx] = replaced, copies
 
+    @property
+    def replaced_layers(self) -> Mapping[int, int]:
+        """Layers that received new tokens, by index, and the copies of each row."""
+        return {layer_idx: copies for layer_idx, (_, copies) in self._replaced.items()}
+
+    def note_replaced(self, layer_idx: int, copies: int) -> None:
+        """Note that a layer received new tokens, whose features are unknown."""
+        self._replaced[layer_idx] = None, copies
+
     def forget_features(self) -> None:
         """Forget the features of new tokens, but not that there were some."""
         for layer_idx, (_, copies) in self._replaced.items():

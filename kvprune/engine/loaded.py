@@ -53,6 +53,7 @@ def saved_state(manager: CrossKVManager) -> tuple[dict[str, Any], dict[str, Tens
             "attended": None if attended is None else _stored(attended, f"attended.{layer_idx}", tensors),
             "kept": _stored(selection, f"kept.{layer_idx}", tensors),
         }
+    facts["replaced"] = {str(layer_idx): copies for layer_idx, copies in kept.replaced_layers.items()}
     facts["text"] = {}
     for layer_idx, (tokens, seen) in kept.text_tokens.items():
         facts["text"][str(layer_idx)] = seen
@@ -71,6 +72,8 @@ def selections_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ke
             _restored(layer["kept"], tensors, f"kept.{layer_idx}"),
             int(layer["copies"]),
         )
+    for layer_idx, copies in facts["replaced"].items():
+        kept.note_replaced(int(layer_idx), int(copies))
     for layer_idx, seen in facts["text"].items():
         kept.add_text(int(layer_idx), tensors[f"text.{layer_idx}"], int(seen))
     return kept

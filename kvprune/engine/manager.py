@@ -15,7 +15,6 @@ The manager works on tensors, selections and visibility, and knows no model fami
 
 Decode steps read the pruned cache layers, and ask a `DecodePolicy` (`kvprune.engine.stepping`).
 A new moment takes a view, a base class (`kvprune.policy.moments`), and a method of `PolicyCalls` and of this.
-
 Copies of one sample in the batch (beams, return sequences) get one decision and are held once. Here and in
 views, R counts distinct rows; what users read counts the whole batch B.
 """
@@ -33,7 +32,7 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.application import apply, attended_selection
-from kvprune.engine.guidance import Guidance, Prompt, to_rows
+from kvprune.engine.guidance import Guidance, Prompt
 from kvprune.engine.history import History
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.engine.policy_calls import PolicyCalls
@@ -61,7 +60,7 @@ class CrossKVManager:
         policy: The policy that decides.
         seed: Seed for policies that draw random numbers.
         layer_indices: The model's cross-attention layers in order; their positions are the ranks.
-        guide: Ranks encoder tokens for policies that need "guidance"; called once in each prefill.
+        guide: Ranks encoder tokens for policies that need "guidance" or "reconstruction", in each prefill.
         rereads: Whether the last token of each prompt is read again from the pruned cache, see `decide`.
     """
 
@@ -166,7 +165,7 @@ class CrossKVManager:
         prefill.is_prepared = True
         if prefill.capture is not None:
             prefill.captured = prefill.captured.joined(prefill.capture())
-        if "guidance" in self.policy.needs:
+        if {"guidance", "reconstruction"} & self.policy.needs:
             self._ask_guide(prefill, features)
         if isinstance(self.policy, FeaturePolicy):
             self._choose(self.policy, prefill, features)
@@ -296,11 +295,9 @@ class CrossKVManager:
             )
         with torch.no_grad():
             guidance = self.guide(prefill.prompt(features))
-            rows, copies = prefill.visibility.batch, prefill.shared_rows.copies
-            scores = to_rows(guidance, rows, copies, prefill.new_columns)  # [R, S]
-        prefill.guide = guidance.receipt
-        prefill.captured = replace(prefill.captured, guidance=scores.to(features.device))
-        prefill.prompt = None  # free the inputs that it holds
+            prefill.take(guidance, features.device)
+        if guidance.note:
+            self.report.warn(guidance.note)
 
     def _choose(self, policy: FeaturePolicy, prefill: Prefill, features: Tensor) -> None:
         """Let the policy decide which columns all layers receive, from features ``[R, S, C]``."""

@@ -109,7 +109,7 @@ class PolicyCalls:
             on_draw=self.on_draw,
             held=self.held,
             layout_of=prefill.layout_of(received),
-            captured=prefill.captured_of(received, own, layer.keys.device, follows_text=follows_text),
+            captured=prefill.captured_of(rank, received, own, layer.keys.device, follows_text),
             follows_text=follows_text,
         )
 

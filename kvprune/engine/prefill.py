@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.shared_rows import SharedRows
-from kvprune.engine.guidance import GuideReceipt, Prompt
+from kvprune.engine.guidance import Guidance, GuideReceipt, Prompt, to_rows
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.measurement import PrefillRecord, Stopwatch
 from kvprune.policy.captured import Captured
@@ -57,6 +57,7 @@ class Prefill:
         text_counts: Number of text entries kept for each sample, int64 ``[R]``.
         kept: What each layer has attended to and kept.
         guide: Cost of the guide; None if there is none.
+        reconstruction: ``[R, Hkv, S]`` of each layer, for policies that need it.
     """
 
     visibility: Visibility
@@ -76,6 +77,7 @@ class Prefill:
     text_counts: Tensor | None = None
     kept: KeptSelections = field(default_factory=KeptSelections)
     guide: GuideReceipt | None = None
+    reconstruction: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         if self.layout is not None:
@@ -106,6 +108,14 @@ class Prefill:
         new = self.visibility.from_column(self.first_new)
         return new if received is None else new.at(received.indices[:, 0], received.valid[:, 0])
 
+    def take(self, guidance: Guidance, device: torch.device) -> None:
+        """Note what a guide has found out about the new columns, and free the inputs that it was given."""
+        rows, copies = self.visibility.batch, self.shared_rows.copies
+        found = to_rows(guidance, rows, copies, self.new_columns)
+        self.guide, self.reconstruction, self.prompt = guidance.receipt, found.layers, None
+        if not self.reconstruction:
+            self.captured = replace(self.captured, guidance=found.scores.to(device))
+
     def layout_of(self, received: Selection | None) -> Callable[[], Layout] | None:
         """Return what computes the positions of these columns, which few policies read; None if unknown."""
         layout = self.layout
@@ -114,17 +124,21 @@ class Prefill:
         return lambda: layout().at(received.indices[:, 0], received.valid[:, 0])
 
     def captured_of(
-        self, received: Selection | None, own: Captured, device: torch.device, *, follows_text: bool
+        self, rank: int, received: Selection | None, own: Captured, device: torch.device, follows_text: bool
     ) -> Captured:
         """Return what was captured in one layer together with what was captured once for the prefill.
 
         Args:
+            rank: Index of the layer among the cross-attention layers.
             received: The columns that arrived at the layer.
             own: Captured in the layer itself, for these columns and R rows.
             device: Device of the layer's keys.
             follows_text: Whether a self-attention layer comes before this layer.
         """
-        shared = self.captured.at(received)
+        shared = self.captured
+        if self.reconstruction:
+            shared = replace(shared, reconstruction=self.reconstruction[rank])
+        shared = shared.at(received)
         return own.joined(shared if follows_text else shared.without("text"), device)
 
 

@@ -13,7 +13,7 @@ from kvprune.policy.step_checks import FLAWS
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.selection import Selection
 
-__all__ = ["CheckedAnswer", "StepCounts", "StepRead", "recorded"]
+__all__ = ["CheckedAnswer", "StepCounts", "StepRead", "count_entries", "readable_entries", "recorded"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,3 +127,27 @@ def recorded(layer: CrossKVLayer, step: StepView, answer: Selection | None, text
     # Entries that are not read are written to one column beyond the last, which is cut off.
     columns.scatter_(-1, torch.where(read, slots, layer.columns), True)
     return StepRead(step.layer_idx, columns[..., :-1].unflatten(0, (-1, text_rows)))
+
+
+def count_entries(flags: Tensor, heads: int, *, full: bool) -> int | Tensor:
+    """Return how many flags ``[N, H or 1, K]`` are set, those of all heads counted for each head."""
+    if full:
+        return flags.shape[0] * heads * flags.shape[-1]
+    return flags.sum() * (heads // flags.shape[1])
+
+
+def readable_entries(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_rows: int) -> Tensor:
+    """Return which entries each text row may attend to, bool ``[N, Hkv or 1, K]``."""
+    found = None
+    if layer.ragged and layer.valid is not None:
+        held = layer.valid.repeat_interleave(layer.copies, dim=0)[:, None]  # [B, 1, H or 1, K]
+        found = held.expand(-1, text_rows, -1, -1)
+    if readable is not None:
+        allowed = readable.transpose(1, 2).expand(batch, text_rows, -1, -1)  # [B, T, Hkv or 1, K]
+        found = allowed if found is None else allowed & found
+    if found is None:
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
+            batch * text_rows, 1, layer.width
+        )
+    found = found.flatten(0, 1)
+    return found | ~found.any(-1, keepdim=True)  # a row from which everything is hidden attends to something

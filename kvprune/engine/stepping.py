@@ -17,7 +17,14 @@ from torch import Tensor
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.step_memory import StepMemory
 from kvprune.engine.receipts import StepReceipt
-from kvprune.engine.step_counts import CheckedAnswer, StepCounts, StepRead, recorded
+from kvprune.engine.step_counts import (
+    CheckedAnswer,
+    StepCounts,
+    StepRead,
+    count_entries,
+    readable_entries,
+    recorded,
+)
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
@@ -162,7 +169,7 @@ class Stepping:
             keys=keys,
             values=values,
             slots_of=lambda: layer.entries()[0],
-            readable=_readable(layer, readable, batch, text_rows),
+            readable=readable_entries(layer, readable, batch, text_rows),
             number=layer.steps.taken,
             taken=-1 if policy.compiles else layer.steps.taken_eagerly,
             layer_idx=self._layer_indices[rank],
@@ -193,10 +200,10 @@ class Stepping:
         state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
             answer = self._call(step.where, lambda: policy.attend(step, state), step)
-            read = held = _entries(step.readable, log.heads, full=step.unrestricted)
+            read = held = count_entries(step.readable, log.heads, full=step.unrestricted)
             if answer is not None:
                 answer = self._checked(answer, step, log, 0)
-                read = _entries(answer.valid, log.heads, full=answer.is_known_full)
+                read = count_entries(answer.valid, log.heads, full=answer.is_known_full)
             log.count(read, held, step.text_rows, text_rows)
             memory.advance(text_rows)
             if self.recorder is not None:
@@ -337,27 +344,3 @@ class Stepping:
 def _at_hand(tensor: Tensor) -> bool:
     """Whether reading the values of a tensor waits for no device."""
     return tensor.device.type == "cpu"
-
-
-def _entries(flags: Tensor, heads: int, *, full: bool) -> int | Tensor:
-    """Return how many flags ``[N, H or 1, K]`` are set, those of all heads counted for each head."""
-    if full:
-        return flags.shape[0] * heads * flags.shape[-1]
-    return flags.sum() * (heads // flags.shape[1])
-
-
-def _readable(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_rows: int) -> Tensor:
-    """Return which entries each text row may attend to, bool ``[N, Hkv or 1, K]``."""
-    found = None
-    if layer.ragged and layer.valid is not None:
-        held = layer.valid.repeat_interleave(layer.copies, dim=0)[:, None]  # [B, 1, H or 1, K]
-        found = held.expand(-1, text_rows, -1, -1)
-    if readable is not None:
-        allowed = readable.transpose(1, 2).expand(batch, text_rows, -1, -1)  # [B, T, Hkv or 1, K]
-        found = allowed if found is None else allowed & found
-    if found is None:
-        return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
-            batch * text_rows, 1, layer.width
-        )
-    found = found.flatten(0, 1)
-    return found | ~found.any(-1, keepdim=True)  # a row from which everything is hidden attends to something

@@ -51,6 +51,9 @@ from kvprune.policy.moments import (
 from kvprune.policy.nesting import (
     require_scorer,
 )
+from kvprune.policy.reconstruction import (
+    Reconstruction,
+)
 from kvprune.policy.spec import (
     PolicySpec,
 )
@@ -69,6 +72,9 @@ from kvprune.policy.view import (
     FeatureView,
     LayerView,
     View,
+)
+from kvprune.policy.weights import (
+    save_weights,
 )
 from kvprune.tokens.buckets import (
     merge_mean,
@@ -93,6 +99,7 @@ __all__ = [
     "PolicySpec",
     "PrefillPolicy",
     "ProportionalAllocator",
+    "Reconstruction",
     "ScoringPolicy",
     "State",
     "StepView",
@@ -105,5 +112,6 @@ __all__ = [
     "nearest",
     "onward_decision",
     "require_scorer",
+    "save_weights",
     "uniform",
 ]

@@ -24,6 +24,7 @@ from kvprune.policy.options import (
     parse_option,
     required_options,
 )
+from kvprune.policy.reconstruction import Reconstruction
 from kvprune.policy.spec import OptionValue, PolicySpec
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import LayerView
@@ -39,12 +40,22 @@ __all__ = [
 ]
 
 Need = Literal[
-    "queries", "raw_keys", "features", "text", "text_cache", "guidance", "class_attention", "grid", "question"
+    "queries",
+    "raw_keys",
+    "features",
+    "text",
+    "text_cache",
+    "guidance",
+    "reconstruction",
+    "class_attention",
+    "grid",
+    "question",
 ]
 """What must be captured for a view beyond keys, values and visibility.
 
 "text_cache" captures nothing: it asks for calls of `CrossKVPolicy.select_text`. "guidance" costs a forward
-pass of a guide (`kvprune.Guide`). "grid" captures nothing, either: models whose columns are no patches of a
+pass of a guide (`kvprune.Guide`). "reconstruction" costs a generation and a forward pass of the model itself
+(`CrossKVPolicy.reconstructs_from`). "grid" captures nothing, either: models whose columns are no patches of a
 picture are refused. "question" costs a pass of the text layers over the prompt, without the picture.
 """
 
@@ -133,6 +144,11 @@ class CrossKVPolicy(AnyPolicy, ABC):
             layers, because they share one mask.
         """
         return None
+
+    @property
+    def reconstructs_from(self) -> Reconstruction:
+        """How the text is found that the model reads for a policy that needs "reconstruction"."""
+        return Reconstruction()
 
     # A property here, so that a derived class may have a class attribute or a property of its own.
     @property

@@ -35,6 +35,7 @@ class Captured:
         raw_keys: ``[B, Hkv, S, D]`` before any key norm.
         features: ``[B, S, C]`` as they enter the projections to keys and values.
         guidance: ``[B, S]``, the importance of each token according to a guide.
+        reconstruction: ``[B, Hkv, S]``, the largest attention of a reconstruction pass in the view's layer.
         class_attention: ``[B, S]``, attention from each tile's class token to its patches.
         question: ``[B, W]``, the last hidden state of a pass over the prompt's text alone.
         text: The self-attention layer before this layer.
@@ -44,6 +45,7 @@ class Captured:
     raw_keys: Tensor | None = _with_columns(2)
     features: Tensor | None = _with_columns(1)
     guidance: Tensor | None = _with_columns(1)
+    reconstruction: Tensor | None = _with_columns(2)
     class_attention: Tensor | None = _with_columns(1)
     question: Tensor | None = None
     text: TextView | None = None

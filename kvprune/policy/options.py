@@ -116,7 +116,7 @@ def required_options(cls: type) -> list[str]:
     ]
 
 
-def check_option(policy: str, option: str, annotation: Any, value: object) -> None:
+def check_option(policy: str, option: str, annotation: Any, value: object, *, of: str = "policy") -> None:
     """Check that a typed value fits the annotation of an option, and that a spec can express it.
 
     Args:
@@ -124,11 +124,12 @@ def check_option(policy: str, option: str, annotation: Any, value: object) -> No
         option: Name of the option.
         annotation: Type annotation of the option's field.
         value: The value.
+        of: What has the option, for the message.
 
     Raises:
         PolicyOptionError: If it does not fit; shows the value and what would be right.
     """
-    where = f"option {option!r} of policy {policy!r}"
+    where = f"option {option!r} of {of} {policy!r}"
     if isinstance(value, PolicySpec):
         remedy = "; kvprune.get_policy builds a policy from a spec" if policy_types(annotation) else ""
         raise PolicyOptionError(
@@ -144,7 +145,7 @@ def check_option(policy: str, option: str, annotation: Any, value: object) -> No
         raise PolicyOptionError(f"{where} cannot be the policy 'none': a spec with this text is read as None")
 
 
-def parse_option(policy: str, option: str, annotation: Any, text: str) -> OptionValue:
+def parse_option(policy: str, option: str, annotation: Any, text: str, *, of: str = "policy") -> OptionValue:
     """Read an option's value from spec text, according to the annotation of its field.
 
     Args:
@@ -152,6 +153,7 @@ def parse_option(policy: str, option: str, annotation: Any, text: str) -> Option
         option: Name of the option.
         annotation: Type annotation of the option's field.
         text: The value in the spec.
+        of: What has the option, for the message.
 
     Raises:
         PolicyOptionError: If the text is not a value of the annotated type.
@@ -166,7 +168,7 @@ def parse_option(policy: str, option: str, annotation: Any, text: str) -> Option
         return _read_any(annotation, text)
     except ValueError:
         raise PolicyOptionError(
-            f"option {option!r} of policy {policy!r} must be {describe_type(annotation)}, got {shown(text)}"
+            f"option {option!r} of {of} {policy!r} must be {describe_type(annotation)}, got {shown(text)}"
         ) from None
 
 

@@ -201,7 +201,6 @@ class StepView:
             valid = valid & (torch.arange(count, device=valid.device) < limit[:, None, None])
         return in_order(places, valid, self.entries)
 
-
     def best_pages(self, scores: Tensor, page: int, count: int, limit: Tensor | None = None) -> Selection:
         """Return the entries of the pages of the highest scores, without asking the device.
 

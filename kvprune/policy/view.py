@@ -244,6 +244,16 @@ class LayerView(View):
         return self._needed(self.captured.raw_keys, "raw_keys")
 
     @property
+    def reconstruction(self) -> Tensor:
+        """How much the model needs each token to write what the encoder has read, ``[B, Hkv, S]``.
+
+        The largest attention weight that the token receives in this layer, over all rows and the query heads
+        of each KV head, while the decoder reads a text of what the encoder has read
+        (`kvprune.policy.Reconstruction`).
+        """
+        return self._needed(self.captured.reconstruction, "reconstruction")
+
+    @property
     def text(self) -> TextView:
         """The self-attention layer just before this layer.
 
@@ -273,6 +283,18 @@ class LayerView(View):
             self.queries, self.keys, self.visibility, self.scaling, rows, null_keys=null_keys
         )
         return self._finite(mass, "pairs of head and token, so nothing can be ranked")
+
+    def attention_peak(self, rows: Tensor | None = None) -> Tensor:
+        """Return the largest attention weight that each column receives from any live row, ``[B, Hq, S]``.
+
+        Args:
+            rows: bool ``[B, T]``, live rows that count; all by default.
+
+        Raises:
+            ScoreError: If attention is not finite: the model's activations are NaN or overflow.
+        """
+        peak = scoring.attention_peak(self.queries, self.keys, self.visibility, self.scaling, rows)
+        return self._finite(peak, "pairs of head and token, so nothing can be ranked")
 
     def attention_density(self, threshold: float, columns: Tensor | None = None) -> Tensor:
         """Return the fraction of attention weights that are not small, float64 ``[B, Hq]``: 1 - sparsity.

@@ -50,9 +50,18 @@ class HasWeights(Protocol):
     """What is read of a policy with weights; `kvprune.policy.TrainedPolicy` has all of it."""
 
     name: ClassVar[str]
-    trained_options: ClassVar[tuple[str, ...]]
-    weights: Any
-    digest: Any
+
+    @property
+    def trained_options(self) -> tuple[str, ...]:
+        """Options that the weights are made for."""
+
+    @property
+    def weights(self) -> str:
+        """Name of the weights."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of their file."""
 
     @property
     def trained_for(self) -> tuple[str, ...]:
@@ -135,12 +144,20 @@ def save_weights(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(save(plain, header))
+        beside.write_bytes(_in_order(save(plain, header)))
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise WeightsError(f"cannot write the weights to {shown(str(path))}: {error.strerror}") from error
     return read_weights(path)
+
+
+def _in_order(data: bytes) -> bytes:
+    """Return a safetensors file with its header in order, so that equal weights have equal digests."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 class HeldWeights:

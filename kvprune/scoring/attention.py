@@ -22,6 +22,7 @@ __all__ = [
     "attention_density",
     "attention_logits",
     "attention_mass",
+    "attention_peak",
     "by_kv_head",
     "last_rows",
     "logit_chunks",
@@ -82,6 +83,49 @@ def attention_mass(
     for sample, heads, logits, _ in _sample_logits(queries, keys, visibility, scaling, rows):
         mass[sample, heads] += softmax_(logits, null_keys).sum(1)
     return mass
+
+
+def attention_peak(
+    queries: Tensor,
+    keys: Tensor,
+    visibility: Visibility,
+    scaling: float,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Return the largest attention weight that each column receives from any text row, by query head.
+
+    Args:
+        queries: As for `attention_mass`.
+        keys: As for `attention_mass`.
+        visibility: As for `attention_mass`.
+        scaling: As for `attention_mass`.
+        rows: bool ``[B, T]``, rows that count; by default all live rows. Rows that are not live never count.
+
+    Returns:
+        ``[B, Hq, S]`` in [0, 1], float32 or float64; 0 for columns that no row sees.
+
+    Cost: that of `attention_mass`.
+
+    Example:
+        Two text rows see three columns. The last column gets most from the second row.
+
+        >>> queries = torch.tensor([[[[0.0], [1.0]]]])  # [B, Hq, T, D]
+        >>> keys = torch.tensor([[[[0.0], [0.0], [2.0]]]])  # [B, Hkv, S, D]
+        >>> visibility = Visibility(
+        ...     rows=torch.tensor([[[True]]]),
+        ...     units=torch.tensor([[0, 0, 0]]),
+        ...     images=torch.tensor([0]),
+        ...     live=torch.tensor([[True, True]]),
+        ... )
+        >>> attention_peak(queries, keys, visibility, 1.0)
+        tensor([[[0.3333, 0.3333, 0.7870]]])
+    """
+    batch, query_heads = queries.shape[:2]
+    dtype = accumulation_dtype(keys)
+    peak = torch.zeros(batch, query_heads, keys.shape[2], dtype=dtype, device=keys.device)
+    for sample, heads, logits, _ in _sample_logits(queries, keys, visibility, scaling, rows):
+        peak[sample, heads] = peak[sample, heads].maximum(softmax_(logits).amax(1))
+    return peak
 
 
 def attention_density(

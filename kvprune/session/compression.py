@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
@@ -14,17 +14,19 @@ from transformers.cache_utils import Cache
 from kvprune.adapters.attachment import compressing
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.compiled import compiled_part
-from kvprune.engine.guidance import Guidance, Prompt
+from kvprune.engine.guidance import Guidance
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.report import CompressionReport
 from kvprune.engine.step_counts import StepRead
-from kvprune.errors import CompressionStateError, GuideError, NestedCompressionError, PolicyNeverRanError
+from kvprune.errors import CompressionStateError, NestedCompressionError, PolicyNeverRanError
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
 from kvprune.policy.declarations import require_declarations
 from kvprune.policy.spec import PolicySpec
-from kvprune.session.answer_guide import AnswerGuide, require_matching_guide
-from kvprune.session.guide import BoundGuide, Guide
+from kvprune.session.answer_guide import AnswerGuide
+from kvprune.session.binding import bound_guide
+from kvprune.session.guide import Guide
+from kvprune.session.reconstruction import BoundReconstruction
 from kvprune.session.registry import load
 from kvprune.session.saved_cache import SavedCache
 from kvprune.session.saving import save_cache
@@ -40,7 +42,7 @@ def compress(
     policy: str | PolicySpec | CrossKVPolicy | SavedCache,
     *,
     seed: int = 0,
-    guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
+    guide: nn.Module | Guide | Guidance | AnswerGuide | BoundReconstruction | None = None,
     reread: bool = False,
 ) -> Compression:
     """Compress the cross-attention cache of a model inside a ``with`` block.
@@ -106,7 +108,7 @@ class Compression:
         adapter: ModelAdapter,
         policy: CrossKVPolicy,
         seed: int,
-        guide: nn.Module | Guide | Guidance | AnswerGuide | None = None,
+        guide: nn.Module | Guide | Guidance | AnswerGuide | BoundReconstruction | None = None,
         *,
         reread: bool = False,
         saved: SavedCache | None = None,
@@ -121,7 +123,7 @@ class Compression:
         self.reread = reread
         self._adapter = adapter
         # A loaded cache needs no guide, unless another image arrives: then the manager says so.
-        guides = None if saved is not None and guide is None else _bound(guide, adapter, policy)
+        guides = None if saved is not None and guide is None else bound_guide(guide, adapter, policy)
         self._manager = CrossKVManager(policy, seed, adapter.layer_indices, guides, rereads=reread)
         report = self._manager.report
         report.unit, report.seconds_per_column = adapter.column_unit, adapter.column_seconds
@@ -329,27 +331,3 @@ def _compiled(model: nn.Module) -> str:
         f". Code was compiled from this model ({part}), and compiled code skips what is attached later: "
         "compile it inside the block, call torch._dynamo.reset() before the block, or call the model itself"
     )
-
-
-def _bound(
-    guide: nn.Module | Guide | Guidance | AnswerGuide | None, target: ModelAdapter, policy: CrossKVPolicy
-) -> Callable[[Prompt], Guidance] | None:
-    """Return the function that provides guidance; None if the policy does not use a guide.
-
-    Raises:
-        GuideError: If a guide is given and the policy does not use one, or the guide knows the answer and the
-            policy must not, or the other way round.
-    """
-    if "guidance" not in policy.needs:
-        if guide is not None:
-            raise GuideError(
-                f"policy {policy.spec} does not use a guide, but got one ({type(guide).__name__}); leave "
-                'guide out, or choose a policy that needs "guidance", such as guided'
-            )
-        return None
-    require_matching_guide(policy, guide)
-    if isinstance(guide, Guidance):
-        return lambda prompt: guide
-    if isinstance(guide, AnswerGuide):
-        return guide
-    return BoundGuide(guide if isinstance(guide, Guide) else Guide(guide), target)

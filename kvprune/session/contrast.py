@@ -8,7 +8,8 @@ encoder's output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.second_branch import CallRecorder
+from kvprune.engine.kept import KeptSelections
 from kvprune.errors import CompressionStateError, ContrastError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.moments import FeaturePolicy
@@ -23,7 +25,8 @@ from kvprune.policy.spec import PolicySpec
 from kvprune.session.compression import Compression, compress, require_uncompressed
 from kvprune.session.contrast_processor import ContrastProcessor, require_options
 from kvprune.session.contrast_report import ContrastReport
-from kvprune.session.contrast_rules import CombineRule, get_rule
+from kvprune.session.contrast_rules import CombineRule
+from kvprune.session.rules import get_rule
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Contrast", "contrast"]
@@ -132,6 +135,10 @@ class Contrast:
     def prefill_selections(self) -> Mapping[int, Selection | None]:
         """Columns that each layer of the second branch attended to in its latest prefill; None means all."""
         return self._second.prefill_selections
+
+    def recording(self) -> AbstractContextManager[Sequence[KeptSelections]]:
+        """Keep what each prefill of the second branch decides; see `Compression.recording`."""
+        return self._second.recording()
 
     @property
     def rereads(self) -> bool:

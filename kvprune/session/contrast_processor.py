@@ -13,6 +13,7 @@ from kvprune.adapters.second_branch import CallRecorder, RecordedCall, rows_with
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.measurement import Stopwatch
 from kvprune.errors import ContrastError, UnsupportedCacheError
+from kvprune.policy.decode import DecodePolicy
 from kvprune.session.contrast_report import ContrastReport, bytes_of, text_bytes_of
 from kvprune.session.contrast_rules import CombineRule
 from kvprune.text import shown
@@ -203,6 +204,12 @@ class ContrastProcessor:
         drops = self._manager.steps.reads_less() or any(
             fraction < 1 for fraction in report.kept_per_sample
         )  # NaN where a sample sees no image
+        if isinstance(self._manager.policy, DecodePolicy) and not drops:
+            raise ContrastError(
+                f"policy {self._manager.policy.spec} drops nothing, and chooses only from the second token "
+                "on what it reads, so both branches say the same about the first one; choose a policy that "
+                "drops some of the input, such as against='divprune:keep_ratio=0.1'"
+            )
         if not (drops or changed or report.text_layers):
             raise ContrastError(
                 f"policy {self._manager.policy.spec} drops nothing of this input that the answer can see, so "

@@ -9,22 +9,32 @@ changes nothing.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvprune.errors import ContrastError
-from kvprune.policy.options import check_option, describe_type, parse_option
+from kvprune.policy.options import default_of, is_option_type, policy_types
 from kvprune.policy.spec import PolicySpec
-from kvprune.text import shown, suggestion
+from kvprune.text import shown
 
-__all__ = ["RULES", "CombineRule", "Mint", "Mod", "get_rule", "js_divergence", "plausible"]
+__all__ = [
+    "RULES",
+    "CombineRule",
+    "Mint",
+    "Mod",
+    "js_divergence",
+    "option_types",
+    "plausible",
+    "require_rule_class",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +43,16 @@ class CombineRule(ABC):
 
     Class attributes:
         name: Name in specs such as ``"mint:alpha=1"``.
+        paper: Where the method comes from; empty if nowhere.
+        bibtex: The entry of that paper, for `kvprune cite`.
+        fidelity: How close it is to what was published.
         pruned_as: What the method would have as the second branch, for readers.
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    bibtex: ClassVar[str] = ""
+    fidelity: ClassVar[str] = ""
     pruned_as: ClassVar[str] = ""
 
     def begin(self, full: Tensor, pruned: Tensor) -> Tensor | None:
@@ -67,6 +83,18 @@ class CombineRule(ABC):
         """The rule as text, with all options."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return f"{self.name}:" + ",".join(f"{name}={value}" for name, value in values)
+
+    @property
+    def short_spec(self) -> PolicySpec:
+        """The rule as a spec of the options that differ from their defaults."""
+        return PolicySpec(
+            self.name,
+            {
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if getattr(self, field.name) != default_of(field)
+            },
+        )
 
 
 def plausible(scores: Tensor, reference: Tensor, beta: float) -> Tensor:
@@ -123,6 +151,15 @@ class Mint(CombineRule):
     """
 
     name = "mint"
+    paper = "Wang et al. 2025, MINT, arXiv 2502.00717"
+    bibtex = """\
+@article{mint,
+  title = {{MINT}: Mitigating Hallucinations in Large Vision-Language Models via Token Reduction},
+  author = {Wang, Chao and Yang, Jianming and Zhou, Yang},
+  year = {2025},
+  journal = {arXiv preprint arXiv:2502.00717},
+}"""
+    fidelity = "reconstructed: no public code, and neither equations, sign nor numbers could be read"
     pruned_as = "the few tokens to which a shallow layer attends most, such as fastv:keep_ratio=0.2"
 
     alpha: float = 1.0
@@ -163,6 +200,14 @@ class Mod(CombineRule):
     """
 
     name = "mod"
+    paper = "Chen et al. 2025, Mixture of Decoding, arXiv 2505.17061"
+    bibtex = """\
+@article{mod,
+  title = {Mixture of Decoding: An Attention-Inspired Adaptive Decoding Strategy to Mitigate Hallucinations},
+  year = {2025},
+  journal = {arXiv preprint arXiv:2505.17061},
+}"""
+    fidelity = "formulas, defaults and time of the decision as in the authors' code (c603060)"
     pruned_as = "the 20 % of tokens to which the last prompt row attends most, such as snapkv:keep_ratio=0.2"
 
     agree: float = 4.0
@@ -188,51 +233,45 @@ class Mod(CombineRule):
 
 
 RULES: Mapping[str, type[CombineRule]] = {rule.name: rule for rule in (Mint, Mod)}
-"""The rules that a spec can name."""
+"""The rules that come with kvprune, by name."""
 
 
-def get_rule(rule: str | CombineRule) -> CombineRule:
-    """Return a rule from a spec such as ``"mod:beta=0.1"``.
-
-    Args:
-        rule: A spec, or a rule, which is returned itself.
+def require_rule_class(cls: type[CombineRule]) -> None:
+    """Raise unless a class can be used as a rule by name: concrete, named, a frozen dataclass.
 
     Raises:
-        SpecError: If the spec does not follow the grammar of policies.
-        ContrastError: If there is no such rule or option (lists them), or a value is out of range.
-        PolicyOptionError: If a value has the wrong type.
+        TypeError: With the class and what is missing.
+        SpecError: If its name cannot stand in a spec.
     """
-    if isinstance(rule, CombineRule):
-        return rule
-    if not isinstance(rule, str):
-        raise ContrastError(f"combine is a spec such as 'mint:alpha=1', or a CombineRule, got {shown(rule)}")
-    spec = PolicySpec.parse(rule)
-    cls = RULES.get(spec.name)
-    if cls is None:
-        raise ContrastError(
-            f"there is no rule {shown(spec.name)}; there are {', '.join(sorted(RULES))}"
-            f"{suggestion(spec.name, RULES)}"
-        )
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise TypeError(f"{where} is abstract: it does not define {missing}")
+    if not isinstance(getattr(cls, "name", None), str):
+        raise TypeError(f'{where} has no name; add the class attribute `name = "..."`')
+    PolicySpec(cls.name)
+    for fact in ("paper", "bibtex", "fidelity", "pruned_as"):
+        if not isinstance(getattr(cls, fact), str):
+            raise TypeError(f"{where} has the {fact} {shown(getattr(cls, fact))}; it is text, or empty")
+    own = cls.__dict__.get("__dataclass_params__")
+    if own is None or not own.frozen:
+        raise TypeError(f"{where} is no frozen dataclass; add @dataclass(frozen=True, kw_only=True)")
+    for option, kind in option_types(cls).items():
+        if not is_option_type(kind) or policy_types(kind):
+            raise TypeError(f"{where}: option {option!r} is {kind}, not bool, int, float, str or Literal")
+
+
+def option_types(cls: type[CombineRule]) -> dict[str, Any]:
+    """Return the types of a rule's options by name."""
     types = typing.get_type_hints(cls)
-    options = {field.name: types[field.name] for field in dataclasses.fields(cls)}
-    values = {}
-    for name, text in spec.options.items():
-        if name not in options:
-            known = ", ".join(f"{one} ({describe_type(kind)})" for one, kind in options.items())
-            raise ContrastError(
-                f"rule {spec.name!r} has no option {shown(name)}; it has {known}{suggestion(name, options)}"
-            )
-        value = parse_option(spec.name, name, options[name], str(text))
-        check_option(spec.name, name, options[name], value)
-        values[name] = value
-    return cls(**values)
+    return {field.name: types[field.name] for field in dataclasses.fields(cls)}
 
 
 def _contrast(expert: Tensor, amateur: Tensor, strength: float) -> Tensor:
     """Return ``(1 + strength) * expert - strength * amateur``; -inf where the expert is, never NaN."""
     if strength == 0:
         return expert
-    # amateur + (1 + strength) * (expert - amateur), in one kernel: these few small ones are what a token costs
+    # amateur + (1 + strength) * (expert - amateur), in one kernel: these small ones are what a token costs
     return torch.where(expert.isneginf(), expert, torch.lerp(amateur, expert, 1 + strength))
 
 

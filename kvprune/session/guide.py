@@ -216,14 +216,14 @@ class Passes:
 
     def __init__(self, receipt: GuideReceipt, prompt_tokens: int) -> None:
         self.receipt = receipt
-        self._prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_tokens
 
     def add(self, manager: CrossKVManager, written: Tensor | None, *, calls: int = 1) -> None:
         """Add a pass: the bytes that it held and the tokens that it read.
 
         A pass reads the prompt and every token of the answer but the last.
         """
-        read = self._prompt_tokens + (0 if written is None else int(written[:, 1:].sum()))
+        read = self.prompt_tokens + (0 if written is None else int(written[:, 1:].sum()))
         held = manager.report.bytes_peak
         self.receipt = replace(self.receipt, runs=0, forward_calls=calls, tokens=read, bytes_peak=held).plus(
             self.receipt

@@ -14,7 +14,7 @@ from kvprune.policy.view import FeatureView, LayerView
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.selection import Selection
 
-__all__ = ["AnswerRecord", "AttentionRecord", "MostImportant", "OwnImages"]
+__all__ = ["AnswerRecord", "AttentionRecord", "MostImportant", "OwnImages", "PeakRecord"]
 
 _NO_STATES = "the guide ran, but none of its cross-attention layers received encoder states"
 
@@ -95,10 +95,17 @@ class AttentionRecord:
     def _of_batch(self, total: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Return scores and numbers of rows for each row of the batch and for all columns."""
         copies = batch // len(total)  # rows of the batch that the guide held as one
-        if self._received is not None:  # back to all columns; padding of a ragged batch has mass 0
-            everything = total.new_zeros(len(total), self._received.columns)
-            total = everything.scatter_add_(-1, self._received.indices[:, 0], total)
-        return total.repeat_interleave(copies, dim=0), rows.repeat_interleave(copies)
+        return self._spread(total, batch), rows.repeat_interleave(copies)
+
+    def _spread(self, scores: Tensor, batch: int) -> Tensor:
+        """Return scores ``[R, ..., S]`` of what the guide received for the whole batch and all columns."""
+        copies = batch // len(scores)
+        if self._received is not None:  # padding of a ragged batch has score 0
+            everything = scores.new_zeros(*scores.shape[:-1], self._received.columns)
+            index = self._received.indices[:, 0].to(scores.device)  # [R, K]
+            index = index.reshape(len(index), *[1] * (scores.ndim - 2), -1).expand_as(scores)
+            scores = everything.scatter_add_(-1, index, scores)
+        return scores.repeat_interleave(copies, dim=0)
 
 
 class AnswerRecord(AttentionRecord):
@@ -131,6 +138,25 @@ class AnswerRecord(AttentionRecord):
             raise GuideError(_NO_STATES)
         (total, rows), *_ = self._parts
         return self._of_batch(total, rows, batch)
+
+
+class PeakRecord(AttentionRecord):
+    """Keeps the largest attention of each layer to each token, over all text rows, by KV head."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self._peaks: list[Tensor] = []  # [R, Hkv, S] of each layer
+
+    def add(self, view: LayerView) -> None:
+        """Note one layer."""
+        peak = view.attention_peak()  # [R, Hq, S]
+        self._peaks.append(peak.unflatten(1, (view.heads, -1)).amax(2))
+
+    def layers(self, batch: int) -> tuple[Tensor, ...]:
+        """Return the peaks of each layer, ``[batch, Hkv, S]``."""
+        if not self._peaks:
+            raise GuideError(_NO_STATES)
+        return tuple(self._spread(peak, batch) for peak in self._peaks)
 
 
 @dataclass(frozen=True, kw_only=True)

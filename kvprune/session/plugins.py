@@ -24,6 +24,7 @@ from kvprune.errors import NameClashError, PluginError
 from kvprune.policy.base import CrossKVPolicy, require_policy_class
 from kvprune.policy.declarations import NEEDS
 from kvprune.session import hookspecs
+from kvprune.session.contrast_rules import CombineRule, require_rule_class
 from kvprune.session.installed import distribution_of, installed
 from kvprune.text import error_line, printable, shown, suggestion
 
@@ -33,6 +34,8 @@ __all__ = [
     "AdapterEntry",
     "BrokenPlugin",
     "PolicyEntry",
+    "Provided",
+    "RuleEntry",
     "distribution_of",
     "find",
     "global_hooks",
@@ -41,6 +44,9 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "kvprune"
 PLUGINS_VARIABLE = "KVPRUNE_PLUGINS"
+
+_HOOKS = "kvprune_policies", "kvprune_adapters", "kvprune_combine_rules"
+_NONE = f"neither {' nor '.join(_HOOKS)}"
 
 _MOST_CLASSES = 1000
 """Most classes that one hook may return; a hook that returns more is taken for an endless generator."""
@@ -64,6 +70,16 @@ class AdapterEntry:
     """An adapter class and where it comes from."""
 
     cls: type[ModelAdapter]
+    plugin: str
+    distribution: str
+
+
+@dataclass(frozen=True)
+class RuleEntry:
+    """A rule of `kvprune.contrast` and where it comes from."""
+
+    name: str
+    cls: type[CombineRule]
     plugin: str
     distribution: str
 
@@ -121,7 +137,16 @@ def _installed() -> tuple[list[metadata.EntryPoint], list[BrokenPlugin]]:
     return found, broken
 
 
-def load_plugin(entry_point: metadata.EntryPoint) -> tuple[list[PolicyEntry], list[AdapterEntry]]:
+@dataclass(frozen=True)
+class Provided:
+    """What one plugin provides."""
+
+    policies: list[PolicyEntry]
+    adapters: list[AdapterEntry]
+    rules: list[RuleEntry]
+
+
+def load_plugin(entry_point: metadata.EntryPoint) -> Provided:
     """Import one plugin, call its hooks, and check everything that they return.
 
     Raises:
@@ -156,8 +181,12 @@ def load_plugin(entry_point: metadata.EntryPoint) -> tuple[list[PolicyEntry], li
     for cls in _call(manager, plugin, name, "kvprune_adapters", ModelAdapter):
         _check_adapter(cls)
         adapters.append(AdapterEntry(cls, name, distribution))
+    rules = []
+    for cls in _call(manager, plugin, name, "kvprune_combine_rules", CombineRule):
+        require_rule_class(cls)
+        rules.append(RuleEntry(cls.name, cls, name, distribution))
     _refuse_global_hooks(name, reference, before)
-    return list(policies.values()), adapters
+    return Provided(list(policies.values()), adapters, rules)
 
 
 def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
@@ -167,13 +196,14 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise PluginError(
-            f"{error}; the hooks are kvprune_policies and kvprune_adapters, decorated with kvprune.hookimpl"
+            f"{error}; the hooks are kvprune_policies and kvprune_adapters, and kvprune_combine_rules for "
+            "rules of kvprune.contrast, decorated with kvprune.hookimpl"
         ) from error
     if not manager.get_hookcallers(plugin):
         # A function of the right name without the decorator is the usual reason.
-        bare = [hook for hook in ("kvprune_policies", "kvprune_adapters") if hasattr(plugin, hook)]
+        bare = [hook for hook in _HOOKS if hasattr(plugin, hook)]
         hint = f"; decorate {bare[0]} with @kvprune.hookimpl" if bare else ""
-        raise PluginError(f"plugin {name!r} implements neither kvprune_policies nor kvprune_adapters{hint}")
+        raise PluginError(f"plugin {name!r} implements {_NONE}{hint}")
 
 
 def _call(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from kvprune.adapters.base import ModelAdapter
@@ -25,12 +25,14 @@ from kvprune.errors import (
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.nesting import make_nested
 from kvprune.policy.spec import PolicySpec
+from kvprune.session.contrast_rules import RULES
 from kvprune.session.plugins import (
     ENTRY_POINT_GROUP,
     PLUGINS_VARIABLE,
     AdapterEntry,
     BrokenPlugin,
     PolicyEntry,
+    RuleEntry,
     distribution_of,
     find,
     load_plugin,
@@ -45,6 +47,7 @@ __all__ = [
     "PolicyEntry",
     "Registry",
     "ResolvedPolicy",
+    "RuleEntry",
     "find_adapter",
     "get_policy",
     "list_policies",
@@ -79,11 +82,13 @@ class Registry:
         policies: Policy classes with their origin, by name.
         adapters: Adapter classes with their origin.
         broken: Plugins that failed to load.
+        rules: Rules of `kvprune.contrast` with their origin, by name.
     """
 
     policies: Mapping[str, PolicyEntry]
     adapters: tuple[AdapterEntry, ...]
     broken: tuple[BrokenPlugin, ...]
+    rules: Mapping[str, RuleEntry] = field(default_factory=dict)
 
     def entry(self, name: str) -> PolicyEntry:
         """Return the policy class of a name, with its origin.
@@ -258,9 +263,11 @@ def load() -> Registry:
     entry_points, broken = find()
     policies: dict[str, PolicyEntry] = {}
     adapters: list[AdapterEntry] = []
+    rules = {name: RuleEntry(name, cls, "kvprune", "kvprune") for name, cls in RULES.items()}
     for entry_point in entry_points:
         try:
-            found, found_adapters = load_plugin(entry_point)
+            provided = load_plugin(entry_point)
+            found = provided.policies
             _refuse_the_same_again(found, policies)
         except KeyboardInterrupt:  # the user's, not the plugin's
             raise
@@ -277,9 +284,18 @@ def load() -> Registry:
                     f"rename one, uninstall one, or restrict {PLUGINS_VARIABLE}"
                 )
             policies[entry.name] = entry
-        adapters += found_adapters
+        for rule in provided.rules:
+            if rule.name in rules:
+                other_rule = rules[rule.name]
+                raise NameClashError(
+                    f"rule {rule.name!r} is provided by plugin {other_rule.plugin!r} of "
+                    f"{other_rule.distribution} and by {rule.plugin!r} of {rule.distribution}; rename one, "
+                    f"uninstall one, or restrict {PLUGINS_VARIABLE}"
+                )
+            rules[rule.name] = rule
+        adapters += provided.adapters
     ordered = MappingProxyType(dict(sorted(policies.items())))
-    return Registry(ordered, tuple(adapters), tuple(broken))
+    return Registry(ordered, tuple(adapters), tuple(broken), MappingProxyType(dict(sorted(rules.items()))))
 
 
 def _refuse_the_same_again(found: list[PolicyEntry], policies: Mapping[str, PolicyEntry]) -> None:

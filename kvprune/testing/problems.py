@@ -109,6 +109,7 @@ class LayerProblem(_ShortRepr):
                 raw_keys=self._draw("raw keys", self.kv_heads, see.columns),
                 features=self._draw("features", 1, see.columns)[:, 0],
                 guidance=self._draw("guidance", 1, see.columns)[:, 0, :, 0].abs().float(),
+                reconstruction=self._draw("reconstruction", self.kv_heads, see.columns)[..., 0].abs().float(),
                 class_attention=self._class_attention(see),
                 question=self._draw("question", 1, 1)[:, 0, 0],
                 text=self._text(see, policy_name),

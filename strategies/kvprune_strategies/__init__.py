@@ -20,6 +20,7 @@ from kvprune_strategies.full import Full as Full
 from kvprune_strategies.guided import Guided as Guided
 from kvprune_strategies.h2o import H2O as H2O
 from kvprune_strategies.keydiff import KeyDiff as KeyDiff
+from kvprune_strategies.kvzip import KVzip as KVzip
 from kvprune_strategies.lossless import Lossless as Lossless
 from kvprune_strategies.meanpool import MeanPool as MeanPool
 from kvprune_strategies.norm import Norm as Norm

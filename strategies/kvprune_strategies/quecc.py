@@ -30,9 +30,9 @@ class QueCC(TrainedPolicy, FeaturePolicy):
     the patches of the cell alone. gamma is 0 before training, so ``weights=fresh`` is mean pooling. Class
     tokens stay as they are.
 
-    The question is what the model itself makes of the prompt without the picture, which takes a second pass of
-    its text layers over the prompt. Families without such a pass (encoder-decoder models, such as Whisper) can
-    use ``query=none``, with weights of their own.
+    The question is what the model itself makes of the prompt without the picture, which takes a second pass
+    of its text layers over the prompt. Families without such a pass (encoder-decoder models, such as Whisper)
+    can use ``query=none``, with weights of their own.
 
     Args:
         k: Patches along the side of a cell, or frames in a cell where tokens lie on a line. It is the budget:
@@ -112,8 +112,8 @@ class QueCC(TrainedPolicy, FeaturePolicy):
     The paper trains the compressor in front of LLaVA's projector together with the language model, on 1.2
     million examples. Here the model is frozen: the compressor stands behind the projector, and learns by
     distillation to keep the answers of the model with all tokens. So the published accuracies say nothing
-    about it. It adds to a mean over the cell, which is the untrained state, and normalises the features first,
-    because each projector has a scale of its own. Keys and values are made of the features after the
+    about it. It adds to a mean over the cell, which is the untrained state, and normalises the features
+    first, because each projector has a scale of its own. Keys and values are made of the features after the
     projector; the paper takes four layers of the vision tower, which Llama-3.2-Vision's projector has joined
     already. Class tokens, which LLaVA drops, stay. Cells at the edge of a tile that k does not divide are
     smaller. In a later turn of a chat, the question is that of the turn that brings the picture.
@@ -184,7 +184,8 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor, there: Tensor) -> Te
 def _gathered(tensor: Tensor, cells: Cells) -> Tensor:
     """Return what stands at the members of each cell, ``[B, S, C]`` to ``[B, N, P, C]``."""
     index = cells.members.flatten(1)[..., None].expand(-1, -1, tensor.shape[-1])
-    return tensor.gather(1, index).unflatten(1, cells.members.shape[1:])
+    found: Tensor = tensor.gather(1, index).unflatten(1, cells.members.shape[1:])
+    return found
 
 
 def _linear(tensor: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:

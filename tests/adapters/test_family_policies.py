@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from anywhere import on_any_model
 from family_checks import (
     MOST,
     adapter_of,
@@ -35,14 +36,16 @@ REFUSALS = {
     "visionzip": "needs 'class_attention', which the .* adapter does not provide",
     "answer-attention": "takes only guidance that was made from one|"
     "needs 'guidance', which the .* adapter does not provide",
+    "kvzip": "needs 'reconstruction', which the .* adapter does not provide",
     "guided": "needs 'guidance', which the .* adapter does not provide",
+    "quecc": "needs 'question', which the .* adapter does not provide",
 }
 """What is said when a policy is refused for a family."""
 
 
 def spec_of(policy: str) -> str:
-    ratio = "keep_ratio" in load().policy_class(policy).option_types()
-    return f"{policy}:keep_ratio=0.5" if ratio else policy
+    ratio = {"keep_ratio": 0.5} if "keep_ratio" in load().policy_class(policy).option_types() else {}
+    return str(on_any_model(policy, **ratio).spec)
 
 
 @pytest.mark.parametrize(

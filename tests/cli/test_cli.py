@@ -20,7 +20,19 @@ from kvprune.session import registry
 
 COMMANDS = [
     [name]
-    for name in ("list", "show", "cite", "doctor", "check", "compare", "study", "verify", "results", "bench")
+    for name in (
+        "list",
+        "show",
+        "cite",
+        "doctor",
+        "check",
+        "compare",
+        "study",
+        "verify",
+        "train",
+        "results",
+        "bench",
+    )
 ]
 COMMANDS += [["bench", "memory"], *(["results", name] for name in ("list", "export", "diff"))]
 

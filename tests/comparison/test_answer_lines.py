@@ -68,12 +68,14 @@ def both(content: bytes) -> tuple[Any, Any]:
     seed=st.none() | st.integers(-(2**70), 2**70),
     kept=st.floats(0, 1),
     held=st.integers(0, 2**63 - 1),
+    read=st.none() | st.floats(0, 1),
 )
-@always(of=PLAIN, texts={"answer": 'a "quoted"\nword \\ \u2028'}, seed=0, kept=0.0, held=0)
+@always(of=PLAIN, texts={"answer": 'a "quoted"\nword \\ \u2028'}, seed=0, kept=0.0, held=0, read=None)
 def test_what_was_written_is_read(
-    of: Answer, texts: dict[str, str], seed: int | None, kept: float, held: int
+    of: Answer, texts: dict[str, str], seed: int | None, kept: float, held: int, read: float | None
 ) -> None:
-    one = dataclasses.replace(of, **texts, seed=seed, kept_fraction=kept, bytes_held=held)
+    one = dataclasses.replace(of, **texts, seed=seed, kept_fraction=kept, bytes_held=held, read_fraction=read)
+    assert (b"read_fraction" in line(one)) == (read is not None)
     assert both(line(one)) == (StoredAnswer(UNIT, one),) * 2
 
 

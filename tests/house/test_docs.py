@@ -19,6 +19,7 @@ from test_house import ROOMS
 import kvprune
 from kvprune import errors
 from kvprune.session import hookspecs
+from kvprune.session.contrast_rules import get_rule
 from kvprune.testing import mllama_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_every_invariant_is_documented_and_tested():
 
 
 def test_every_hook_is_documented():
-    for hook in ("kvprune_policies", "kvprune_adapters"):
+    for hook in ("kvprune_policies", "kvprune_adapters", "kvprune_combine_rules"):
         assert hasattr(hookspecs, hook)
         assert f"### `{hook}()`" in DOCS["hooks.md"]
 
@@ -83,6 +84,20 @@ def test_every_built_in_policy_is_in_the_map_of_policies_and_counted():
     names = {policy.name for policy in kvprune_policies()}
     assert names <= set(re.findall(r"`([\w-]+)`", head.partition("| reference")[2]))
     assert f"one of the {len(names)} [built-in policies]" in DOCS["README.md"]
+
+
+def test_each_system_of_the_paper_has_a_name_that_runs():
+    _, _, rest = DOCS["policies.md"].partition("## Trimmed Llama and the ten systems")
+    rows = [row for row in rest.partition("\n## ")[0].splitlines() if re.search(r"\| \d{4}\.\d{5} \|", row)]
+    assert len(rows) == 11
+    papers = {policy.name: policy.paper for policy in kvprune_policies()}
+    for row in rows:
+        _, _, number, here, _, _ = (cell.strip() for cell in row.split("|"))
+        rule = re.search(r"the rule `(\w+)`", here)
+        if rule is None:
+            assert number in papers[here.strip("`")], row
+        else:
+            assert number in str(type(get_rule(rule[1])).__doc__), row
 
 
 def test_errors_named_in_documents_exist():

@@ -29,6 +29,7 @@ ROOMS = (
     "testing",
     "demo",
     "comparison",
+    "training",
     "cli",
 )
 """From the ground up: a room imports from itself, from rooms before it, and from errors.py and text.py."""

@@ -21,6 +21,7 @@ EVERYTHING = Captured(
     raw_keys=torch.randn(B, 2, S, 2),
     features=torch.randn(B, S, 6),
     guidance=torch.rand(B, S),
+    reconstruction=torch.rand(B, 2, S),
     class_attention=torch.rand(B, S),
     text=make_text((2, 3)),
 )
@@ -42,7 +43,9 @@ def test_a_selection_of_columns_is_taken_of_everything_that_has_columns():
         assert torch.equal(taken.features[sample, :kept], EVERYTHING.features[sample, columns])
         assert torch.equal(taken.guidance[sample, :kept], EVERYTHING.guidance[sample, columns])
         assert torch.equal(taken.class_attention[sample, :kept], EVERYTHING.class_attention[sample, columns])
-        assert torch.equal(taken.raw_keys[sample, :, :kept], EVERYTHING.raw_keys[sample][:, columns])
+        for name in ("raw_keys", "reconstruction"):
+            whole = getattr(EVERYTHING, name)[sample][:, columns]
+            assert torch.equal(getattr(taken, name)[sample, :, :kept], whole), name
     assert taken.queries is EVERYTHING.queries
     assert taken.text is EVERYTHING.text
 
@@ -60,7 +63,7 @@ def test_all_columns_are_the_same_object():
 
 def test_rows_are_taken_of_tensors_and_text_stays():
     taken = EVERYTHING.rows(slice(None, None, 2))
-    for name in ("queries", "raw_keys", "features", "guidance", "class_attention"):
+    for name in ("queries", "raw_keys", "features", "guidance", "reconstruction", "class_attention"):
         assert torch.equal(getattr(taken, name), getattr(EVERYTHING, name)[:1]), name
     assert taken.text is EVERYTHING.text
     assert EVERYTHING.rows(slice(None, None, 1)) is EVERYTHING

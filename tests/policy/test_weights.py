@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 import threading
 from pathlib import Path
 
@@ -211,3 +212,39 @@ def test_writing_to_the_weights_is_found():
 
 def test_conformance_takes_weights_that_fit_any_model():
     assert check_policy(Learned, only=["class", "KV01"], examples=1).passed
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "write-a-policy.md").read_text("utf-8")
+EXAMPLE = re.search(r"<!-- test: weights -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
+
+
+def test_the_example_of_the_page_runs(tmp_path):
+    space = {"__name__": "example"}
+    exec(compile(EXAMPLE, "write-a-policy.md", "exec", dont_inherit=True), space)
+    fresh = space["Learned"](weights="fresh")
+    path, view = tmp_path / "w.safetensors", make_view(SEE)
+    save_weights(path, fresh, {"direction": torch.ones(4)}, view.geometry, {})
+    policy = space["Learned"](weights=str(path), keep_tokens=2)
+    kept = policy.select(view).cache
+    assert kept.counts.tolist() == [[2, 2]]
+    scores = view.values.float().sum(-1)[0]
+    assert kept.indices[0].tolist() == scores.topk(2).indices.sort().values.tolist()
+
+
+def test_a_results_folder_does_not_go_on_with_other_weights(tmp_path):
+    from kvprune_strategies import QueCC
+
+    from kvprune.comparison.plan.grid import exactly, expand, unite
+
+    fresh = QueCC(weights="fresh", k=4)
+    geometry = {"feature_width": 8, "question_width": 8}
+    path, tensors = tmp_path / "w.safetensors", dict(fresh.initial(geometry))
+    save_weights(path, fresh, tensors, geometry, {})
+    before = expand([f"quecc:weights={path},k=4"], [])
+    save_weights(path, fresh, tensors | {"gamma": torch.ones(1)}, geometry, {})
+    after = expand([f"quecc:weights={path},k=4"], [])
+    assert before[1].spec != after[1].spec
+    _, gone = unite([before[1].spec], after, with_answer_attention=False)
+    assert "the spec asks for" in gone[before[1].spec]
+    with pytest.raises(WeightsError, match="the file is another one, or has changed since"):
+        exactly([before[1].spec])

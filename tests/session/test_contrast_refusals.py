@@ -19,7 +19,8 @@ from kvprune.errors import (
     PolicyOptionError,
     UnsupportedCacheError,
 )
-from kvprune.session.contrast_rules import Mint, Mod, get_rule, js_divergence, plausible
+from kvprune.session.contrast_rules import Mint, Mod, js_divergence, plausible
+from kvprune.session.rules import get_rule
 
 AGAINST = "divprune:keep_ratio=0.3"
 
@@ -193,7 +194,7 @@ def test_a_second_generate_starts_anew():
         ("mint:alpa=1", ContrastError, r"no option 'alpa'.*did you mean 'alpha'\?"),
         ("mint:alpha=-1", ContrastError, "'alpha' of rule 'mint' must be a number of 0 or more, got -1"),
         ("mod:beta=2", ContrastError, r"must be in \[0, 1\], got 2"),
-        ("mint:expert=half", PolicyOptionError, r"pruned \| full"),
+        ("mint:expert=half", PolicyOptionError, r"of rule 'mint' must be pruned \| full"),
         (3, ContrastError, "got 3"),
     ],
 )

@@ -40,5 +40,8 @@ def test_every_built_in_policy_is_usable_documented_and_says_what_it_costs(cls):
     assert "(*, " not in cls.__doc__, "the docstring that dataclass generates"
     assert bool(cls.paper) == (cls.fidelity != "baseline")
     for option in cls.option_types():
-        inherited = option in kvprune.ScoringPolicy.option_types()
+        inherited = option in {
+            **kvprune.ScoringPolicy.option_types(),
+            **kvprune.TrainedPolicy.option_types(),
+        }
         assert inherited or f"{option}:" in cls.__doc__

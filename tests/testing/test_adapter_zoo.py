@@ -60,6 +60,7 @@ ALONE = {
     "check_failed_policy": zoo.StaysAfterAnException,
     "check_failed_attach": zoo.ForgetsHooksWhenAttachFails,
     "check_oracle": zoo.MasksByPosition,
+    "check_new_tokens": runs.IgnoresNewTokens,
     "check_history": runs.KeepsHooksOfAnInterrupt,
     "check_encoder_outputs": runs.SeedsByTheLastInput,
     "check_rows_of_equal_inputs": runs.SharesEqualRows,

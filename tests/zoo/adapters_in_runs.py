@@ -94,6 +94,20 @@ class DropsTheMaskForEmptySamples(BartAdapter):
         return super()._visibility(tokens, states, encoder_mask, decoder_mask, copies)
 
 
+class IgnoresNewTokens(BartAdapter):
+    """Gives layers the encoder's own features of the columns whose places new tokens take."""
+
+    caught_by = ("KV13",)
+
+    def _receive(self, call, rank, site, cache, named):
+        before = call.manager.before_layer
+        call.manager.before_layer = lambda *args: dataclasses.replace(before(*args), replaced=None)
+        try:
+            return super()._receive(call, rank, site, cache, named)
+        finally:
+            del call.manager.before_layer
+
+
 class RereadsWithTheFirstMask(MllamaAdapter):
     """Reads the last token again with the cross-attention mask of the first one."""
 

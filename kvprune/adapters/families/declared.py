@@ -11,10 +11,14 @@ from torch import Tensor
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 
-__all__ = ["RELATIVE", "WITH_TEXT", "Declared", "LikeBart", "no_text"]
+__all__ = ["RELATIVE", "REPEATS", "WITH_TEXT", "Declared", "LikeBart", "no_text"]
 
 WITH_TEXT = EncoderDecoderAdapter.provides | {"text"}
 """What a family provides whose self-attention policies can see (`kvprune.adapters.text_sites`)."""
+
+
+REPEATS = EncoderDecoderAdapter.provides | {"reconstruction"}
+"""What a family provides that reads text, and whose decoder writes tokens of the same vocabulary."""
 
 
 def no_text(reason: str) -> Mapping[str, str]:
@@ -44,4 +48,4 @@ class LikeBart(Declared):
     """A decoder with the layers of BART."""
 
     self_attention = "self_attn"
-    provides = WITH_TEXT
+    provides = REPEATS | {"text"}

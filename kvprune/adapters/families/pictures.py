@@ -16,7 +16,7 @@ from kvprune.adapters.columns.pictures import (
     PictureColumns,
     UdopColumns,
 )
-from kvprune.adapters.families.declared import RELATIVE, Declared, LikeBart
+from kvprune.adapters.families.declared import RELATIVE, WITH_TEXT, Declared, LikeBart
 from kvprune.tokens.layout import IMAGE_PATCH, Layout
 
 __all__ = [
@@ -27,6 +27,13 @@ __all__ = [
     "UdopAdapter",
     "VisionEncoderDecoderAdapter",
 ]
+
+
+_QUESTION = (
+    "its encoder reads the question together with the picture, so no text of it is free of the question"
+)
+_RELATIVE_WITH_QUESTION = {**RELATIVE, "reconstruction": _QUESTION}
+_WITH_QUESTION = {**Declared.lacks, "reconstruction": _QUESTION}
 
 
 class VisionEncoderDecoderAdapter(PictureColumns, Declared):
@@ -44,6 +51,7 @@ class Florence2Adapter(Florence2Columns, Declared):
     family = "Florence-2"
     model_classes = ("Florence2ForConditionalGeneration", "Florence2Model")
     provides = Florence2Columns.provides | {"text"}
+    lacks = _WITH_QUESTION
 
 
 class Pix2StructAdapter(PageColumns, Declared):
@@ -51,7 +59,7 @@ class Pix2StructAdapter(PageColumns, Declared):
 
     family = "Pix2Struct"
     model_classes = ("Pix2StructForConditionalGeneration",)
-    lacks = RELATIVE
+    lacks = _RELATIVE_WITH_QUESTION
 
 
 class UdopAdapter(UdopColumns, Declared):
@@ -59,7 +67,7 @@ class UdopAdapter(UdopColumns, Declared):
 
     family = "UDOP"
     model_classes = ("UdopForConditionalGeneration", "UdopModel")
-    lacks = RELATIVE
+    lacks = _RELATIVE_WITH_QUESTION
 
 
 class PPFormulaNetAdapter(LikeBart):
@@ -68,7 +76,7 @@ class PPFormulaNetAdapter(LikeBart):
     family = "PP-FormulaNet"
     model_classes = ("PPFormulaNetForConditionalGeneration", "PPFormulaNetModel")
     unit = IMAGE_PATCH
-    provides = LikeBart.provides | {"grid"}
+    provides = WITH_TEXT | {"grid"}
 
     def layout(self, states: Tensor) -> Layout:
         """Return the grid of the picture: it has one size, and two convolutions halve its patches."""

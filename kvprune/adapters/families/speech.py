@@ -56,6 +56,7 @@ class Speech2TextAdapter(LikeBart):
 
     family = "Speech2Text"
     model_classes = ("Speech2TextForConditionalGeneration", "Speech2TextModel")
+    provides = WITH_TEXT
 
     @property
     def column_seconds(self) -> float | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprune.adapters.arguments import cache_of
-from kvprune.adapters.families.declared import RELATIVE, WITH_TEXT, Declared, LikeBart, no_text
+from kvprune.adapters.families.declared import RELATIVE, REPEATS, WITH_TEXT, Declared, LikeBart, no_text
 from kvprune.adapters.tiny.models import example_bart
 
 __all__ = [
@@ -36,6 +36,14 @@ __all__ = [
     "T5Adapter",
     "T5GemmaAdapter",
 ]
+
+_TWO_VOCABULARIES = {
+    **Declared.lacks,
+    "reconstruction": "its decoder may have another vocabulary than the encoder whose tokens it would repeat",
+}
+_WRITES_SOUND = {"reconstruction": "its decoder writes sound and cannot repeat the text"}
+_CHANNELS = {**no_text("its decoder writes several channels of sound"), **_WRITES_SOUND}
+_CODEBOOKS = {**no_text("its decoder reads a row of tokens for each codebook"), **_WRITES_SOUND}
 
 
 class BartAdapter(LikeBart):
@@ -65,6 +73,7 @@ class T5Adapter(Declared):
         "LongT5Model",
     )
     lacks = RELATIVE
+    provides = REPEATS
 
 
 class MBartAdapter(LikeBart):
@@ -86,7 +95,7 @@ class NllbMoeAdapter(Declared):
 
     family = "NLLB-MoE"
     model_classes = ("NllbMoeForConditionalGeneration", "NllbMoeModel")
-    provides = WITH_TEXT
+    provides = REPEATS | {"text"}
 
 
 class MarianAdapter(LikeBart):
@@ -157,7 +166,8 @@ class ProphetNetAdapter(Declared):
     model_classes = ("ProphetNetForConditionalGeneration", "ProphetNetModel")
     scaled_by_width = True  # its attention divides by the square root and names no factor
     lacks = no_text("its self-attention reads several streams of predicted tokens")
-    rereads = False  # what it returns has several rows for each token, of which those of one cannot be replaced
+    provides = REPEATS
+    rereads = False  # it returns several rows for each token; those of one cannot be replaced
 
 
 class SwitchTransformersAdapter(Declared):
@@ -166,6 +176,7 @@ class SwitchTransformersAdapter(Declared):
     family = "Switch Transformers"
     model_classes = ("SwitchTransformersForConditionalGeneration", "SwitchTransformersModel")
     lacks = RELATIVE
+    provides = REPEATS
 
 
 class T5GemmaAdapter(Declared):
@@ -174,6 +185,7 @@ class T5GemmaAdapter(Declared):
     family = "T5Gemma"
     model_classes = ("T5GemmaForConditionalGeneration", "T5GemmaModel")
     lacks = no_text("its self-attention slides windows and may cap logits")
+    provides = REPEATS
 
 
 class EncoderDecoderModelAdapter(Declared):
@@ -183,6 +195,7 @@ class EncoderDecoderModelAdapter(Declared):
     model_classes = ("EncoderDecoderModel",)
     scaled_by_width = True  # RemBERT, RoFormer, Megatron-BERT, TAPAS name no factor
     provides = WITH_TEXT
+    lacks = _TWO_VOCABULARIES
 
 
 class DiaAdapter(Declared):
@@ -190,7 +203,7 @@ class DiaAdapter(Declared):
 
     family = "Dia"
     model_classes = ("DiaForConditionalGeneration", "DiaModel")
-    lacks = no_text("its decoder writes several channels of sound")
+    lacks = _CHANNELS
     rereads = False  # a token is a row of codebooks, of which nobody knows the last one
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
@@ -207,7 +220,7 @@ class MusicgenAdapter(Declared):
 
     family = "MusicGen"
     model_classes = ("MusicgenForConditionalGeneration",)
-    lacks = no_text("its decoder reads a row of tokens for each codebook")
+    lacks = _CODEBOOKS
     provides = Declared.provides - {"guidance"}  # one row of tokens is no prompt that could be run again
 
     def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:

@@ -28,9 +28,13 @@ from kvprune.adapters.families.whisper_windows import (
     unpruned,
     with_sequences,
 )
+from kvprune.adapters.families.whisper_writing import transcribe
 from kvprune.adapters.probes import Probe
+from kvprune.adapters.reconstruction import Context, Writing, require_generating
 from kvprune.adapters.tiny.models import example_whisper
+from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
+from kvprune.policy.reconstruction import Reconstruction
 
 __all__ = ["WhisperAdapter"]
 
@@ -67,7 +71,7 @@ class WhisperAdapter(EncoderDecoderAdapter):
     family = "Whisper"
     model_classes = ("WhisperForConditionalGeneration", "WhisperModel")
     self_attention = "self_attn"
-    provides = EncoderDecoderAdapter.provides | {"text"}
+    provides = EncoderDecoderAdapter.provides | {"text", "reconstruction"}
     asking: ClassVar[Mapping[str, object]] = {
         "force_unique_generate_call": True
     }  # a saved cache holds one window
@@ -131,6 +135,18 @@ class WhisperAdapter(EncoderDecoderAdapter):
         self._returned = None
         self.manager.history.window = self._windows.current()
         super()._begin(call, named, states)
+
+    def require_reconstruction(self) -> None:
+        """Raise unless the model can write a transcript."""
+        require_generating(self.model, self.family)
+
+    def context(self, prompt: Prompt, request: Reconstruction) -> Context:
+        """Return the start of the decoder; the model must write the transcript."""
+        return Context(self.started(prompt, request))
+
+    def write(self, prompt: Prompt, max_new_tokens: int) -> Writing:
+        """Write a transcript."""
+        return transcribe(self.model, self._decoder, prompt, max_new_tokens)
 
     @classmethod
     def probe(cls) -> list[Probe]:

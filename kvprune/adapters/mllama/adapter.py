@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
-from kvprune.adapters.base import ModelAdapter, Site
+from kvprune.adapters.base import Site
 from kvprune.adapters.call import Call
 from kvprune.adapters.generation import (
     CANDIDATES,
@@ -35,6 +35,7 @@ from kvprune.adapters.generation import (
 from kvprune.adapters.inspection import find_sites
 from kvprune.adapters.mllama import guide
 from kvprune.adapters.mllama.captures import capture_class_attention, capture_text, tile_layout
+from kvprune.adapters.mllama.description import Describing
 from kvprune.adapters.mllama.probes import mllama_probes
 from kvprune.adapters.mllama.question import capture_question, read_question
 from kvprune.adapters.mllama.tile_mask import TileMask
@@ -77,7 +78,7 @@ class _Call(Call):
         self.mask = mask
 
 
-class MllamaAdapter(ModelAdapter):
+class MllamaAdapter(Describing):
     """Adapter for ``MllamaForConditionalGeneration`` and ``MllamaModel``.
 
     Class attributes:
@@ -90,8 +91,8 @@ class MllamaAdapter(ModelAdapter):
 
     family = "Llama-3.2-Vision (Mllama)"
     model_classes = ("MllamaForConditionalGeneration", "MllamaModel")
-    provides = ModelAdapter.provides.union(
-        ("text", "text_cache", "guidance", "class_attention", "grid", "question")
+    provides = Describing.provides.union(
+        ("text", "text_cache", "guidance", "reconstruction", "class_attention", "grid", "question")
     )
     rereads = True
     class_attention_layer: ClassVar[tuple[str, int]] = ("global_transformer", -1)
@@ -173,7 +174,7 @@ class MllamaAdapter(ModelAdapter):
             capture = capture_class_attention(self, policy.name, vision, layer, named, copies)
         if "question" in policy.needs:
             capture, watch = capture_question(self._text, named, copies, capture)
-        if "guidance" in policy.needs:
+        if {"guidance", "reconstruction"} & policy.needs:
             prompt = guide.make_prompt(named, batch, length, copies)
         call.manager.begin(
             self._visibility(call, rows, named.get("attention_mask"), length, copies),
@@ -319,9 +320,9 @@ class MllamaAdapter(ModelAdapter):
         """Return tiles, patches and vocabulary size, which a guide must share with its target."""
         return guide.geometry(self._inner)
 
-    def question(self, named: Mapping[str, Any], ends: Tensor | None = None) -> Tensor:
+    def question(self, named: Mapping[str, Any]) -> Tensor:
         """Read the text of a prompt without its picture: cross-attention layers are skipped then."""
-        return read_question(self._text, named, ends)
+        return read_question(self._text, named)
 
     def replay(
         self, prompt: Prompt, answer: Tensor | None = None, written: Tensor | None = None

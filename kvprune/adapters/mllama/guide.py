@@ -70,7 +70,7 @@ def replay(
     """
     arguments: dict[str, Any] = dict(prompt.arguments)
     if prompt.states is not None:  # the vision tower has run
-        arguments = {name: arguments[name] for name in _TEXT if name in arguments}
+        arguments = {name: value for name, value in arguments.items() if name != "pixel_values"}
         arguments["cross_attention_states"] = prompt.states
     else:
         _require_pixels(prompt)

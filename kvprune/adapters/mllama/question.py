@@ -36,7 +36,7 @@ def capture_question(
     return lambda: found if capture is None else found.joined(capture()), watch
 
 
-def read_question(text: Any, named: Mapping[str, Any], ends: Tensor | None = None) -> Tensor:
+def read_question(text: Any, named: Mapping[str, Any]) -> Tensor:
     """Return the last hidden state of a pass over a prompt's text alone, ``[R, W]``.
 
     A prompt that follows earlier turns is read alone, without them: their cache holds pictures.
@@ -44,7 +44,6 @@ def read_question(text: Any, named: Mapping[str, Any], ends: Tensor | None = Non
     Args:
         text: The language model; without encoder states and cache it skips its cross-attention layers.
         named: Arguments of the call by name, for R rows.
-        ends: int64 ``[R]``, the token to return; by default the last one that is no padding.
 
     Raises:
         UnsupportedModelError: If the attention mask is not one of padding.
@@ -62,9 +61,8 @@ def read_question(text: Any, named: Mapping[str, Any], ends: Tensor | None = Non
             "attention_mask as the processor returns it"
         )
     mask = mask[:, -length:]
-    if ends is None:
-        places = torch.arange(length, device=mask.device)
-        ends = torch.where(mask.bool(), places, 0).amax(-1)  # [R]
+    places = torch.arange(length, device=mask.device)
+    ends = torch.where(mask.bool(), places, 0).amax(-1)  # [R], the last token that is no padding
     with torch.no_grad():
         states = text(
             input_ids=ids,

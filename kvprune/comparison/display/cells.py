@@ -43,7 +43,7 @@ def columns(summary: Summary, *, ranked: bool) -> list[Column]:
     """
     return [
         _share(summary, "kept", lambda row: row.kept_fraction),
-        *([_share(summary, "read", lambda row: row.read_fraction)] if summary.reads_less else []),
+        *([_share(summary, "read", lambda row: row.read)] if summary.reads_less else []),
         _memory(ranked),
         *_metric(summary),
         *_versus(summary),

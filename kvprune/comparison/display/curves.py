@@ -185,7 +185,7 @@ def png(made: Figure) -> bytes:
 
 def _by_curve(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.read_fraction):
+    for row in sorted(rows, key=lambda row: row.read):
         found.setdefault(_curve(row), []).append(row)
     return found
 

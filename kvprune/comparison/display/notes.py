@@ -7,8 +7,10 @@ import statistics
 from kvprune.comparison.display.difference_notes import difference_notes
 from kvprune.comparison.display.guide_notes import guide_notes
 from kvprune.comparison.display.naming import named, times
+from kvprune.comparison.plan.grid import CONTRAST
 from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.comparison.storage.timings import TIMED_TOKENS
+from kvprune.policy.spec import PolicySpec
 from kvprune.text import printable
 
 __all__ = ["notes"]
@@ -29,6 +31,7 @@ def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None)
         *([encoder] if encoder else []),
         *difference_notes(summary, ranked=ranked),
         *guide_notes(summary),
+        *_contrast_note(summary),
         *_draws_notes(summary),
         *_timing_notes(summary),
         *(_unfinished_note(summary) if summary.kind == "pictures" else _transcript_notes(summary)),
@@ -37,6 +40,16 @@ def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None)
         *_reach_note(summary),
     ]
     return [printable(note) for note in said]
+
+
+def _contrast_note(summary: Summary) -> list[str]:
+    if not any(CONTRAST in PolicySpec.parse(row.label).options for row in summary.rows):
+        return []
+    return [
+        "Rows with contrast=RULE run two branches, the full cache and a pruned one, and combine what both "
+        "say (docs/contrast.md): the budget and kept % are those of the second branch, MiB and seconds of "
+        "both; a second text cache comes on top. They save nothing."
+    ]
 
 
 def _examples_note(summary: Summary, ranked: bool) -> str:
@@ -133,7 +146,7 @@ def _draws_notes(summary: Summary) -> list[str]:
 
 def _read_notes(summary: Summary) -> list[str]:
     """Say what a decode step reads, where that is less than what is kept."""
-    rows = dict.fromkeys(row.label for row in summary.rows if row.reads_less)
+    rows = dict.fromkeys(row.label for row in summary.rows if row.read_fraction is not None)
     if not rows:
         return []
     share = "%" if summary.window_seconds is None else "s"
@@ -145,11 +158,11 @@ def _read_notes(summary: Summary) -> list[str]:
 
 
 def _budget_notes(summary: Summary) -> list[str]:
-    kept = "visible tokens" if summary.window_seconds is None else "the audio frames"
+    tokens = "visible tokens" if summary.window_seconds is None else "the audio frames"
     return [
-        f"Careful: {row.spec} {'read' if row.reads_less else 'kept'} {100 * row.read_fraction:.1f} % of "
-        f"{kept} {'in a step ' if row.reads_less else ''}instead of "
-        f"{100 * row.keep_ratio:.4g} %; do not compare it with its neighbours."
+        f"Careful: {row.spec} {'kept' if row.read_fraction is None else 'read in a step'} "
+        f"{100 * row.read:.1f} % of {tokens} instead of {100 * row.keep_ratio:.4g} %; do not compare it with "
+        "its neighbours."
         for row in summary.rows
         if row.keep_ratio is not None and row.misses_budget
     ]

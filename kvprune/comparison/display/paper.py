@@ -67,7 +67,7 @@ def _cells(row: Row, summary: Summary, best: float | None) -> list[str]:
     if best is not None and not row.is_reference and row.main.value == best:
         name, value = rf"\textbf{{{name}}}", _rate(row.main, bold=True)
     window = summary.window_seconds
-    fractions = [row.kept_fraction, *([row.read_fraction] if summary.reads_less else [])]
+    fractions = [row.kept_fraction, *([row.read] if summary.reads_less else [])]
     shares = [rf"{100 * one:.1f}\,\%" if window is None else rf"{window * one:.1f}\,s" for one in fractions]
     cells = [name, latex(budget(row, window)), *shares, f"{row.bytes_held / 2**20:.3g}", value]
     if row.speech is not None:

@@ -87,7 +87,7 @@ def _panel(axis: Axes, summary: Summary, found: dict[str, list[Row]], task: str 
         rates = [_rate(row, task) for row in rows]
         intervals = [[rate.value - rate.low for rate in rates], [rate.high - rate.value for rate in rates]]
         axis.errorbar(
-            [row.read_fraction * shift for row in rows],
+            [row.read * shift for row in rows],
             [rate.value for rate in rates],
             yerr=None if len(found) > FEW else intervals,
             elinewidth=0.9,
@@ -95,9 +95,7 @@ def _panel(axis: Axes, summary: Summary, found: dict[str, list[Row]], task: str 
             **style(number),
         )
     for rows in references(summary).values():
-        axis.plot(
-            [row.read_fraction for row in rows], [_rate(row, task).value for row in rows], **REFERENCE_STYLE
-        )
+        axis.plot([row.read for row in rows], [_rate(row, task).value for row in rows], **REFERENCE_STYLE)
     axis.axhline(_rate(summary.reference, task).value, color="0.35", linestyle="-.", linewidth=1.2, zorder=1)
     if task is not None and task in summary.constant_answer:
         axis.axhline(summary.constant_answer[task], color="0.6", linestyle=":", linewidth=1.2, zorder=1)

@@ -116,7 +116,7 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
     free = [row for row in rows if not row.budget]
     ratios = sorted({row.keep_ratio for row in rows if row.keep_ratio is not None}, reverse=True)
     by_ratio = [[row for row in rows if row.keep_ratio == ratio] for ratio in ratios]
-    others = sorted((r for r in rows if r.budget and r.keep_ratio is None), key=lambda r: -r.read_fraction)
+    others = sorted((r for r in rows if r.budget and r.keep_ratio is None), key=lambda r: -r.read)
     return [group for group in (free, *by_ratio, others) if group]
 
 

@@ -113,7 +113,7 @@ def ask(
     if is_reference:
         generator.note_full(inputs, new)
     drawn = seed if run.report.drew else None
-    held = held_for_examples(run, kept, drawn, len(batch))
+    held = held_for_examples(run, kept, drawn, len(batch), beside_full=one.contrast is not None)
     answers = []
     for number, (example, cap) in enumerate(zip(batch, caps, strict=True)):
         of_example = new[number : number + 1, :cap]  # [1, up to cap]

@@ -14,6 +14,7 @@ import torch
 from kvprune.comparison.data.examples import Example, Kind
 from kvprune.comparison.data.packages import require
 from kvprune.comparison.execution.answer_guidance import AnswerGuidance
+from kvprune.comparison.execution.contrasted import Contrasted
 from kvprune.comparison.execution.encoder_reuse import EncoderReuse
 from kvprune.comparison.execution.loading import load_model
 from kvprune.comparison.plan.grid import REFERENCE, Configuration
@@ -21,6 +22,7 @@ from kvprune.comparison.storage.answers import Answer
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.nesting import parts
 from kvprune.session.compression import Compression, compress
+from kvprune.session.contrast import contrast
 from kvprune.session.registry import find_adapter, get_policy
 
 __all__ = ["Generator", "Measured"]
@@ -94,8 +96,16 @@ class Generator(ABC):
                 stack.enter_context(self.guide.encoder.during(one.policy))
             yield
 
-    def compress_for(self, one: Configuration, inputs: Mapping[str, Any], seed: int) -> Compression:
-        """Return the compression under which a configuration answers a batch; see `compress`."""
+    def compress_for(
+        self, one: Configuration, inputs: Mapping[str, Any], seed: int
+    ) -> Compression | Contrasted:
+        """Return the compression or contrast under which a configuration answers a batch; see `compress`.
+
+        The second branch of a contrast reads the last prompt token again, unless its policy decides from
+        features, whatever `reread` says.
+        """
+        if one.contrast is not None:
+            return Contrasted(contrast(self.model, one.policy, one.contrast, seed=seed))
         if one.guide == "guides":
             assert self.guide is not None
             return compress(self.model, one.policy, seed=seed, guide=self.guide.model, reread=self.reread)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kvprune.comparison.execution.contrasted import Contrasted
 from kvprune.comparison.execution.receipt_digests import receipt_of_windows, receipts
 from kvprune.engine.kept import KeptSelections
 from kvprune.errors import ResultsError
@@ -38,7 +39,12 @@ class Held:
 
 
 def held_for_examples(
-    run: Compression, kept: Sequence[KeptSelections], seed: int | None, examples: int
+    run: Compression | Contrasted,
+    kept: Sequence[KeptSelections],
+    seed: int | None,
+    examples: int,
+    *,
+    beside_full: bool = False,
 ) -> list[Held]:
     """Return what was kept and held for each example of a batch.
 
@@ -47,23 +53,30 @@ def held_for_examples(
         kept: What each prefill kept, in order.
         seed: Seed that the policy drew with; None if it drew nothing.
         examples: Number of examples in the batch.
+        beside_full: Whether a full cache is held besides, as in a contrast, whose bytes count as well.
 
     Raises:
         ResultsError: If the report does not cover every example.
     """
     report, spec = run.report, str(run.report.policy)
     if len(report.windows) > 1 and len(report.windows) == len(kept):
-        return _by_window(run, kept, seed, examples)
+        found = _by_window(run, kept, seed, examples)
+        return [_beside_full(one) for one in found] if beside_full else found
     fractions = report.kept_per_sample
     _check(spec, fractions, examples)
     proofs = receipts(spec, seed, report.layers, run.selections)
     size = report.bytes_held // examples, report.bytes_full // examples
     read = _mean([report.read_of_visible])
-    return [Held(fraction, *size, proof, read) for fraction, proof in zip(fractions, proofs, strict=True)]
+    found = [Held(fraction, *size, proof, read) for fraction, proof in zip(fractions, proofs, strict=True)]
+    return [_beside_full(one) for one in found] if beside_full else found
+
+
+def _beside_full(one: Held) -> Held:
+    return replace(one, bytes_held=one.bytes_held + one.bytes_full)
 
 
 def _by_window(
-    run: Compression, kept: Sequence[KeptSelections], seed: int | None, examples: int
+    run: Compression | Contrasted, kept: Sequence[KeptSelections], seed: int | None, examples: int
 ) -> list[Held]:
     """Gather the windows of each recording, whose rows leave the batch when they have ended."""
     spec = str(run.report.policy)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvprune.comparison.execution.contrasted import Contrasted
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.plan.grid import Configuration
 from kvprune.comparison.storage.timings import TIMED_TOKENS, Lap, laps_to_row
@@ -62,7 +63,7 @@ def measure(
             yield laps_to_row(repetition, laps)
 
 
-def _lap(generator: Generator, inputs: Mapping[str, Any], run: Compression | None) -> Lap:
+def _lap(generator: Generator, inputs: Mapping[str, Any], run: Compression | Contrasted | None) -> Lap:
     """Generate `TIMED_TOKENS` tokens; return the seconds until the first one and until the last one.
 
     The cost of a guide comes from the report of the compression.

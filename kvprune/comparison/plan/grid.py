@@ -9,12 +9,14 @@ from types import MappingProxyType
 from typing import Literal
 
 from kvprune.comparison.plan.settings import NO_GUIDE
-from kvprune.errors import KVPruneError, PolicyOptionError, SpecError
+from kvprune.errors import ContrastError, KVPruneError, PolicyOptionError, SpecError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.nesting import parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
+from kvprune.session.contrast_rules import CombineRule
 from kvprune.session.registry import Registry
+from kvprune.session.rules import get_rule
 from kvprune.text import suggestion
 
 __all__ = [
@@ -67,6 +69,10 @@ _ROLES: Mapping[GuideRole, tuple[str, str]] = MappingProxyType(
 """How a spec in a comparison says so, with an option that is not the policy's."""
 
 
+CONTRAST = "contrast"
+"""How a spec in a comparison says by which rule `kvprune.contrast` joins its policy with the full cache."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
     """One policy with all its options: a row of the table.
@@ -82,6 +88,8 @@ class Configuration:
         distribution: installed distribution of that entry point.
         inner: installed distributions of the policies among its options.
         guide: what the guide of the comparison does; None where it takes no part.
+        contrast: the rule that combines what the policy leaves with the full cache; None where the policy
+            answers alone.
     """
 
     policy: CrossKVPolicy
@@ -94,6 +102,7 @@ class Configuration:
     distribution: str
     inner: tuple[str, ...] = ()
     guide: GuideRole | None = None
+    contrast: CombineRule | None = None
 
 
 def expand(policies: Sequence[str | PolicySpec], keep_ratios: Sequence[float]) -> tuple[Configuration, ...]:
@@ -233,7 +242,8 @@ def partner(against: str, configurations: Sequence[Configuration], *, optional: 
 
 def _cross(spec: PolicySpec, cls: type[CrossKVPolicy], keep_ratios: Sequence[float]) -> list[PolicySpec]:
     """Return one spec per keep ratio; the spec as it is if it states a budget or its policy takes none."""
-    if "keep_ratio" not in cls.option_types() or any(option in BUDGETS for option in spec.options):
+    budgets = {*BUDGETS, *getattr(cls, "budget_alternatives", ())}
+    if "keep_ratio" not in cls.option_types() or budgets & spec.options.keys():
         return [spec]
     if not keep_ratios:
         raise PolicyOptionError(
@@ -246,7 +256,7 @@ def _may(role: GuideRole, one: Configuration) -> bool:
     """Whether the guide can have a role in a configuration: only the full cache is answered by it alone."""
     if role == "answers":
         return one.spec == REFERENCE
-    return "guidance" in one.policy.needs and not one.policy.reads_answer
+    return "guidance" in one.policy.needs and not one.policy.reads_answer and one.contrast is None
 
 
 def _in_role(one: Configuration, role: GuideRole) -> Configuration:
@@ -265,8 +275,29 @@ def _in_role(one: Configuration, role: GuideRole) -> Configuration:
     return replace(one, spec=named(one.spec), label=named(one.label), guide=role)
 
 
+def _contrasted(one: Configuration, rule: object) -> Configuration:
+    """Return a configuration whose policy prunes the second branch of a contrast; spec and label say so.
+
+    Raises:
+        ContrastError: If there is no such rule, or the policy may look at the answer.
+    """
+    combine = get_rule(str(rule))
+    if one.policy.reads_answer or one.contrast is not None:
+        raise ContrastError(f"{one.spec} is a reference and no second branch; contrast another policy")
+    written = combine.short_spec
+
+    def named(text: str) -> str:
+        spec = PolicySpec.parse(text)
+        return str(replace(spec, options={CONTRAST: written, **spec.options}))
+
+    return replace(one, spec=named(one.spec), label=named(one.label), contrast=combine)
+
+
 def _configure(installed: Registry, spec: PolicySpec) -> Configuration:
     own = installed.policy_class(spec.name).option_types()
+    if CONTRAST in spec.options and CONTRAST not in own:
+        rest = {name: given for name, given in spec.options.items() if name != CONTRAST}
+        return _contrasted(_configure(installed, replace(spec, options=rest)), spec.options[CONTRAST])
     for role, (option, value) in _ROLES.items():
         if option not in own and spec.options.get(option) == value:
             rest = {name: given for name, given in spec.options.items() if name != option}

@@ -16,9 +16,6 @@ __all__ = ["Row"]
 _TOLERANCE = 0.03
 """Fractions farther from the requested one are noticed. In small images rounding up may add 0.02."""
 
-_ROUNDING = 1e-9
-"""Fractions that differ by less are equal."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -38,8 +35,8 @@ class Row:
             where there is no such row.
         seeds: the seeds that the policy drew with; empty where it drew nothing.
         kept_fraction: measured fraction of visible tokens kept, mean over examples and draws.
-        read_fraction: measured fraction of visible tokens that a decode step reads, mean over the same. It
-            equals `kept_fraction` where steps read all that is kept; summary.json then leaves it out.
+        read_fraction: measured fraction of visible tokens that a decode step reads, mean over the same; None
+            where it reads all that is kept.
         bytes_held: measured size of the cross-attention cache of one example in bytes, mean over the same.
         bytes_full: its size in stock transformers.
         accuracy: share of right answers; for speech, of transcripts without a wrong word.
@@ -66,7 +63,7 @@ class Row:
     self_guided: str | None
     seeds: tuple[int, ...]
     kept_fraction: float
-    read_fraction: float
+    read_fraction: float | None
     bytes_held: float
     bytes_full: float
     accuracy: Rate
@@ -93,12 +90,12 @@ class Row:
     @property
     def misses_budget(self) -> bool:
         """Whether it read noticeably more or less than asked, and so cannot be compared at its budget."""
-        return self.keep_ratio is not None and abs(self.read_fraction - self.keep_ratio) > _TOLERANCE
+        return self.keep_ratio is not None and abs(self.read - self.keep_ratio) > _TOLERANCE
 
     @property
-    def reads_less(self) -> bool:
-        """Whether its decode steps read less than it keeps after the prompt."""
-        return self.kept_fraction - self.read_fraction > _ROUNDING
+    def read(self) -> float:
+        """Fraction of visible tokens that a decode step reads."""
+        return self.kept_fraction if self.read_fraction is None else self.read_fraction
 
     @property
     def draws(self) -> int:

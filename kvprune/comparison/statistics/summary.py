@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ __all__ = ["Metric", "Row", "Summary", "summarise"]
 
 Metric = Literal["accuracy", "word_error_rate"]
 """What rows are ranked and compared by."""
+
+_ROUNDING = 1e-9
+"""Fractions that differ by less are equal."""
 
 _WINDOW_SECONDS = 30.0
 """Whisper's encoder always reads a window of this length, padded with silence."""
@@ -88,17 +92,20 @@ class Summary:
         return self.rows[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready data: what summary.json holds; see `Row.read_fraction` for what is left out."""
+        """Return JSON-ready data: what summary.json holds.
+
+        Rows have a `read_fraction` only if their decode steps read less than they keep.
+        """
         found = asdict(self)
-        for row, data in zip(self.rows, found["rows"], strict=True):
-            if not row.reads_less:
-                del data["read_fraction"]
+        for row in found["rows"]:
+            if row["read_fraction"] is None:
+                del row["read_fraction"]
         return found
 
     @property
     def reads_less(self) -> bool:
         """Whether decode steps of any row read less than it keeps."""
-        return any(row.reads_less for row in self.rows)
+        return any(row.read_fraction is not None for row in self.rows)
 
 
 def summarise(
@@ -225,7 +232,7 @@ class _Table:
             self_guided=self._self_guided.get(one.spec),
             seeds=tuple(seed for seed in own.seeds if seed is not None),
             kept_fraction=float(own.kept.mean()),
-            read_fraction=float(own.read.mean()),
+            read_fraction=_read(own),
             bytes_held=float(own.held.mean()),
             bytes_full=float(own.stock.mean()),
             accuracy=mean_rate(own.correct),
@@ -248,6 +255,12 @@ class _Table:
         return error_contrast(
             self._given[own], self._given[other], self._errors.words(own), self._errors.words(other)
         )
+
+
+def _read(own: Columns) -> float | None:
+    """Return what a step reads, as a fraction of visible tokens; None where it is what is kept."""
+    kept, read = float(own.kept.mean()), float(own.read.mean())
+    return None if math.isclose(kept, read, rel_tol=_ROUNDING) else read
 
 
 def _adjust(rows: Sequence[Row]) -> tuple[Row, ...]:

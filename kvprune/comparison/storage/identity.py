@@ -46,7 +46,7 @@ def policy_identities(
     """Return for each configuration all that identifies its policy, as JSON values.
 
     The digest of its source covers the file that defines the policy, the files of the classes that it
-    extends, and the same for each policy among its options.
+    extends, and the same for each policy among its options, and for the rule of a contrast.
 
     Args:
         configurations: What is compared.
@@ -56,7 +56,9 @@ def policy_identities(
     versions: dict[str, str] = {}
     identities = []
     for one in configurations:
-        classes = [type(part) for part in parts(one.policy)]
+        classes: list[type] = [type(part) for part in parts(one.policy)]
+        if one.contrast is not None:
+            classes.append(type(one.contrast))
         for cls in classes:
             if cls not in sources:
                 sources[cls] = _source_digest(cls)

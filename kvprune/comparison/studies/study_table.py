@@ -138,7 +138,7 @@ class StudyTable:
         found = [
             (f"{main} [95 %]" if intervals else main, [_metric(row, intervals) for row in rows]),
             ("kept %", [f"{100 * row.kept_fraction:.1f}" for row in rows]),
-            *([("read %", [f"{100 * row.read_fraction:.1f}" for row in rows])] if summary.reads_less else []),
+            *([("read %", [f"{100 * row.read:.1f}" for row in rows])] if summary.reads_less else []),
             ("MiB", [f"{row.bytes_held / 2**20:.4g}" for row in rows]),
         ]
         if summary.stock is not None:
@@ -262,7 +262,7 @@ def _record(part: Part, summary: Summary, row: Row) -> Record:
         "low": row.main.low,
         "high": row.main.high,
         "kept_fraction": row.kept_fraction,
-        "read_fraction": row.read_fraction,
+        "read_fraction": row.read,
         "bytes_held": row.bytes_held,
         "bytes_full": row.bytes_full,
         "agreement": row.agreement.value,

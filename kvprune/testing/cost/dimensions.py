@@ -148,6 +148,9 @@ def _layer(
             else None,
             class_attention=_paid(policy, size, device, seed),
             guidance=_guidance(policy, size, device, seed),
+            reconstruction=draw(8, size.kv_heads, size.columns)[..., 0].float().abs()
+            if "reconstruction" in needs
+            else None,
             text=_text(policy, size, rank, dtype, device, seed) if "text" in needs else None,
         ),
     )

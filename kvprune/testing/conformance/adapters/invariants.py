@@ -9,6 +9,7 @@ from kvprune.testing.conformance.models import (
     cache_contents,
     decoding,
     history,
+    new_tokens,
     rereading,
     rows,
     selections,
@@ -131,6 +132,7 @@ ADAPTER_INVARIANTS = (
         (
             Cases(decoding.check_oracle, (*LOSSLESS, *PRUNING, *RAW_KEYS), ("greedy", "beams")),
             Cases(decoding.check_oracle, PRUNING, ("float32", "eager", "sdpa")),
+            Cases(new_tokens.check_new_tokens, ONE, ("greedy", "beams")),
         ),
     ),
     AdapterInvariant(

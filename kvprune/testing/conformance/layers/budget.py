@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
+from kvprune.policy.allocators import LayerAllocator
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import ScoringPolicy
 from kvprune.testing.conformance.common.budgets import allowance, keeping_all, widening
@@ -105,7 +106,9 @@ def require_layer_sum(
         wanted: Tokens for each head.
         visible: The columns that the budget counts.
     """
-    if policy.budget_scope == "layer":
+    # An allocator shares among layers only. Another policy's layer counts with the mean of its heads.
+    among_heads = policy.budget_scope == "model" and not isinstance(policy, LayerAllocator)
+    if policy.budget_scope == "layer" or among_heads:
         _require_sum(f"{where}, {len(heads)} heads together", policy, heads, wanted, visible)
         return
     for head, tokens in enumerate(heads):

@@ -20,6 +20,7 @@ from kvprune.adapters.base import ModelAdapter
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.session.answer_guide import AnswerGuide
 from kvprune.session.compression import Compression
+from kvprune.session.reconstruction import BoundReconstruction
 from kvprune.session.registry import find_adapter
 from kvprune.testing.conformance.common.results import NotApplicable
 from kvprune.testing.conformance.models.forward_calls import forward
@@ -105,10 +106,14 @@ class Scenario:
         """Return a compression of the working copy, or of another model, as `kvprune.compress` does.
 
         A policy that reads the answer is guided by a fixed one, which all samples of a batch share: it must
-        keep all promises for any answer.
+        keep all promises for any answer. The text of a reconstruction is as short.
         """
         adapter = self.adapter_class(self.model if model is None else model)
-        guide = AnswerGuide(adapter, torch.tensor(_ANSWER)) if policy.reads_answer else None
+        guide: AnswerGuide | BoundReconstruction | None = None
+        if policy.reads_answer:
+            guide = AnswerGuide(adapter, torch.tensor(_ANSWER))
+        elif "reconstruction" in policy.needs:
+            guide = BoundReconstruction(adapter, policy, len(_ANSWER))
         run = Compression(adapter, policy, self.seed, guide, reread=self.reread)
         run.record_replacements()
         return run

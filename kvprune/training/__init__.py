@@ -1,0 +1,1 @@
+"""Trains the weights of policies on a frozen model."""

@@ -1,0 +1,168 @@
+"""What `kvprune train` asks for: finds policy, model and data, and trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from kvprune.adapters.base import ModelAdapter
+from kvprune.comparison.data.examples import kind_of, read_examples
+from kvprune.comparison.execution.generation import Generator
+from kvprune.comparison.execution.questions import PictureGenerator
+from kvprune.comparison.plan.devices import resolve_device
+from kvprune.comparison.storage import sources
+from kvprune.comparison.storage.identity import model_digest
+from kvprune.errors import TrainingError
+from kvprune.policy.spec import PolicySpec
+from kvprune.policy.trained import TrainedPolicy
+from kvprune.policy.weights import FRESH
+from kvprune.session.registry import find_adapter, get_policy
+from kvprune.text import shown
+from kvprune.training.curve import draw_curve
+from kvprune.training.demo_lessons import DemoLessons
+from kvprune.training.file_lessons import FileLessons, split
+from kvprune.training.lessons import Lessons
+from kvprune.training.recipe import Recipe
+from kvprune.training.train import Files, Trained, train
+
+__all__ = ["Asked", "learn"]
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What to train, on what, and where to write it; see the options of `kvprune train`."""
+
+    policy: str
+    out: Path
+    model: str | None = None
+    data: Path | None = None
+    validation: Path | None = None
+    held_out: float = 0.1
+    answers: str = "full"
+    pictures: int = 1000
+    batch: int = 64
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+    half: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.answers not in ("full", "data"):
+            raise TrainingError(f"answers are those of full or of data, got {shown(self.answers)}")
+        if self.batch < 1 or self.pictures < 1:
+            raise TrainingError(
+                f"a lesson has at least one question and the demo one picture, got {self.batch} and "
+                f"{self.pictures}"
+            )
+        if self.data is None and (self.model is not None or self.validation is not None):
+            given = "--model" if self.model is not None else "--validation"
+            raise TrainingError(f"{given} takes data of its own; name a file with --data")
+
+
+def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, done, total: None) -> Trained:
+    """Train a policy.
+
+    Args:
+        asked: What to train.
+        recipe: The numbers of the training.
+        on_progress: Called with what is being done, how much of it is done, and how much there is.
+
+    Raises:
+        TrainingError: If the policy or the data are not fit for training, or a file would be overwritten.
+        KVPruneError: If policy, model or data are wrong in another way.
+    """
+    policy, files = trainable(asked.policy), Files(asked.out)
+    generator = PictureGenerator.load(
+        asked.model,
+        device=resolve_device(asked.device),
+        dtype=asked.dtype,
+        attn_implementation=None,
+        max_new_tokens=None,
+        trust_remote_code=asked.trust_remote_code,
+    )
+    adapter = find_adapter(generator.model)(generator.model)
+    lessons = _lessons(asked, generator, adapter, on_progress)
+    about = {"model_digest": model_digest(sources.weights(asked.model))}
+
+    def progress(step: int, row: Mapping[str, float] | None) -> None:
+        told = (
+            "" if row is None else f", divergence {row['divergence']:.3g}, right {100 * row['right']:.1f} %"
+        )
+        on_progress(f"training{told}" if row is not None else "", step, recipe.steps)
+
+    done = train(adapter, policy, lessons, recipe, files, about, half=asked.half, on_progress=progress)
+    title = f"{replace(policy.spec, options=_own(policy))}, digest {done.file.digest}"
+    draw_curve(files.picture, title, done.curve, done.best_step)
+    return done
+
+
+def trainable(spec: str) -> TrainedPolicy:
+    """Return the policy of a spec, with fresh weights.
+
+    Raises:
+        TrainingError: If it has no weights, or the spec names some.
+        KVPruneError: If there is no such policy.
+    """
+    parsed = PolicySpec.parse(spec)
+    named = [name for name in ("weights", "digest") if name in parsed.options]
+    if named:
+        raise TrainingError(
+            f"the spec {shown(spec)} names {' and '.join(named)}, but training starts afresh; leave that out"
+        )
+    cls = (
+        type(get_policy(PolicySpec(parsed.name, {"weights": FRESH}))) if _takes_weights(parsed.name) else None
+    )
+    if cls is None or not issubclass(cls, TrainedPolicy):
+        raise TrainingError(
+            f"policy {shown(parsed.name)} has no weights to train; kvprune show NAME says which options it "
+            "has"
+        )
+    made = get_policy(replace(parsed, options={**parsed.options, "weights": FRESH}))
+    return cast(TrainedPolicy, made)
+
+
+def _takes_weights(name: str) -> bool:
+    from kvprune.session.registry import load
+
+    return issubclass(load().policy_class(name), TrainedPolicy)
+
+
+def _own(policy: TrainedPolicy) -> dict[str, Any]:
+    return {name: value for name, value in policy.spec.options.items() if name != "weights"}
+
+
+def _lessons(asked: Asked, generator: Generator, adapter: ModelAdapter, on_progress: OnProgress) -> Lessons:
+    """Return the lessons that the options ask for."""
+    if asked.data is None:
+        return DemoLessons(
+            generator.model,
+            generator.processor,
+            seed=asked.seed,
+            pictures=asked.pictures,
+            batch=asked.batch,
+            on_progress=lambda done, total: on_progress("drawing pictures", done, total),
+        )
+    if kind_of(asked.data) != "pictures":
+        raise TrainingError(
+            f"{shown(str(asked.data))} holds recordings; kvprune train learns from questions about pictures"
+        )
+    examples = read_examples(asked.data)
+    if asked.validation is None:
+        learning, held = split(examples, asked.held_out, asked.seed)
+    else:
+        learning, held = examples, read_examples(asked.validation)
+    return FileLessons(
+        generator,
+        adapter,
+        learning,
+        held,
+        seed=asked.seed,
+        batch=asked.batch,
+        answers=cast(Literal["full", "data"], asked.answers),
+        on_progress=lambda done, total: on_progress("answering", done, total),
+    )
