@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -325,5 +326,5 @@ def test_the_spec_names_the_digest_of_the_weights():
 
 def test_a_derived_class_has_the_weights_of_its_policy():
     policy = kvprune.get_policy("attnpred")
-    derived = type("Derived", (type(policy),), {"__module__": "types"})
+    derived = dataclass(frozen=True, kw_only=True)(type("Derived", (type(policy),), {"__module__": "types"}))
     assert derived().weights_path == policy.weights_path
