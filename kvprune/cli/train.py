@@ -69,9 +69,10 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Train the weights of a policy on a frozen model, so that its answers stay what they are.
+    """Train the weights of a policy on a frozen model.
 
-    Prints the curve and the digest of the weights. The same command continues where it stopped.
+    The policy learns to leave the answers of the model as they are. Prints the curve of validations, and the
+    digest of the weights. The same command continues where it stopped.
     """
     with one_line_errors(debug, resumes=True):
         from kvprune.comparison.data.packages import require
@@ -82,7 +83,10 @@ def train(
 
         require("matplotlib", who="the picture of the curve")
         hide_progress_bars()
-        recipe = Recipe(steps=steps, rate=rate, attention=attention, every=every, patience=patience)
+        warm_up = min(50, steps // 10)
+        recipe = Recipe(
+            steps=steps, rate=rate, warm_up=warm_up, attention=attention, every=every, patience=patience
+        )
         asked = Asked(
             policy=policy,
             out=out,

@@ -21,7 +21,6 @@ from kvprune.policy.weights import FRESH
 from kvprune.session.registry import find_adapter, get_policy
 from kvprune.text import shown
 from kvprune.training.curve import draw_curve
-from kvprune.training.demo_lessons import DemoLessons
 from kvprune.training.file_lessons import FileLessons, split
 from kvprune.training.lessons import Lessons
 from kvprune.training.recipe import Recipe
@@ -77,6 +76,7 @@ def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, d
         KVPruneError: If policy, model or data are wrong in another way.
     """
     policy, files = trainable(asked.policy), Files(asked.out)
+    files.require_new()  # before anything is loaded
     generator = PictureGenerator.load(
         asked.model,
         device=resolve_device(asked.device),
@@ -89,11 +89,13 @@ def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, d
     lessons = _lessons(asked, generator, adapter, on_progress)
     about = {"model_digest": model_digest(sources.weights(asked.model))}
 
+    told = "training"
+
     def progress(step: int, row: Mapping[str, float] | None) -> None:
-        told = (
-            "" if row is None else f", divergence {row['divergence']:.3g}, right {100 * row['right']:.1f} %"
-        )
-        on_progress(f"training{told}" if row is not None else "", step, recipe.steps)
+        nonlocal told
+        if row is not None:
+            told = f"training, divergence {row['divergence']:.3g}, right {100 * row['right']:.1f} %"
+        on_progress(told, step, recipe.steps)
 
     done = train(adapter, policy, lessons, recipe, files, about, half=asked.half, on_progress=progress)
     title = f"{replace(policy.spec, options=_own(policy))}, digest {done.file.digest}"
@@ -139,6 +141,8 @@ def _own(policy: TrainedPolicy) -> dict[str, Any]:
 def _lessons(asked: Asked, generator: Generator, adapter: ModelAdapter, on_progress: OnProgress) -> Lessons:
     """Return the lessons that the options ask for."""
     if asked.data is None:
+        from kvprune.training.demo_lessons import DemoLessons  # needs an extra
+
         return DemoLessons(
             generator.model,
             generator.processor,

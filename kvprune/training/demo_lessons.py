@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,9 @@ from kvprune.demo.tasks import TASKS, Query, ask
 from kvprune.demo.tiles import to_tiles
 from kvprune.engine.guidance import Prompt
 from kvprune.training.lessons import Lesson, answer_tensors
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["DemoLessons"]
 
@@ -71,12 +73,12 @@ class DemoLessons:
 
     def lesson(self, number: int) -> Lesson:
         """Return a lesson to learn from; it depends on the number and the seed."""
-        rng = np.random.default_rng([self._seed, number, 1, _QUESTIONS])
+        rng = _numbers(self._seed, number, 1, _QUESTIONS)
         return self._lesson(rng, self._train, rng.integers(len(self._train[0]), size=self._batch).tolist())
 
     def validation(self) -> Sequence[Lesson]:
         """Return the lessons that nobody learns from."""
-        rng = np.random.default_rng([self._seed, 0, 0, _QUESTIONS])
+        rng = _numbers(self._seed, 0, 0, _QUESTIONS)
         which = [index for index in range(len(self._held_out[0])) for _ in range(8)]
         return [
             self._lesson(rng, self._held_out, which[start : start + self._batch])
@@ -90,7 +92,7 @@ class DemoLessons:
         tiling: dict[str, Tensor] = {}
         for start in range(0, count, _AT_ONCE):
             pictures = [
-                draw(np.random.default_rng([self._seed, number, int(split == "train"), _PICTURES]), split)
+                draw(_numbers(self._seed, number, int(split == "train"), _PICTURES), split)
                 for number in range(start, min(start + _AT_ONCE, count))
             ]
             shown += [picture.glyphs for picture in pictures]
@@ -124,6 +126,12 @@ class DemoLessons:
         arguments |= {name: tensor.expand(len(asked), *tensor.shape[1:]) for name, tensor in tiling.items()}
         chosen = torch.tensor(pictures).to(device)
         return Lesson(Prompt(arguments, features[chosen]), tokens, written)
+
+
+def _numbers(*seeds: int) -> np.random.Generator:
+    import numpy as np  # comes with the extra that the demo needs
+
+    return np.random.default_rng(seeds)
 
 
 def _texts(processor: Any, asked: Sequence[Query]) -> tuple[dict[str, Tensor], list[list[int]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,16 +59,24 @@ class Files:
         """The curve of validations, as a picture."""
         return self.weights.with_suffix(".png")
 
+    def require_new(self) -> None:
+        """Raise if there is a file of weights already.
+
+        Raises:
+            TrainingError: Names it.
+        """
+        if self.weights.exists():
+            raise TrainingError(
+                f"there is a file {shown(str(self.weights))} already; name another one with --out"
+            )
+
     def require_free(self, settings: Mapping[str, Any]) -> bool:
         """Return whether there is a checkpoint to continue from.
 
         Raises:
             TrainingError: If a file would be overwritten that is not of this training.
         """
-        if self.weights.exists():
-            raise TrainingError(
-                f"there is a file {shown(str(self.weights))} already; name another one with --out"
-            )
+        self.require_new()
         if not self.checkpoint.exists():
             for path in (self.curve, self.picture):
                 if path.exists():
@@ -289,8 +296,3 @@ def _write_curve(files: Files, curve: Sequence[Mapping[str, float]]) -> None:
     for row in curve:
         table.writerow({name: f"{value:.6g}" for name, value in row.items()})
     write_whole(files.curve, text.getvalue().encode())
-
-
-def summary_of(file: WeightsFile) -> str:
-    """Return the training summary of a file of weights, as JSON."""
-    return json.dumps(dict(file.training), indent=2, sort_keys=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from generation import generate, mllama
 from helpers import make_features, make_visibility
-from kvprune_strategies import QueCC
+from kvprune_strategies import MeanPool, QueCC
 from kvprune_strategies.cells import cells_of
 
 import kvprune
@@ -137,6 +137,27 @@ def test_untrained_it_is_mean_pooling_and_class_tokens_stay():
     torch.testing.assert_close(new.features[0, 1:5], pooled)
     assert torch.equal(new.features[0, 0], view.features[0, 0])
     assert torch.equal(new.features[0, 5], view.features[0, 17])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_untrained_it_does_what_meanpool_does(k):
+    model, inputs, found = mllama(), mllama_inputs(["tt4ttt", "1tt"]), []
+    for policy in (QueCC(weights="fresh", k=k), MeanPool(k=k)):
+        with kvprune.compress(model, policy) as run:
+            tokens, *_ = generate(model, inputs, steps=3)
+        found.append((tokens, {name: one.indices for name, one in run.selections.items()}))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(found[0][1][name], one) for name, one in found[1][1].items())
+
+
+def test_it_may_come_first_in_a_pair():
+    model, inputs = mllama(), mllama_inputs(["tt4ttt", "1tt"])
+    pair = kvprune.get_policy("quecc:weights=fresh,k=2 then h2o:keep_ratio=0.5")
+    with kvprune.compress(model, pair) as run:
+        generate(model, inputs, steps=2)
+    with kvprune.compress(model, "quecc:weights=fresh,k=2") as first:
+        generate(model, inputs, steps=2)
+    assert run.report.kept_fraction < first.report.kept_fraction
 
 
 def test_a_patch_changes_only_its_own_cell():

@@ -50,6 +50,7 @@ CODE = (
     Part("comparison/verification/", False, "only reads a results folder"),
     Part("comparison/studies/", False, "starts comparisons; their manifests record the settings"),
     Part("comparison/__init__.py", False, "public names only"),
+    Part("training/", False, "trains weights; the digest of their file is part of the spec"),
     Part("testing/", False, "tests policies and adapters; a comparison does not use it"),
     Part("cli/", False, "only reads options and prints; the manifest records the settings"),
     Part("errors.py", False, "classes of errors"),
