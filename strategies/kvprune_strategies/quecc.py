@@ -123,7 +123,10 @@ class QueCC(TrainedPolicy, FeaturePolicy):
     """
     differs = "the model is frozen (distillation); behind the projector, as a residual of mean pooling"
     checked_against = "unverified: the authors' weights fit none of these models"
-    cost = "an extra pass of the text layers over the prompt; 8 S C d products (d = min(C, 1024))"
+    cost = (
+        "an extra pass of the text layers over the prompt; 8 S C d products, d = min(C, 1024); 82 MiB beside "
+        "the weights, which take 152 MiB"
+    )
     bibtex = """@inproceedings{quecc2025,
   title = {Inference Optimal {VLMs} Need Fewer Visual Tokens and More Parameters},
   author = {Li, Kevin Y. and Goyal, Sachin and Semedo, Jo{\\~a}o D. and Kolter, J. Zico},
