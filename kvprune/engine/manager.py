@@ -281,9 +281,8 @@ class CrossKVManager:
         if prefill.guide is not None:
             self.report.add_guide(prefill.guide)
         if not prefill.record.is_empty:
-            prefill.record.write(
-                self.report, prefill.visibility.decode, self.policy.exact_budget, self.policy.budget_scope
-            )
+            exact, scope = self.policy.exact_budget, self.policy.budget_scope
+            prefill.record.write(self.report, prefill.visibility.decode, exact, scope)
             self.history.add(prefill.kept)
 
     def _ask_guide(self, prefill: Prefill, features: Tensor) -> None:

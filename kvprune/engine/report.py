@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvprune.cache.cross_layer import CrossKVLayer
@@ -17,7 +17,6 @@ from kvprune.engine.guidance import GuideReceipt
 from kvprune.engine.live_check import check_layers, check_text_layers
 from kvprune.engine.receipts import (
     LayerReceipt,
-    StepReceipt,
     TextReceipt,
     Window,
     WindowReceipt,
@@ -151,12 +150,6 @@ class CompressionReport(ReportFacts):
     def live_layers(self) -> list[tuple[LayerReceipt, _LiveLayer]]:
         """Return each receipt with the cache layer that it describes; empty without a cache."""
         return list(zip(self.layers, self._live, strict=False))
-
-    def set_steps(self, steps: Sequence[StepReceipt]) -> None:
-        """Replace the receipts of decode steps, also in the latest window; see `Totals.set_steps`."""
-        super().set_steps(steps)
-        if self.windows and steps:
-            self.windows = (*self.windows[:-1], replace(self.windows[-1], steps=self.steps))
 
     def verify(self) -> int:
         """Measure the live cache again, and compare it with the receipts of the latest prefill.

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvprune.engine.guidance import GuideReceipt
-from kvprune.engine.receipts import WindowReceipt, read_of_visible
 from kvprune.engine.totals import Totals
 from kvprune.policy.spec import PolicySpec
 from kvprune.tokens.layout import Unit
@@ -48,8 +47,6 @@ class ReportFacts(Totals):
         unit: What one column of the cache is, for readers.
         seconds_per_column: Seconds of sound that one column adds; None if columns are no sound, or it is
             unknown.
-        windows: One receipt per prefill of the latest ``generate``, in order, if the model reads recordings
-            window by window, as Whisper does; empty for other models and for calls of the model by hand.
         loaded: File of the saved cache that this compression began with; None if it began with none.
     """
 
@@ -69,20 +66,9 @@ class ReportFacts(Totals):
     text_kept_fraction: float | None = None
     unit: Unit = Unit("token")
     seconds_per_column: float | None = None
-    windows: tuple[WindowReceipt, ...] = ()
     loaded: str | None = None
-    _visible: float = field(default=0.0, repr=False)  # tokens that decoding could see, mean over samples
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)
-
-    @property
-    def read_of_visible(self) -> float:
-        """Tokens that a decode step reads / tokens that decoding could see, mean over layers and samples.
-
-        Of the steps after the latest prefill; NaN if the policy does not decide in decode steps, or none were
-        taken.
-        """
-        return read_of_visible(self.steps, self._visible)
 
     @property
     def kept_fraction(self) -> float:

@@ -131,11 +131,13 @@ class TrainedPolicy(CrossKVPolicy):
 
 
 def _folder(cls: type[TrainedPolicy]) -> Path:
-    """Return the folder of the weights that come with a class."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    if file is None:
+    """Return the folder of the weights that come with a class, or with the policy that it is derived from."""
+    bases = [base for base in cls.__mro__ if issubclass(base, TrainedPolicy) and base is not TrainedPolicy]
+    files = [getattr(sys.modules.get(base.__module__), "__file__", None) for base in bases]
+    folders = [Path(typing.cast(str, file)).resolve().parent / "weights" for file in files if file]
+    if not folders:
         raise WeightsError(
             f"policy {cls.name!r} is defined in no file, so no weights come with it; name a file ({SUFFIX}), "
             f"or {FRESH}"
         )
-    return Path(typing.cast(str, file)).resolve().parent / "weights"
+    return next((folder for folder in folders if folder.is_dir()), folders[0])

@@ -25,13 +25,14 @@ def test_full_comes_first_and_once() -> None:
 
 
 def test_only_policies_without_a_stated_budget_are_crossed() -> None:
-    assert specs("trim", "lossless", "trim:k_ratio=0.3", "random:keep_tokens=7") == [
+    assert specs("trim", "lossless", "trim:k_ratio=0.3", "random:keep_tokens=7", "meanpool:k=2") == [
         "full",
         "trim:keep_ratio=0.5",
         "trim:keep_ratio=0.1",
         "lossless",
         "trim:k_ratio=0.3",
         "random:keep_tokens=7",
+        "meanpool:k=2",
     ]
 
 

@@ -60,6 +60,8 @@ def test_the_walk_is_whole():
         ["pytest", "-q"],
         ["kvprune", "compare"],
         ["python", "contrast_it.py"],
+        ["python", "read_less.py"],
+        ["pytest", "-q"],
     ]
     assert COMPARISON.looks_like
 

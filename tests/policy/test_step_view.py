@@ -1,4 +1,4 @@
-"""`StepView.best`, against sorting in plain Python; and the policy in docs/decode-policies.md runs."""
+"""`StepView.best`, against sorting in plain Python; and the policy in docs/write-a-policy.md runs."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ def test_rows_and_what_is_held():
 
 
 def test_the_policy_in_the_document_runs():
-    page = (Path(__file__).parents[2] / "docs" / "decode-policies.md").read_text("utf-8")
-    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    page = (Path(__file__).parents[2] / "docs" / "write-a-policy.md").read_text("utf-8")
+    code = re.search(r"<!-- test: step -->\n```python\n(.*?)```", page, re.DOTALL)[1]
     space = {"__name__": "example"}
-    exec(compile(code, "decode-policies.md", "exec", dont_inherit=True), space)
+    exec(compile(code, "write-a-policy.md", "exec", dont_inherit=True), space)
     policy = space["Nearest"](count=3)
     for family in ("Mllama", "BART"):
         assert against_oracle(model_of(family), inputs_of(family), policy) <= 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -321,3 +322,9 @@ def test_the_spec_names_the_digest_of_the_weights():
     assert f"digest={policy.digest}" in str(policy.spec)
     assert kvprune.get_policy(str(policy.spec)) == policy
     assert "digest" not in str(kvprune.get_policy("attnpred:predictor=mean").spec)
+
+
+def test_a_derived_class_has_the_weights_of_its_policy():
+    policy = kvprune.get_policy("attnpred")
+    derived = dataclass(frozen=True, kw_only=True)(type("Derived", (type(policy),), {"__module__": "types"}))
+    assert derived().weights_path == policy.weights_path
