@@ -270,7 +270,8 @@ class StepView:
         better = sizes.cumsum(-1) - sizes  # entries of better pages
         most = count if limit is None else limit.clamp(max=count)[:, None, None]
         left = better.scatter(-1, order, most - better)  # [N, H, P], what a page may add
-        return (readable & (place <= left[..., None])).flatten(-2)[..., : self.entries]
+        taken: Tensor = readable & (place <= left[..., None])
+        return taken.flatten(-2)[..., : self.entries]
 
 
 def packed(chosen: Tensor, width: int) -> Selection:

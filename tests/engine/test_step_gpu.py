@@ -122,7 +122,7 @@ def test_a_wrong_answer_is_raised_when_the_report_is_read():
         run.report  # noqa: B018
 
 
-def test_a_step_costs_little_at_the_dimensions_of_11b(capsys):
+def test_what_a_step_costs_at_the_dimensions_of_11b(capsys):
     """What it costs is told, not asserted: kernel launches decide it, and so does the machine.
 
     All policies make equally many tokens, and a fixed choice reads exactly what the prefill policy keeps.
