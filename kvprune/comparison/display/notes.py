@@ -13,7 +13,7 @@ from kvprune.comparison.storage.timings import TIMED_TOKENS
 from kvprune.policy.spec import PolicySpec
 from kvprune.text import printable
 
-__all__ = ["notes"]
+__all__ = ["has_contrast", "notes"]
 
 
 def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None) -> list[str]:
@@ -42,8 +42,13 @@ def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None)
     return [printable(note) for note in said]
 
 
+def has_contrast(summary: Summary) -> bool:
+    """Whether some rows run two branches."""
+    return any(CONTRAST in PolicySpec.parse(row.label).options for row in summary.rows)
+
+
 def _contrast_note(summary: Summary) -> list[str]:
-    if not any(CONTRAST in PolicySpec.parse(row.label).options for row in summary.rows):
+    if not has_contrast(summary):
         return []
     return [
         "Rows with contrast=RULE run two branches, the full cache and a pruned one, and combine what both "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvprune.comparison.display.cells import columns, survives
 from kvprune.comparison.display.naming import budget, p_text
-from kvprune.comparison.display.notes import notes
+from kvprune.comparison.display.notes import has_contrast, notes
 from kvprune.comparison.display.records import Provenance
 from kvprune.comparison.display.table import groups
 from kvprune.comparison.display.table_formats import latex, markdown, pipe_table
@@ -133,6 +133,8 @@ def _caption(summary: Summary, made: Provenance) -> str:
         said.append(
             "Read: what a decode step reads, on average, which is the budget of policies that choose it."
         )
+    if has_contrast(summary):
+        said.append("Rows with contrast run two branches: budget and kept share of the second, MiB of both.")
     if any(row.is_reference for row in summary.rows):
         said.append(r"$^{\dagger}$ Looks at the answer before it prunes; no method.")
     said.append(latex(_origin(summary, made)))
