@@ -22,6 +22,13 @@ __all__ = ["ContrastProcessor", "require_options"]
 _COSTLY = "output_attentions", "output_hidden_states"
 """What a second call need not return."""
 
+_OUT_OF_THE_QUESTION = 100.0
+"""How far below the first branch a token is that a rule forbids, in nats: e**-100 is 0 in a float32 softmax.
+
+It is not -inf: processors that come later forbid tokens, too, as those of timestamps do, and if they forbade
+all that the rule has left, `generate` would silently write the token with id 0. So the first branch decides.
+"""
+
 
 def require_options(options: Any) -> None:
     """Raise if `generate` decodes in a way in which two branches cannot be contrasted.
@@ -105,13 +112,14 @@ class ContrastProcessor:
             full, pruned = scores.float(), logits.float()
             if full.shape != pruned.shape or full.device != pruned.device:
                 pruned = self._fitting(full, pruned)
+            full = full.log_softmax(-1)
             if is_first or not self._rule.takes_logits:
-                full, pruned = full.log_softmax(-1), pruned.log_softmax(-1)
+                pruned = pruned.log_softmax(-1)
             if is_first:
                 self._decided = self._rule.begin(full, pruned)
             combined = self._rule.combine(full, pruned, self._decided)
             # Beams are compared by sums of log-probabilities, so these must be some.
-            combined = combined.log_softmax(-1).to(scores.dtype)
+            combined = torch.maximum(combined.log_softmax(-1), full - _OUT_OF_THE_QUESTION).to(scores.dtype)
         self._count(call, watch, combining, is_first=is_first)
         return combined
 

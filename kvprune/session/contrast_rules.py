@@ -48,8 +48,8 @@ class CombineRule(ABC):
         fidelity: How close it is to what was published.
         pruned_as: What the method would have as the second branch, for readers.
         takes_logits: Whether `combine` answers the same, but for a constant in each row, if a constant is
-            added to what a branch says. Then it gets logits from the second token on, which saves the time
-            of normalising them. `begin` always gets log-probabilities.
+            added to what a branch says. Then `combine` gets logits of the pruned branch from the second
+            token on, which saves the time of normalising them. `begin` always gets log-probabilities.
     """
 
     name: ClassVar[str]
@@ -74,11 +74,14 @@ class CombineRule(ABC):
 
     @abstractmethod
     def combine(self, full: Tensor, pruned: Tensor, decided: Tensor | None) -> Tensor:
-        """Return scores ``[B, V]`` of the next token, higher = more likely, -inf = never.
+        """Return scores ``[B, V]`` of the next token, higher = more likely, -inf = forbidden.
+
+        A forbidden token is written only if other logits processors forbid all others.
 
         Args:
-            full: Log-probabilities ``[B, V]`` of the branch that reads everything; see `takes_logits`.
-            pruned: Log-probabilities ``[B, V]`` of the branch that reads the pruned cache.
+            full: Log-probabilities ``[B, V]`` of the branch that reads everything.
+            pruned: Log-probabilities ``[B, V]`` of the branch that reads the pruned cache; see
+                `takes_logits`.
             decided: What `begin` has returned.
         """
 

@@ -101,5 +101,7 @@ def test_the_pipeline_contrasts_each_chunk_and_window(transcribe: Any, use: str)
     with kvprune.contrast(transcribe.model, "trim:keep_ratio=0.3", Pruned()) as contrast:
         assert run_it() == alone
     assert contrast.report.generations == run.report.prefills > 1
-    with kvprune.contrast(transcribe.model, "trim:keep_ratio=0.3", "mint:alpha=3"):
-        assert run_it() != alone
+    for rule in ("mint", "mod"):  # with "windows", timestamps forbid all that these rules leave
+        with kvprune.contrast(transcribe.model, "trim:keep_ratio=0.3", rule) as contrast:
+            assert len(run_it()) == len(sounds())
+        assert contrast.report.steps > 1

@@ -114,7 +114,7 @@ def test_a_policy_may_choose_anew_at_each_step(family):
     assert report.read_of_visible < 0.7
     # The last prompt token is read again, so even the first token is predicted from what a step reads.
     assert {step.steps for step in report.steps} == {run.report.steps}
-    allowed = mint.scores[0].isfinite()
+    allowed = mint.scores[0] > -50
     assert not torch.allclose(mint.scores[0][allowed], stock.scores[0].log_softmax(-1)[allowed], atol=1e-6)
 
 
