@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvprune.comparison.display.cells import columns, survives
 from kvprune.comparison.display.naming import budget, p_text
-from kvprune.comparison.display.notes import has_contrast, notes
+from kvprune.comparison.display.notes import notes
 from kvprune.comparison.display.records import Provenance
 from kvprune.comparison.display.table import groups
 from kvprune.comparison.display.table_formats import latex, markdown, pipe_table
@@ -64,7 +64,7 @@ def latex_table(summary: Summary, made: Provenance) -> str:
 def _cells(row: Row, summary: Summary, best: float | None) -> list[str]:
     name = latex(row.label) + (r"$^{\dagger}$" if row.is_reference else "")
     value = _rate(row.main)
-    if best is not None and not row.is_reference and row.main.value == best:
+    if best is not None and row.competes and row.main.value == best:
         name, value = rf"\textbf{{{name}}}", _rate(row.main, bold=True)
     window = summary.window_seconds
     fractions = [row.kept_fraction, *([row.read] if summary.reads_less else [])]
@@ -79,7 +79,7 @@ def _cells(row: Row, summary: Summary, best: float | None) -> list[str]:
 
 def _best(group: list[Row]) -> float | None:
     """Return the best value of a group with a budget; None where there is nothing to choose from."""
-    values = [row.main.value for row in group if not row.is_reference]
+    values = [row.main.value for row in group if row.competes]
     if not group[0].budget or group[0].keep_ratio is None or len(values) < 2:
         return None
     return max(values) if group[0].speech is None else min(values)
@@ -133,7 +133,7 @@ def _caption(summary: Summary, made: Provenance) -> str:
         said.append(
             "Read: what a decode step reads, on average, which is the budget of policies that choose it."
         )
-    if has_contrast(summary):
+    if any(row.is_contrast for row in summary.rows):
         said.append("Rows with contrast run two branches: budget and kept share of the second, MiB of both.")
     if any(row.is_reference for row in summary.rows):
         said.append(r"$^{\dagger}$ Looks at the answer before it prunes; no method.")
