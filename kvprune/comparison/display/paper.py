@@ -133,6 +133,8 @@ def _caption(summary: Summary, made: Provenance) -> str:
         said.append(
             "Read: what a decode step reads, on average, which is the budget of policies that choose it."
         )
+    if any(row.is_contrast for row in summary.rows):
+        said.append("Rows with contrast run two branches: budget and kept share of the second, MiB of both.")
     if any(row.is_reference for row in summary.rows):
         said.append(r"$^{\dagger}$ Looks at the answer before it prunes; no method.")
     said.append(latex(_origin(summary, made)))
