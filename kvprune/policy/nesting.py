@@ -13,6 +13,7 @@ from typing import get_args
 from kvprune.errors import PolicyOptionError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import ScoringPolicy
+from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.options import describe_type, policy_types
 from kvprune.policy.spec import OptionValue, PolicySpec, written
 from kvprune.text import shown
@@ -33,12 +34,17 @@ def require_scorer(outer: str, scorer: ScoringPolicy) -> None:
         scorer: The scorer. Only its ``score`` is used.
 
     Raises:
-        PolicyOptionError: If it is not a `ScoringPolicy`, or it sets ``keep_ratio``, ``keep_tokens`` or
-            ``reach``, which would be ignored; says what to write instead.
+        PolicyOptionError: If it is not a `ScoringPolicy`; if it decides in decode steps; or it sets
+            ``keep_ratio``, ``keep_tokens`` or ``reach``, which would be ignored; says what to write instead.
     """
     if not isinstance(scorer, ScoringPolicy):
         raise PolicyOptionError(f"policy {outer!r} needs a policy that ranks tokens, got {shown(scorer)}")
     spec = scorer.nested_spec
+    if isinstance(scorer, DecodePolicy) and scorer.takes_steps:
+        raise PolicyOptionError(
+            f"policy {outer!r} decides when the prompt has been read; the scorer {shown(written(spec))} also "
+            "decides in decode steps, which would be ignored; use it alone, or a scorer that takes no steps"
+        )
     stated = [option for option in _OUTER if option in spec.options]
     if stated:
         rest = {option: value for option, value in spec.options.items() if option not in _OUTER}

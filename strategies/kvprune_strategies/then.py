@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from kvprune import CrossKVPolicy, Decision, FeaturePolicy, FeatureView, LayerView, PolicySpec, Selection
+from kvprune import (
+    CrossKVPolicy,
+    Decision,
+    DecodePolicy,
+    FeaturePolicy,
+    FeatureView,
+    LayerView,
+    PolicySpec,
+    Selection,
+)
 from kvprune.errors import PolicyOptionError
 from kvprune.policy import Need, PrefillPolicy, TextView
 from kvprune_strategies.divprune import DivPrune
@@ -107,6 +116,8 @@ def _why_not_first(policy: FeaturePolicy) -> str:
         return "is such a pair itself, and only two policies may follow each other"
     if policy.reads_answer:
         return "has seen the answer"
+    if _takes_steps(policy):
+        return "also decides in decode steps, which is not possible in a pair yet"
     if "text_cache" in policy.needs:
         return "also prunes the text, which only the second one may"
     return ""
@@ -120,8 +131,15 @@ def _why_not_second(policy: CrossKVPolicy) -> str:
         return "decides before the first cross-attention layer, too"
     if isinstance(policy, PrefillPolicy):
         return "decides only when all layers have attended, which is not possible here yet"
+    if _takes_steps(policy):
+        return "decides in decode steps, which is not possible in a pair yet"
     if policy.reads_answer:
         return "has seen the answer"
     if policy.keeps_invisible:
         return "keeps all that there is, so nothing would follow"
     return ""
+
+
+def _takes_steps(policy: CrossKVPolicy) -> bool:
+    """Whether a policy decides in decode steps, at which a pair is not asked."""
+    return isinstance(policy, DecodePolicy) and policy.takes_steps

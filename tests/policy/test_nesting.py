@@ -342,6 +342,15 @@ def test_what_is_no_scorer_is_refused():
         require_scorer("outer", Full())
 
 
+@pytest.mark.parametrize("text", ["pyramid", "vlcache", "prefixkv", "adakv"])
+def test_a_scorer_that_decides_in_decode_steps_is_refused(text):
+    with pytest.raises(
+        PolicyOptionError, match=r"'h2o\(steps=2\)' also decides in decode steps, which would be"
+    ):
+        kvprune.get_policy(f"{text}:scorer=h2o(steps=2)")
+    kvprune.get_policy(f"{text}:scorer=h2o(normalize=false)")
+
+
 def test_a_stated_inner_budget_is_refused_from_text(toys):
     with pytest.raises(PolicyOptionError, match=r"'norm\(keep_ratio=0.5\)' sets keep_ratio.*write 'norm'"):
         kvprune.get_policy("by-rank:scorer=norm(keep_ratio=0.5)")

@@ -82,6 +82,21 @@ def test_the_name_alone_is_the_default_pair():
             PolicyOptionError,
             "'aircache' decides only when all layers have attended",
         ),
+        (
+            "divprune then quest",
+            PolicyOptionError,
+            "'quest' decides in decode steps, which is not possible in a",
+        ),
+        (
+            "meanpool then attnpred",
+            PolicyOptionError,
+            "'attnpred' decides in decode steps, which is not possible",
+        ),
+        (
+            "divprune then h2o:steps=4",
+            PolicyOptionError,
+            "'h2o' decides in decode steps, which is not possible",
+        ),
         ("divprune then answer-attention", PolicyOptionError, "'answer-attention' has seen the answer"),
         ("divprune then full", PolicyOptionError, "'full' keeps all that there is"),
         (
