@@ -230,7 +230,7 @@ class StepView:
 
         A page is a run of entries. Pages are read whole, the best first, until ``count`` entries are found;
         the last one is read from its beginning. The same as `best` with each page's score for its entries,
-        but pages are sorted where each row may read all entries, and these are fewer.
+        but pages are sorted, which are fewer.
 
         Args:
             scores: ``[N, Hkv or 1, P]``, higher = read; P = K / page, rounded up.
