@@ -48,7 +48,7 @@ class SlowContrast(LogitsProcessor):
         if is_first:
             self.decided = decided  # the same for all rows of a sample
         combined = combined.log_softmax(-1)
-        # What the rule forbids is as likely as the first branch says, but e**-100 times as likely as the rest.
+        # What the rule forbids is e**-100 times as likely as the first branch says.
         return torch.where(combined < full - 100, full - 100, combined).to(scores.dtype)
 
     def logits(self, prefix):
