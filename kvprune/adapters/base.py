@@ -164,7 +164,7 @@ class ModelAdapter(Attachment, Declaration, Reconstructing):
                 f"reread=True calls {type(module).__name__} again with the arguments it gets, but a hook "
                 "that was added with prepend=True inside the block may have changed them; add it before"
             )
-        if not self.is_rereading:
+        if not self.is_rereading and not torch.compiler.is_compiling():  # a compiled step is no prefill
             self._noted.arguments = dict(named_arguments(module, args, kwargs))
 
     def begin_call(self) -> None:
@@ -212,7 +212,8 @@ class ModelAdapter(Attachment, Declaration, Reconstructing):
         elif self.in_call:
             try:
                 self._call = None
-                vars(self._noted).clear()
+                if self.manager.rereads and not torch.compiler.is_compiling():
+                    vars(self._noted).clear()
                 if self.manager.in_prefill:
                     self.manager.end(completed=completed, reread=reread)
             finally:

@@ -25,6 +25,7 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.placement import open_for_prefill
 from kvprune.cache.reader import Reader
 from kvprune.engine.manager import CrossKVManager
+from kvprune.engine.step_counts import Readable
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.captured import Captured
 
@@ -46,6 +47,7 @@ class Call:
         tensors: Captured in the current layer, by name, for each row of the batch.
         transient: Holds the keys and values of the current layer if there is no cache.
         returns_weights: Whether modules may return attention weights, which belong back to their columns.
+        readable: What text rows may attend to in a decode step in which a policy decides, by the mask.
         again: The call that reads the last token again when this prefill has completed; None if none will.
     """
 
@@ -58,6 +60,7 @@ class Call:
         self.transient: CrossKVLayer | None = None
         self.returns_weights = True
         self.again: Rereading | None = None
+        self.readable: list[tuple[Tensor | None, Readable]] = []
         self._encoded: Tensor | None = None
 
     def layer_for(self, cache: Cache | None, layer_idx: int) -> CrossKVLayer:

@@ -20,6 +20,7 @@ from kvprune.adapters.one_mask import by_head
 from kvprune.adapters.sites import Site, by_query_head
 from kvprune.cache.contents import Contents
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.engine.step_counts import Readable
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.precision import accumulation_dtype
@@ -59,22 +60,23 @@ def stepped(
             f"all of them, but policy {steps.policy.spec} chooses what each row reads; use a policy that "
             "decides in prefill"
         )
+    readable = _readable(call, layer, mask, site, hidden)
     step = steps.view(
         rank,
         layer,
         lambda: _queries(site, hidden),
-        None if mask is None else _lets_through(mask, site),
+        readable,
         batch=len(hidden),
         text_rows=text_rows,
         scaling=site.scaling,
     )
-    selection = steps.attend(layer, step, text_rows)
+    selection = steps.attend(layer, step, readable, text_rows)
     passed = given
     before: Contents | None = layer.contents  # observing may drop entries, after this step has read them
     if selection is None:
         keys, values = layer.spread()
     elif text_rows == 1:
-        keys, values = layer.read(selection.indices)
+        keys, values = steps.read(rank, layer, selection)
         passed = _over_chosen(mask, selection, site, hidden)
         before = _chosen(selection, step) if call.returns_weights else None
     else:
@@ -111,6 +113,19 @@ def _queries(site: Site, hidden: Tensor) -> Tensor:
         output = output.view(*output.shape[:2], site.heads, -1).transpose(1, 2)
     norm = site.query_norm
     return output if norm is None else norm(output)  # type: ignore[no-any-return]
+
+
+def _readable(call: Call, layer: CrossKVLayer, mask: Tensor | None, site: Site, hidden: Tensor) -> Readable:
+    """Return what the text rows of a call may attend to; layers under the same mask share it."""
+    allowed = None if mask is None else lambda: _lets_through(mask, site)
+    made = Readable(layer, allowed, *hidden.shape[:2])
+    if torch.compiler.is_compiling():
+        return made
+    for known_mask, known in call.readable:
+        if known_mask is mask and known.is_of(layer):
+            return known
+    call.readable.append((mask, made))
+    return made
 
 
 def _lets_through(mask: Tensor, site: Site) -> Tensor:

@@ -185,23 +185,32 @@ class CrossKVLayer(HeldEntries):
         keys, values = self.assembled()
         return self._spread(keys), self._spread(values)
 
-    def read(self, places: Tensor) -> tuple[Tensor, Tensor]:
+    def places(self, entries: Tensor) -> Tensor:
+        """Return where entries of each row of the batch are among all of the layer, int64 ``[B * Hkv * n]``.
+
+        Args:
+            entries: int64 ``[B, H or 1, n]``, which of the K entries.
+        """
+        batch, heads, width = entries.shape[0], self._keys.shape[1], self.width
+        first = torch.arange(0, batch * heads * width, width, device=entries.device).view(batch, heads, 1)
+        if self.copies > 1:
+            each = heads * width
+            first = first // each // self.copies * each + first % each
+        return (first + entries).flatten()
+
+    def read(self, places: Tensor, flat: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return some entries of each row of the batch in the layer's own dtype, ``[B, Hkv, n, D]``, copied.
 
         Args:
             places: int64 ``[B, H or 1, n]``, which of the K entries.
+            flat: What `places` returns for them, if the caller has it.
         """
         keys, values = self.assembled()
         if not keys.is_contiguous() or not values.is_contiguous():
             return gather_entries(self._spread(keys), places), gather_entries(self._spread(values), places)
         # Whole entries are copied by their place among all of the layer, which is faster than a gather.
-        batch, heads, entries = places.shape[0], *keys.shape[1:3]
-        first = torch.arange(0, batch * heads * entries, entries, device=places.device).view(batch, heads, 1)
-        if self.copies > 1:
-            each = heads * entries
-            first = first // each // self.copies * each + first % each
-        flat = (first + places).flatten()  # [B * Hkv * n]
-        shape = batch, heads, places.shape[-1]
+        flat = self.places(places) if flat is None else flat  # [B * Hkv * n]
+        shape = places.shape[0], keys.shape[1], places.shape[-1]
         read = (side.view(-1, side.shape[-1]).index_select(0, flat) for side in (keys, values))
         chosen_keys, chosen_values = (side.view(*shape, side.shape[-1]) for side in read)
         return chosen_keys, chosen_values

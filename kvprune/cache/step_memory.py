@@ -27,8 +27,8 @@ class StepMemory:
         compiles: Whether the policy's steps can be traced into one graph.
 
     Attributes:
-        taken: int64 ``[]``, decode steps so far.
-        taken_eagerly: The same as the host knows it, compiled steps left out.
+        in_graphs: int64 ``[]``, compiled decode steps so far; a graph counts them.
+        taken_eagerly: All others.
         is_changed: Whether a step has changed the state.
         taken_back: Steps that were taken back, as far as the host knows.
         text_before: Text tokens in the cache before the first step; None until then, and where unknown.
@@ -48,9 +48,14 @@ class StepMemory:
             name: repeat_rows(tensor, copies).clone() if by_row and copies > 1 else tensor
             for name, tensor in tensors.items()
         }
-        self.taken = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_graphs = torch.zeros((), dtype=torch.int64, device=device)
         self.taken_eagerly = self.taken_back = 0
         self.text_before: int | None = None
+
+    @property
+    def taken(self) -> Tensor:
+        """Decode steps so far, int64 ``[]``."""
+        return self.in_graphs + self.taken_eagerly
 
     @property
     def nbytes(self) -> int:
@@ -70,9 +75,8 @@ class StepMemory:
     def advance(self, rows: int) -> None:
         """Count a step of that many text rows."""
         if torch.compiler.is_compiling():  # a graph reads it at the same address in each step
-            self.taken.add_(rows)
+            self.in_graphs.add_(rows)
         else:
-            self.taken = self.taken + rows
             self.taken_eagerly += rows
 
     def store(self, tensors: Mapping[str, Tensor]) -> None:
@@ -129,9 +133,10 @@ class StepMemory:
         undone = min(tokens, self.taken_eagerly)
         self.taken_eagerly -= undone
         self.taken_back += undone
-        self.taken = (self.taken - tokens).clamp(min=0)  # tokens of the prompt are no steps
+        if tokens > undone:
+            self.in_graphs = (self.in_graphs - (tokens - undone)).clamp(min=0)  # the prompt's are no steps
 
     def to(self, device: torch.device | str) -> None:
         """Move to a device."""
         self.over_rows(lambda tensor: tensor.to(device))
-        self.taken = self.taken.to(device)
+        self.in_graphs = self.in_graphs.to(device)

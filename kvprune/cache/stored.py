@@ -102,7 +102,7 @@ def fresh_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
         if fresh.steps is not None:
             fresh.steps = copy.copy(fresh.steps)
             fresh.steps.tensors = {name: tensor.clone() for name, tensor in fresh.steps.tensors.items()}
-            fresh.steps.taken = fresh.steps.taken.clone()
+            fresh.steps.in_graphs = fresh.steps.in_graphs.clone()
     elif fresh.keys is not None and fresh.values is not None:
         fresh.keys, fresh.values = fresh.keys.clone(), fresh.values.clone()
     return fresh
@@ -162,7 +162,6 @@ def _restored_cross(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         state = {name: tensors[f"state.{name}"] for name in steps["names"]}
         layer.steps = StepMemory(state, device, by_row=steps["by_row"], compiles=steps["compiles"])
         layer.steps.is_changed, layer.steps.taken_eagerly = bool(steps["is_changed"]), int(steps["taken"])
-        layer.steps.taken = layer.steps.taken + int(steps["taken"])
         layer.steps.taken_back, layer.steps.text_before = int(steps["taken_back"]), steps["text_before"]
     return layer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from kvprune.policy.step_checks import FLAWS
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.selection import Selection
 
-__all__ = ["CheckedAnswer", "StepCounts", "StepRead", "count_entries", "readable_entries", "recorded"]
+__all__ = ["CheckedAnswer", "Readable", "StepCounts", "StepRead", "count_entries", "recorded"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,15 +40,20 @@ class CheckedAnswer:
 
     def __init__(self, answer: Selection, safe: Selection) -> None:
         self.safe = safe
+        self.read_at: tuple[int, Tensor] | None = None  # copies, and `CrossKVLayer.places` for these
+        self._full = answer.is_known_full
         self._tensors = answer.indices, answer.valid
         self._versions = self._now()
 
     def _now(self) -> tuple[int, ...]:
-        return tuple(0 if tensor.is_inference() else tensor._version for tensor in self._tensors)
+        tensors = self._tensors[: 1 if self._full else 2]
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
     def is_of(self, answer: Selection) -> bool:
         """Whether an answer has the same tensors, unchanged."""
-        same = self._tensors[0] is answer.indices and self._tensors[1] is answer.valid
+        same = self._tensors[0] is answer.indices and (
+            answer.is_known_full if self._full else self._tensors[1] is answer.valid
+        )
         return same and self.safe.columns == answer.columns and self._versions == self._now()
 
 
@@ -129,25 +135,73 @@ def recorded(layer: CrossKVLayer, step: StepView, answer: Selection | None, text
     return StepRead(step.layer_idx, columns[..., :-1].unflatten(0, (-1, text_rows)))
 
 
-def count_entries(flags: Tensor, heads: int, *, full: bool) -> int | Tensor:
+def count_entries(flags: Tensor, heads: int, *, full: bool = False) -> int | Tensor:
     """Return how many flags ``[N, H or 1, K]`` are set, those of all heads counted for each head."""
     if full:
         return flags.shape[0] * heads * flags.shape[-1]
-    return flags.sum() * (heads // flags.shape[1])
+    found = flags.sum()
+    return found if flags.shape[1] == heads else found * heads
 
 
-def readable_entries(layer: CrossKVLayer, readable: Tensor | None, batch: int, text_rows: int) -> Tensor:
-    """Return which entries each text row may attend to, bool ``[N, Hkv or 1, K]``."""
-    found = None
-    if layer.ragged and layer.valid is not None:
-        held = layer.valid.repeat_interleave(layer.copies, dim=0)[:, None]  # [B, 1, H or 1, K]
-        found = held.expand(-1, text_rows, -1, -1)
-    if readable is not None:
-        allowed = readable.transpose(1, 2).expand(batch, text_rows, -1, -1)  # [B, T, Hkv or 1, K]
-        found = allowed if found is None else allowed & found
-    if found is None:
-        return torch.ones(1, 1, 1, dtype=torch.bool, device=layer.keys.device).expand(
-            batch * text_rows, 1, layer.width
+class Readable:
+    """Which entries the text rows of a call may attend to; layers that hold the same entries share one.
+
+    Args:
+        layer: A cache layer.
+        allowed: Returns what the model's mask lets through, bool ``[B, Hkv or 1, T or 1, K]``; None for all.
+        batch: Rows of the batch B.
+        text_rows: Text rows T of the call.
+
+    Attributes:
+        unrestricted: Whether each text row may attend to every entry, as far as the host knows.
+    """
+
+    def __init__(
+        self, layer: CrossKVLayer, allowed: Callable[[], Tensor] | None, batch: int, text_rows: int
+    ) -> None:
+        self.unrestricted = allowed is None and not layer.ragged
+        self._layer, self._allowed, self._shape = layer, allowed, (batch, text_rows, layer.width)
+        self._held = layer.valid if layer.ragged else None
+        self._flags: Tensor | None = None
+        self._count: int | Tensor | None = None
+
+    def is_of(self, layer: CrossKVLayer) -> bool:
+        """Whether it holds for a layer under the same mask."""
+        return (
+            self._held is (layer.valid if layer.ragged else None)
+            and self._shape[2] == layer.width
+            and self._layer.copies == layer.copies
+            and self._layer.keys.shape[1] == layer.keys.shape[1]
         )
-    found = found.flatten(0, 1)
-    return found | ~found.any(-1, keepdim=True)  # a row from which everything is hidden attends to something
+
+    def flags(self) -> Tensor:
+        """Return what each text row may attend to, bool ``[N, Hkv or 1, K]``; see `StepView.readable`."""
+        if self._flags is None:
+            self._flags = self._made()
+        return self._flags
+
+    def count(self, heads: int) -> int | Tensor:
+        """Return how many entries that are, over all text rows and KV heads."""
+        if self._count is None:
+            batch, text_rows, width = self._shape
+            if self.unrestricted:
+                self._count = batch * text_rows * heads * width
+            else:
+                self._count = count_entries(self.flags(), heads)
+        return self._count
+
+    def _made(self) -> Tensor:
+        batch, text_rows, width = self._shape
+        if self.unrestricted:
+            one = torch.ones(1, 1, 1, dtype=torch.bool, device=self._layer.keys.device)
+            return one.expand(batch * text_rows, 1, width)
+        found = None
+        if self._held is not None:
+            held = self._held.repeat_interleave(self._layer.copies, dim=0)[:, None]  # [B, 1, H or 1, K]
+            found = held.expand(-1, text_rows, -1, -1)
+        if self._allowed is not None:
+            allowed = self._allowed().transpose(1, 2).expand(batch, text_rows, -1, -1)  # [B, T, Hkv or 1, K]
+            found = allowed if found is None else allowed & found
+        assert found is not None
+        found = found.flatten(0, 1)
+        return found | ~found.any(-1, keepdim=True)  # a row from which all is hidden attends to something

@@ -9,7 +9,6 @@ latest when the block ends. On the CPU, where values are at hand, it is raised i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,26 +16,25 @@ from torch import Tensor
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.step_memory import StepMemory
 from kvprune.engine.receipts import StepReceipt
+from kvprune.engine.step_calls import ask
 from kvprune.engine.step_counts import (
     CheckedAnswer,
+    Readable,
     StepCounts,
     StepRead,
     count_entries,
-    readable_entries,
     recorded,
 )
-from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError, UnsupportedCacheError
+from kvprune.errors import PolicyFailedError, SelectionError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
-from kvprune.policy.step_checks import FLAWS, check_places, check_state, flaws
+from kvprune.policy.step_checks import EMPTY, FLAWS, HIDDEN, check_places, check_state, flaws, reads_hidden
 from kvprune.policy.step_view import HeldView, StepView
 from kvprune.policy.view import LayerView
 from kvprune.policy.weights import HeldWeights
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]
-
-_Answer = TypeVar("_Answer")
 
 
 class Stepping:
@@ -112,7 +110,7 @@ class Stepping:
             earlier=None if layer.steps is None else dict(layer.steps.tensors),
         )
         with torch.no_grad():
-            state = self._call(held.where, lambda: policy.prepare(held))
+            state = ask(policy.name, held.where, lambda: policy.prepare(held))
         where = f"policy {policy.name!r} {held.where}: prepare"
         layer.steps = StepMemory(
             check_state(state, len(keys), where),
@@ -128,7 +126,7 @@ class Stepping:
         rank: int,
         layer: CrossKVLayer,
         queries_of: Callable[[], Tensor],
-        readable: Tensor | None,
+        readable: Readable,
         *,
         batch: int,
         text_rows: int,
@@ -140,7 +138,7 @@ class Stepping:
             rank: Index among the cross-attention layers.
             layer: Its cache layer.
             queries_of: Returns the queries of the layer, ``[B, Hq, T, D]``.
-            readable: bool ``[B, Hkv or 1, T or 1, K]``, what the model's mask lets through; None for all.
+            readable: What the text rows may attend to.
             batch: Rows of the batch B.
             text_rows: Text rows T of the call.
             scaling: Factor on attention logits.
@@ -149,8 +147,8 @@ class Stepping:
             UnsupportedCacheError: If the cache was not filled under this policy, or several tokens are read
                 at once under a policy that observes steps.
         """
-        policy = self.policy
-        if layer.steps is None:
+        policy, memory = self.policy, layer.steps
+        if memory is None:
             raise UnsupportedCacheError(
                 f"policy {policy.spec} decides in decode steps, but layer {self._layer_indices[rank]} of "
                 "this cache was filled without it; start with an empty cache"
@@ -169,25 +167,28 @@ class Stepping:
             keys=keys,
             values=values,
             slots_of=lambda: layer.entries()[0],
-            readable=readable_entries(layer, readable, batch, text_rows),
-            number=layer.steps.taken,
-            taken=-1 if policy.compiles else layer.steps.taken_eagerly,
+            readable_of=readable.flags,
+            number_of=lambda: memory.taken,
+            taken=-1 if policy.compiles else memory.taken_eagerly,
             layer_idx=self._layer_indices[rank],
             rank=rank,
             num_layers=len(self._layer_indices),
             scaling=scaling,
             policy_name=policy.name,
             copies=copies,
-            unrestricted=readable is None and not layer.ragged,
+            unrestricted=readable.unrestricted,
             held=self._held,
         )
 
-    def attend(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:
+    def attend(
+        self, layer: CrossKVLayer, step: StepView, readable: Readable, text_rows: int
+    ) -> Selection | None:
         """Ask which entries a step reads; checked, and with places that are safe to read.
 
         Args:
             layer: The cache layer.
             step: The step.
+            readable: What its text rows may attend to.
             text_rows: Text rows of the call for each row of the batch.
 
         Raises:
@@ -199,8 +200,8 @@ class Stepping:
         assert memory is not None
         state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
-            answer = self._call(step.where, lambda: policy.attend(step, state), step)
-            read = held = count_entries(step.readable, log.heads, full=step.unrestricted)
+            answer = ask(policy.name, step.where, lambda: policy.attend(step, state), step)
+            read = held = readable.count(log.heads)
             if answer is not None:
                 answer = self._checked(answer, step, log, 0)
                 read = count_entries(answer.valid, log.heads, full=answer.is_known_full)
@@ -227,7 +228,7 @@ class Stepping:
         state = memory.of_text_rows(layer.copies, 1)
         where = f"policy {policy.name!r} {step.where}: observe"
         with torch.no_grad():
-            answer = self._call(step.where, lambda: policy.observe(step, attention, state), step)
+            answer = ask(policy.name, step.where, lambda: policy.observe(step, attention, state), step)
             if not isinstance(answer, tuple) or len(answer) != 2:
                 raise PolicyFailedError(
                     f"{where} returned {type(answer).__name__}, expected a pair (state, kept or None)"
@@ -287,25 +288,44 @@ class Stepping:
         where = f"policy {self.policy.name!r} {step.where}: {('attend', 'observe')[asked]}"
         selection = check_places(answer, step, where)
         if step.has_made(selection):
+            if step.has_limited(selection):
+                self._note(log, step.rank, log.flaws[asked, EMPTY], ~selection.valid[..., 0].all())
             return selection
         eager = not torch.compiler.is_compiling()
-        if eager and step.unrestricted and log.checked is not None and log.checked.is_of(selection):
+        if eager and log.checked is not None and log.checked.is_of(selection):
+            if not step.unrestricted:  # the mask of this step may hide what that of another one has not
+                self._note(log, step.rank, log.flaws[asked, HIDDEN], reads_hidden(log.checked.safe, step))
             return log.checked.safe
+        places = selection.indices.clamp(0, step.entries - 1)
+        if selection.is_known_full:
+            safe = Selection.full(places, step.entries)
+        else:
+            safe = Selection.trusted(places, selection.valid, step.entries)
         found = flaws(selection, step)
-        safe = Selection.trusted(selection.indices.clamp(0, step.entries - 1), selection.valid, step.entries)
+        self._note(log, step.rank, log.flaws[asked], found)
         if not eager:
-            log.flaws[asked].logical_or_(found)
             return safe
-        if not _at_hand(found):
-            log.flaws[asked] |= found
-        elif found.any():  # the values are at hand
-            log.flaws[asked] |= found
-            self._raise(log, step.rank)
-        elif selection.valid.all():
-            safe = Selection.full(selection.indices, step.entries)
-        if step.unrestricted:
-            log.checked = CheckedAnswer(selection, safe)
+        if _at_hand(found) and selection.valid.all():
+            safe = Selection.full(places, step.entries)
+        log.checked = CheckedAnswer(selection, safe)
         return safe
+
+    def _note(self, log: StepCounts, rank: int, flags: Tensor, found: Tensor) -> None:
+        """Add flaws to those of a layer; raise at once if the values are at hand."""
+        if torch.compiler.is_compiling() or not _at_hand(found):
+            flags.logical_or_(found)
+        elif found.any():
+            flags.logical_or_(found)
+            self._raise(log, rank)
+
+    def read(self, rank: int, layer: CrossKVLayer, answer: Selection) -> tuple[Tensor, Tensor]:
+        """Return the entries that `attend` has answered, ``[B, Hkv, n, D]`` each, copied."""
+        known = None if torch.compiler.is_compiling() else self._log(rank, layer).checked
+        if known is None or known.safe is not answer:
+            return layer.read(answer.indices)
+        if known.read_at is None or known.read_at[0] != layer.copies:
+            known.read_at = layer.copies, layer.places(answer.indices)
+        return layer.read(answer.indices, known.read_at[1])
 
     def _raise(self, log: StepCounts, rank: int) -> None:
         found = log.flaws.tolist()
@@ -317,28 +337,6 @@ class Stepping:
                         f"policy {self.policy.name!r} in a decode step at layer "
                         f"{self._layer_indices[rank]}: {method}: {text}"
                     )
-
-    def _call(self, where: str, question: Callable[[], _Answer], step: StepView | None = None) -> _Answer:
-        """Call the policy; an unexpected exception becomes an error that names it, and so does writing."""
-        if torch.compiler.is_compiling():
-            return question()
-        name = self.policy.name
-        shown = () if step is None else (step.keys, step.values)
-        before = [tensor._version for tensor in shown if not tensor.is_inference()]
-        try:
-            answer = question()
-        except (KVPruneError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise PolicyFailedError(
-                f"policy {name!r} raised {type(error).__name__} {where}: {str(error)[:500]}"
-            ) from error
-        if before != [tensor._version for tensor in shown if not tensor.is_inference()]:
-            raise PolicyFailedError(
-                f"policy {name!r} changed keys or values in place {where}; a view shows the model's "
-                "own tensors and is read-only: work on a copy"
-            )
-        return answer
 
 
 def _at_hand(tensor: Tensor) -> bool:

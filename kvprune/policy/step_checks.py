@@ -13,7 +13,7 @@ from kvprune.policy.step_view import State, StepView
 from kvprune.text import shown
 from kvprune.tokens.selection import Selection
 
-__all__ = ["FLAWS", "check_places", "check_state", "flaws"]
+__all__ = ["EMPTY", "FLAWS", "HIDDEN", "check_places", "check_state", "flaws", "reads_hidden"]
 
 FLAWS = (
     "KV03: it selects nothing for some row and head; each row reads at least one entry",
@@ -22,6 +22,9 @@ FLAWS = (
     "KV01: its entries are not strictly increasing, with valid ones first; step.best orders them",
 )
 """What can be wrong with the values of a selection, in the order of `flaws`."""
+
+EMPTY, HIDDEN = 0, 1
+"""The flaws that may need a look of their own: of a limit, and of a mask that differs from that before."""
 
 
 def check_state(state: object, rows: int, where: str, before: State | None = None) -> State:
@@ -108,3 +111,11 @@ def flaws(selection: Selection, step: StepView) -> Tensor:
     rises = (places.diff(dim=-1) > 0) | ~valid[..., 1:]
     first = valid[..., :-1] | ~valid[..., 1:]
     return torch.stack([~valid[..., 0].all(), (valid & ~held).any(), ~(rises & first).all()])
+
+
+def reads_hidden(selection: Selection, step: StepView) -> Tensor:
+    """Return whether entries that are held are hidden from a row that selects them, bool ``[]``."""
+    heads = max(selection.indices.shape[1], step.readable.shape[1])
+    places = selection.indices.expand(-1, heads, -1)
+    may = step.readable.expand(-1, heads, -1).gather(-1, places)  # [N, H, n]
+    return ~(may if selection.is_known_full else may | ~selection.valid).all()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvprune.policy.view import LayerView
 from kvprune.policy.weights import HasWeights, HeldWeights
@@ -18,7 +19,7 @@ from kvprune.tokens.packing import repeat_rows
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
 
-__all__ = ["HeldView", "State", "StepView", "in_order"]
+__all__ = ["HeldView", "State", "StepView", "in_order", "packed"]
 
 State = Mapping[str, Tensor]
 """What a policy knows about one layer between steps: tensors by name, whose first axis is rows."""
@@ -78,13 +79,10 @@ class StepView:
         keys: ``[R, Hkv, K, D]``, as they are held.
         values: ``[R, Hkv, K, D]``.
         slots_of: Returns `slots`.
-        readable: bool ``[N, Hkv or 1, K]``, the entries that each text row may attend to. False at padding
-            and where the model's own mask hides an entry. True everywhere for a row from which all is hidden
-            (a sample of padding, or without condition), because attention must read something.
-        number: int64 ``[]``, decode steps since the prefill, 0 in the first one. A call that reads several
-            tokens counts as that many steps, but all of its rows have the number of its first.
-        taken: The same on the host, for policies that do not compile (`DecodePolicy.compiles`); -1 for
-            others, because a graph would be made anew for each number.
+        readable_of: Returns `readable`.
+        number_of: Returns `number`.
+        taken: The number of the step on the host, for policies that do not compile
+            (`DecodePolicy.compiles`); -1 for others, because a graph would be made anew for each number.
         layer_idx: Index of the decoder layer in the model.
         rank: Index among the cross-attention layers, 0 to L - 1.
         num_layers: Number of cross-attention layers L.
@@ -101,8 +99,8 @@ class StepView:
     keys: Tensor
     values: Tensor
     slots_of: Callable[[], Tensor]
-    readable: Tensor
-    number: Tensor
+    readable_of: Callable[[], Tensor]
+    number_of: Callable[[], Tensor]
     taken: int
     layer_idx: int
     rank: int
@@ -113,6 +111,7 @@ class StepView:
     unrestricted: bool = False
     held: HeldWeights = field(default_factory=HeldWeights, repr=False)
     _made: list[Selection] = field(default_factory=list, repr=False)
+    _limited: list[Selection] = field(default_factory=list, repr=False)
     _queries: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
@@ -126,6 +125,24 @@ class StepView:
         if not self._queries:
             self._queries.append(self.queries_of())
         return self._queries[0]
+
+    @property
+    def readable(self) -> Tensor:
+        """The entries that each text row may attend to, bool ``[N, Hkv or 1, K]``.
+
+        False at padding and where the model's own mask hides an entry. True everywhere for a row from which
+        all is hidden (a sample of padding, or without condition), because attention must read something.
+        """
+        return self.readable_of()
+
+    @property
+    def number(self) -> Tensor:
+        """Decode steps since the prefill, int64 ``[]``, 0 in the first one.
+
+        A call that reads several tokens counts as that many steps, but all of its rows have the number of its
+        first.
+        """
+        return self.number_of()
 
     @property
     def rows(self) -> Tensor:
@@ -170,8 +187,12 @@ class StepView:
         return queries.reshape(len(queries), self.heads, -1, queries.shape[-1])
 
     def has_made(self, selection: Selection) -> bool:
-        """Whether `best` has made a selection in this step, one that needs no check."""
+        """Whether `best` or `best_pages` has made a selection in this step, so that its entries are right."""
         return any(made is selection for made in self._made)
+
+    def has_limited(self, selection: Selection) -> bool:
+        """Whether the policy has given one of these a limit, which may be 0 for some row."""
+        return any(made is selection for made in self._limited)
 
     def best(self, scores: Tensor, count: int, limit: Tensor | None = None) -> Selection:
         """Return the entries of the highest scores, for each text row, without asking the device.
@@ -192,14 +213,17 @@ class StepView:
             self._made.append(Selection.full(order.sort(dim=-1).values, self.entries))
             return self._made[-1]
         heads = max(scores.shape[1], self.readable.shape[1])
+        # An entry that may be read ranks above all others, whatever its score.
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         lowest = scores.masked_fill(~self.readable, -torch.inf)  # [N, H, K]
         # Stable, so that equal scores go to the lower place on any device.
         found, places = lowest.expand(-1, heads, -1).sort(dim=-1, descending=True, stable=True)
         found, places = found[..., :count], places[..., :count]  # [N, H, count], best first
-        valid = found > -torch.inf
+        valid = found != -torch.inf
         if limit is not None:
             valid = valid & (torch.arange(count, device=valid.device) < limit[:, None, None])
-        return in_order(places, valid, self.entries)
+        made = in_order(places, valid, self.entries)
+        return self._noted(made, limit)
 
     def best_pages(self, scores: Tensor, page: int, count: int, limit: Tensor | None = None) -> Selection:
         """Return the entries of the pages of the highest scores, without asking the device.
@@ -219,7 +243,7 @@ class StepView:
         """
         count = max(1, min(count, self.entries))
         if not self.unrestricted or limit is not None:
-            return self.best(scores.repeat_interleave(page, dim=-1)[..., : self.entries], count, limit)
+            return self._noted(packed(self._of_pages(scores, page, count, limit), count), limit)
         # One page more than fills count, because the last page of all may be short.
         most = min(-(-count // page) + 1, scores.shape[-1])
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]  # [N, H, most]
@@ -229,6 +253,44 @@ class StepView:
         places = torch.where(taken, places, self.entries).sort(dim=-1).values[..., :count]
         self._made.append(Selection.full(places, self.entries))
         return self._made[-1]
+
+    def _noted(self, made: Selection, limit: Tensor | None) -> Selection:
+        self._made.append(made)
+        if limit is not None:
+            self._limited.append(made)
+        return made
+
+    def _of_pages(self, scores: Tensor, page: int, count: int, limit: Tensor | None) -> Tensor:
+        """Return the readable entries of the best pages, bool ``[N, H, K]``, at most ``count`` a row."""
+        pages, heads = scores.shape[-1], max(scores.shape[1], self.readable.shape[1])
+        readable = pad(self.readable, (0, pages * page - self.entries)).unflatten(-1, (pages, page))
+        place = readable.cumsum(-1)  # [N, H or 1, P, page], counted from 1 within a page
+        order = scores.expand(-1, heads, -1).sort(dim=-1, descending=True, stable=True).indices
+        sizes = place[..., -1].expand(-1, heads, -1).gather(-1, order)  # [N, H, P], the best page first
+        better = sizes.cumsum(-1) - sizes  # entries of better pages
+        most = count if limit is None else limit.clamp(max=count)[:, None, None]
+        left = better.scatter(-1, order, most - better)  # [N, H, P], what a page may add
+        taken: Tensor = readable & (place <= left[..., None])
+        return taken.flatten(-2)[..., : self.entries]
+
+
+def packed(chosen: Tensor, width: int) -> Selection:
+    """Return the selection of the true entries, of which no row has more than ``width``.
+
+    Needs no device transfer, and no sort.
+
+    Args:
+        chosen: bool ``[N, H, K]``.
+        width: Width of the selection.
+    """
+    entries = chosen.shape[-1]
+    number = chosen.cumsum(-1)  # [N, H, K], of each true entry among them, from 1
+    # Others are written to one place beyond the last, which is cut off.
+    at = torch.where(chosen, number - 1, width)
+    every = torch.arange(entries, device=chosen.device).expand_as(at)
+    places = at.new_zeros(*at.shape[:2], width + 1).scatter(-1, at, every)[..., :width]
+    valid = torch.arange(width, device=chosen.device) < number[..., -1:]
+    return Selection.trusted(torch.where(valid, places, places.amax(-1, keepdim=True)), valid, entries)
 
 
 def in_order(places: Tensor, valid: Tensor, entries: int) -> Selection:

@@ -13,8 +13,7 @@ from kvprune.adapters.second_branch import CallRecorder, RecordedCall, rows_with
 from kvprune.engine.manager import CrossKVManager
 from kvprune.engine.measurement import Stopwatch
 from kvprune.errors import ContrastError, UnsupportedCacheError
-from kvprune.policy.decode import DecodePolicy
-from kvprune.session.contrast_report import ContrastReport, bytes_of, text_bytes_of
+from kvprune.session.contrast_report import ContrastReport, TextBytes, bytes_of
 from kvprune.session.contrast_rules import CombineRule
 from kvprune.text import shown
 
@@ -22,6 +21,13 @@ __all__ = ["ContrastProcessor", "require_options"]
 
 _COSTLY = "output_attentions", "output_hidden_states"
 """What a second call need not return."""
+
+_OUT_OF_THE_QUESTION = 100.0
+"""How far below the first branch a token is that a rule forbids, in nats: e**-100 is 0 in a float32 softmax.
+
+It is not -inf: processors that come later forbid tokens, too, as those of timestamps do, and if they forbade
+all that the rule has left, `generate` would silently write the token with id 0. So the first branch decides.
+"""
 
 
 def require_options(options: Any) -> None:
@@ -79,6 +85,7 @@ class ContrastProcessor:
         self._adapter, self._manager, self._recorder = adapter, manager, recorder
         self._rule, self._report, self._beams = rule, report, beams
         self._cross = frozenset(adapter.layer_indices)
+        self._text = TextBytes(self._cross), TextBytes(self._cross)  # of the first and the second branch
         self._first_cache: Any = None
         self._cache: Any = None
         self._read: Tensor | None = None  # int64 [B, T], token ids of the rows at the latest step
@@ -102,20 +109,27 @@ class ContrastProcessor:
         if is_first:
             self._require_dropped()
         with Stopwatch(scores.device) as combining:
-            full = scores.float().log_softmax(-1)
-            pruned = logits.to(full).log_softmax(-1)
-            if full.shape != pruned.shape:
-                raise ContrastError(
-                    f"the first branch returned scores {list(full.shape)}, the second one "
-                    f"{list(pruned.shape)}"
-                )
+            full, pruned = scores.float(), logits.float()
+            if full.shape != pruned.shape or full.device != pruned.device:
+                pruned = self._fitting(full, pruned)
+            full = full.log_softmax(-1)
+            if is_first or not self._rule.takes_logits:
+                pruned = pruned.log_softmax(-1)
             if is_first:
                 self._decided = self._rule.begin(full, pruned)
             combined = self._rule.combine(full, pruned, self._decided)
             # Beams are compared by sums of log-probabilities, so these must be some.
-            combined = combined.log_softmax(-1).to(scores.dtype)
+            combined = torch.maximum(combined.log_softmax(-1), full - _OUT_OF_THE_QUESTION).to(scores.dtype)
         self._count(call, watch, combining, is_first=is_first)
         return combined
+
+    def _fitting(self, full: Tensor, pruned: Tensor) -> Tensor:
+        """Return what the second branch says on the device of the first one; raise if shapes differ."""
+        if full.shape != pruned.shape:
+            raise ContrastError(
+                f"the first branch returned scores {list(full.shape)}, the second one {list(pruned.shape)}"
+            )
+        return pruned.to(full.device)
 
     def _start(self, call: RecordedCall) -> None:
         """Take the cache of the second branch, when the first branch has read the prompt."""
@@ -201,20 +215,16 @@ class ContrastProcessor:
                 "encode"
             )
         changed = any(one.merge is not None or one.quantizes for one in kept.selections.values())
+        # The last prompt token was read again, which is the first step of a policy that decides in steps.
         drops = self._manager.steps.reads_less() or any(
             fraction < 1 for fraction in report.kept_per_sample
         )  # NaN where a sample sees no image
-        if isinstance(self._manager.policy, DecodePolicy) and not drops:
-            raise ContrastError(
-                f"policy {self._manager.policy.spec} drops nothing, and chooses only from the second token "
-                "on what it reads, so both branches say the same about the first one; choose a policy that "
-                "drops some of the input, such as against='divprune:keep_ratio=0.1'"
-            )
         if not (drops or changed or report.text_layers):
+            reads = " and reads all of it at the first token" if self._manager.steps.is_active else ""
             raise ContrastError(
-                f"policy {self._manager.policy.spec} drops nothing of this input that the answer can see, so "
-                "both branches say the same, and there is nothing to contrast; choose a policy or a budget "
-                "that drops some of it, such as against='divprune:keep_ratio=0.1'"
+                f"policy {self._manager.policy.spec} drops nothing of this input that the answer can see"
+                f"{reads}, so both branches say the same, and there is nothing to contrast; choose a policy "
+                "or a budget that drops some of it, such as against='divprune:keep_ratio=0.1'"
             )
 
     def _count(self, call: RecordedCall, watch: Stopwatch, combining: Stopwatch, *, is_first: bool) -> None:
@@ -225,10 +235,11 @@ class ContrastProcessor:
         report.decided = self._decided
         report.full.add(call.watch, is_prefill=is_first)
         report.pruned.add(watch, is_prefill=is_first)
-        if not is_first:
-            report.add_combining(combining)
-            report.full.bytes_text = text_bytes_of(self._first_cache, self._cross)
-        else:
-            report.full.bytes_cross, report.full.bytes_text = bytes_of(self._first_cache, self._cross)
+        first, second = self._text
+        if is_first:
+            report.full.bytes_cross = bytes_of(self._first_cache, self._cross)
             report.pruned.bytes_cross = self._manager.report.bytes_held
-        report.pruned.bytes_text = text_bytes_of(self._cache, self._cross)
+        else:
+            report.add_combining(combining)
+        report.full.bytes_text = first.of(self._first_cache)
+        report.pruned.bytes_text = second.of(self._cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from kvprune.engine.measurement import Stopwatch
 from kvprune.engine.report import CompressionReport
 
-__all__ = ["BranchCost", "ContrastReport", "bytes_of", "text_bytes_of"]
+__all__ = ["BranchCost", "ContrastReport", "TextBytes", "bytes_of"]
 
 _MIB = 1024 * 1024
 _MOST_PENDING = 64
@@ -165,26 +166,40 @@ class ContrastReport:
         return "\n".join(lines)
 
 
-def bytes_of(cache: Any, cross_layers: frozenset[int]) -> tuple[int, int]:
-    """Return the bytes that the tensors of a cache hold: of encoder tokens, and of text.
+def bytes_of(cache: Any, cross_layers: frozenset[int]) -> int:
+    """Return the bytes that a cache holds of encoder tokens.
 
     Args:
         cache: An ``EncoderDecoderCache``, or a flat cache.
         cross_layers: Indices of the layers of a flat cache that hold encoder tokens.
     """
     cross = getattr(cache, "cross_attention_cache", None)
-    held = 0 if cross is None else sum(map(_bytes, cross.layers))
-    if cross is None:
-        held = sum(_bytes(layer) for index, layer in enumerate(cache.layers) if index in cross_layers)
-    return held, text_bytes_of(cache, cross_layers)
+    if cross is not None:
+        return sum(map(_bytes, cross.layers))
+    return sum(_bytes(layer) for index, layer in enumerate(cache.layers) if index in cross_layers)
 
 
-def text_bytes_of(cache: Any, cross_layers: frozenset[int]) -> int:
-    """Return the second of `bytes_of`, which grows with each token."""
-    own = getattr(cache, "self_attention_cache", None)
-    if own is not None:
-        return sum(map(_bytes, own.layers))
-    return sum(_bytes(layer) for index, layer in enumerate(cache.layers) if index not in cross_layers)
+class TextBytes:
+    """Counts the bytes that a cache holds of text; its layers are looked up once, because each token counts.
+
+    Args:
+        cross_layers: See `bytes_of`.
+    """
+
+    def __init__(self, cross_layers: frozenset[int]) -> None:
+        self._cross = cross_layers
+        self._cache: Any = None
+        self._layers: Sequence[Any] = ()
+
+    def of(self, cache: Any) -> int:
+        """Return the bytes of a cache, after its first call."""
+        if cache is not self._cache:
+            own = getattr(cache, "self_attention_cache", None)
+            found = cache.layers if own is None else own.layers
+            skipped = self._cross if own is None else frozenset()
+            self._layers = [layer for index, layer in enumerate(found) if index not in skipped]
+            self._cache = cache
+        return sum(map(_bytes, self._layers))
 
 
 def _bytes(layer: Any) -> int:

@@ -47,6 +47,9 @@ class CombineRule(ABC):
         bibtex: The entry of that paper, for `kvprune cite`.
         fidelity: How close it is to what was published.
         pruned_as: What the method would have as the second branch, for readers.
+        takes_logits: Whether `combine` answers the same, but for a constant in each row, if a constant is
+            added to what a branch says. Then `combine` gets logits of the pruned branch from the second
+            token on, which saves the time of normalising them. `begin` always gets log-probabilities.
     """
 
     name: ClassVar[str]
@@ -54,6 +57,7 @@ class CombineRule(ABC):
     bibtex: ClassVar[str] = ""
     fidelity: ClassVar[str] = ""
     pruned_as: ClassVar[str] = ""
+    takes_logits: ClassVar[bool] = False
 
     def begin(self, full: Tensor, pruned: Tensor) -> Tensor | None:
         """Decide at the first token what holds for the whole answer of each row.
@@ -70,11 +74,14 @@ class CombineRule(ABC):
 
     @abstractmethod
     def combine(self, full: Tensor, pruned: Tensor, decided: Tensor | None) -> Tensor:
-        """Return scores ``[B, V]`` of the next token, higher = more likely, -inf = never.
+        """Return scores ``[B, V]`` of the next token, higher = more likely, -inf = forbidden.
+
+        A forbidden token is written only if other logits processors forbid all others.
 
         Args:
             full: Log-probabilities ``[B, V]`` of the branch that reads everything.
-            pruned: Log-probabilities ``[B, V]`` of the branch that reads the pruned cache.
+            pruned: Log-probabilities ``[B, V]`` of the branch that reads the pruned cache; see
+                `takes_logits`.
             decided: What `begin` has returned.
         """
 
@@ -140,8 +147,9 @@ class Mint(CombineRule):
     rest is masked, and contrastive decoding moves the answer toward the key regions. There is no public code,
     and the equations, their sign and every number could not be read. So the formula is that of contrastive
     decoding, the sign follows from the abstract, and alpha, beta are those of VCD (arXiv 2311.16922). The
-    paper may choose tokens anew at each step, and mask deep layers only; here the policy chooses once, in
-    prefill, for all the layers that it prunes. ``fastv:keep_ratio=0.2`` leaves the shallow ones whole.
+    paper may choose tokens anew at each step, and mask deep layers only. Here the policy decides both: most
+    choose once, in prefill, ``quest`` anew at each step; ``fastv:keep_ratio=0.2`` leaves the shallow layers
+    whole.
 
     Args:
         alpha: Strength of the contrast, 0 or more. With 0, the expert alone decides.
@@ -160,6 +168,7 @@ class Mint(CombineRule):
   journal = {arXiv preprint arXiv:2502.00717},
 }"""
     fidelity = "reconstructed: no public code, and neither equations, sign nor numbers could be read"
+    takes_logits = True
     pruned_as = "the few tokens to which a shallow layer attends most, such as fastv:keep_ratio=0.2"
 
     alpha: float = 1.0
@@ -173,7 +182,8 @@ class Mint(CombineRule):
     def combine(self, full: Tensor, pruned: Tensor, decided: Tensor | None) -> Tensor:
         """Return the contrast of the two branches where the full branch finds tokens plausible."""
         expert, amateur = (pruned, full) if self.expert == "pruned" else (full, pruned)
-        return plausible(_contrast(expert, amateur, self.alpha), full, self.beta)
+        scores = _contrast(expert, amateur, self.alpha)
+        return _possible(plausible(scores, full, self.beta), expert, self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,12 +212,18 @@ class Mod(CombineRule):
     name = "mod"
     paper = "Chen et al. 2025, Mixture of Decoding, arXiv 2505.17061"
     bibtex = """\
-@article{mod,
-  title = {Mixture of Decoding: An Attention-Inspired Adaptive Decoding Strategy to Mitigate Hallucinations},
+@inproceedings{mod,
+  title = {Mixture of Decoding: An Attention-Inspired Adaptive Decoding Strategy to Mitigate Hallucinations in
+           Large Vision-Language Models},
+  author = {Chen, Xinlong and Zhang, Yuanxing and Liu, Qiang and Wu, Junfei and Zhang, Fuzheng and
+            Tan, Tieniu},
   year = {2025},
-  journal = {arXiv preprint arXiv:2505.17061},
+  booktitle = {Findings of the Association for Computational Linguistics: ACL 2025},
+  pages = {8525--8542},
+  note = {arXiv:2505.17061},
 }"""
     fidelity = "formulas, defaults and time of the decision as in the authors' code (c603060)"
+    takes_logits = True
     pruned_as = "the 20 % of tokens to which the last prompt row attends most, such as snapkv:keep_ratio=0.2"
 
     agree: float = 4.0
@@ -229,7 +245,7 @@ class Mod(CombineRule):
         assert decided is not None
         added = full.add(pruned, alpha=self.agree) if self.agree else full  # 0 * -inf is NaN
         scores = torch.where(decided[:, None], added, _contrast(full, pruned, self.disagree))
-        return plausible(scores, full, self.beta)
+        return _possible(plausible(scores, full, self.beta), full, self.beta)
 
 
 RULES: Mapping[str, type[CombineRule]] = {rule.name: rule for rule in (Mint, Mod)}
@@ -268,11 +284,18 @@ def option_types(cls: type[CombineRule]) -> dict[str, Any]:
 
 
 def _contrast(expert: Tensor, amateur: Tensor, strength: float) -> Tensor:
-    """Return ``(1 + strength) * expert - strength * amateur``; -inf where the expert is, never NaN."""
+    """Return ``(1 + strength) * expert - strength * amateur``; NaN where both are -inf."""
     if strength == 0:
         return expert
     # amateur + (1 + strength) * (expert - amateur), in one kernel: these small ones are what a token costs
-    return torch.where(expert.isneginf(), expert, torch.lerp(amateur, expert, 1 + strength))
+    return torch.lerp(amateur, expert, 1 + strength)
+
+
+def _possible(scores: Tensor, expert: Tensor, beta: float) -> Tensor:
+    """Forbid what the expert never says (-inf), if `plausible` has not done so: it forbids -inf of full."""
+    if beta > 0:
+        return scores
+    return scores.masked_fill(expert.isneginf(), -torch.inf)
 
 
 def _require(rule: CombineRule, name: str, least: float, most: float) -> None:

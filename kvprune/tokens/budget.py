@@ -5,10 +5,8 @@ All arithmetic is exact: a tenth of ten tokens is one token on every platform.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 
 from kvprune.errors import BudgetError
 
@@ -61,8 +59,24 @@ class Budget:
         if self.keep_tokens is not None:
             return min(self.keep_tokens, visible)
         assert self.keep_ratio is not None
-        return math.ceil(Fraction(str(self.keep_ratio)) * visible)
+        numerator, denominator = _as_written(self.keep_ratio)
+        return -(-numerator * visible // denominator)
 
     def resolve_all(self, visible: Iterable[int]) -> list[int]:
         """Apply `resolve` to each number of visible tokens and return the results in order."""
         return [self.resolve(count) for count in visible]
+
+
+def _as_written(ratio: float) -> tuple[int, int]:
+    """Return numerator and denominator of a ratio as the decimal that was written.
+
+    Whole numbers instead of a `Fraction`: torch.compile can trace them.
+
+    Example:
+        >>> _as_written(0.25)
+        (25, 100)
+    """
+    digits, _, exponent = str(ratio).partition("e")
+    whole, _, part = digits.partition(".")
+    places = len(part) - int(exponent or 0)
+    return int(whole + part) * 10 ** max(0, -places), 10 ** max(0, places)

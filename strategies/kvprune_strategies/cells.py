@@ -46,9 +46,12 @@ def cells_of(view: FeatureView, side: int) -> Cells:
         UnsupportedModelError: If nobody knows where the columns lie.
     """
     seen, places, segments = view.strata >= 0, view.places, view.segments  # [B, S], [1|B, S, 2], [1|B, S]
-    batch, shared = len(seen), len(places) == len(segments) == 1 and bool((seen == seen[:1]).all())
+    batch = len(seen)
+    # Samples of one kind of picture are cut alike, and once; looking costs one transfer to the host.
+    alike = [(one == one[:1]).all() for one in (seen, places, segments)]
+    shared = bool(torch.stack(alike).all())
     rows = 1 if shared else batch
-    places, segments = places.expand(rows, -1, -1), segments.expand(rows, -1)
+    places, segments = places.expand(batch, -1, -1), segments.expand(batch, -1)
     cut = [_of_sample(places[row], segments[row], seen[row], side) for row in range(rows)]
     most = max(len(table) for table, _ in cut)
     device = seen.device

@@ -19,6 +19,9 @@ from kvprune_strategies.cells import Cells, cells_of
 _WIDEST = 1024
 """Largest width inside the compressor; the width of the published one."""
 
+_ELEMENTS = 2**22
+"""Numbers of each tensor at once: 16 MiB in float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QueCC(TrainedPolicy, FeaturePolicy):
@@ -119,8 +122,11 @@ class QueCC(TrainedPolicy, FeaturePolicy):
     smaller. In a later turn of a chat, the question is that of the turn that brings the picture.
     """
     differs = "the model is frozen (distillation); behind the projector, as a residual of mean pooling"
-    checked_against = "unverified: no weights of the authors fit; their module was read"
-    cost = "an extra pass of the text layers over the prompt; 8 S C d products (d = min(C, 1024))"
+    checked_against = "unverified: the authors' weights fit none of these models"
+    cost = (
+        "an extra pass of the text layers over the prompt; 8 S C d products, d = min(C, 1024); 82 MiB beside "
+        "the weights, which take 152 MiB"
+    )
     bibtex = """@inproceedings{quecc2025,
   title = {Inference Optimal {VLMs} Need Fewer Visual Tokens and More Parameters},
   author = {Li, Kevin Y. and Goyal, Sachin and Semedo, Jo{\\~a}o D. and Kolter, J. Zico},
@@ -144,31 +150,49 @@ def compress(
     """
     dtype = scoring.accumulation_dtype(features)
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    exact = features.to(dtype)
-    own = _gathered(exact, cells)  # [B, N, P, C]
-    there = cells.there[..., None].to(dtype)  # [B, N, P, 1]
-    mean = (own * there).sum(2) / there.sum(2)  # [B, N, C]
-
-    patches = _norm(exact, weights, "input")  # [B, S, C]
-    asking = patches
+    asked = None
     if question is not None:
         asked = _norm(_linear(question.to(dtype), weights, "question"), weights, "question.norm")  # [B, C]
-        asking = patches + asked[:, None]
-    queries, keys, values = (
-        _gathered(_norm(_mlp(inputs, weights, name), weights, f"{name}.norm"), cells)  # [B, N, P, d]
-        for name, inputs in (("query", asking), ("key", patches), ("value", patches))
-    )
+    batch, tokens, size = cells.members.shape
+    some = max(1, _ELEMENTS // (batch * size * features.shape[-1]))
+    found = [
+        _compressed(weights, features, cells, slice(start, start + some), asked)
+        for start in range(0, tokens, some)
+    ]
+    return torch.cat(found, dim=1)
+
+
+def _compressed(
+    weights: Mapping[str, Tensor], features: Tensor, cells: Cells, part: slice, asked: Tensor | None
+) -> Tensor:
+    """Return the features of some of the new tokens, ``[B, n, C]``.
+
+    Args:
+        weights: As in `compress`, in float32 or float64.
+        features: ``[B, S, C]``.
+        cells: All cells.
+        part: Which of them.
+        asked: ``[B, C]``, what the question adds to each patch.
+    """
+    members, present = cells.members[:, part], cells.there[:, part]  # [B, n, P]
+    index = members.flatten(1)[..., None].expand(-1, -1, features.shape[-1])
+    own = features.gather(1, index).unflatten(1, members.shape[1:]).to(weights["gamma"].dtype)  # [B, n, P, C]
+    there = present[..., None].to(own.dtype)  # [B, n, P, 1]
+    mean = (own * there).sum(2) / there.sum(2)  # [B, n, C]
+    patches = _norm(own, weights, "input")
+    asking = patches if asked is None else patches + asked[:, None, None]
+    queries = _norm(_mlp(asking, weights, "query"), weights, "query.norm")  # [B, n, P, d]
     kernel = weights["conv.weight"][:, cells.where].mT  # [P, d]
-    query = (queries * there * kernel).sum(2) + weights["conv.bias"]  # [B, N, d]
+    query = (queries * there * kernel).sum(2) + weights["conv.bias"]  # [B, n, d]
     attention = _attention(
         _linear(query, weights, "query.in"),
-        _linear(keys, weights, "key.in"),
-        _linear(values, weights, "value.in"),
-        cells.there,
-    )  # [B, N, d]
-    learned = weights["gamma"] * _linear(attention, weights, "out")  # [B, N, C]
+        _linear(_norm(_mlp(patches, weights, "key"), weights, "key.norm"), weights, "key.in"),
+        _linear(_norm(_mlp(patches, weights, "value"), weights, "value.norm"), weights, "value.in"),
+        present,
+    )  # [B, n, d]
+    learned = weights["gamma"] * _linear(attention, weights, "out")  # [B, n, C]
     # Class tokens get nothing, so that they stay exactly as they are.
-    return torch.where(cells.pooled[..., None], mean + learned, mean).to(features.dtype)
+    return torch.where(cells.pooled[:, part, None], mean + learned, mean).to(features.dtype)
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor, there: Tensor) -> Tensor:
@@ -179,13 +203,6 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor, there: Tensor) -> Te
     logits = torch.einsum("bnhd,bnphd->bnhp", query, keys) / math.sqrt(width // heads)
     shares = logits.masked_fill(~there[:, :, None], -math.inf).softmax(-1)  # [B, N, heads, P]
     return torch.einsum("bnhp,bnphd->bnhd", shares, values).flatten(-2)
-
-
-def _gathered(tensor: Tensor, cells: Cells) -> Tensor:
-    """Return what stands at the members of each cell, ``[B, S, C]`` to ``[B, N, P, C]``."""
-    index = cells.members.flatten(1)[..., None].expand(-1, -1, tensor.shape[-1])
-    found: Tensor = tensor.gather(1, index).unflatten(1, cells.members.shape[1:])
-    return found
 
 
 def _linear(tensor: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:

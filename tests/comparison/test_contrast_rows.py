@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from command_line import kvprune_command
 from speech_helpers import load, speech_file, tiny_checkpoint
 
+from kvprune.comparison import Settings, compare, read_run, verify
 from kvprune.comparison.data.examples import read_examples
 from kvprune.comparison.execution.batches import ask
 from kvprune.comparison.plan.grid import exactly, expand
@@ -48,3 +50,29 @@ def test_a_contrast_answers_and_its_bytes_are_those_of_both_branches(tmp_path):
         assert other.spec == both.spec
         assert other.kept_fraction == one.kept_fraction
         assert other.bytes_held == one.bytes_held + one.bytes_full
+
+
+def test_a_folder_with_a_contrast_grows_by_another_rule_and_is_verified_and_exported(tmp_path):
+    data, model = speech_file(tmp_path), tiny_checkpoint(tmp_path / "model")
+    folder = tmp_path / "results"
+    settings = Settings(
+        model=str(model),
+        data=data,
+        output=folder,
+        batch_size=2,
+        repetitions=0,
+        device="cpu",
+        answer_attention=False,
+    )
+    compare(["snapkv", "snapkv:contrast=mint"], [0.3], settings)
+    before = (folder / "results.jsonl").read_text()
+    compare(["snapkv", "snapkv:contrast=mint", "snapkv:contrast=mod"], [0.3], settings)
+    assert (folder / "results.jsonl").read_text().startswith(before)
+    found = verify(folder, sample=None)
+    assert found.reproduces
+    assert found.answers == len(read_run(folder).answers) == 4 * 3
+    for form in ("markdown", "latex", "csv"):
+        text = kvprune_command("results", "export", str(folder), "--format", form)
+        assert "contrast=mint" in text
+        assert "contrast=mod" in text
+        assert form == "csv" or "two branches" in text

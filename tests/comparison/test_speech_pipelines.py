@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -11,6 +12,14 @@ from speech_helpers import RATE, tiny_checkpoint
 
 import kvprune
 from kvprune.testing import masked_oracle
+
+USES: dict[str, dict[str, Any]] = {
+    "chunks": {"chunk_length_s": 1.0, "batch_size": 2},
+    "chunks with times": {"chunk_length_s": 1.0, "batch_size": 2, "return_timestamps": True},
+    "chunks with words": {"chunk_length_s": 1.0, "batch_size": 3, "return_timestamps": "word"},
+    "windows": {"return_timestamps": True},
+    "windows with words": {"return_timestamps": "word"},
+}
 
 SPECS = ("full", "trim:keep_ratio=0.5", "norm:keep_ratio=0.5")
 
@@ -50,17 +59,7 @@ def sounds() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"chunk_length_s": 1.0, "batch_size": 2},
-        {"chunk_length_s": 1.0, "batch_size": 2, "return_timestamps": True},
-        {"chunk_length_s": 1.0, "batch_size": 3, "return_timestamps": "word"},
-        {"return_timestamps": True},
-        {"return_timestamps": "word"},
-    ],
-    ids=["chunks", "chunks with times", "chunks with words", "windows", "windows with words"],
-)
+@pytest.mark.parametrize("options", list(USES.values()), ids=list(USES))
 def test_the_pipeline_equals_the_oracle(transcribe: Any, options: dict[str, Any]) -> None:
     generate = {"language": "en", "task": "transcribe", "max_new_tokens": 8}
 
@@ -78,3 +77,31 @@ def test_the_pipeline_equals_the_oracle(transcribe: Any, options: dict[str, Any]
             transcribe.model, [one.selections for one in kept], [one.prefill_selections for one in kept]
         ):
             assert found == run_it()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned(kvprune.CombineRule):
+    """Only the second branch speaks."""
+
+    name = "pruned"
+
+    def combine(self, full: torch.Tensor, pruned: torch.Tensor, decided: object) -> torch.Tensor:
+        return pruned
+
+
+@pytest.mark.parametrize("use", ["chunks", "chunks with times", "windows"])
+def test_the_pipeline_contrasts_each_chunk_and_window(transcribe: Any, use: str) -> None:
+    generate = {"language": "en", "task": "transcribe", "max_new_tokens": 8}
+
+    def run_it() -> Any:
+        return transcribe(sounds(), generate_kwargs=dict(generate), **USES[use])
+
+    with kvprune.compress(transcribe.model, "trim:keep_ratio=0.3", reread=True) as run:
+        alone = run_it()
+    with kvprune.contrast(transcribe.model, "trim:keep_ratio=0.3", Pruned()) as contrast:
+        assert run_it() == alone
+    assert contrast.report.generations == run.report.prefills > 1
+    for rule in ("mint", "mod"):  # with "windows", timestamps forbid all that these rules leave
+        with kvprune.contrast(transcribe.model, "trim:keep_ratio=0.3", rule) as contrast:
+            assert len(run_it()) == len(sounds())
+        assert contrast.report.steps > 1

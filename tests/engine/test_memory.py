@@ -69,6 +69,17 @@ def test_scoring_of_published_methods_needs_at_most_64_mib_at_11b_dimensions(spe
     assert peak <= 64 * MIB, f"{peak / MIB:.1f} MiB"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compressing_needs_at_most_96_mib_at_11b_dimensions_beside_its_weights(dtype):
+    policy = kvprune.get_policy("quecc:weights=fresh")
+    view = make_problem(policy, dtype=dtype)
+    held = sum(tensor.nbytes for tensor in view.weights(policy).values())
+    assert held <= 160 * MIB
+    peak = peak_memory(lambda: policy.choose(view))
+    assert peak <= 96 * MIB, f"{peak / MIB:.1f} MiB"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_choosing_in_steps_needs_at_most_4_mib_at_11b_dimensions(dtype):
     policy = kvprune.get_policy("quest:keep_ratio=0.1")
@@ -85,8 +96,8 @@ def test_choosing_in_steps_needs_at_most_4_mib_at_11b_dimensions(dtype):
         keys=layer.keys,
         values=layer.values,
         slots_of=lambda: slots,
-        readable=valid,
-        number=torch.zeros((), dtype=torch.int64),
+        readable_of=lambda: valid,
+        number_of=lambda: torch.zeros((), dtype=torch.int64),
         taken=0,
         layer_idx=0,
         rank=0,

@@ -122,8 +122,11 @@ def test_a_wrong_answer_is_raised_when_the_report_is_read():
         run.report  # noqa: B018
 
 
-def test_a_step_costs_little_at_the_dimensions_of_11b(capsys):
-    """A fixed choice of a tenth takes at most 1.1 of a prefill policy's time per token; quest is told."""
+def test_what_a_step_costs_at_the_dimensions_of_11b(capsys):
+    """What it costs is told, not asserted: kernel launches decide it, and so does the machine.
+
+    All policies make equally many tokens, and a fixed choice reads exactly what the prefill policy keeps.
+    """
     model, inputs = wide_mllama("cuda"), wide_inputs("cuda", rows=8)
     found = measure(model, inputs, policies(0.1), 7)
     by_prefill, by_full = ratios(found, "prefill"), ratios(found, "full")
@@ -133,4 +136,11 @@ def test_a_step_costs_little_at_the_dimensions_of_11b(capsys):
                 f"\n{name:<8} {1000 * sorted(times)[len(times) // 2]:.3f} ms per token, "
                 f"x{by_prefill[name][0]:.3f} of prefill, x{by_full[name][0]:.3f} of full"
             )
-    assert by_prefill["fixed"][0] <= 1.1
+    steps = {}
+    for name in ("prefill", "fixed"):
+        with kvprune.compress(model, policies(0.1)[name]) as run:
+            model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1)
+        steps[name] = run.report
+    for layer, step in zip(steps["prefill"].layers, steps["fixed"].steps, strict=True):
+        assert step.steps == 3
+        assert step.entries_read == layer.width

@@ -21,7 +21,8 @@ from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.errors import PolicyFailedError, SelectionError, UnsupportedCacheError, UnsupportedModelError
 from kvprune.tokens.selection import Selection
 
-POLICIES = (ReadsAll(), ReadsLogits(), Remembers(), Remembers(least=4), Hashes(), Fixed())
+POLICIES = (ReadsAll(), ReadsLogits(), Remembers(), Remembers(least=4), Hashes(), Fixed(keep_ratio=0.3))
+QUEST = kvprune.get_policy("quest:keep_ratio=0.3,page=2")
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -97,7 +98,9 @@ def test_what_beams_remember_follows_them():
         assert own <= {tuple(row) for row in last[layer].flatten(1).tolist()}
 
 
-@pytest.mark.parametrize("policy", [ReadsAll(), ReadsLogits(), Fixed()], ids=lambda policy: str(policy.spec))
+@pytest.mark.parametrize(
+    "policy", [ReadsAll(), ReadsLogits(), Fixed(keep_ratio=0.3), QUEST], ids=lambda policy: str(policy.spec)
+)
 @pytest.mark.parametrize("family", ["Mllama", "BART"])
 def test_decoding_compiles_into_one_graph(family, policy):
     """Nothing in a step reads a value from the device: fullgraph would refuse it."""
@@ -153,6 +156,38 @@ def test_a_policy_that_does_not_say_so_is_not_compiled():
     with kvprune.compress(model_of("BART"), ReadsLogits()):
         cache = generate(model_of("BART"), inputs_of("BART"), steps=2)[2]
     assert cache.cross_attention_cache.layers[0].is_compileable
+
+
+def test_a_fixed_choice_is_checked_once_and_its_places_are_computed_once(monkeypatch):
+    """A step with the same selection copies keys and values, and does nothing else on the device."""
+    counts = []
+
+    def watched(*args):
+        with _Counts() as found:
+            answer = stepped(*args)
+        counts.append(found.names)
+        return answer
+
+    monkeypatch.setattr("kvprune.adapters.encoder_decoder.stepped", watched)
+    monkeypatch.setattr("kvprune.engine.stepping._at_hand", lambda tensor: False)  # as on a GPU
+    with kvprune.compress(model_of("Whisper"), Fixed(keep_ratio=0.3)):
+        generate(model_of("Whisper"), inputs_of("Whisper"), steps=4)
+    views = {"view", "expand"}
+    for names in counts[len(counts) // 2 :]:
+        assert sorted(set(names) - views) == ["index_select", "ones"]
+        assert [name for name in names if name not in views].count("index_select") == 2
+
+
+class _Counts(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
 
 
 class _NoHostReads(TorchDispatchMode):

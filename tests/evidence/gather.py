@@ -25,15 +25,17 @@ from kvprune.comparison.statistics.summary import Summary
 from kvprune.comparison.storage.differences import differences, in_one_sentence
 from kvprune.comparison.storage.stored_run import StoredRun, read_run
 from kvprune.errors import ResultsError
+from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
 
-PROMPT = frozenset({"queries", "text", "guidance"})
+PROMPT = frozenset({"queries", "text", "guidance", "question"})
 """What a policy can declare in `needs` that depends on the prompt.
 
-"queries" and "text" come from the rows of the prompt, "guidance" from a guide that reads it (or the answer).
+"queries", "text" and "question" come from the rows of the prompt, "guidance" from a guide that reads it
+(or the answer).
 "raw_keys", "features" and "class_attention" come from the encoder, which has not seen the prompt;
-"text_cache" and "grid" capture nothing.
+"text_cache" and "grid" capture nothing, and "reconstruction" reads a text that no question changes.
 """
 
 BASELINE = "random"
@@ -134,6 +136,11 @@ def reads_prompt(configuration: Configuration) -> bool:
     return bool(PROMPT & configuration.policy.needs)
 
 
+def chooses_in_steps(configuration: Configuration) -> bool:
+    """Whether a policy chooses in each decode step what is read, and so sees the answer as it grows."""
+    return isinstance(configuration.policy, DecodePolicy) and configuration.policy.takes_steps
+
+
 def _ingredients(run: StoredRun) -> dict[str, Any]:
     grid = run.grid
     return {
@@ -152,7 +159,7 @@ def _row(row: SummaryRow, of: Configuration, against: bool) -> Row:
         label=row.label,
         name=of.policy.name,
         keep_ratio=row.keep_ratio,
-        kept=row.kept_fraction,
+        kept=row.read,
         rate=_estimate(row.main),
         tasks={task: rate.value for task, rate in row.tasks.items()},
         reference=row.is_reference,
@@ -163,6 +170,8 @@ def _row(row: SummaryRow, of: Configuration, against: bool) -> Row:
         versus_full=_contrast(row.versus_full),
         versus_answer=_contrast(row.versus_answer_attention),
         versus_random=_contrast(row.versus_baseline) if against else None,
+        steps=chooses_in_steps(of),
+        contrast=row.is_contrast,
     )
 
 
@@ -182,7 +191,8 @@ def _contests(stored: StoredRun, summary: Summary) -> list[Contest]:
     found = []
     for ratio in sorted({row.keep_ratio for row in summary.rows if row.keep_ratio is not None}, reverse=True):
         rows = [row for row in summary.rows if row.keep_ratio == ratio and row.guide is None]
-        rows = [row for row in rows if not row.is_reference and not row.misses_budget]
+        rows = [row for row in rows if row.competes and not row.misses_budget]
+        rows = [row for row in rows if not chooses_in_steps(by_spec[row.spec])]
         best = [
             min((row for row in rows if reads_prompt(by_spec[row.spec]) is reads), key=_order, default=None)
             for reads in (True, False)

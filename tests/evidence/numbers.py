@@ -33,7 +33,8 @@ class Row:
         label: its spec without the budget.
         name: its name.
         keep_ratio: the requested fraction; None where it has no budget.
-        kept: the fraction that was kept.
+        kept: the fraction that decoding reads: what was kept, or for a policy that chooses in each decode
+            step the mean of what its steps read.
         rate: right answers, or for speech the word error rate.
         tasks: the same by task.
         reference: whether it looks at the answer.
@@ -44,6 +45,8 @@ class Row:
         versus_full: difference to the full cache.
         versus_answer: difference to answer-attention at the same budget.
         versus_random: difference to random at the same budget.
+        steps: whether it chooses in each decode step what is read.
+        contrast: whether the full cache answers beside the pruned one (`kvprune.contrast`).
     """
 
     label: str
@@ -60,11 +63,14 @@ class Row:
     versus_full: Estimate | None
     versus_answer: Estimate | None
     versus_random: Estimate | None
+    steps: bool = False
+    contrast: bool = False
 
     @property
     def ranked(self) -> bool:
         """Whether it can be ranked at its budget."""
-        return self.keep_ratio is not None and not self.reference and not self.misses_budget
+        competes = not self.reference and not self.contrast and not self.misses_budget
+        return self.keep_ratio is not None and competes
 
 
 @dataclass(frozen=True, kw_only=True)

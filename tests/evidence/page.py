@@ -27,12 +27,18 @@ and bad in the other.
 
 _READING = """## How to read the tables
 
-* A policy **reads the prompt** if it declares in `needs` that it needs `queries`, `text` or `guidance`. What
-  all others see comes from the encoder, which has not seen the prompt.
+* A policy **reads the prompt** if it declares in `needs` that it needs `queries`, `text`, `guidance` or
+  `question`. What all others see comes from the encoder, which has not seen the prompt.
 * A cell has the rate in per cent, its 95 % interval, and in parentheses the rank at this budget. Equal
   policies share a rank. Rows stand in the order of their mean rank.
-* A budget is the share of visible tokens that is kept. Where a policy kept another share, by more than three
-  points, the cell says how much instead of a rank: it cannot be compared with others at this budget.
+* A budget is the share of visible tokens that is kept, or read in a step. Where a policy kept another share,
+  by more than three points, the cell says how much instead of a rank: it cannot be compared with others at
+  this budget.
+* A policy that chooses **in each step** sees the answer as it grows. Its budget is what a step reads, and the
+  cache holds everything, except under `h2o:steps`. It takes no part in the contest of those that read the
+  prompt and those that do not.
+* Rows with `contrast` run the full cache beside the pruned one ([contrast](contrast.md)). They save nothing,
+  and have no rank.
 * `full` drops nothing. `answer-attention` looks at the answer of the full cache before it prunes: it is a
   reference and no method, and has no rank.
 * Policies ran with their defaults. `norm`, `keydiff`, `h2o` and `snapkv` ran twice: with `reach=onward` one
@@ -151,12 +157,19 @@ def _main_table(one: EvidenceSet) -> list[str]:
         at = [one.at(ratio).get(label) for ratio in one.ratios]
         cells = [cell(one, row, ranks[ratio].get(label)) for ratio, row in zip(one.ratios, at, strict=True)]
         reads = any(row.reads_prompt for row in at if row)
-        rows.append([f"`{shown[label]}`", "yes" if reads else "no", *cells])
+        rows.append([f"`{shown[label]}`", _sees(at, reads), *cells])
     for label in _references(one):
         cells = [cell(one, one.at(ratio).get(label), None) for ratio in one.ratios]
         rows.append([f"*`{shown[label]}`* (reference)", "answer", *cells])
     headings = ["policy", "reads the prompt", *(f"{share(ratio)} kept" for ratio in one.ratios)]
     return table(headings, rows, left=2)
+
+
+def _sees(at: Sequence[Row | None], reads: bool) -> str:
+    """Return what a policy sees of the text: the prompt, each step, or nothing."""
+    if any(row.steps for row in at if row):
+        return "in each step"
+    return "yes" if reads else "no"
 
 
 def _unbudgeted(one: EvidenceSet) -> list[Row]:

@@ -98,7 +98,7 @@ def cell(one: EvidenceSet, row: Row | None, rank: int | None) -> str:
     if row is None:
         return ""
     if row.misses_budget:
-        return f"{rate(row.rate)} kept {100 * row.kept:.0f} %"
+        return f"{rate(row.rate)} {'read' if row.steps else 'kept'} {100 * row.kept:.0f} %"
     return rate(row.rate) + ("" if rank is None else f" ({rank})")
 
 

@@ -22,8 +22,8 @@ def view(readable, keys):
         keys=keys,
         values=keys,
         slots_of=lambda: torch.arange(entries).expand(len(keys), 1, -1),
-        readable=readable,
-        number=torch.zeros((), dtype=torch.int64),
+        readable_of=lambda: readable,
+        number_of=lambda: torch.zeros((), dtype=torch.int64),
         taken=0,
         layer_idx=3,
         rank=0,
@@ -82,7 +82,8 @@ def test_best_pages_are_those_of_best(rows, entries, page, count, whole, seed):
     expected = step.best(scores.repeat_interleave(page, -1)[..., :entries], count, limit)
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.valid, expected.valid)
-    assert step.has_made(found) == (step.unrestricted and limit is None)
+    assert step.has_made(found)
+    assert step.has_limited(found) == (limit is not None)
 
 
 def test_rows_and_what_is_held():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from families import inputs_of, model_of
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import kvprune
 from kvprune.errors import (
@@ -299,3 +300,19 @@ def test_contrast_works_in_inference_mode_and_with_attention_weights():
         assert torch.equal(run("Mllama")[0], right)
     more = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
     assert torch.equal(run("Mllama", **more)[0].sequences, right)
+
+
+@pytest.mark.parametrize("combine", ["mint:beta=1", "mod:beta=1"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}])
+def test_tokens_that_a_rule_forbids_are_written_if_other_processors_forbid_the_rest(combine, options):
+    class Only(LogitsProcessor):
+        """Forbid all tokens but two, which the model finds unlikely."""
+
+        def __call__(self, input_ids, scores):
+            allowed = torch.zeros_like(scores, dtype=torch.bool)
+            allowed[:, [7, 11]] = True
+            return scores.masked_fill(~allowed, -torch.inf)
+
+    torch.manual_seed(0)
+    out, _ = run("BART", combine=combine, logits_processor=LogitsProcessorList([Only()]), **options)
+    assert set(out[:, -3:].flatten().tolist()) <= {7, 11}

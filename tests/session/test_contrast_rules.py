@@ -103,10 +103,40 @@ def test_a_constant_added_to_the_logits_of_a_branch_changes_nothing(rule):
     torch.testing.assert_close(said(0.0, 0.0), said(3.0, -7.0))
 
 
-def test_a_policy_that_chooses_at_each_step_is_refused():
+@pytest.mark.parametrize("family", ["BART", "Whisper", "Mllama"])
+def test_a_policy_may_choose_anew_at_each_step(family):
+    model, inputs = model_of(family), inputs_of(family)
+    stock = generated(model, inputs)
+    with kvprune.contrast(model, "quest:keep_ratio=0.3,page=1", "mint") as run:
+        mint = generated(model, inputs)
+    report = run.report.against
+    assert report.kept_fraction == 1
+    assert report.read_of_visible < 0.7
+    # The last prompt token is read again, so even the first token is predicted from what a step reads.
+    assert {step.steps for step in report.steps} == {run.report.steps}
+    allowed = mint.scores[0] > -50
+    assert not torch.allclose(mint.scores[0][allowed], stock.scores[0].log_softmax(-1)[allowed], atol=1e-6)
+
+
+def test_a_policy_whose_first_step_reads_everything_is_refused():
     model = model_of("BART")
     with (
-        kvprune.contrast(model, "quest:keep_ratio=0.3,page=1", "mint"),
-        pytest.raises(ContrastError, match="from the second token on"),
+        kvprune.contrast(model, "quest:keep_ratio=1,page=1", "mint"),
+        pytest.raises(ContrastError, match="reads all of it at the first token"),
     ):
         model.generate(**inputs_of("BART"), max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "rule", [Mint(), Mint(expert="full", alpha=0.5, beta=0.0), Mod(), Mod(agree=0.0, beta=0.0)]
+)
+def test_a_rule_that_takes_logits_answers_them_as_it_answers_probabilities(rule):
+    assert rule.takes_logits
+    random = torch.Generator().manual_seed(0)
+    one, other = 9 * torch.randn(2, 4, 9, generator=random)
+    one[:, 2] = other[:, 2] = -torch.inf  # a token that no branch ever says
+    full, pruned = one.log_softmax(-1), other.log_softmax(-1)
+    decided = rule.begin(full, pruned)
+    expected = rule.combine(full, pruned, decided).log_softmax(-1)
+    torch.testing.assert_close(rule.combine(one, other, decided).log_softmax(-1), expected)
+    assert bool(expected[:, 2].isneginf().all())

@@ -47,7 +47,9 @@ class SlowContrast(LogitsProcessor):
         combined, decided = self.combine(full, pruned, None if is_first else self.decided)
         if is_first:
             self.decided = decided  # the same for all rows of a sample
-        return combined.log_softmax(-1).to(scores.dtype)
+        combined = combined.log_softmax(-1)
+        # What the rule forbids is as likely as the first branch says, but e**-100 times as likely as the rest.
+        return torch.where(combined < full - 100, full - 100, combined).to(scores.dtype)
 
     def logits(self, prefix):
         """Return the logits of the last token of each row, read as a whole."""

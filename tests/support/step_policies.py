@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import kvprune
+from kvprune.policy.step_view import in_order
 from kvprune.tokens.selection import Selection
 
 
@@ -108,7 +109,7 @@ class Hashes(kvprune.DecodePolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(kvprune.DecodePolicy):
-    """Read the entries whose keys are longest: the same in each step.
+    """Read the entries whose keys are longest, of those that decoding sees: the same in each step.
 
     Args:
         keep_ratio: Fraction of entries.
@@ -120,11 +121,19 @@ class Fixed(kvprune.DecodePolicy):
 
     def prepare(self, view):
         count = kvprune.Budget(keep_ratio=self.keep_ratio).resolve(view.entries)
-        lengths = view.keys.double().norm(dim=-1).masked_fill(~view.valid, -1)  # [R, Hkv, K]
-        places = lengths.topk(count, dim=-1).indices.sort(-1).values
-        return {"places": places, "valid": torch.ones_like(places, dtype=torch.bool)}
+        seen = view.layer.visibility.decode  # [R, S]
+        seen = (seen | ~seen.any(-1, keepdim=True))[:, None].expand(-1, view.slots.shape[1], -1)
+        seen = view.valid & seen.gather(-1, view.slots)  # [R, H or 1, K]
+        lengths = view.keys.double().norm(dim=-1).masked_fill(~seen, -1)  # [R, Hkv, K]
+        best = lengths.topk(count, dim=-1)
+        chosen = in_order(best.indices, best.values >= 0, view.entries)
+        if chosen.valid.all():  # known for all steps: these need no mask
+            return {"places": chosen.indices}
+        return {"places": chosen.indices, "valid": chosen.valid}
 
     def attend(self, step, state):
+        if "valid" not in state:
+            return Selection.full(state["places"], step.entries)
         return Selection.trusted(state["places"], state["valid"], step.entries)
 
 

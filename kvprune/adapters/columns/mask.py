@@ -43,7 +43,7 @@ class ColumnMask:
             copies, rows = contents.copies, (slots, valid)
             if copies > 1:
                 rows = slots.repeat_interleave(copies, dim=0), valid.repeat_interleave(copies, dim=0)
-            cut = _cut(mask, *rows, site, text.dtype)
+            cut = _cut(mask, *rows, site, text.dtype, ragged=contents.ragged)
             if bias is not None:
                 cut = _biased(cut, bias.repeat_interleave(copies, dim=0), text.dtype)
             cut = site.fit_mask(cut, text.shape[1])
@@ -51,7 +51,9 @@ class ColumnMask:
         return cut
 
 
-def _cut(mask: Tensor | None, slots: Tensor, valid: Tensor, site: Site, dtype: torch.dtype) -> Tensor:
+def _cut(
+    mask: Tensor | None, slots: Tensor, valid: Tensor, site: Site, dtype: torch.dtype, *, ragged: bool
+) -> Tensor:
     """Return a mask over the columns in ``slots``, ``[B, 1 or H, T or 1, K]``."""
     if mask is not None and mask.shape[1] > 1:  # stock has a mask for each query head
         slots, valid = (by_query_head(held, site.heads).expand(-1, site.heads, -1) for held in (slots, valid))
@@ -62,6 +64,8 @@ def _cut(mask: Tensor | None, slots: Tensor, valid: Tensor, site: Site, dtype: t
         batch, heads = slots.shape[:2]
         index = slots[:, :, None].expand(-1, -1, mask.shape[2], -1)  # [B, H or 1, T or 1, K]
         cut = mask.expand(batch, heads, -1, -1).gather(-1, index)
+    if not ragged:
+        return cut
     if cut.dtype == torch.bool:
         return cut & allowed
     return cut.masked_fill(~allowed, torch.finfo(cut.dtype).min)

@@ -7,10 +7,8 @@ import statistics
 from kvprune.comparison.display.difference_notes import difference_notes
 from kvprune.comparison.display.guide_notes import guide_notes
 from kvprune.comparison.display.naming import named, times
-from kvprune.comparison.plan.grid import CONTRAST
 from kvprune.comparison.statistics.summary import Row, Summary
 from kvprune.comparison.storage.timings import TIMED_TOKENS
-from kvprune.policy.spec import PolicySpec
 from kvprune.text import printable
 
 __all__ = ["notes"]
@@ -43,12 +41,12 @@ def notes(summary: Summary, *, ranked: bool = False, encoder: str | None = None)
 
 
 def _contrast_note(summary: Summary) -> list[str]:
-    if not any(CONTRAST in PolicySpec.parse(row.label).options for row in summary.rows):
+    if not any(row.is_contrast for row in summary.rows):
         return []
     return [
         "Rows with contrast=RULE run two branches, the full cache and a pruned one, and combine what both "
         "say (docs/contrast.md): the budget and kept % are those of the second branch, MiB and seconds of "
-        "both; a second text cache comes on top. They save nothing."
+        "both; a second text cache comes on top. They save nothing, and have no rank."
     ]
 
 

@@ -64,7 +64,7 @@ def latex_table(summary: Summary, made: Provenance) -> str:
 def _cells(row: Row, summary: Summary, best: float | None) -> list[str]:
     name = latex(row.label) + (r"$^{\dagger}$" if row.is_reference else "")
     value = _rate(row.main)
-    if best is not None and not row.is_reference and row.main.value == best:
+    if best is not None and row.competes and row.main.value == best:
         name, value = rf"\textbf{{{name}}}", _rate(row.main, bold=True)
     window = summary.window_seconds
     fractions = [row.kept_fraction, *([row.read] if summary.reads_less else [])]
@@ -79,7 +79,7 @@ def _cells(row: Row, summary: Summary, best: float | None) -> list[str]:
 
 def _best(group: list[Row]) -> float | None:
     """Return the best value of a group with a budget; None where there is nothing to choose from."""
-    values = [row.main.value for row in group if not row.is_reference]
+    values = [row.main.value for row in group if row.competes]
     if not group[0].budget or group[0].keep_ratio is None or len(values) < 2:
         return None
     return max(values) if group[0].speech is None else min(values)
@@ -133,6 +133,8 @@ def _caption(summary: Summary, made: Provenance) -> str:
         said.append(
             "Read: what a decode step reads, on average, which is the budget of policies that choose it."
         )
+    if any(row.is_contrast for row in summary.rows):
+        said.append("Rows with contrast run two branches: budget and kept share of the second, MiB of both.")
     if any(row.is_reference for row in summary.rows):
         said.append(r"$^{\dagger}$ Looks at the answer before it prunes; no method.")
     said.append(latex(_origin(summary, made)))

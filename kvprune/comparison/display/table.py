@@ -121,13 +121,13 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def ranking(group: Sequence[Row]) -> list[Row]:
-    """Return rows of one keep ratio by the metric, the best first, and references last.
+    """Return rows of one keep ratio by the metric, the best first, contrasts and references last.
 
     Other groups stay as they are.
     """
     if group[0].keep_ratio is None:
         return list(group)
-    return sorted(group, key=lambda row: (row.is_reference, row.badness))
+    return sorted(group, key=lambda row: (row.is_reference, row.is_contrast, row.badness))
 
 
 def _build(
@@ -208,9 +208,11 @@ def _words(every: Sequence[Column], dropped: Sequence[str]) -> tuple[str, ...]:
 
 
 def _place(row: Row, group: Sequence[Row]) -> str:
-    """Return a row's rank in its group; equal values share one, and a reference has none."""
+    """Return a row's rank in its group; equal values share one; references and contrasts have none."""
     if row.keep_ratio is None:
         return ""
     if row.is_reference:
         return "ref"
-    return str(1 + sum(other.badness < row.badness for other in group if not other.is_reference))
+    if row.is_contrast:
+        return "two"
+    return str(1 + sum(other.badness < row.badness for other in group if other.competes))

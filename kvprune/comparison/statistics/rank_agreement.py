@@ -40,12 +40,12 @@ class RankAgreement:
 def ranked_scores(summary: Summary) -> dict[float, dict[str, float]]:
     """Return the scores of the rows that may be ranked: `Row.badness` by keep ratio and label.
 
-    Left out are references, rows without a keep ratio, and rows that kept another share than asked
+    Left out are references, contrasts, rows without a keep ratio, and rows that kept another share than asked
     (`Row.misses_budget`): at one budget they are not comparable with the others.
     """
     found: dict[float, dict[str, float]] = {}
     for row in summary.rows:
-        if row.keep_ratio is not None and not row.is_reference and not row.misses_budget:
+        if row.competes and row.keep_ratio is not None and not row.misses_budget:
             found.setdefault(row.keep_ratio, {})[row.label] = row.badness
     return found
 

@@ -51,6 +51,8 @@ class Row:
         versus_self_guided: comparison with the row `self_guided`; None where there is none.
         unfinished: number of answers that were cut at the limit on new tokens, over all draws.
         speed: measured times; None where nothing was timed.
+        is_contrast: whether the full cache answers beside the pruned one: such a row saves nothing, and is
+            not ranked.
     """
 
     spec: str
@@ -76,6 +78,7 @@ class Row:
     versus_self_guided: Contrast | None
     unfinished: int
     speed: Speed | None
+    is_contrast: bool = False
 
     @property
     def main(self) -> Rate:
@@ -91,6 +94,11 @@ class Row:
     def misses_budget(self) -> bool:
         """Whether it read noticeably more or less than asked, and so cannot be compared at its budget."""
         return self.keep_ratio is not None and abs(self.read - self.keep_ratio) > _TOLERANCE
+
+    @property
+    def competes(self) -> bool:
+        """Whether it is ranked among the rows of its budget."""
+        return self.keep_ratio is not None and not self.is_reference and not self.is_contrast
 
     @property
     def read(self) -> float:

@@ -245,6 +245,7 @@ class _Table:
             versus_self_guided=self._contrast(one.spec, self._self_guided.get(one.spec)),
             unfinished=int((1 - own.finished).sum()),
             speed=speed,
+            is_contrast=one.contrast is not None,
         )
 
     def _contrast(self, own: str, other: str | None) -> Contrast | None:
