@@ -14,7 +14,7 @@ import kvprune
 from kvprune import Layout, Replacement
 from kvprune.errors import PolicyOptionError, UnsupportedModelError, WeightsError
 from kvprune.policy.weights import HeldWeights, save_weights
-from kvprune.testing import mllama_inputs
+from kvprune.testing import check_policy, mllama_inputs
 
 C, W = 8, 6
 SEEN = []
@@ -268,3 +268,9 @@ def test_families_without_a_text_only_pass_are_refused():
     with kvprune.compress(problem.make_model(), QueCC(weights="fresh", query="none")) as run:
         pass
     assert run.policy.query == "none"
+
+
+@pytest.mark.parametrize("spec", ["quecc:k=2", "quecc:k=4 then h2o:keep_ratio=0.5"])
+def test_a_check_of_weights_that_fit_one_model_says_what_to_check(spec):
+    with pytest.raises(PolicyOptionError, match=r"fit one geometry; check it with weights=fresh"):
+        check_policy(spec)

@@ -8,8 +8,11 @@ from functools import partial
 
 from kvprune.errors import PolicyOptionError, UnknownInvariantError
 from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.nesting import parts
 from kvprune.policy.options import required_options
 from kvprune.policy.spec import PolicySpec
+from kvprune.policy.trained import TrainedPolicy
+from kvprune.policy.weights import FRESH
 from kvprune.session.registry import load
 from kvprune.testing.conformance.common.budgets import variants
 from kvprune.testing.conformance.common.reproducers import snippet
@@ -137,6 +140,7 @@ def _resolve(
         policy = load().policy_class(policy.name)
     if not isinstance(policy, type):
         made = load().get_policy(policy)
+        _require_fitting(made)
         return str(made.spec), type(made), [made]
     name = str(getattr(policy, "name", policy.__qualname__))
     required = required_options(policy)
@@ -146,6 +150,16 @@ def _resolve(
             f"default options; check a policy, or a spec such as '{name}:{required[0]}=...'"
         )
     return name, policy, []
+
+
+def _require_fitting(policy: CrossKVPolicy) -> None:
+    """Refuse weights of one model, because the check runs on many small ones."""
+    for part in parts(policy):
+        if isinstance(part, TrainedPolicy) and part.trained_for and part.weights_path is not None:
+            raise PolicyOptionError(
+                f"the check runs on small models of many geometries, but the weights {part.weights!r} of "
+                f"{part.name!r} fit one geometry; check it with weights={FRESH}, which fit any model"
+            )
 
 
 def _checked_class(cls: type[CrossKVPolicy], made: list[CrossKVPolicy]) -> Result:
