@@ -40,8 +40,8 @@ releases, down to 5.17, lack some of the classes.
   at most 1e-5 off in float32, relative to the largest logit. *Padding* is padding of the encoder's input.
   A setting that is not named does not exist in stock transformers, unless the note says otherwise.
 * **Refuses** names the built-in policies that need something that the family cannot show; they are
-  refused before anything runs. {common} are refused by all but Llama-3.2-Vision, because they need the
-  attention of a class token in each tile. All other built-in policies are compared as above on all
+  refused before anything runs. {common} are refused by all but Llama-3.2-Vision: they need the
+  attention of a class token in each tile, or (`quecc`) a pass over the prompt's text without its picture. All other built-in policies are compared as above on all
   classes, too (`pytest -m slow tests/adapters/test_family_policies.py`).
 * **Published** names checkpoints of the class. They were not all run.
 """
@@ -193,7 +193,7 @@ def refused_policies(adapter: type[ModelAdapter]) -> set[str]:
 def render() -> str:
     """Return docs/models.md."""
     common = set.intersection(*map(refused_policies, FAMILIES))
-    named = " and ".join(f"`{name}`" for name in sorted(common))
+    named = ", ".join(f"`{name}`" for name in sorted(common))
     lines = [HEAD.format(version=transformers.__version__, common=named)]
     for group, modules in GROUPS.items():
         lines += [

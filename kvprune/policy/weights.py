@@ -175,6 +175,10 @@ class HeldWeights:
         self._held: dict[tuple[HasWeights, torch.device, tuple[int | None, ...]], Mapping[str, Tensor]] = {}
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: Any) -> HeldWeights:
+        """Return these themselves: a copy of a view reads the same weights."""
+        return self
+
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors that are held now."""
         for held in tuple(self._held.values()):

@@ -179,7 +179,7 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
         "queries and the keys that are read"
     )
     bibtex = """
-@article{attentionpredictor2025,
+@article{attnpred2025,
   title = {{AttentionPredictor}: Temporal Pattern Matters for Efficient {LLM} Inference},
   author = {Yang, Qingyue and Wang, Jie and Li, Xing and Wang, Zhihai and Chen, Chen and Chen, Lei and
             Yu, Xianzhi and Liu, Wulong and Hao, Jianye and Yuan, Mingxuan and others},

@@ -130,7 +130,7 @@ class Expected(ScoringPolicy):
         "image"
     )
     bibtex = """
-@article{expectedattention2025,
+@article{expected2025,
   title = {Expected Attention: {KV} Cache Compression by Estimating Attention from Future Queries
            Distribution},
   author = {Devoto, Alessio and Jeblick, Maximilian and J{\\'e}gou, Simon},

@@ -149,7 +149,6 @@ class MeanPool(BudgetPolicy, FeaturePolicy):
     """
     differs = "class tokens stay as they are; cells of unequal size meet any budget exactly"
     checked_against = "average pooling by torch (avg_pool2d and avg_pool1d), bit-identical where k divides"
-    paper = "average pooling, as compared with in arXiv 2411.03312 (QueCC)"
 
 
 def _split(columns: Tensor, numbers: Tensor) -> list[Tensor]:

@@ -127,10 +127,9 @@ class QueCC(TrainedPolicy, FeaturePolicy):
         "an extra pass of the text layers over the prompt; 8 S C d products, d = min(C, 1024); 82 MiB beside "
         "the weights, which take 152 MiB"
     )
-    bibtex = """@inproceedings{quecc2025,
+    bibtex = """@article{quecc2025,
   title = {Inference Optimal {VLMs} Need Fewer Visual Tokens and More Parameters},
   author = {Li, Kevin Y. and Goyal, Sachin and Semedo, Jo{\\~a}o D. and Kolter, J. Zico},
-  booktitle = {International Conference on Learning Representations},
   year = {2025},
   eprint = {2411.03312},
   archivePrefix = {arXiv},

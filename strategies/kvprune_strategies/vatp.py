@@ -77,11 +77,10 @@ class VATP(ScoringPolicy):
         "values; one host synchronisation for each sample"
     )
     bibtex = """
-@inproceedings{vatp2024,
+@article{vatp2024,
   title = {Attention Score is not All You Need for Token Importance Indicator in {KV} Cache Reduction: Value
            Also Matters},
   author = {Guo, Zhiyu and Kamigaito, Hidetaka and Watanabe, Taro},
-  booktitle = {Proceedings of the 2024 Conference on Empirical Methods in Natural Language Processing},
   year = {2024},
   eprint = {2406.12335},
   archivePrefix = {arXiv},

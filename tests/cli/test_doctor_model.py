@@ -58,7 +58,7 @@ def test_a_supported_model_is_described(tmp_path: Path) -> None:
         "M parameters, float16",
         "- weights: none in the folder; none are needed here",
         "ok Whisper: WhisperAdapter of plugin builtin-adapters (kvprune)",
-        "- policies see: features, guidance, queries, raw_keys, text",
+        "- policies see: features, guidance, queries, raw_keys, reconstruction, text",
         "cross-attention in 32 layers - layers: 0 to 31 - module: model.decoder.layers.*.encoder_attn",
         "- heads: 20 for queries, 20 for keys and values, of width 64",
         "- arguments: encoder states in key_value_states, mask in attention_mask",

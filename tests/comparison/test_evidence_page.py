@@ -234,7 +234,7 @@ def test_sets_that_belong_together_are_checked(found: EvidenceSet) -> None:
 
 
 def test_what_reads_the_prompt_follows_from_what_policies_declare() -> None:
-    encoder = {"raw_keys", "features", "class_attention", "text_cache", "grid"}
+    encoder = {"raw_keys", "features", "class_attention", "text_cache", "grid", "reconstruction"}
     assert set(gather.PROMPT) | encoder == set(get_args(Need)), "does a new need know the prompt?"
     names = [
         name
@@ -251,7 +251,8 @@ def test_what_reads_the_prompt_follows_from_what_policies_declare() -> None:
 def test_the_plan_is_read(tmp_path: Path) -> None:
     every = read_plan()
     for key, one in every.items():
-        assert one.folders in ((key,), (key, f"{key}-by-layer"))
+        more = (f"{key}-by-layer", f"{key}-more")
+        assert one.folders in ((key,), (key, more[0]), (key, *more))
     good = '[a]\ntitle = "A"\nabout = "x"\nasks = true\nfigure = "f"\n'
     good += 'commands = ["kvprune compare --all --output a", """kvprune compare \\\\\n --output b"""]\n'
     path = tmp_path / "sets.toml"

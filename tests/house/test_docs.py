@@ -19,7 +19,7 @@ from test_house import ROOMS
 import kvprune
 from kvprune import errors
 from kvprune.session import hookspecs
-from kvprune.session.contrast_rules import get_rule
+from kvprune.session.rules import get_rule
 from kvprune.testing import mllama_inputs
 
 ROOT = Path(__file__).parents[2]

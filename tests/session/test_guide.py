@@ -383,7 +383,7 @@ def test_rows_of_a_given_guidance_fit_or_are_refused(have, rows, copies, columns
             to_rows(guidance, rows, copies, columns)
     else:
         of_row = [row * have // rows for row in range(rows)]
-        assert to_rows(guidance, rows, copies, columns)[:, 0].tolist() == of_row
+        assert to_rows(guidance, rows, copies, columns).scores[:, 0].tolist() == of_row
 
 
 def test_guidance_that_was_given_serves_beams_and_samples_that_are_alike():

@@ -43,6 +43,8 @@ _NOT_APPLICABLE = {
     "guided": {"KV15"},
     "h2o": {"KV15"},
     "keydiff": {"KV15"},
+    "kvzip": {"KV15"},
+    "meanpool": {"KV14", "KV15"},
     "lossless": {"KV02", "KV14", "KV15"},
     "norm": {"KV15"},
     "prefixkv": {"KV15"},
