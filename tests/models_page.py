@@ -41,7 +41,8 @@ releases, down to 5.17, lack some of the classes.
   A setting that is not named does not exist in stock transformers, unless the note says otherwise.
 * **Refuses** names the built-in policies that need something that the family cannot show; they are
   refused before anything runs. {common} are refused by all but Llama-3.2-Vision: they need the
-  attention of a class token in each tile, or (`quecc`) a pass over the prompt's text without its picture. All other built-in policies are compared as above on all
+  attention of a class token in each tile, or (`quecc`) a pass over the prompt's text without its picture.
+  All other built-in policies are compared as above on all
   classes, too (`pytest -m slow tests/adapters/test_family_policies.py`).
 * **Published** names checkpoints of the class. They were not all run.
 """
