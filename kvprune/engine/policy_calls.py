@@ -21,10 +21,10 @@ from kvprune.engine.read_only import unchanged
 from kvprune.errors import KVPruneError, PolicyFailedError, SelectionError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
+from kvprune.policy.held_weights import HeldWeights
 from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView
-from kvprune.policy.weights import HeldWeights
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.selection import Selection
 

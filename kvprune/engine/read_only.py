@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import PolicyFailedError
-from kvprune.policy.weights import HeldWeights
+from kvprune.policy.held_weights import HeldWeights
 
 __all__ = ["unchanged"]
 

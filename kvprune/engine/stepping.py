@@ -28,10 +28,10 @@ from kvprune.engine.step_counts import (
 from kvprune.errors import PolicyFailedError, SelectionError, UnsupportedCacheError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.held_weights import HeldWeights
 from kvprune.policy.step_checks import EMPTY, FLAWS, HIDDEN, check_places, check_state, flaws, reads_hidden
 from kvprune.policy.step_view import HeldView, StepView
 from kvprune.policy.view import LayerView
-from kvprune.policy.weights import HeldWeights
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]

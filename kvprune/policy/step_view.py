@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvprune.policy.held_weights import HeldWeights
 from kvprune.policy.view import LayerView
-from kvprune.policy.weights import HasWeights, HeldWeights
+from kvprune.policy.weights import HasWeights
 from kvprune.tokens.packing import repeat_rows
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection

@@ -17,8 +17,8 @@ from kvprune import scoring
 from kvprune.errors import PolicyOptionError, ScoreError, UnsupportedModelError
 from kvprune.policy.captured import Captured
 from kvprune.policy.geometry import Geometry
+from kvprune.policy.held_weights import HeldWeights, Weighted
 from kvprune.policy.text_view import TextView
-from kvprune.policy.weights import HeldWeights, Weighted
 from kvprune.tokens import randomness
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.precision import accumulation_dtype

@@ -18,10 +18,10 @@ from kvprune.adapters.base import ModelAdapter
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import TrainingError
 from kvprune.policy.base import Need
+from kvprune.policy.held_weights import HeldWeights
 from kvprune.policy.moments import FeaturePolicy
 from kvprune.policy.trained import TrainedPolicy
 from kvprune.policy.view import FeatureView
-from kvprune.policy.weights import HeldWeights
 from kvprune.session.compression import Compression
 from kvprune.tokens.decision import Decision
 from kvprune.training.lessons import Everything, Lesson

@@ -15,7 +15,8 @@ import kvprune
 from kvprune import FeatureView, LayerView, PolicySpec
 from kvprune.errors import PolicyFailedError, WeightsError
 from kvprune.policy import ScoringPolicy, TrainedPolicy
-from kvprune.policy.weights import HeldWeights, read_weights, save_weights
+from kvprune.policy.held_weights import HeldWeights
+from kvprune.policy.weights import read_weights, save_weights
 from kvprune.testing import check_policy
 
 SEE = make_visibility([[[1, 1]]], 3)

@@ -16,15 +16,16 @@ from kvprune.policy.weights import save_weights
 def test_the_same_blocks_as_the_published_code(case, tmp_path):
     problem = case.problem
     seed, heads, edge = 100 * problem["seed"], problem["heads"], problem["edge"]
+    spec = case.spec.removesuffix(",weights=fresh")  # the network is drawn here
     options = {
         name: int(value)
-        for name, value in (option.split("=") for option in case.spec.partition(":")[2].split(","))
+        for name, value in (option.split("=") for option in spec.partition(":")[2].split(","))
     }
     weights = {name: 0.3 * draw(seed + place, *shape) for place, (name, shape) in enumerate(SHAPES.items())}
     file = save_weights(
         tmp_path / "random.safetensors", AttnPred(weights="fresh", **options), weights, {}, {}
     )
-    policy = kvprune.get_policy(f"{case.spec},weights={file.path}")
+    policy = kvprune.get_policy(f"{spec},weights={file.path}")
     entries = problem["blocks"] * policy.block
     columns, inside = entries + 2 * edge, slice(edge, edge + entries)  # the original always reads the edges
     prompt = (2 * draw(seed + 50, 1, heads, problem["rows"], columns)).softmax(-1)

@@ -13,7 +13,8 @@ from kvprune_strategies.cells import cells_of
 import kvprune
 from kvprune import Layout, Replacement
 from kvprune.errors import PolicyOptionError, UnsupportedModelError, WeightsError
-from kvprune.policy.weights import HeldWeights, save_weights
+from kvprune.policy.held_weights import HeldWeights
+from kvprune.policy.weights import save_weights
 from kvprune.testing import check_policy, mllama_inputs
 
 C, W = 8, 6
