@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvprune.errors import WeightsError
 from kvprune.policy.captured import Captured
-from kvprune.policy.weights import FRESH, HasWeights, _read, read_weights
+from kvprune.policy.weights import FRESH, HasWeights, read_tensors, read_weights
 from kvprune.text import shown
 
 __all__ = ["HeldWeights", "Weighted"]
@@ -162,7 +162,7 @@ def _checked(
                 f"weights={FRESH}, which is untrained"
             )
     stat = path.stat()
-    tensors = _read(path, stat.st_mtime_ns, stat.st_size)[1]
+    tensors = read_tensors(path, stat.st_mtime_ns, stat.st_size)[1]
     for name in sorted({*tensors, *initial}):
         if name not in tensors or name not in initial:
             has, right = ("lack", "has it") if name in initial else ("have", "has no such weights")

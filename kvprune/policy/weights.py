@@ -27,6 +27,7 @@ __all__ = [
     "SUFFIX",
     "HasWeights",
     "WeightsFile",
+    "read_tensors",
     "read_weights",
     "save_weights",
 ]
@@ -104,7 +105,7 @@ def read_weights(path: Path) -> WeightsFile:
             f"there is no file of weights {shown(str(path))} ({error.strerror}); train one with "
             "`kvprune train`, or name another one"
         ) from error
-    return _read(path, stat.st_mtime_ns, stat.st_size)[0]
+    return read_tensors(path, stat.st_mtime_ns, stat.st_size)[0]
 
 
 def save_weights(
@@ -156,7 +157,7 @@ def _in_order(data: bytes) -> bytes:
 
 
 @functools.lru_cache(maxsize=32)
-def _read(path: Path, changed: int, size: int) -> tuple[WeightsFile, Mapping[str, Tensor]]:
+def read_tensors(path: Path, changed: int, size: int) -> tuple[WeightsFile, Mapping[str, Tensor]]:
     """Return header and tensors of a file; time of change and size say whether it is still the same."""
     from safetensors import SafetensorError
     from safetensors.torch import load
