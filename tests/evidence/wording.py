@@ -28,7 +28,10 @@ _BASELINES = ("random", "uniform")
 
 
 def names(labels: Iterable[str]) -> dict[str, str]:
-    """Return how each label is shown: baselines without ``reach=onward``, unless two then look alike."""
+    """Return how each label is shown: baselines without ``reach=onward`` and weights without their digest.
+
+    Two that would look alike are shown whole.
+    """
     labels = list(dict.fromkeys(labels))
     short = {label: _short(label) for label in labels}
     looks = list(short.values())
@@ -38,7 +41,8 @@ def names(labels: Iterable[str]) -> dict[str, str]:
 def _short(label: str) -> str:
     spec = PolicySpec.parse(label)
     if spec.name not in _BASELINES:
-        return label
+        rest = {option: value for option, value in spec.options.items() if option != "digest"}
+        return str(PolicySpec(spec.name, rest))
     rest = {option: value for option, value in spec.options.items() if (option, value) != ("reach", "onward")}
     return str(PolicySpec(spec.name, rest))
 
