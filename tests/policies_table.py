@@ -195,7 +195,7 @@ def from_results(folder: Path) -> dict[str, Any]:
         if row["guide"]:  # the row of another model
             continue
         spec = PolicySpec.parse(row["label"])
-        if not row["budget"] or (row["keep_ratio"] == RATIO and set(spec.options) <= {"reach"}):
+        if not row["budget"] or (row["keep_ratio"] == RATIO and set(spec.options) <= {"reach", "digest"}):
             found[spec.name] = {key: round(100 * row["accuracy"][key], 1) for key in ("value", "low", "high")}
             found[spec.name]["right"] = found[spec.name].pop("value")
     about, context = manifest["about"], manifest["run"]["context"]
