@@ -62,6 +62,8 @@ def test_the_walk_is_whole():
         ["python", "contrast_it.py"],
         ["python", "read_less.py"],
         ["pytest", "-q"],
+        ["python", "halve_it.py"],
+        ["python", "learn_it.py"],
     ]
     assert COMPARISON.looks_like
 
