@@ -67,7 +67,7 @@ class StepCounts:
         held: Entries that could have been read.
         rows: Text rows of all steps.
         steps: Steps.
-        flaws: bool ``[2, 3]``, which flaws answers of ``attend`` and of ``observe`` had.
+        flaws: bool ``[2, 4]``, which flaws answers of ``attend`` and of ``observe`` had.
         checked: The latest answer that was checked, and what was made of it.
     """
 

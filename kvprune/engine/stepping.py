@@ -26,10 +26,10 @@ from kvprune.engine.step_counts import (
     recorded,
 )
 from kvprune.errors import PolicyFailedError, SelectionError, UnsupportedCacheError
+from kvprune.policy import step_checks as checks
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.held_weights import HeldWeights
-from kvprune.policy.step_checks import EMPTY, FLAWS, HIDDEN, check_places, check_state, flaws, reads_hidden
 from kvprune.policy.step_view import HeldView, StepView
 from kvprune.policy.view import LayerView
 from kvprune.tokens.selection import Selection
@@ -113,7 +113,7 @@ class Stepping:
             state = ask(policy.name, held.where, lambda: policy.prepare(held))
         where = f"policy {policy.name!r} {held.where}: prepare"
         layer.steps = StepMemory(
-            check_state(state, len(keys), where),
+            checks.check_state(state, len(keys), where),
             keys.device,
             copies=layer.copies,
             by_row=policy.observes,
@@ -234,7 +234,7 @@ class Stepping:
                     f"{where} returned {type(answer).__name__}, expected a pair (state, kept or None)"
                 )
             kept = None if answer[1] is None else self._checked(answer[1], step, log, 1)
-            memory.store(check_state(answer[0], step.text_rows, where, memory.tensors))
+            memory.store(checks.check_state(answer[0], step.text_rows, where, memory.tensors))
             if kept is not None:
                 layer.evict(kept)
                 log.measure(layer)
@@ -286,23 +286,25 @@ class Stepping:
     def _checked(self, answer: object, step: StepView, log: StepCounts, asked: int) -> Selection:
         """Check an answer of ``attend`` (0) or ``observe`` (1)."""
         where = f"policy {self.policy.name!r} {step.where}: {('attend', 'observe')[asked]}"
-        selection = check_places(answer, step, where)
+        selection = checks.check_places(answer, step, where)
         if step.has_made(selection):
+            self._note(log, step.rank, log.flaws[asked, checks.UNDEFINED], step.has_undefined_scores())
             if step.has_limited(selection):
-                self._note(log, step.rank, log.flaws[asked, EMPTY], ~selection.valid[..., 0].all())
+                self._note(log, step.rank, log.flaws[asked, checks.EMPTY], ~selection.valid[..., 0].all())
             return selection
         eager = not torch.compiler.is_compiling()
         if eager and log.checked is not None and log.checked.is_of(selection):
             if not step.unrestricted:  # the mask of this step may hide what that of another one has not
-                self._note(log, step.rank, log.flaws[asked, HIDDEN], reads_hidden(log.checked.safe, step))
+                hidden = checks.reads_hidden(log.checked.safe, step)
+                self._note(log, step.rank, log.flaws[asked, checks.HIDDEN], hidden)
             return log.checked.safe
         places = selection.indices.clamp(0, step.entries - 1)
         if selection.is_known_full:
             safe = Selection.full(places, step.entries)
         else:
             safe = Selection.trusted(places, selection.valid, step.entries)
-        found = flaws(selection, step)
-        self._note(log, step.rank, log.flaws[asked], found)
+        found = checks.flaws(selection, step)
+        self._note(log, step.rank, log.flaws[asked, : len(found)], found)
         if not eager:
             return safe
         if _at_hand(found) and selection.valid.all():
@@ -330,7 +332,7 @@ class Stepping:
     def _raise(self, log: StepCounts, rank: int) -> None:
         found = log.flaws.tolist()
         for asked, method in enumerate(("attend", "observe")):
-            for flaw, text in zip(found[asked], FLAWS, strict=True):
+            for flaw, text in zip(found[asked], checks.FLAWS, strict=True):
                 if flaw:
                     log.flaws.zero_()
                     raise SelectionError(

@@ -13,18 +13,19 @@ from kvprune.policy.step_view import State, StepView
 from kvprune.text import shown
 from kvprune.tokens.selection import Selection
 
-__all__ = ["EMPTY", "FLAWS", "HIDDEN", "check_places", "check_state", "flaws", "reads_hidden"]
+__all__ = ["EMPTY", "FLAWS", "HIDDEN", "UNDEFINED", "check_places", "check_state", "flaws", "reads_hidden"]
 
 FLAWS = (
     "KV03: it selects nothing for some row and head; each row reads at least one entry",
     "KV01: it selects entries that the layer does not hold, or that the row may not read; select from "
     "step.readable",
     "KV01: its entries are not strictly increasing, with valid ones first; step.best orders them",
+    "step.best got NaN as the score of an entry that the row may read; scores are numbers or infinite",
 )
-"""What can be wrong with the values of a selection, in the order of `flaws`."""
+"""What can be wrong with the values of a selection, in the order of `flaws`, and with those of scores."""
 
-EMPTY, HIDDEN = 0, 1
-"""The flaws that may need a look of their own: of a limit, and of a mask that differs from that before."""
+EMPTY, HIDDEN, UNDEFINED = 0, 1, 3
+"""The flaws that may need a look of their own: of a limit, of another mask than before, of scores."""
 
 
 def check_state(state: object, rows: int, where: str, before: State | None = None) -> State:
@@ -102,7 +103,7 @@ def check_places(selection: object, step: StepView, where: str, columns: str = "
 
 
 def flaws(selection: Selection, step: StepView) -> Tensor:
-    """Return which of `FLAWS` a selection of the right shape has, bool ``[3]`` on its device."""
+    """Return which of the first `FLAWS` a selection of the right shape has, bool ``[3]`` on its device."""
     places, valid = selection.indices, selection.valid  # [N, H or 1, n]
     heads = max(places.shape[1], step.readable.shape[1])
     inside = places.clamp(0, step.entries - 1).expand(-1, heads, -1)

@@ -113,6 +113,7 @@ class StepView:
     held: HeldWeights = field(default_factory=HeldWeights, repr=False)
     _made: list[Selection] = field(default_factory=list, repr=False)
     _limited: list[Selection] = field(default_factory=list, repr=False)
+    _highest: list[Tensor] = field(default_factory=list, repr=False)
     _queries: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
@@ -195,6 +196,10 @@ class StepView:
         """Whether the policy has given one of these a limit, which may be 0 for some row."""
         return any(made is selection for made in self._limited)
 
+    def has_undefined_scores(self) -> Tensor:
+        """Whether `best` or `best_pages` got NaN for an entry that may be read, bool ``[]`` on the device."""
+        return torch.cat([highest.flatten() for highest in self._highest]).isnan().any()
+
     def best(self, scores: Tensor, count: int, limit: Tensor | None = None) -> Selection:
         """Return the entries of the highest scores, for each text row, without asking the device.
 
@@ -210,7 +215,9 @@ class StepView:
         """
         count = max(1, min(count, self.entries))
         if self.unrestricted and limit is None:
-            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+            found, order = scores.sort(dim=-1, descending=True, stable=True)
+            self._highest.append(found[..., 0])  # NaN comes first
+            order = order[..., :count]
             self._made.append(Selection.full(order.sort(dim=-1).values, self.entries))
             return self._made[-1]
         heads = max(scores.shape[1], self.readable.shape[1])
@@ -219,6 +226,7 @@ class StepView:
         lowest = scores.masked_fill(~self.readable, -torch.inf)  # [N, H, K]
         # Stable, so that equal scores go to the lower place on any device.
         found, places = lowest.expand(-1, heads, -1).sort(dim=-1, descending=True, stable=True)
+        self._highest.append(found[..., 0])
         found, places = found[..., :count], places[..., :count]  # [N, H, count], best first
         valid = found != -torch.inf
         if limit is not None:
@@ -247,7 +255,9 @@ class StepView:
             return self._noted(packed(self._of_pages(scores, page, count, limit), count), limit)
         # One page more than fills count, because the last page of all may be short.
         most = min(-(-count // page) + 1, scores.shape[-1])
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]  # [N, H, most]
+        found, order = scores.sort(dim=-1, descending=True, stable=True)
+        self._highest.append(found[..., 0])
+        order = order[..., :most]  # [N, H, most]
         places = (order[..., None] * page + torch.arange(page, device=order.device)).flatten(-2)
         held = places < self.entries  # [N, H, most * page], the best page first
         taken = held & (held.cumsum(-1) <= count)
@@ -266,6 +276,7 @@ class StepView:
         pages, heads = scores.shape[-1], max(scores.shape[1], self.readable.shape[1])
         readable = pad(self.readable, (0, pages * page - self.entries)).unflatten(-1, (pages, page))
         place = readable.cumsum(-1)  # [N, H or 1, P, page], counted from 1 within a page
+        self._highest.append(scores.masked_fill(place[..., -1] == 0, -torch.inf).amax(-1))
         order = scores.expand(-1, heads, -1).sort(dim=-1, descending=True, stable=True).indices
         sizes = place[..., -1].expand(-1, heads, -1).gather(-1, order)  # [N, H, P], the best page first
         better = sizes.cumsum(-1) - sizes  # entries of better pages

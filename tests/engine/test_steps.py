@@ -278,6 +278,26 @@ def test_a_bad_answer_is_refused(answer, message):
         recorded(model_of("Whisper"), inputs_of("Whisper"), copied(ReadsAll(), attend=answer))
 
 
+@pytest.mark.parametrize("family", ["Whisper", "BART"])  # rows may read everything; padding is hidden
+@pytest.mark.parametrize("pages", [False, True])
+def test_scores_that_are_no_numbers_are_refused(family, pages):
+    def attend(self, step, state):
+        scores = torch.zeros(step.text_rows, 1, step.entries)
+        scores[:, :, 1] = torch.nan
+        return step.best_pages(scores, 1, 2) if pages else step.best(scores, 2)
+
+    with pytest.raises(SelectionError, match=r"'reads-all' .*attend: step\.best got NaN as the score"):
+        recorded(model_of(family), inputs_of(family), copied(ReadsAll(), attend=attend))
+
+
+def test_scores_of_padding_may_be_no_numbers():
+    def attend(self, step, state):
+        scores = torch.zeros(step.text_rows, 1, step.entries)
+        return step.best(scores.masked_fill(~step.readable, torch.nan), 2)
+
+    recorded(model_of("BART"), inputs_of("BART"), copied(ReadsAll(), attend=attend))
+
+
 def test_an_entry_that_is_hidden_from_a_row_is_refused():
     """The last sample of BART's batch has padding, which decoding does not see."""
     answer = picking([0, 8])
