@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,7 +70,6 @@ def show(
 
 def _describe(entry: PolicyEntry) -> None:
     """Print what a policy's docstring, class attributes and options say."""
-    from kvprune.policy.options import describe_type
     from kvprune.policy.spec import PolicySpec
 
     policy = entry.cls
@@ -89,21 +89,11 @@ def _describe(entry: PolicyEntry) -> None:
         print(printable(str(PolicySpec(entry.name, options)), _LONGEST))
     if policy.bibtex:
         print(f"{'cite:':<10}kvprune cite {entry.name}")
-    types = policy.option_types()
-    table = make_table("option", "type", "default", "meaning")
-    for option in dataclasses.fields(policy):
-        row = option.name, describe_type(types[option.name]), _default(option), meanings.get(option.name, "-")
-        table.add_row(*(printable(cell, _LONGEST) for cell in row))
-    print()
-    if types:
-        make_console().print(table)
-    else:
-        print("It has no options.")
+    _print_options(policy, policy.option_types(), meanings)
 
 
 def _describe_rule(entry: RuleEntry) -> None:
     """Print what the docstring, class attributes and options of a rule of `kvprune.contrast` say."""
-    from kvprune.policy.options import describe_type
     from kvprune.session.contrast_rules import option_types
 
     text, meanings = read_docstrings(entry.cls)
@@ -114,8 +104,15 @@ def _describe_rule(entry: RuleEntry) -> None:
         print(f"{fact + ':':<10}{printable(said, _LONGEST) or '-'}")
     if entry.cls.bibtex:
         print(f"{'cite:':<10}kvprune cite {entry.name}")
-    types, table = option_types(entry.cls), make_table("option", "type", "default", "meaning")
-    for option in dataclasses.fields(entry.cls):
+    _print_options(entry.cls, option_types(entry.cls), meanings)
+
+
+def _print_options(cls: Any, types: Mapping[str, Any], meanings: Mapping[str, str]) -> None:
+    """Print a table of the options of a policy or a rule."""
+    from kvprune.policy.options import describe_type
+
+    table = make_table("option", "type", "default", "meaning")
+    for option in dataclasses.fields(cls):
         row = option.name, describe_type(types[option.name]), _default(option), meanings.get(option.name, "-")
         table.add_row(*(printable(cell, _LONGEST) for cell in row))
     print()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,9 +17,6 @@ from kvprune.cli.common import (
     one_line_errors,
 )
 from kvprune.text import printable
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["train"]
 

@@ -9,7 +9,15 @@ from typing import Any
 
 from kvprune.tokens.selection import OWN_BITS
 
-__all__ = ["LayerReceipt", "StepReceipt", "TextReceipt", "Window", "WindowReceipt", "read_of_visible"]
+__all__ = [
+    "LayerReceipt",
+    "LayerSums",
+    "StepReceipt",
+    "TextReceipt",
+    "Window",
+    "WindowReceipt",
+    "read_of_visible",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +141,24 @@ class Window:
     is_first: bool = True
 
 
+class LayerSums:
+    """What the receipts of a prefill's cross-attention layers add up to."""
+
+    layers: tuple[LayerReceipt, ...]
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of cross-attention keys and values held after the prefill."""
+        return sum(layer.bytes_held for layer in self.layers)
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes of cross-attention keys and values that stock transformers would hold."""
+        return sum(layer.bytes_full for layer in self.layers)
+
+
 @dataclass(frozen=True, kw_only=True)
-class WindowReceipt:
+class WindowReceipt(LayerSums):
     """One prefill of the latest ``generate`` of a model that reads recordings window by window.
 
     Args:
@@ -158,16 +182,6 @@ class WindowReceipt:
     layers: tuple[LayerReceipt, ...]
     steps: tuple[StepReceipt, ...] = ()
     visible: float = 0.0
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of cross-attention keys and values held after this prefill."""
-        return sum(layer.bytes_held for layer in self.layers)
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes of cross-attention keys and values that stock transformers would hold."""
-        return sum(layer.bytes_full for layer in self.layers)
 
     @property
     def read_of_visible(self) -> float:

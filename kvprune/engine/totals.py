@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from kvprune.engine.receipts import LayerReceipt, StepReceipt, TextReceipt, WindowReceipt, read_of_visible
+from kvprune.engine.receipts import (
+    LayerReceipt,
+    LayerSums,
+    StepReceipt,
+    TextReceipt,
+    WindowReceipt,
+    read_of_visible,
+)
 
 __all__ = ["Totals"]
 
 
 @dataclass(kw_only=True)
-class Totals:
+class Totals(LayerSums):
     """The receipts of the latest prefill and of the decode steps after it, layer by layer.
 
     Args:
@@ -52,16 +59,6 @@ class Totals:
     def text_bytes_full(self) -> int:
         """Bytes of the text's keys and values that stock transformers would hold."""
         return sum(layer.bytes_full for layer in self.text_layers)
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of cross-attention keys and values held after the latest prefill."""
-        return sum(layer.bytes_held for layer in self.layers)
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes of cross-attention keys and values that stock transformers would hold."""
-        return sum(layer.bytes_full for layer in self.layers)
 
     @property
     def bytes_of_bookkeeping(self) -> int:

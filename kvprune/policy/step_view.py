@@ -198,7 +198,8 @@ class StepView:
 
     def has_undefined_scores(self) -> Tensor:
         """Whether `best` or `best_pages` got NaN for an entry that may be read, bool ``[]`` on the device."""
-        return torch.cat([highest.flatten() for highest in self._highest]).isnan().any()
+        found = [highest.isnan().any() for highest in self._highest]
+        return found[0] if len(found) == 1 else torch.stack(found).any()
 
     def best(self, scores: Tensor, count: int, limit: Tensor | None = None) -> Selection:
         """Return the entries of the highest scores, for each text row, without asking the device.
