@@ -15,10 +15,12 @@ from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.identity import model_digest
 from kvprune.errors import TrainingError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.moments import FeaturePolicy
 from kvprune.policy.spec import PolicySpec
 from kvprune.policy.trained import TrainedPolicy
 from kvprune.policy.weights import FRESH
-from kvprune.session.registry import find_adapter, get_policy
+from kvprune.session.registry import find_adapter, get_policy, load
 from kvprune.text import shown
 from kvprune.training.curve import draw_curve
 from kvprune.training.file_lessons import FileLessons, split
@@ -107,7 +109,8 @@ def trainable(spec: str) -> TrainedPolicy:
     """Return the policy of a spec, with fresh weights.
 
     Raises:
-        TrainingError: If it has no weights, or the spec names some.
+        TrainingError: If it has no weights, does not decide before the first cross-attention layer, or the
+            spec names weights.
         KVPruneError: If there is no such policy.
     """
     parsed = PolicySpec.parse(spec)
@@ -116,22 +119,25 @@ def trainable(spec: str) -> TrainedPolicy:
         raise TrainingError(
             f"the spec {shown(spec)} names {' and '.join(named)}, but training starts afresh; leave that out"
         )
-    cls = (
-        type(get_policy(PolicySpec(parsed.name, {"weights": FRESH}))) if _takes_weights(parsed.name) else None
-    )
-    if cls is None or not issubclass(cls, TrainedPolicy):
+    installed = load()
+    cls = installed.policy_class(parsed.name)
+    if not _learns(cls):
+        learn = (name for name, entry in installed.policies.items() if _learns(entry.cls))
+        why = (
+            "has weights, but decides after the first cross-attention layer, and kvprune train trains "
+            f"policies that decide before it; kvprune show {parsed.name} says how its weights are made"
+            if issubclass(cls, TrainedPolicy)
+            else "has no weights to train"
+        )
         raise TrainingError(
-            f"policy {shown(parsed.name)} has no weights to train; kvprune show NAME says which options it "
-            "has"
+            f"policy {shown(parsed.name)} {why} (kvprune train can train: {', '.join(learn) or 'none'})"
         )
     made = get_policy(replace(parsed, options={**parsed.options, "weights": FRESH}))
     return cast(TrainedPolicy, made)
 
 
-def _takes_weights(name: str) -> bool:
-    from kvprune.session.registry import load
-
-    return issubclass(load().policy_class(name), TrainedPolicy)
+def _learns(cls: type[CrossKVPolicy]) -> bool:
+    return issubclass(cls, TrainedPolicy) and issubclass(cls, FeaturePolicy)
 
 
 def _own(policy: TrainedPolicy) -> dict[str, Any]:
