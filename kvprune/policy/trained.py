@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import typing
 from abc import abstractmethod
@@ -16,9 +17,12 @@ from torch import Tensor
 from kvprune.errors import WeightsError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.weights import DIGEST_DIGITS, FRESH, SUFFIX, WeightsFile, read_weights
-from kvprune.text import shown
+from kvprune.text import printable, shown
 
 __all__ = ["TrainedPolicy"]
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+"""How names of files end that other programs keep weights in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +92,8 @@ class TrainedPolicy(CrossKVPolicy):
         path = self.weights_path
         if path is None:
             return None
-        if not self.weights.endswith(SUFFIX) and not path.is_file():
-            files = path.parent.glob(f"{self.name}-*{SUFFIX}")
-            names = sorted(one.stem.removeprefix(f"{self.name}-") for one in files)
-            raise WeightsError(
-                f"policy {self.name!r} comes with no weights {shown(self.weights)}: there is no file "
-                f"{shown(path.name)} (there are {', '.join(names) or 'none'}); name a file ({SUFFIX}), or "
-                f"{FRESH}, which is untrained"
-            )
+        if not path.exists():
+            raise WeightsError(self._not_found(path))
         file = read_weights(path)
         if file.policy != self.name:
             raise WeightsError(
@@ -110,6 +108,27 @@ class TrainedPolicy(CrossKVPolicy):
                     f"the policy {self.name!r} has {option}={own}; state the former, or train others"
                 )
         return file
+
+    def _not_found(self, path: Path) -> str:
+        """Return what is wrong with the name of weights that are nowhere, and what would be right."""
+        folder, named = _folder(type(self)), Path(self.weights)
+        right = (
+            f"train some (docs/train.md), or take {FRESH}, which is untrained, or weights that come with it: "
+        )
+        right += _listed(folder, f"{self.name}-*{SUFFIX}")
+        if self.weights.endswith(SUFFIX):
+            told = f"there is no file of weights {shown(self.weights)} for policy {self.name!r}"
+            return f"{told}{'' if path.is_absolute() else f' in {shown(os.getcwd())}'}; {right}"
+        if len(named.parts) > 1 or named.suffix.lower() in (*_PICKLES, SUFFIX):
+            return (
+                f"the weights {shown(self.weights)} of policy {self.name!r} are no file that ends in "
+                f"{SUFFIX}; kvprune reads the safetensors format only, because other formats can run code when they are "
+                f"read; {right}"
+            )
+        return (
+            f"policy {self.name!r} comes with no weights {shown(self.weights)}: there is no file "
+            f"{shown(path.name)}; {right}"
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,6 +147,18 @@ class TrainedPolicy(CrossKVPolicy):
                 "is another one, or has changed since"
             )
         object.__setattr__(self, "digest", found)
+
+
+def _listed(folder: Path, pattern: str) -> str:
+    """Return the files of weights in a folder with the options that each was trained with, for a message."""
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            options = ", ".join(f"{name}={value}" for name, value in read_weights(path).options.items())
+        except WeightsError:
+            options = "damaged"
+        found.append(f"{path.name} ({options})" if options else path.name)
+    return printable(", ".join(found) or "none", 1000)
 
 
 def _folder(cls: type[TrainedPolicy]) -> Path:

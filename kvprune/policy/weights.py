@@ -173,7 +173,10 @@ def read_tensors(path: Path, changed: int, size: int) -> tuple[WeightsFile, Mapp
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, ValueError, KeyError) as error:
-        raise WeightsError(f"{where} is not in the safetensors format: {str(error)[:200]}") from error
+        raise WeightsError(
+            f"{where} is damaged, or is not in the safetensors format ({str(error)[:200]}); copy or train "
+            "it again"
+        ) from error
     parts: dict[str, Any] = {}
     for name in ("geometry", "options", "training"):
         try:
