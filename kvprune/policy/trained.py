@@ -122,8 +122,8 @@ class TrainedPolicy(CrossKVPolicy):
         if len(named.parts) > 1 or named.suffix.lower() in (*_PICKLES, SUFFIX):
             return (
                 f"the weights {shown(self.weights)} of policy {self.name!r} are no file that ends in "
-                f"{SUFFIX}; kvprune reads the safetensors format only, because other formats can run code when they are "
-                f"read; {right}"
+                f"{SUFFIX}; kvprune reads the safetensors format only, because other formats can run code "
+                f"when they are read; {right}"
             )
         return (
             f"policy {self.name!r} comes with no weights {shown(self.weights)}: there is no file "
