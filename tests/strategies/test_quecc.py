@@ -266,6 +266,9 @@ def test_families_without_a_text_only_pass_are_refused():
     problem = ModelProblem(model="bart", layouts=("ttttt",), dtype="float32")
     with pytest.raises(UnsupportedModelError, match="needs 'question'"):
         kvprune.compress(problem.make_model(), QueCC(weights="fresh"))
+    pair = "quecc:weights=fresh then h2o:keep_ratio=0.5"
+    with pytest.raises(UnsupportedModelError, match=f"policy 'quecc' in '{pair}' needs 'question', which"):
+        kvprune.compress(problem.make_model(), pair)
     with kvprune.compress(problem.make_model(), QueCC(weights="fresh", query="none")) as run:
         pass
     assert run.policy.query == "none"
