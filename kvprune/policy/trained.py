@@ -6,7 +6,9 @@ import os
 import sys
 import typing
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +21,9 @@ from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.weights import DIGEST_DIGITS, FRESH, SUFFIX, WeightsFile, read_weights
 from kvprune.text import printable, shown
 
-__all__ = ["TrainedPolicy"]
+__all__ = ["TrainedPolicy", "files_may_be_gone"]
+
+_READS_FILES = ContextVar("kvprune_reads_files_of_weights", default=True)
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """How names of files end that other programs keep weights in."""
@@ -109,6 +113,19 @@ class TrainedPolicy(CrossKVPolicy):
                 )
         return file
 
+    @property
+    def shipped(self) -> Mapping[str, WeightsFile]:
+        """The weights that come with the policy and fit its options, by the names that ``weights`` takes."""
+        if self.weights.endswith(SUFFIX):
+            return {}
+        before, _, behind = self.weights_name.partition(self.weights)
+        found = {}
+        for path in sorted(_folder(type(self)).glob(f"{before}*{behind}{SUFFIX}")):
+            file = read_weights(path)
+            if all(file.options.get(name) == getattr(self, name) for name in self.trained_options):
+                found[path.name.removeprefix(before).removesuffix(f"{behind}{SUFFIX}")] = file
+        return found
+
     def _not_found(self, path: Path) -> str:
         """Return what is wrong with the name of weights that are nowhere, and what would be right."""
         folder, named = _folder(type(self)), Path(self.weights)
@@ -132,6 +149,8 @@ class TrainedPolicy(CrossKVPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.digest and not _READS_FILES.get():
+            return
         file = self.weights_file
         found = "" if file is None else file.digest
         if self.digest and file is None:
@@ -147,6 +166,19 @@ class TrainedPolicy(CrossKVPolicy):
                 "is another one, or has changed since"
             )
         object.__setattr__(self, "digest", found)
+
+
+@contextmanager
+def files_may_be_gone() -> Iterator[None]:
+    """Make policies inside the block whatever became of the files of weights whose digest they state.
+
+    Such a policy says what pruned a cache. Whoever asks for its weights is told what became of their file.
+    """
+    token = _READS_FILES.set(False)
+    try:
+        yield
+    finally:
+        _READS_FILES.reset(token)
 
 
 def _listed(folder: Path, pattern: str) -> str:

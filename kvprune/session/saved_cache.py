@@ -25,10 +25,13 @@ from kvprune.cache.stored import StoredLayer, fresh_layer, restored_layer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.loaded import digests, restore, selections_of
 from kvprune.engine.manager import CrossKVManager
-from kvprune.errors import SavedCacheError
+from kvprune.errors import SavedCacheError, WeightsError
 from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.nesting import parts
 from kvprune.policy.spec import PolicySpec
-from kvprune.session.registry import load
+from kvprune.policy.trained import TrainedPolicy, files_may_be_gone
+from kvprune.session.registry import Registry, load
 from kvprune.text import shown
 from kvprune.tokens.selection import Selection
 
@@ -258,14 +261,37 @@ def load_cache(
             raise SavedCacheError(
                 f"{file} was pruned by {spec}, but policy is {policy.spec}; pass that policy"
             )
-        return SavedCache(
-            file, adapter, registry.get_policy(spec if policy is None else policy), header, tensors
-        )
+        if policy is None:
+            policy = _policy_of(registry, spec, file)
+        return SavedCache(file, adapter, policy, header, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SavedCacheError(
             f"{file} was not written by run.save of this version ({type(error).__name__}: {error}); save it "
             "again"
         ) from error
+
+
+def _policy_of(registry: Registry, spec: PolicySpec, path: Path) -> CrossKVPolicy:
+    """Return the policy that pruned a cache.
+
+    What is pruned already needs no trained weights, so their file may be gone, unless the policy decides in
+    decode steps. If another image arrives, the policy says what became of the file.
+
+    Raises:
+        SavedCacheError: If decode steps need weights that are gone, or have changed.
+    """
+    with files_may_be_gone():
+        policy = registry.get_policy(spec)
+    for part in parts(policy):
+        if isinstance(part, TrainedPolicy) and isinstance(part, DecodePolicy) and part.takes_steps:
+            try:
+                registry.get_policy(part.spec)
+            except WeightsError as error:
+                raise SavedCacheError(
+                    f"{path} was pruned by {spec}, which needs its weights in each decode step; put the file "
+                    f"with the digest {part.digest} back to {shown(str(part.weights_path))} ({error})"
+                ) from error
+    return policy
 
 
 def _layer(
