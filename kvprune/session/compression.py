@@ -30,6 +30,7 @@ from kvprune.session.reconstruction import BoundReconstruction
 from kvprune.session.registry import load
 from kvprune.session.saved_cache import SavedCache
 from kvprune.session.saving import save_cache
+from kvprune.session.trained_weights import require_weights, weights_facts
 from kvprune.text import shown
 from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
@@ -76,6 +77,7 @@ def compress(
         PolicyFailedError: If the policy cannot say what it needs or requests, or says something impossible.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
         SavedCacheError: If a cache was loaded for another model, or has another seed.
+        WeightsError: If the policy's weights were trained for a model of another geometry.
 
     Example:
         >>> with kvprune.compress(model, "trim:keep_ratio=0.25") as run:  # doctest: +SKIP
@@ -115,6 +117,8 @@ class Compression:
     ) -> None:
         require_declarations(policy)
         adapter.require_needs(policy)
+        if saved is None:  # what was pruned already asks no weights, unless another image arrives
+            require_weights(adapter, policy)
         if not isinstance(reread, bool):
             raise CompressionStateError(f"reread is True or False, got {shown(reread)}")
         if reread:
@@ -127,6 +131,7 @@ class Compression:
         self._manager = CrossKVManager(policy, seed, adapter.layer_indices, guides, rereads=reread)
         report = self._manager.report
         report.unit, report.seconds_per_column = adapter.column_unit, adapter.column_seconds
+        report.weights = weights_facts(policy)
         if saved is not None:
             saved.begin(self._manager)
         self._seed = seed

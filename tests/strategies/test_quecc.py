@@ -253,11 +253,8 @@ def test_refusals(tmp_path):
     save_weights(path, fresh, fresh.initial(geometry), geometry, {})
     with pytest.raises(WeightsError, match="trained with k=2, but the policy 'quecc' has k=3"):
         QueCC(weights=str(path), k=3)
-    with (
-        kvprune.compress(mllama(), QueCC(weights=str(path))),
-        pytest.raises(WeightsError, match="trained for a model of feature_width 8"),
-    ):
-        generate(mllama(), mllama_inputs(["1tt"]), steps=1)
+    with pytest.raises(WeightsError, match="trained for a model of feature_width 8"):
+        kvprune.compress(mllama(), QueCC(weights=str(path)))
 
 
 def test_families_without_a_text_only_pass_are_refused():
