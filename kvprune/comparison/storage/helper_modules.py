@@ -22,11 +22,6 @@ def helper_files(module: str, file: Path) -> list[Path]:
     Args:
         module: Full name of the module, such as ``package.policy``.
         file: Its source.
-
-    Example:
-        >>> import kvprune_strategies.quecc as quecc
-        >>> [file.name for file in helper_files(quecc.__name__, Path(quecc.__file__))]
-        ['cells.py']
     """
     is_package = file.name == "__init__.py"
     if "." not in module and not is_package:
