@@ -58,6 +58,7 @@ from kvprune.cache.shared_rows import SharedRows, may_share
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
+from kvprune.tokens.layout import IMAGE_TOKEN
 from kvprune.tokens.randomness import fingerprint
 from kvprune.tokens.visibility import Visibility
 
@@ -95,6 +96,7 @@ class MllamaAdapter(Describing):
         ("text", "text_cache", "guidance", "reconstruction", "class_attention", "grid", "question")
     )
     rereads = True
+    column_unit = IMAGE_TOKEN
     class_attention_layer: ClassVar[tuple[str, int]] = ("global_transformer", -1)
 
     _call: _Call | None  # the current call of the inner model
