@@ -28,7 +28,7 @@ from kvprune.session.binding import bound_guide
 from kvprune.session.guide import Guide
 from kvprune.session.reconstruction import BoundReconstruction
 from kvprune.session.registry import load
-from kvprune.session.saved_cache import SavedCache
+from kvprune.session.saved_cache import SavedCache, require_loaded
 from kvprune.session.saving import save_cache
 from kvprune.session.trained_weights import require_weights, weights_facts
 from kvprune.text import shown
@@ -76,7 +76,7 @@ def compress(
         GuideError: If the guide cannot guide this model, or the policy does not use a guide.
         PolicyFailedError: If the policy cannot say what it needs or requests, or says something impossible.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
-        SavedCacheError: If a cache was loaded for another model, or has another seed.
+        SavedCacheError: If a cache was loaded for another model, or has another seed; or for its path.
         WeightsError: If the policy's weights were trained for a model of another geometry.
 
     Example:
@@ -86,6 +86,7 @@ def compress(
     """
     registry = load()
     adapter = registry.adapter_for(model)
+    require_loaded(policy)
     saved = policy if isinstance(policy, SavedCache) else None
     if saved is not None:
         saved.require(model, seed)

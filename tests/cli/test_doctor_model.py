@@ -84,9 +84,7 @@ def test_weights_are_named_and_those_that_do_not_fit_are_refused(tmp_path: Path)
     assert "quecc" not in found["run"].split(", ")
     assert "(embedded demo), but this model has" in found["quecc is refused"]
     assert "(kvprune train quecc:k=2,query=prompt --model MODEL " in found["quecc is refused"]
-    told = (
-        "weights demo of attnpred (digest d2fa269a4adc): trained on the embedded model"
-    )
+    told = "weights demo of attnpred (digest d2fa269a4adc): trained on the embedded model"
     assert found["attnpred runs with"].startswith(told)
     embedded = rows(str(kvprune.demo.model_path()))
     assert "quecc" in embedded["run"].split(", ")
