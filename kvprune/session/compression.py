@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from kvprune.adapters.attachment import compressing
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.compiled import compiled_part
+from kvprune.adapters.stepping import require_steps
 from kvprune.engine.guidance import Guidance
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.manager import CrossKVManager
@@ -115,6 +116,7 @@ class Compression:
     ) -> None:
         require_declarations(policy)
         adapter.require_needs(policy)
+        require_steps(adapter, policy)
         if not isinstance(reread, bool):
             raise CompressionStateError(f"reread is True or False, got {shown(reread)}")
         if reread:
