@@ -331,5 +331,6 @@ def _compiled(model: nn.Module) -> str:
         return ""
     return (
         f". Code was compiled from this model ({part}), and compiled code skips what is attached later: "
-        "compile it inside the block, call torch._dynamo.reset() before the block, or call the model itself"
+        "call torch._dynamo.reset() before the block, or the model itself; in the block, let generate "
+        "compile decode steps (compile_config)"
     )

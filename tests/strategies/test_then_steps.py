@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from families import MODELS, inputs_of, model_of
-from generation import generate, mllama
+from families import MODELS, OLD, inputs_of, model_of
+from generation import generate, mllama, tiny_bart, tiny_mllama
 from kvprune_strategies import Then
 from step_policies import Fixed, Hashes, ReadsAll, Remembers
 from stepping import against_oracle, recorded
 from test_then import QUICK
+from transformers import CompileConfig
 
 import kvprune
 from kvprune import CrossKVPolicy, Decision, FeaturePolicy, PolicySpec
@@ -118,6 +119,27 @@ def test_kv16_a_second_one_that_reads_everything_is_the_first_one_alone(family, 
     assert both[2].report.read_fraction == 1
     if "h2o" not in second:
         assert both[2].report.bytes_held == alone[2].report.bytes_held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Mllama", "BART"])
+def test_decoding_compiles_into_one_graph(family):
+    if OLD and family == "Mllama":
+        pytest.skip("this release branches on the device in its cross-attention")
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = (tiny_mllama if family == "Mllama" else tiny_bart)(1, dtype=torch.float64)
+    expected, own = recorded(model, inputs_of(family), pair(SECONDS[0]))[1:]
+    how = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
+    how._compile_all_devices = True
+    with kvprune.compress(model, pair(SECONDS[0])) as run:
+        options = {"cache_implementation": "static", "compile_config": how}
+        assert (generate(model, inputs_of(family), **options)[1] - expected).abs().max() <= 1e-6
+        assert run.report.steps == own.report.steps
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_receipts_tell_held_from_read():
