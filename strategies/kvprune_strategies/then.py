@@ -47,8 +47,8 @@ class Then(FeaturePolicy, DecodePolicy):
 
     Args:
         first: Decides before the first cross-attention layer, as `divprune` does.
-        second: Decides at the layers, as `h2o` does, or in decode steps, as `quest` does. With its
-            ``reach=onward``, later layers receive only what it keeps.
+        second: Decides at the layers, as `h2o` does, or in decode steps, as `quest` does. With
+            ``reach=onward`` in its options, later layers receive only what it keeps.
     """
 
     first: FeaturePolicy = field(default_factory=DivPrune)
