@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.cache.step_memory import StepMemory
+from kvprune.engine.prefill import DecisionContext
 from kvprune.engine.receipts import StepReceipt
 from kvprune.engine.step_calls import ask
 from kvprune.engine.step_counts import (
@@ -31,7 +32,6 @@ from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.held_weights import HeldWeights
 from kvprune.policy.step_view import HeldView, StepView
-from kvprune.policy.view import LayerView
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]
@@ -77,12 +77,11 @@ class Stepping:
         assert self._policy is not None
         return self._policy
 
-    def prepare(self, view: LayerView, layer: CrossKVLayer, *, cached: bool) -> None:
+    def prepare(self, context: DecisionContext, *, cached: bool) -> None:
         """Let the policy prepare for the steps of a layer, after its prefill decisions are applied.
 
         Args:
-            view: The layer after its attention in prefill.
-            layer: Its cache layer, pruned.
+            context: The layer after its attention in prefill, and its cache layer, pruned.
             cached: Whether there is a cache.
 
         Raises:
@@ -91,7 +90,7 @@ class Stepping:
         """
         if self._policy is None:
             return
-        policy = self._policy
+        policy, view, layer = self._policy, context.view, context.layer
         if not cached:
             raise UnsupportedCacheError(
                 f"policy {policy.spec} decides in decode steps, but the model was called without a cache "
@@ -108,6 +107,7 @@ class Stepping:
             valid=valid,
             columns=layer.columns,
             earlier=None if layer.steps is None else dict(layer.steps.tensors),
+            received=context.received,
         )
         with torch.no_grad():
             state = ask(policy.name, held.where, lambda: policy.prepare(held))

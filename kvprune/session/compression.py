@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from kvprune.adapters.attachment import compressing
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.compiled import compiled_part
+from kvprune.adapters.stepping import require_steps
 from kvprune.engine.guidance import Guidance
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.manager import CrossKVManager
@@ -118,6 +119,7 @@ class Compression:
     ) -> None:
         require_declarations(policy)
         adapter.require_needs(policy)
+        require_steps(adapter, policy)
         if saved is None:  # what was pruned already asks no weights, unless another image arrives
             require_weights(adapter, policy)
         if not isinstance(reread, bool):
@@ -335,5 +337,6 @@ def _compiled(model: nn.Module) -> str:
         return ""
     return (
         f". Code was compiled from this model ({part}), and compiled code skips what is attached later: "
-        "compile it inside the block, call torch._dynamo.reset() before the block, or call the model itself"
+        "call torch._dynamo.reset() before the block, or the model itself; in the block, let generate "
+        "compile decode steps (compile_config)"
     )
