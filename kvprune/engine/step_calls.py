@@ -7,10 +7,12 @@ from typing import TypeVar
 
 import torch
 
+from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.errors import KVPruneError, PolicyFailedError
-from kvprune.policy.step_view import StepView
+from kvprune.policy.step_view import HeldView, StepView
+from kvprune.policy.view import LayerView
 
-__all__ = ["ask"]
+__all__ = ["ask", "held_view"]
 
 _Answer = TypeVar("_Answer")
 
@@ -45,3 +47,23 @@ def ask(name: str, where: str, question: Callable[[], _Answer], step: StepView |
             "own tensors and is read-only: work on a copy"
         )
     return answer
+
+
+def held_view(view: LayerView, layer: CrossKVLayer) -> HeldView:
+    """Return what a layer holds after a prefill.
+
+    Args:
+        view: The layer after its attention.
+        layer: Its cache layer, pruned.
+    """
+    keys, values = layer.assembled()
+    slots, valid = layer.entries()
+    return HeldView(
+        layer=view,
+        keys=keys,
+        values=values,
+        slots=slots,
+        valid=valid,
+        columns=layer.columns,
+        earlier=None if layer.steps is None else dict(layer.steps.tensors),
+    )

@@ -72,7 +72,7 @@ class StepCounts:
     """
 
     def __init__(self, layer: CrossKVLayer) -> None:
-        device = layer.keys.device
+        device = layer.place
         self.read: int | Tensor = 0
         self.held: int | Tensor = 0
         self.rows = self.steps = 0
@@ -91,6 +91,7 @@ class StepCounts:
         self.width, self.bytes_held = layer.width, layer.bytes_held
         self.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
         self.bytes_of_state = 0 if layer.steps is None else layer.steps.nbytes
+        self._host = layer.host
 
     def count(self, read: int | Tensor, held: int | Tensor, rows: int, text_rows: int) -> None:
         """Count a step that reads so many of the entries held, both summed over its rows and KV heads."""
@@ -120,6 +121,8 @@ class StepCounts:
             bytes_held=self.bytes_held,
             bytes_of_bookkeeping=self.bytes_of_bookkeeping,
             bytes_of_state=self.bytes_of_state,
+            bytes_on_host=0 if self._host is None else self.bytes_held,
+            bytes_staged=0 if self._host is None else self._host.bytes_staged,
         )
 
 
@@ -193,7 +196,7 @@ class Readable:
     def _made(self) -> Tensor:
         batch, text_rows, width = self._shape
         if self.unrestricted:
-            one = torch.ones(1, 1, 1, dtype=torch.bool, device=self._layer.keys.device)
+            one = torch.ones(1, 1, 1, dtype=torch.bool, device=self._layer.place)
             return one.expand(batch * text_rows, 1, width)
         found = None
         if self._held is not None:
