@@ -30,17 +30,10 @@ def off_load(policy: DecodePolicy, layer: CrossKVLayer, warn: Callable[[str], No
         warn: Gets a warning if this saves nothing.
 
     Raises:
-        PolicyFailedError: If the policy cannot say before a step what it reads.
         UnsupportedCacheError: See `CrossKVLayer.to_host`.
     """
     if not policy.offloads:
         return
-    if not policy.foresees:
-        raise PolicyFailedError(
-            f"policy {policy.name!r} has offloads = True, but its class does not say foresees = True: a step "
-            "would wait for all that it may read; off-load a policy that chooses from its state alone, such "
-            "as attnpred"
-        )
     if layer.place.type == "cpu":
         warn(f"policy {policy.name!r} off-loads, but the model decodes in host memory: this saves no memory")
     layer.to_host()

@@ -78,7 +78,7 @@ class Stepping(StepAnswers):
 
         Raises:
             UnsupportedCacheError: If there is none, so that no step would follow; or see `off_load`.
-            PolicyFailedError: If the policy raises, or returns no state; or see `off_load`.
+            PolicyFailedError: If the policy raises, or returns no state.
         """
         if self._policy is None:
             return

@@ -94,7 +94,7 @@ class StepView:
             neither padding nor a mask.
         held: The weights that the run holds.
         on: Where the step runs, if keys and values are not there (`DecodePolicy.offloads`): then these are
-            tensors on the device "meta", which have shapes and no numbers. By default, the device of the keys.
+            tensors on the device "meta", which have shapes and no numbers. None: where the keys are.
     """
 
     queries_of: Callable[[], Tensor]
