@@ -156,6 +156,21 @@ def test_a_policy_that_observes_nothing_may_take_drafts(family):
         require_same(here, recorded(model, inputs, Rotates(offload=True), **options))
 
 
+def test_a_token_that_is_taken_back_is_chosen_for_again():
+    """The text alone is cropped, so that only the number of the step says that what is staged is stale."""
+    model, inputs, found = model_of("BART"), inputs_of("BART"), []
+    for offload in (False, True):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        with kvprune.compress(model, Rotates(offload=offload)), torch.no_grad():
+            for token, crop in ((2, 0), (5, 0), (6, 0), (7, -1)):
+                if crop:
+                    cache.self_attention_cache.crop(crop)
+                ids = torch.tensor([[token]] * 3)
+                logits = model(**inputs, decoder_input_ids=ids, past_key_values=cache).logits
+        found.append(logits)
+    assert torch.equal(*found)
+
+
 def test_a_later_image_and_two_runs_in_one_block():
     model, (first, second) = mllama(torch.float64), two_images()
     found = []
