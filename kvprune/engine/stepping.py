@@ -216,12 +216,14 @@ class Stepping(StepAnswers):
         Does nothing for layers that lie on the device. What reads everything is fetched in the step itself:
         otherwise the device would hold all layers at once.
         """
-        if layer.host is None or layer.steps is None or text_rows > 1:
+        if layer.host is None or layer.steps is None:
             return
         with torch.no_grad():
-            answer = self._asked(layer, next_step(step, layer), text_rows)
+            answer = self._asked(layer, next_step(step, layer), 1) if text_rows == 1 else None
             if answer is not None:
                 layer.stage(answer, layer.steps.taken_eagerly, None if step.unrestricted else step.readable)
+        log = self._log(step.rank, layer)
+        log.bytes_staged = max(log.bytes_staged, layer.host.bytes_staged)
 
     def observe(self, layer: CrossKVLayer, step: StepView, attention: Tensor) -> None:
         """Show the policy the attention of a step, keep its new state, and free what it drops.

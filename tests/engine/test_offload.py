@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from families import MODELS, inputs_of, model_of
-from generation import generate, mllama
+from generation import generate, mllama, tiny_bart
 from step_policies import Fixed
 from stepping import recorded
 from test_step_turns import two_images
@@ -391,6 +391,7 @@ def test_what_is_refused_of_its_cache(tmp_path):
             run.save(cache, tmp_path / "cache.safetensors", call)
         assert not list(tmp_path.iterdir())
         model(**call, past_key_values=cache)
+        assert run.report.verify() == run.report.bytes_held
     with (
         torch.no_grad(),
         pytest.raises(UnsupportedCacheError, match="lies in host memory, and outside the block nobody"),
@@ -415,3 +416,20 @@ def test_decoding_is_not_compiled():
             assert cache.cross_attention_cache.layers[0].is_compileable is compiles
             static = generate(model, inputs, cache_implementation="static")[1]
         assert torch.allclose(static, found[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [False, True])
+def test_code_that_a_user_compiles_counts_steps(offload):
+    """With breaks in the graph: number and entries are chosen outside of it."""
+    torch._dynamo.reset()
+    model, inputs, found = tiny_bart(1, dtype=torch.float64), inputs_of("BART"), []
+    for decode in (model, torch.compile(model, backend="eager")):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        with kvprune.compress(model, Rotates(offload=offload)), torch.no_grad():
+            model(**inputs, decoder_input_ids=torch.tensor([[2]] * 3), past_key_values=cache)
+            for token in (5, 6, 7):
+                ids = torch.tensor([[token]] * 3)
+                logits = decode(**inputs, decoder_input_ids=ids, past_key_values=cache).logits
+        found.append(logits)
+    assert torch.equal(*found)
