@@ -49,6 +49,8 @@ def policies(ratio: float) -> Mapping[str, Any]:
         "prefill": Keeps(keep_ratio=ratio),
         "fixed": Fixed(keep_ratio=ratio),
         "quest": kvprune.get_policy(f"quest:keep_ratio={ratio}"),
+        "attnpred": kvprune.get_policy(f"attnpred:keep_ratio={ratio},predictor=ema"),
+        "off-load": kvprune.get_policy(f"attnpred:keep_ratio={ratio},predictor=ema,offload=true"),
         "full": kvprune.get_policy("full"),
     }
 

@@ -116,6 +116,7 @@ def stepped(
         with torch.no_grad():
             attention = _attention(step, keys, by_head(passed), site)  # [N, Hq, n]
             steps.observe(layer, step, _at_entries(attention, selection, step.entries))
+    steps.foresee(layer, step, text_rows)
     return with_cache({**named, site.mask: passed}, one_layer(keys, values))
 
 

@@ -336,7 +336,7 @@ class CrossKVManager:
             self.report.warn(decision.note)
         apply(self.policy, prefill, context, decision, self.report.warn)
         prefill.record.note_decision(view.layer_idx, layer, watches, visible=prefill.visibility.decode)
-        self.steps.prepare(context, cached=prefill.cached)
+        self.steps.prepare(context, cached=prefill.cached, warn=self.report.warn)
 
     def _running(self) -> Prefill:
         if self._prefill is None:

@@ -106,6 +106,8 @@ class StepView:
         unrestricted: Whether each text row may attend to every entry, as far as the host knows: there is
             neither padding nor a mask.
         held: The weights that the run holds.
+        on: Where the step runs, if keys and values are not there (`DecodePolicy.offloads`): then these are
+            tensors on the device "meta", which have shapes and no numbers. None: where the keys are.
     """
 
     queries_of: Callable[[], Tensor]
@@ -124,10 +126,16 @@ class StepView:
     copies: int = 1
     unrestricted: bool = False
     held: HeldWeights = field(default_factory=HeldWeights, repr=False)
+    on: torch.device | None = None
     _made: list[Selection] = field(default_factory=list, repr=False)
     _limited: list[Selection] = field(default_factory=list, repr=False)
     _highest: list[Tensor] = field(default_factory=list, repr=False)
     _queries: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step runs, and selections belong."""
+        return self.keys.device if self.on is None else self.on
 
     @property
     def entries(self) -> int:
@@ -162,7 +170,7 @@ class StepView:
     @property
     def rows(self) -> Tensor:
         """The held row that each text row attends to, int64 ``[N]``."""
-        return torch.arange(self.text_rows, device=self.keys.device) // self.copies
+        return torch.arange(self.text_rows, device=self.device) // self.copies
 
     @property
     def slots(self) -> Tensor:
@@ -189,7 +197,7 @@ class StepView:
             WeightsError: If they do not fit the policy or the model.
         """
         known = {"cross_layers": self.num_layers, "kv_heads": self.heads, "head_width": self.keys.shape[-1]}
-        return self.held.of(policy, self.keys.device, known)
+        return self.held.of(policy, self.device, known)
 
     def of_rows(self, held: Tensor) -> Tensor:
         """Return what is held, ``[R, ...]``, for each text row, ``[N, ...]``; a view where it can be."""
