@@ -89,6 +89,34 @@ class _Method:
         return _Method, (self.module, self.name)
 
 
+class _Aside:
+    """Hooks that one dictionary of a module holds only from time to time.
+
+    Args:
+        hooks: The dictionary, such as ``module._forward_hooks``, with no other hooks in it.
+    """
+
+    def __init__(self, hooks: Any) -> None:
+        self.hooks = hooks
+        self.ours = tuple(hooks.items())
+
+    def take(self) -> None:
+        """Take them out of the dictionary; others may have come."""
+        for key, _ in self.ours:
+            self.hooks.pop(key, None)
+
+    def put_back(self) -> None:
+        """Put them back, in front of what has come since."""
+        later = tuple(self.hooks.items())
+        self.hooks.update(self.ours)
+        for key, _ in later:
+            self.hooks.move_to_end(key)
+
+
+def _is_of(attachment: Attachment, hook: object) -> bool:
+    return isinstance(hook, _Hook) and hook.attachment is attachment
+
+
 class Attachment:
     """Hooks and attributes on the modules of one model, until `detach`.
 
@@ -115,11 +143,13 @@ class Attachment:
         self._paused_by: int | None = None  # identity of a thread
         self._waits = False
         self._resumed_by: int | None = None  # identity of a thread
+        self._aside: list[_Aside] = []
 
     def detach(self) -> None:
         """Remove all hooks and restore all attributes; does nothing if nothing is attached."""
         self._caller = None
         self._waits = False
+        self._aside = []
         self.reader.release()
         self.reader = Reader()
         self.end_of_call()
@@ -149,8 +179,23 @@ class Attachment:
             self._paused_by = before
 
     def wait(self) -> None:
-        """From now on, hooks do nothing in any thread, but in a block of `resumed`."""
+        """From now on, hooks do nothing in any thread, but in a block of `resumed`.
+
+        Modules that nobody else has hooked are called without them: torch calls a module with hooks by a
+        slower way, whatever these do.
+        """
         self._waits = True
+        by_hooks: dict[int, _Aside] = {}
+        for handle in self._handles:
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None and all(_is_of(self, hook) for hook in hooks.values()):
+                by_hooks.setdefault(id(hooks), _Aside(hooks))
+        self._aside = list(by_hooks.values())
+        self._put_aside()
+
+    def _put_aside(self) -> None:
+        for aside in self._aside:
+            aside.take()
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
@@ -167,8 +212,11 @@ class Attachment:
                 )
             self._resumed_by = threading.get_ident()
         try:
+            for aside in self._aside:
+                aside.put_back()
             yield
         finally:
+            self._put_aside()
             self._resumed_by = None
 
     def open_call(self) -> None:
