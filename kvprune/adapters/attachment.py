@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from kvprune.adapters.aside import HooksAside
 from kvprune.cache.reader import Reader
 from kvprune.errors import CompressionStateError
 
@@ -29,15 +30,26 @@ class _Hook:
         attachment: Owns the hook.
         hook: The function to call.
         thread: If given, calls from other threads are ignored.
+        watches: Whether it also runs while its attachment waits; it changes nothing.
     """
 
-    def __init__(self, attachment: Attachment, hook: Callable[..., Any], thread: int | None = None) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        hook: Callable[..., Any],
+        thread: int | None = None,
+        *,
+        watches: bool = False,
+    ) -> None:
         self.attachment = attachment
         self.hook = hook
         self.thread = thread
+        self.watches = watches
 
     def __call__(self, *call: Any) -> Any:
-        if self.attachment.is_paused or self._is_foreign():
+        attachment = self.attachment
+        stopped = attachment.in_pause if self.watches else attachment.is_paused
+        if stopped or self._is_foreign():
             return None
         return self.hook(*call)
 
@@ -89,34 +101,6 @@ class _Method:
         return _Method, (self.module, self.name)
 
 
-class _Aside:
-    """Hooks that one dictionary of a module holds only from time to time.
-
-    Args:
-        hooks: The dictionary, such as ``module._forward_hooks``, with no other hooks in it.
-    """
-
-    def __init__(self, hooks: Any) -> None:
-        self.hooks = hooks
-        self.ours = tuple(hooks.items())
-
-    def take(self) -> None:
-        """Take them out of the dictionary; others may have come."""
-        for key, _ in self.ours:
-            self.hooks.pop(key, None)
-
-    def put_back(self) -> None:
-        """Put them back, in front of what has come since."""
-        later = tuple(self.hooks.items())
-        self.hooks.update(self.ours)
-        for key, _ in later:
-            self.hooks.move_to_end(key)
-
-
-def _is_of(attachment: Attachment, hook: object) -> bool:
-    return isinstance(hook, _Hook) and hook.attachment is attachment
-
-
 class Attachment:
     """Hooks and attributes on the modules of one model, until `detach`.
 
@@ -143,13 +127,13 @@ class Attachment:
         self._paused_by: int | None = None  # identity of a thread
         self._waits = False
         self._resumed_by: int | None = None  # identity of a thread
-        self._aside: list[_Aside] = []
+        self._aside = HooksAside()
 
     def detach(self) -> None:
         """Remove all hooks and restore all attributes; does nothing if nothing is attached."""
         self._caller = None
         self._waits = False
-        self._aside = []
+        self._aside = HooksAside()
         self.reader.release()
         self.reader = Reader()
         self.end_of_call()
@@ -165,6 +149,11 @@ class Attachment:
             return False
         me = threading.get_ident()
         return self._paused_by == me or (self._waits and self._resumed_by != me)
+
+    @property
+    def in_pause(self) -> bool:
+        """Whether this thread is in a block of `paused` now."""
+        return self._paused_by == threading.get_ident()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -185,17 +174,12 @@ class Attachment:
         slower way, whatever these do.
         """
         self._waits = True
-        by_hooks: dict[int, _Aside] = {}
-        for handle in self._handles:
-            hooks = handle.hooks_dict_ref()
-            if hooks is not None and all(_is_of(self, hook) for hook in hooks.values()):
-                by_hooks.setdefault(id(hooks), _Aside(hooks))
-        self._aside = list(by_hooks.values())
-        self._put_aside()
+        self._aside = HooksAside(self._handles, self._may_leave)
+        self._aside.take()
 
-    def _put_aside(self) -> None:
-        for aside in self._aside:
-            aside.take()
+    def _may_leave(self, hook: object) -> bool:
+        """Whether nothing is missed if a hook is not there while this attachment waits."""
+        return isinstance(hook, _Hook) and hook.attachment is self and not hook.watches
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
@@ -212,11 +196,10 @@ class Attachment:
                 )
             self._resumed_by = threading.get_ident()
         try:
-            for aside in self._aside:
-                aside.put_back()
+            self._aside.put_back()
             yield
         finally:
-            self._put_aside()
+            self._aside.take()
             self._resumed_by = None
 
     def open_call(self) -> None:
@@ -282,6 +265,7 @@ class Attachment:
         for_one_call: bool = False,
         always: bool = False,
         first: bool = False,
+        watches: bool = False,
     ) -> None:
         """Run ``hook(module, args, kwargs, output)`` after a module, until `detach` or `close_call`.
 
@@ -291,11 +275,15 @@ class Attachment:
             for_one_call: Whether `close_call` removes it.
             always: Run it even if the module raised an ``Exception``.
             first: Run it before the hooks that the module has by now, so that they see what it returns.
+            watches: Run it also while this attachment waits; it only notes what it sees.
         """
         handles, thread = self._kind(for_one_call)
         handles.append(
             module.register_forward_hook(
-                _Hook(self, hook, thread), with_kwargs=True, always_call=always, prepend=first
+                _Hook(self, hook, thread, watches=watches),
+                with_kwargs=True,
+                always_call=always,
+                prepend=first,
             )
         )
 

@@ -299,6 +299,7 @@ class MllamaAdapter(Describing):
         """Return the arguments with projected image features instead of pixels."""
         if named.get("pixel_values") is None:
             return dict(named)  # decoding, or no image, or the caller has run the vision tower
+        self.keep_pixels(named["pixel_values"])
         states = encoding.reshape(-1, *encoding.shape[-2:])  # [B * images * tiles, patches, C]
         return {**named, "pixel_values": None, "cross_attention_states": states}
 
