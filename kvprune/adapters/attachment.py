@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -101,6 +101,42 @@ class _Method:
         return _Method, (self.module, self.name)
 
 
+class _Paused:
+    """The block of `Attachment.paused`: a class, because a generator takes longer, and each token enters."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    def __enter__(self) -> None:
+        self._before = self._attachment._paused_by
+        self._attachment._paused_by = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._attachment._paused_by = self._before
+
+
+class _Resumed:
+    """The block of `Attachment.resumed`."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    def __enter__(self) -> None:
+        attachment = self._attachment
+        with attachment._lock:
+            if attachment._resumed_by is not None:
+                raise CompressionStateError(
+                    f"{attachment.label} runs in another thread; use a lock around calls of "
+                    f"{type(attachment.model).__name__}, or a copy of the model for each thread"
+                )
+            attachment._resumed_by = threading.get_ident()
+        attachment._aside.put_back()
+
+    def __exit__(self, *error: object) -> None:
+        self._attachment._aside.take()
+        self._attachment._resumed_by = None
+
+
 class Attachment:
     """Hooks and attributes on the modules of one model, until `detach`.
 
@@ -155,17 +191,12 @@ class Attachment:
         """Whether this thread is in a block of `paused` now."""
         return self._paused_by == threading.get_ident()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Pause all hooks in a block: the model runs as if nothing were attached, and others may attach.
 
         Only for this thread; others are refused, as in the middle of any call.
         """
-        before, self._paused_by = self._paused_by, threading.get_ident()
-        try:
-            yield
-        finally:
-            self._paused_by = before
+        return _Paused(self)
 
     def wait(self) -> None:
         """From now on, hooks do nothing in any thread, but in a block of `resumed`.
@@ -181,26 +212,13 @@ class Attachment:
         """Whether nothing is missed if a hook is not there while this attachment waits."""
         return isinstance(hook, _Hook) and hook.attachment is self and not hook.watches
 
-    @contextmanager
-    def resumed(self) -> Iterator[None]:
+    def resumed(self) -> AbstractContextManager[None]:
         """Let the hooks of an attachment that waits run in a block, in this thread.
 
         Raises:
-            CompressionStateError: If another thread is in such a block.
+            CompressionStateError: When the block is entered, if another thread is in such a block.
         """
-        with self._lock:
-            if self._resumed_by is not None:
-                raise CompressionStateError(
-                    f"{self.label} runs in another thread; use a lock around calls of "
-                    f"{type(self.model).__name__}, or a copy of the model for each thread"
-                )
-            self._resumed_by = threading.get_ident()
-        try:
-            self._aside.put_back()
-            yield
-        finally:
-            self._aside.take()
-            self._resumed_by = None
+        return _Resumed(self)
 
     def open_call(self) -> None:
         """Start a forward call of the model: every adapter calls this first, and `close_call` at the end.
