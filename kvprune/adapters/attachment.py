@@ -101,7 +101,7 @@ class _Method:
         return _Method, (self.module, self.name)
 
 
-class _Paused:
+class _Paused(AbstractContextManager[None]):
     """The block of `Attachment.paused`: a class, because a generator takes longer, and each token enters."""
 
     def __init__(self, attachment: Attachment) -> None:
@@ -115,11 +115,8 @@ class _Paused:
         self._attachment._paused_by = self._before
 
 
-class _Resumed:
+class _Resumed(_Paused):
     """The block of `Attachment.resumed`."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
 
     def __enter__(self) -> None:
         attachment = self._attachment
