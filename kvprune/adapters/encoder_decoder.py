@@ -88,6 +88,7 @@ class EncoderDecoderAdapter(Texts):
     provides = ModelAdapter.provides | {"guidance"}
     lacks: ClassVar[Mapping[str, str]] = {
         "grid": "its columns are no patches of a picture",
+        "question": "its prompt is not read without the encoder (quecc goes without it: query=none)",
         "text_cache": "only the text cache of Mllama can be pruned",
         "class_attention": "only the vision encoder of Mllama shows it",
         "reconstruction": "no text is known that its decoder could repeat",

@@ -42,14 +42,17 @@ class QueCC(TrainedPolicy, FeaturePolicy):
             about one token in k * k is left, or in k.
         query: "prompt": the question is added to the patches. "none": it is not, and one compression of a
             picture serves all questions.
+        width: Channels inside the compressor; a smaller one makes small files of weights, and less can be
+            added to the mean. None is the width of the features, at most 1024.
     """
 
     k: int = 2
     query: Literal["prompt", "none"] = "prompt"
+    width: int | None = None
 
     name = "quecc"
     version = 1
-    trained_options = ("k", "query")
+    trained_options = ("k", "query", "width")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -70,12 +73,16 @@ class QueCC(TrainedPolicy, FeaturePolicy):
     def __post_init__(self) -> None:
         if isinstance(self.k, int) and self.k < 1:
             raise PolicyOptionError(f"k of policy {self.name!r} counts patches, at least 1, got {self.k!r}")
+        if isinstance(self.width, int) and self.width < 1:
+            raise PolicyOptionError(
+                f"width of policy {self.name!r} counts channels, at least 1, got {self.width!r}"
+            )
         super().__post_init__()
 
     def initial(self, geometry: Mapping[str, int]) -> Mapping[str, Tensor]:
         """Return the untrained compressor; its gamma is 0."""
         features = geometry["feature_width"]
-        inside = min(features, _WIDEST)
+        inside = min(features, _WIDEST) if self.width is None else self.width
         random = torch.Generator().manual_seed(0)
         made: dict[str, Tensor] = {"gamma": torch.zeros(1), "input.weight": torch.ones(features)}
         made["input.bias"] = torch.zeros(features)
