@@ -42,8 +42,8 @@ class QueCC(TrainedPolicy, FeaturePolicy):
             about one token in k * k is left, or in k.
         query: "prompt": the question is added to the patches. "none": it is not, and one compression of a
             picture serves all questions.
-        width: Channels inside the compressor; a smaller one makes small files of weights, and less can be
-            added to the mean. None is the width of the features, at most 1024.
+        width: Channels inside the compressor: a small number makes small files of weights, and adds less to
+            the mean. None is that of the weights; fresh ones are as wide as the features, at most 1024.
     """
 
     k: int = 2
@@ -52,7 +52,11 @@ class QueCC(TrainedPolicy, FeaturePolicy):
 
     name = "quecc"
     version = 1
-    trained_options = ("k", "query", "width")
+
+    @property
+    def trained_options(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Cell size and query; the width, too, unless it is that of the weights."""
+        return ("k", "query") if self.width is None else ("k", "query", "width")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -78,6 +82,9 @@ class QueCC(TrainedPolicy, FeaturePolicy):
                 f"width of policy {self.name!r} counts channels, at least 1, got {self.width!r}"
             )
         super().__post_init__()
+        file = self.weights_file
+        if self.width is None and file is not None:
+            object.__setattr__(self, "width", file.options.get("width"))
 
     def initial(self, geometry: Mapping[str, int]) -> Mapping[str, Tensor]:
         """Return the untrained compressor; its gamma is 0."""

@@ -260,11 +260,31 @@ def test_refusals(tmp_path):
         generate(mllama(), mllama_inputs(["1tt"]), steps=1)
 
 
+def test_a_narrow_compressor_is_as_wide_as_its_weights_say(tmp_path):
+    geometry, path = {"feature_width": C, "question_width": W}, tmp_path / "w.safetensors"
+    narrow = QueCC(weights="fresh", width=2)
+    assert narrow.initial(geometry)["out.weight"].shape == (C, 2)
+    view, weights = tiled_view(), drawn(narrow)
+    save_weights(path, narrow, weights, geometry, {})
+    policy = QueCC(weights=str(path))
+    assert policy.width == 2
+    assert policy == QueCC(weights=str(path), width=2) == kvprune.get_policy(str(policy.spec))
+    new = chosen(policy, view, weights).features
+    assert new.shape == chosen(QueCC(weights="fresh"), view).features.shape
+    with pytest.raises(WeightsError, match="trained with width=2, but the policy 'quecc' has width=4"):
+        QueCC(weights=str(path), width=4)
+    with pytest.raises(PolicyOptionError, match="width of policy 'quecc' counts channels, at least 1"):
+        QueCC(weights="fresh", width=0)
+    wide = QueCC(weights="fresh")  # as weights were made before there was a width
+    save_weights(path, wide, wide.initial(geometry), geometry, {})
+    assert QueCC(weights=str(path)).width is None
+
+
 def test_families_without_a_text_only_pass_are_refused():
     from kvprune.testing.problems import ModelProblem
 
     problem = ModelProblem(model="bart", layouts=("ttttt",), dtype="float32")
-    with pytest.raises(UnsupportedModelError, match="needs 'question'"):
+    with pytest.raises(UnsupportedModelError, match=r"needs 'question'.*query=none"):
         kvprune.compress(problem.make_model(), QueCC(weights="fresh"))
     with kvprune.compress(problem.make_model(), QueCC(weights="fresh", query="none")) as run:
         pass
