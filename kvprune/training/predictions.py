@@ -15,7 +15,7 @@ from kvprune.errors import TrainingError
 
 __all__ = ["predictions"]
 
-_TAKEN = ("decoder_input_ids", "encoder_outputs", "use_cache")
+_TAKEN = ("decoder_input_ids", "encoder_outputs")
 """Arguments of an encoder-decoder model that are passed."""
 
 _NOT_PASSED = ("past_key_values", "cache_position", "inputs_embeds", "position_ids", "encoder_attention_mask")
@@ -58,14 +58,14 @@ def _by_the_head(adapter: EncoderDecoderAdapter, prompt: Prompt, answer: Tensor,
     model: Any = adapter.model
     decoder: Any = adapter.decoder
     takes = inspect.signature(model.forward).parameters
-    if model.get_output_embeddings() is None or any(name not in takes for name in _TAKEN):
-        raise TrainingError(
-            f"a {type(model).__name__} does not predict tokens from encoder states, so nothing can be "
-            "distilled; train on the model with its language head, such as WhisperForConditionalGeneration"
-        )
+    tokens = prompt.arguments.get("input_ids")
+    if any(name not in takes for name in _TAKEN) or (tokens is not None and tokens.ndim != 2):
+        raise _without_head(model)
     from transformers.modeling_outputs import BaseModelOutput  # slow to import
 
     assert prompt.states is not None
+    encoded: Any = BaseModelOutput(last_hidden_state=prompt.states)
+    encoded.attention_mask = encoded.router_logits = None  # some models ask for them
     arguments: dict[str, Any] = {**prompt.arguments, "encoder_hidden_states": prompt.states}
     arguments |= {**with_answer(prompt, answer, written, decoder.config), "use_cache": False}
 
@@ -75,12 +75,18 @@ def _by_the_head(adapter: EncoderDecoderAdapter, prompt: Prompt, answer: Tensor,
 
     handle = decoder.register_forward_pre_hook(exchanged, with_kwargs=True, prepend=True)
     try:
-        out = model(
-            decoder_input_ids=arguments["input_ids"],
-            encoder_outputs=BaseModelOutput(last_hidden_state=prompt.states),
-            use_cache=False,
-        )
+        out = model(decoder_input_ids=arguments["input_ids"], encoder_outputs=encoded, use_cache=False)
     finally:
         handle.remove()
-    logits: Tensor = out.logits[:, -answer.shape[1] :]
-    return logits
+    logits: Tensor | None = getattr(out, "logits", None)
+    if logits is None or logits.shape[:2] != arguments["input_ids"].shape:
+        raise _without_head(model)
+    return logits[:, -answer.shape[1] :]
+
+
+def _without_head(model: Any) -> TrainingError:
+    return TrainingError(
+        f"a {type(model).__name__} does not predict one token after each token from encoder states, so "
+        "nothing can be distilled; train on the model with its language head, such as "
+        "WhisperForConditionalGeneration"
+    )

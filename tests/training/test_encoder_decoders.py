@@ -8,15 +8,17 @@ import torch
 from kvprune_strategies import QueCC
 from speech_helpers import recording, speech_file, tiny_checkpoint
 
+from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.tiny.models import example_bart, example_whisper
 from kvprune.engine.guidance import Prompt
-from kvprune.errors import TrainingError, UnsupportedModelError
+from kvprune.errors import KVPruneError, TrainingError, UnsupportedModelError
 from kvprune.policy.weights import read_weights
+from kvprune.session import registry
 from kvprune.session.registry import find_adapter
 from kvprune.training import command
 from kvprune.training.command import Asked, learn
 from kvprune.training.distillation import Distillation, read_in_full
-from kvprune.training.lessons import Lesson, answer_tensors
+from kvprune.training.lessons import Lesson, answer_tensors, prompt_of
 from kvprune.training.predictions import predictions
 from kvprune.training.recipe import Recipe
 from kvprune.training.train import Files, train
@@ -68,6 +70,44 @@ def test_predictions_are_those_of_the_whole_model(kind):
     assert not model.get_decoder()._forward_pre_hooks
 
 
+NOT_IN_ONE_CALL = {"BLIP", "Cohere ASR", "Dia", "Moonshine Streaming", "MusicGen"}
+"""Families that make no prompt, write several streams of tokens, or read the encoder's output in parts."""
+
+FAMILIES = {
+    found.cls.family: found.cls
+    for found in registry.load().adapters
+    if issubclass(found.cls, EncoderDecoderAdapter)
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictions_are_those_of_the_whole_model_in_every_family(family):
+    model, inputs = FAMILIES[family].example(torch.float32)
+    adapter, rows = FAMILIES[family](model), len(next(iter(inputs.values())))
+    given = {"decoder_input_ids": torch.tensor([[3, 4]]).expand(rows, -1), **inputs}
+    answer, written = answer_tensors([[5, 9, 7]] * rows, torch.device("cpu"))
+
+    def predicted():
+        with torch.no_grad(), prompt_of(adapter) as prompts:
+            model(**given)
+        with torch.no_grad():
+            return predictions(adapter, prompts[0], answer, written)
+
+    if family in NOT_IN_ONE_CALL:
+        with pytest.raises(KVPruneError):
+            predicted()
+        return
+    found = predicted()
+    given["decoder_input_ids"] = torch.cat([given["decoder_input_ids"], answer[:, :-1]], 1)
+    if "decoder_attention_mask" in given:
+        more = torch.ones_like(answer[:, :-1])
+        given["decoder_attention_mask"] = torch.cat([given["decoder_attention_mask"], more], 1)
+    with torch.no_grad():
+        wanted = model(**given, use_cache=False).logits[:, -3:]
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("kind", ["bart", "whisper"])
 def test_training_lowers_the_divergence_and_leaves_the_model_alone(kind, tmp_path):
     model, _, lesson = example(kind)
@@ -113,7 +153,7 @@ def test_a_reading_that_was_kept_is_used(monkeypatch):
 def test_a_model_without_a_head_predicts_nothing():
     model, _, lesson = example("whisper")
     adapter = find_adapter(model.model)(model.model)
-    with pytest.raises(TrainingError, match="a WhisperModel does not predict tokens"):
+    with pytest.raises(TrainingError, match="a WhisperModel does not predict one token"):
         predictions(adapter, lesson.prompt, lesson.answer, lesson.written)
 
 
