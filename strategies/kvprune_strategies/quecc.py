@@ -35,7 +35,12 @@ class QueCC(TrainedPolicy, FeaturePolicy):
 
     The question is what the model itself makes of the prompt without the picture, which takes a second pass
     of its text layers over the prompt. Families without such a pass (encoder-decoder models, such as Whisper)
-    can use ``query=none``, with weights of their own.
+    can use ``query=none``, with weights of their own. Whisper's prompt asks nothing: it names language and
+    task. So what is left of the method there is a trained compressor of k frames to one token.
+
+    Weights that come with kvprune: "demo", for the embedded model, with k of 2, 4 and 8, and with k=4 for
+    ``query=none``; "whisper-base", for Whisper base, with k of 10 and 20 for ``query=none``. For others, train
+    some with ``kvprune train``.
 
     Args:
         k: Patches along the side of a cell, or frames in a cell where tokens lie on a line. It is the budget:
