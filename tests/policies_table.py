@@ -113,7 +113,8 @@ def _captions(data: dict[str, Any]) -> list[str]:
     if memory:
         lines.append(
             "*MiB at 11B*: most memory that one decision with default options holds beside its inputs, in "
-            "bfloat16 / float32, at the dimensions of Llama-3.2-11B-Vision "
+            "bfloat16 / float32, at the dimensions of Llama-3.2-11B-Vision. For a policy that decides in "
+            "steps: what it prepares, one step, and the copy of what that step reads "
             f"(`kvprune bench memory`; {_where(memory)})."
         )
     if demo:

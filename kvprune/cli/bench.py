@@ -42,7 +42,7 @@ def memory(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure peak extra memory and seconds of one decision.
+    """Measure peak extra memory and seconds of one decision, or of one decode step.
 
     The decision has the dimensions of Llama-3.2-11B-Vision.
     """

@@ -208,8 +208,10 @@ def _check_value(where: str, value: object) -> None:
             f"{where} is the text {shown(value)}; text in a spec is not empty, does not begin or end with a "
             "blank, and contains none of ',', ';', '(' and ')'"
         )
-    if isinstance(value, str) and value != "then" and _THEN.search(value):
-        raise SpecError(f"{where} is the text {shown(value)}; the word 'then' stands between two policies")
+    if isinstance(value, str) and value != "then" and _THEN.search(value.lower()):
+        raise SpecError(
+            f"{where} is the text {shown(value)}; the word 'then' stands between two policies, in lower case"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise SpecError(f"{where} must be a finite number, got {value!r}")
     if isinstance(value, int) and value.bit_length() > LARGEST_BITS:

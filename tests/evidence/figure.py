@@ -37,7 +37,9 @@ def render(panels: Sequence[EvidenceSet]) -> bytes:
     labels = list(dict.fromkeys(label for one in panels for label in order(one)))
     references = list(dict.fromkeys(row.label for one in panels for row in one.rows if row.reference))
     shown = names([*labels, *references])
-    reading = {row.label for one in panels for row in one.rows if row.reads_prompt and not row.reference}
+    rows = [row for one in panels for row in one.rows]
+    stepping = {row.label for row in rows if row.steps}
+    reading = {row.label for row in rows if row.reads_prompt and not row.reference} - stepping
     ratios = sorted({ratio for one in panels for ratio in one.ratios}, reverse=True)
     looks = {ratio: _LOOKS[number % len(_LOOKS)] for number, ratio in enumerate(ratios)}
     places = {label: -float(number) for number, label in enumerate(labels)}
@@ -52,6 +54,7 @@ def render(panels: Sequence[EvidenceSet]) -> bytes:
     for label, text in zip(places, axes[0].get_yticklabels(), strict=True):
         text.set_parse_math(False)
         text.set_fontweight("bold" if label in reading else "normal")
+        text.set_fontstyle("italic" if label in stepping else "normal")
     handles = [
         Line2D([], [], color=colour, marker=mark, linestyle="", markersize=6, label=f"{share(ratio)} kept")
         for ratio, (mark, colour) in looks.items()
@@ -68,6 +71,8 @@ def render(panels: Sequence[EvidenceSet]) -> bytes:
         handles.append(Line2D([], [], **star))
     if reading:
         handles.append(Line2D([], [], linestyle="", label="bold name: reads the prompt"))
+    if stepping:
+        handles.append(Line2D([], [], linestyle="", label="italic name: chooses in each step; share read"))
     add_legend(made, handles, beside=False)
     return png(made)
 

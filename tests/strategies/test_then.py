@@ -115,6 +115,8 @@ def test_what_cannot_follow_is_refused_with_what_can(text, error, message):
 def test_the_word_is_no_part_of_a_value():
     with pytest.raises(SpecError, match=r"'now then'; the word 'then' stands between two policies"):
         PolicySpec("norm", {"of": "now then"})
+    with pytest.raises(SpecError, match="between two policies, in lower case"):
+        PolicySpec.parse("divprune:keep_ratio=0.5 THEN h2o")
     assert PolicySpec("norm", {"of": "strengthen"}).options["of"] == "strengthen"
     assert str(PolicySpec.parse("adakv:scorer=then")) == "adakv:scorer=then"
 

@@ -72,6 +72,19 @@ def test_a_decision_is_measured_with_what_it_holds() -> None:
     assert 0 < found.seconds < 10
 
 
+def test_a_step_is_measured_with_what_it_prepares_and_the_copy_of_what_it_reads() -> None:
+    def peak(spec: str) -> int:
+        return measure(kvprune.get_policy(spec), dtype=torch.bfloat16, repetitions=0).peak_bytes
+
+    entry = 2 * 8 * 128 * 2  # bytes of a key and a value, all heads
+    bounds = 2 * 401 * 8 * 128 * 2  # a lower and an upper bound for each of 401 pages
+    whole, half = peak("quest:keep_ratio=1"), peak("quest:keep_ratio=0.5")
+    assert whole >= bounds
+    assert half >= bounds + 3202 * entry
+    assert peak("quest:keep_ratio=0.1") < half
+    assert peak("h2o:steps=4") > 0
+
+
 @pytest.mark.parametrize("spec", ["trim", "norm:of=raw_keys", "uniform", "full"])
 def test_problems_have_the_dimensions_and_what_the_policy_needs(spec: str) -> None:
     policy = kvprune.get_policy(spec)

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
+from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView
+from kvprune.testing.cost.steps import StepProblem, take_step
 from kvprune.tokens import randomness
 from kvprune.tokens.layout import Layout
 from kvprune.tokens.visibility import Visibility
 
 __all__ = ["LLAMA_11B", "Dimensions", "Problem", "ask", "make_problem"]
 
-Problem = FeatureView | LayerView | list[LayerView]
+Problem = FeatureView | LayerView | list[LayerView] | StepProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ def make_problem(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """Return what a policy is asked about, for one sample: features, the first layer, or all layers.
+    """Return what a policy is asked about, for one sample: features, the first layer, all layers, or a step.
 
     Args:
         policy: Decides at which moment, and which tensors are captured.
@@ -89,7 +91,12 @@ def make_problem(
     if isinstance(policy, PrefillPolicy):
         return [_layer(policy, size, rank, dtype, device, seed) for rank in range(size.layers)]
     if not isinstance(policy, FeaturePolicy):
-        return _layer(policy, size, 0, dtype, device, seed)
+        layer = _layer(policy, size, 0, dtype, device, seed)
+        if not (isinstance(policy, DecodePolicy) and policy.takes_steps):
+            return layer
+        return StepProblem(
+            layer=layer, queries=_draw((1, size.query_heads, size.width), dtype, device, seed, 9)
+        )
     return FeatureView(
         visibility=_one_image(size, device),
         num_layers=size.layers,
@@ -113,6 +120,9 @@ def ask(policy: CrossKVPolicy, problem: Problem) -> object:
     if isinstance(policy, FeaturePolicy):
         assert isinstance(problem, FeatureView)
         return policy.choose(problem)
+    if isinstance(problem, StepProblem):
+        assert isinstance(policy, DecodePolicy)
+        return policy.select(problem.layer), take_step(policy, problem)
     assert isinstance(problem, LayerView)
     return policy.select(problem)
 
