@@ -39,8 +39,8 @@ class QueCC(TrainedPolicy, FeaturePolicy):
     task. So what is left of the method there is a trained compressor of k frames to one token.
 
     Weights that come with kvprune: "demo", for the embedded model, with k of 2, 4 and 8, and with k=4 for
-    ``query=none``; "whisper-base", for Whisper base, with k of 10 and 20 for ``query=none``. For others, train
-    some with ``kvprune train``.
+    ``query=none``; "whisper-base", for Whisper base, with k=10 for ``query=none``. ``kvprune train`` makes
+    others.
 
     Args:
         k: Patches along the side of a cell, or frames in a cell where tokens lie on a line. It is the budget:

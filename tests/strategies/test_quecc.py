@@ -280,6 +280,20 @@ def test_a_narrow_compressor_is_as_wide_as_its_weights_say(tmp_path):
     assert QueCC(weights=str(path)).width is None
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["quecc", "quecc:k=4", "quecc:k=8", "quecc:k=4,query=none", "quecc:weights=whisper-base,k=10,query=none"],
+)
+def test_weights_that_come_with_it_fit_its_docstring(spec):
+    policy = kvprune.get_policy(spec)
+    assert policy.digest
+    assert policy.weights in QueCC.__doc__
+    assert policy.weights_file.geometry["feature_width"] == {"demo": 96, "whisper-base": 512}[policy.weights]
+    assert policy.width == (96 if policy.weights == "whisper-base" else None)
+    folder = policy.weights_path.parent
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 2_000_000
+
+
 def test_families_without_a_text_only_pass_are_refused():
     from kvprune.testing.problems import ModelProblem
 
