@@ -323,7 +323,7 @@ class EncoderDecoderAdapter(Texts):
 
         Returns:
             None, also with an answer. Each family makes logits of the decoder's states in its own way, in the
-            outer model (BART adds a bias, T5Gemma caps them), and nobody needs them here.
+            outer model (BART adds a bias, T5Gemma caps them); `kvprune.training` runs it whole for them.
         """
         if prompt.states is None:
             raise GuideError(

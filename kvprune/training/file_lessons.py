@@ -163,16 +163,19 @@ class FileLessons(Lessons):
         with torch.no_grad(), prompt_of(self._adapter) as prompts:
             self._generator.model(**inputs)
         (prompt,) = prompts
-        answers = [self._answers[example.id] for example in examples]
+        answers = [self._answers[example.digest] for example in examples]
         return Lesson(prompt, *answer_tensors(answers, prompt.text.device))
 
     def _answered(self, on_progress: Callable[[int, int], None]) -> Mapping[str, list[int]]:
-        """Return the tokens of the answer to each example, with the token that ends it."""
+        """Return the tokens of the answer to each example, with the token that ends it, by its digest.
+
+        Not by its id: examples to learn from and for validation may come of two files that both count from 0.
+        """
         examples = (*self._learning, *self._validation)
         if self._kind == "data":
             tokenizer = self._generator.processor.tokenizer
             return {
-                example.id: [
+                example.digest: [
                     *tokenizer(example.answers[0], add_special_tokens=False).input_ids,
                     tokenizer.eos_token_id,
                 ]
@@ -182,6 +185,6 @@ class FileLessons(Lessons):
         for part in self._parts(examples):
             new = self._generator.generate(self._generator.encode(part))  # [B, n]
             for example, row, length in zip(part, new.tolist(), self._generator.lengths(new), strict=True):
-                found[example.id] = row[: length + 1]
+                found[example.digest] = row[: length + 1]
             on_progress(len(found), len(examples))
         return found

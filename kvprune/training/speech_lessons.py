@@ -29,11 +29,11 @@ class SpeechLessons(FileLessons):
     Each recording is read alone, so what a lesson holds does not depend on how recordings were batched.
     """
 
-    _known: dict[str, Lesson]  # a lesson with one row for each recording, in half precision
+    _known: dict[str, Lesson]  # of one row, by the digest of its recording, in half precision
 
     def _encoded(self, examples: Sequence[Example]) -> Lesson:
         """Return a batch of recordings that have been read."""
-        rows = [self._known[example.id] for example in examples]
+        rows = [self._known[example.digest] for example in examples]
         model = self._generator.model
 
         def batched(tensors: Sequence[Tensor]) -> Tensor:
@@ -44,7 +44,7 @@ class SpeechLessons(FileLessons):
             name: batched([row.prompt.arguments[name] for row in rows]) for name in rows[0].prompt.arguments
         }
         states = batched([row.prompt.states for row in rows if row.prompt.states is not None])  # [R, S, C]
-        answers = [self._answers[example.id] for example in examples]
+        answers = [self._answers[example.digest] for example in examples]
         tokens, written = answer_tensors(answers, states.device)
         full = [row.full for row in rows if row.full is not None]
         longest = tokens.shape[1]
@@ -61,7 +61,7 @@ class SpeechLessons(FileLessons):
         self._require_one_window(examples)
         self._known, answers = {}, {}
         for example in examples:
-            answers[example.id], self._known[example.id] = self._read(example)
+            answers[example.digest], self._known[example.digest] = self._read(example)
             on_progress(len(answers), len(examples))
         return answers
 

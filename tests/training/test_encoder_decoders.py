@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from kvprune_strategies import QueCC
-from speech_helpers import recording, speech_file, tiny_checkpoint
+from speech_helpers import load, recording, speech_file, tiny_checkpoint
 
 from kvprune.adapters.encoder_decoder import EncoderDecoderAdapter
 from kvprune.adapters.tiny.models import example_bart, example_whisper
+from kvprune.comparison.data.examples import read_examples
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import KVPruneError, TrainingError, UnsupportedModelError
 from kvprune.policy.weights import read_weights
@@ -21,6 +22,7 @@ from kvprune.training.distillation import Distillation, read_in_full
 from kvprune.training.lessons import Lesson, answer_tensors, prompt_of
 from kvprune.training.predictions import predictions
 from kvprune.training.recipe import Recipe
+from kvprune.training.speech_lessons import SpeechLessons
 from kvprune.training.train import Files, train
 
 RECIPE = Recipe(steps=6, every=2, rate=1e-2, warm_up=1, patience=0)
@@ -198,6 +200,20 @@ def test_the_command_trains_on_recordings_and_continues_bit_by_bit(tmp_path, whi
     again = learn(parts, RECIPE)
     assert again.curve == whole.curve
     assert again.file.digest == whole.file.digest
+
+
+def test_recordings_of_two_files_may_have_the_same_ids(tmp_path, whisper):
+    (tmp_path / "other").mkdir()
+    data, other = speech_file(tmp_path, ("en", "en")), tmp_path / "other" / "speech.jsonl"
+    name = recording(tmp_path / "other" / "x.flac", 0.4, seed=7).name
+    other.write_text(json.dumps({"id": "s0", "audio": name, "text": "may"}) + "\n")
+    generator = load(whisper)
+    lessons = SpeechLessons(
+        generator, find_adapter(generator.model)(generator.model), read_examples(data), read_examples(other)
+    )
+    (held,) = lessons.validation()
+    learned = lessons.lesson(0).prompt.states
+    assert not any(torch.equal(held.prompt.states[0], row) for row in learned)
 
 
 def test_what_was_said_is_learned_if_asked(tmp_path, whisper):
