@@ -11,9 +11,11 @@ from kvprune.adapters.base import ModelAdapter
 from kvprune.comparison.data.examples import kind_of, read_examples
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.execution.questions import PictureGenerator
+from kvprune.comparison.execution.speech import SpeechGenerator
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.identity import model_digest
+from kvprune.demo import SPEECH_MODEL
 from kvprune.errors import TrainingError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.moments import FeaturePolicy
@@ -26,6 +28,7 @@ from kvprune.training.curve import draw_curve
 from kvprune.training.file_lessons import FileLessons, split
 from kvprune.training.lessons import Lessons
 from kvprune.training.recipe import Recipe
+from kvprune.training.speech_lessons import SpeechLessons
 from kvprune.training.train import Files, Trained, train
 
 __all__ = ["Asked", "learn"]
@@ -57,8 +60,8 @@ class Asked:
             raise TrainingError(f"answers are those of full or of data, got {shown(self.answers)}")
         if self.batch < 1 or self.pictures < 1:
             raise TrainingError(
-                f"a lesson has at least one question and the demo one picture, got {self.batch} and "
-                f"{self.pictures}"
+                "a lesson has at least one question or recording, and the demo at least one picture, got "
+                f"{self.batch} and {self.pictures}"
             )
         if self.data is None and (self.model is not None or self.validation is not None):
             given = "--model" if self.model is not None else "--validation"
@@ -79,8 +82,11 @@ def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, d
     """
     policy, files = trainable(asked.policy), Files(asked.out)
     files.require_new()  # before anything is loaded
-    generator = PictureGenerator.load(
-        asked.model,
+    hears = asked.data is not None and kind_of(asked.data) == "speech"
+    kind: type[Generator] = SpeechGenerator if hears else PictureGenerator
+    model = SPEECH_MODEL if asked.model is None and hears else asked.model
+    generator = kind.load(
+        model,
         device=resolve_device(asked.device),
         dtype=asked.dtype,
         attn_implementation=None,
@@ -88,8 +94,9 @@ def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, d
         trust_remote_code=asked.trust_remote_code,
     )
     adapter = find_adapter(generator.model)(generator.model)
+    adapter.require_needs(policy)
     lessons = _lessons(asked, generator, adapter, on_progress)
-    about = {"model_digest": model_digest(sources.weights(asked.model))}
+    about = {"model_digest": model_digest(sources.weights(model))}
 
     told = "training"
 
@@ -157,16 +164,14 @@ def _lessons(asked: Asked, generator: Generator, adapter: ModelAdapter, on_progr
             batch=asked.batch,
             on_progress=lambda done, total: on_progress("drawing pictures", done, total),
         )
-    if kind_of(asked.data) != "pictures":
-        raise TrainingError(
-            f"{shown(str(asked.data))} holds recordings; kvprune train learns from questions about pictures"
-        )
     examples = read_examples(asked.data)
     if asked.validation is None:
         learning, held = split(examples, asked.held_out, asked.seed)
     else:
         learning, held = examples, read_examples(asked.validation)
-    return FileLessons(
+    doing = "listening" if generator.kind == "speech" else "answering"
+    lessons = SpeechLessons if generator.kind == "speech" else FileLessons
+    return lessons(
         generator,
         adapter,
         learning,
@@ -174,5 +179,5 @@ def _lessons(asked: Asked, generator: Generator, adapter: ModelAdapter, on_progr
         seed=asked.seed,
         batch=asked.batch,
         answers=cast(Literal["full", "data"], asked.answers),
-        on_progress=lambda done, total: on_progress("answering", done, total),
+        on_progress=lambda done, total: on_progress(doing, done, total),
     )
