@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.host_memory import Courier
 from kvprune.cache.step_memory import StepMemory
 from kvprune.engine.foresight import foreseen, mask_has_changed, next_step, off_load, shown, unseen
 from kvprune.engine.prefill import DecisionContext
@@ -53,6 +54,7 @@ class Stepping(StepAnswers):
         self._logs: dict[int, StepCounts] = {}
         self._before: tuple[StepReceipt, ...] = ()  # what `settle` returns until a prefill has ended
         self._in_prefill = False
+        self._courier = Courier()
         self.recorder: Callable[[StepRead], None] | None = None
 
     @property
@@ -97,7 +99,7 @@ class Stepping(StepAnswers):
             by_row=policy.observes,
             compiles=policy.compiles,
         )
-        off_load(policy, layer, warn)
+        off_load(policy, layer, self._courier, warn)
         self._logs[view.rank] = StepCounts(layer)
 
     def view(
