@@ -138,8 +138,7 @@ class MllamaAdapter(Describing):
         self.begin_call()
         self.spread_weights(self._text.config)
         named = named_arguments(module, args, kwargs)
-        mask, cache = named.get("cross_attention_mask"), cache_of(named)
-        tokens = tokens_of(named)
+        mask, cache, tokens = named.get("cross_attention_mask"), cache_of(named), tokens_of(named)
         if tokens is None:
             return args, kwargs  # the model itself raises an error
         batch, length = tokens.shape[:2]
@@ -147,9 +146,8 @@ class MllamaAdapter(Describing):
         named = {**named, "attention_mask": text_mask}
         rows = None if mask is None else tiles_of_rows(mask, length, cache)
         # The dtype of one weight: asking the model for its dtype walks over all of them.
-        dtype, masks = self._text.embed_tokens.weight.dtype, self._masks
-        if masks is None or not masks.serves(rows, dtype):
-            masks = TileMask(rows, self._inner.vision_model.num_patches, dtype, len(self._sites))
+        dtype, patches = self._text.embed_tokens.weight.dtype, self._inner.vision_model.num_patches
+        masks = TileMask.after(self._masks, rows, patches, dtype, len(self._sites))
         self._masks = masks if length == 1 else None
         self._call = _Call(self.manager, self.reader, masks)
         self._call.returns_weights = self.spreads_weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,15 @@ class TileMask:
             # In stock transformers a row that sees no tile attends to all columns; here, to all held ones.
             bias = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
             self._bias = bias.masked_fill(sees & ~rows, torch.finfo(dtype).min)
+
+    @classmethod
+    def after(
+        cls, latest: Self | None, rows: Tensor | None, patches: int, dtype: torch.dtype, layers: int
+    ) -> Self:
+        """Return the masks of a call: those of the latest decode step if they serve it, or new ones."""
+        if latest is not None and latest.serves(rows, dtype):
+            return latest
+        return cls(rows, patches, dtype, layers)
 
     def serves(self, rows: Tensor | None, dtype: torch.dtype) -> bool:
         """Whether a decode step that sees these tiles, ``[B, 1, U]``, gets the same masks; asks no device.
