@@ -88,6 +88,7 @@ class EncoderDecoderAdapter(Texts):
     provides = ModelAdapter.provides | {"guidance"}
     lacks: ClassVar[Mapping[str, str]] = {
         "grid": "its columns are no patches of a picture",
+        "question": "its prompt is not read without the encoder (quecc goes without it: query=none)",
         "text_cache": "only the text cache of Mllama can be pruned",
         "class_attention": "only the vision encoder of Mllama shows it",
         "reconstruction": "no text is known that its decoder could repeat",
@@ -322,7 +323,7 @@ class EncoderDecoderAdapter(Texts):
 
         Returns:
             None, also with an answer. Each family makes logits of the decoder's states in its own way, in the
-            outer model (BART adds a bias, T5Gemma caps them), and nobody needs them here.
+            outer model (BART adds a bias, T5Gemma caps them); `kvprune.training` runs it whole for them.
         """
         if prompt.states is None:
             raise GuideError(

@@ -69,12 +69,29 @@ class Generation:
             )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def running_generation(model: nn.Module) -> Generation:
     """Return what the innermost `generate` of a model, or of a model that contains it, says.
 
     `Generation()` if the model was called by hand.
+
+    Raises:
+        UnsupportedModelError: If torch.compile traces the caller, which begins a prefill.
     """
+    found: Generation = _running_generation(model, is_traced=torch.compiler.is_compiling())
+    return found
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]  # runs even if the caller is traced
+    reason="kvprune: a policy decides in this call by what it measures; compile decode steps alone"
+)
+def _running_generation(model: nn.Module, *, is_traced: bool) -> Generation:
+    if is_traced:
+        raise UnsupportedModelError(
+            f"torch.compile traces a call of {type(model).__name__} that brings encoder states. There a "
+            "policy decides by what it measures, which cannot be compiled. Leave out torch.compile: "
+            'generate(..., cache_implementation="static", compile_config=CompileConfig()) compiles decode '
+            'steps alone; or wrap the call in torch.compiler.set_stance("force_eager")'
+        )
     code = _code()
     for frame in callers():
         if frame.f_code is not code or not _contains(frame.f_locals.get("self"), model):

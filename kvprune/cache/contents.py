@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from kvprune.cache.host_memory import Fetch, HostMemory, Staged
+from kvprune.cache.host_memory import Courier, Fetch, HostMemory, Staged
 from kvprune.cache.pools import Pool
 from kvprune.cache.reader import Reader
 from kvprune.cache.shared_rows import SharedRows
@@ -194,10 +194,13 @@ class HeldEntries(DynamicLayer):
             first = first // each // self.copies * each + first % each
         return (first + entries).flatten()
 
-    def to_host(self) -> None:
+    def to_host(self, courier: Courier) -> None:
         """Move keys and values to host memory, until the next prefill; decode steps read copies.
 
         Waits for the device.
+
+        Args:
+            courier: Makes the copies.
 
         Raises:
             UnsupportedCacheError: If entries are quantized, or gradients would flow through them.
@@ -207,7 +210,7 @@ class HeldEntries(DynamicLayer):
             raise UnsupportedCacheError(
                 f"entries of this layer {why}, and cannot be kept in host memory; leave out offload"
             )
-        self.host = HostMemory(self._keys.device)
+        self.host = HostMemory(self._keys.device, courier)
         self._keys, self._values = self.host.home(self._keys), self.host.home(self._values)
 
     def from_host(self) -> None:

@@ -7,8 +7,7 @@ in host memory, and copies them on a stream of its own. Elsewhere the copy is ma
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,33 @@ from torch import Tensor
 
 from kvprune.tokens.selection import Selection
 
-__all__ = ["Fetch", "HostMemory", "Staged"]
+__all__ = ["Courier", "Fetch", "HostMemory", "Staged"]
+
+
+class Courier:
+    """The thread and the streams that copy for all layers of a run; each is made when it is first needed.
+
+    One thread, because each thread that gathers has workers of its own.
+    """
+
+    def __init__(self) -> None:
+        self._worker: ThreadPoolExecutor | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __reduce__(self) -> tuple[type[Courier], tuple[()]]:
+        return Courier, ()  # a copy of the cache has its own
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        """Let the thread do some work, after all that it was given before."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvprune-fetch")
+        return self._worker.submit(work)
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream of copies to a device."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
 
 class Fetch:
@@ -29,12 +54,18 @@ class Fetch:
         places: int64 ``[B * Hkv * n]`` on the device, `CrossKVLayer.places` of the entries.
         shape: B, Hkv and n.
         device: Where they go.
+        courier: Copies them.
     """
 
     def __init__(
-        self, sides: tuple[Tensor, Tensor], places: Tensor, shape: tuple[int, int, int], device: torch.device
+        self,
+        sides: tuple[Tensor, Tensor],
+        places: Tensor,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        courier: Courier,
     ) -> None:
-        self._device, self._on_cuda = device, device.type == "cuda"
+        self._device, self._on_cuda, self._courier = device, device.type == "cuda", courier
         # Tensors that are made in inference mode can be written to only there, in each thread.
         self._inference = torch.is_inference_mode_enabled()
         self._copies = tuple(
@@ -44,7 +75,7 @@ class Fetch:
             places = self._begin(places)
         self._work: Future[None] | None = None
         if _in_background(device):
-            self._work = _worker().submit(self._run, sides, places)
+            self._work = courier.submit(lambda: self._run(sides, places))
         else:
             self._run(sides, places.to("cpu"))
 
@@ -62,7 +93,7 @@ class Fetch:
 
     def _begin(self, places: Tensor) -> Tensor:
         """Begin to copy the places to host memory, and return them there."""
-        side = _side_stream(self._device)
+        side = self._courier.stream(self._device)
         # What is to be copied, and the memory it goes to, are ready when the current stream comes here.
         side.wait_stream(torch.cuda.current_stream(self._device))
         known = torch.empty(places.shape, dtype=places.dtype, pin_memory=True)
@@ -90,7 +121,7 @@ class Fetch:
         if not self._on_cuda:
             yield
             return
-        side = _side_stream(self._device)
+        side = self._courier.stream(self._device)
         self._known.synchronize()
         with torch.cuda.device(self._device), torch.cuda.stream(side):
             yield
@@ -100,16 +131,6 @@ class Fetch:
 def _in_background(device: torch.device) -> bool:
     """Whether copies are made by a thread."""
     return device.type == "cuda"
-
-
-@functools.cache
-def _worker() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvprune-fetch")
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,19 +179,23 @@ class HostMemory:
 
     Args:
         device: The device that decodes.
+        courier: Copies to it.
 
     Attributes:
         staged: What the next step reads; None if it was not chosen yet.
         bytes_staged: Bytes of the largest choice so far, as copied to the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, courier: Courier) -> None:
+        self.device, self._courier = device, courier
         self.staged: Staged | None = None
         self.bytes_staged = 0
 
-    def __reduce__(self) -> tuple[type[HostMemory], tuple[torch.device]]:
-        return HostMemory, (self.device,)  # a copy of the cache chooses and fetches in its next step
+    def __reduce__(self) -> tuple[type[HostMemory], tuple[torch.device, Courier]]:
+        return HostMemory, (
+            self.device,
+            self._courier,
+        )  # a copy of the cache chooses and fetches in its next step
 
     def home(self, tensor: Tensor) -> Tensor:
         """Return a tensor in host memory, contiguous, and pinned for CUDA; waits for the device."""
@@ -189,7 +214,7 @@ class HostMemory:
         """Begin to copy some entries to the device; see `Fetch`."""
         entry = sum(side.shape[-1] * side.element_size() for side in sides)
         self.bytes_staged = max(self.bytes_staged, shape[0] * shape[1] * shape[2] * entry)
-        return Fetch(sides, places, shape, self.device)
+        return Fetch(sides, places, shape, self.device, self._courier)
 
     def select(self, rows: Tensor) -> None:
         """Follow the rows of the batch, which are reordered."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
-from kvprune.cache.host_memory import Staged
+from kvprune.cache.host_memory import Courier, Staged
 from kvprune.errors import PolicyFailedError, UnsupportedCacheError
 from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.step_view import StepView
@@ -21,12 +21,15 @@ from kvprune.policy.step_view import StepView
 __all__ = ["foreseen", "mask_has_changed", "next_step", "off_load", "shown", "unseen"]
 
 
-def off_load(policy: DecodePolicy, layer: CrossKVLayer, warn: Callable[[str], None]) -> None:
+def off_load(
+    policy: DecodePolicy, layer: CrossKVLayer, courier: Courier, warn: Callable[[str], None]
+) -> None:
     """Move a layer's entries to host memory, if the policy asks for it.
 
     Args:
         policy: The policy.
         layer: The layer after a prefill.
+        courier: Makes the copies that decode steps read.
         warn: Gets a warning if this saves nothing.
 
     Raises:
@@ -36,7 +39,7 @@ def off_load(policy: DecodePolicy, layer: CrossKVLayer, warn: Callable[[str], No
         return
     if layer.place.type == "cpu":
         warn(f"policy {policy.name!r} off-loads, but the model decodes in host memory: this saves no memory")
-    layer.to_host()
+    layer.to_host(courier)
 
 
 def shown(layer: CrossKVLayer) -> tuple[Tensor, Tensor]:

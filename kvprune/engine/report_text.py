@@ -49,6 +49,7 @@ def report_text(report: ReportFacts) -> str:
         lines.append(
             f"the last token of {_count(report.rereads, 'prompt')} was read again from the pruned cache"
         )
+    lines += report.weights
     lines.append(f"deciding took {report.seconds:.3g} s")
     if report.guide is not None:
         lines.append(str(report.guide))

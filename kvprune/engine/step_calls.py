@@ -7,10 +7,9 @@ from typing import TypeVar
 
 import torch
 
-from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.engine.prefill import DecisionContext
 from kvprune.errors import KVPruneError, PolicyFailedError
 from kvprune.policy.step_view import HeldView, StepView
-from kvprune.policy.view import LayerView
 
 __all__ = ["ask", "held_view"]
 
@@ -49,21 +48,22 @@ def ask(name: str, where: str, question: Callable[[], _Answer], step: StepView |
     return answer
 
 
-def held_view(view: LayerView, layer: CrossKVLayer) -> HeldView:
+def held_view(context: DecisionContext) -> HeldView:
     """Return what a layer holds after a prefill.
 
     Args:
-        view: The layer after its attention.
-        layer: Its cache layer, pruned.
+        context: The layer after its attention, and its cache layer, pruned.
     """
+    layer = context.layer
     keys, values = layer.assembled()
     slots, valid = layer.entries()
     return HeldView(
-        layer=view,
+        layer=context.view,
         keys=keys,
         values=values,
         slots=slots,
         valid=valid,
         columns=layer.columns,
         earlier=None if layer.steps is None else dict(layer.steps.tensors),
+        received=context.received,
     )

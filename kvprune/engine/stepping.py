@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.host_memory import Courier
 from kvprune.cache.step_memory import StepMemory
 from kvprune.engine.foresight import foreseen, mask_has_changed, next_step, off_load, shown, unseen
+from kvprune.engine.prefill import DecisionContext
 from kvprune.engine.receipts import StepReceipt
 from kvprune.engine.step_answers import StepAnswers
 from kvprune.engine.step_calls import ask, held_view
@@ -26,7 +28,6 @@ from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.held_weights import HeldWeights
 from kvprune.policy.step_view import StepView
-from kvprune.policy.view import LayerView
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]
@@ -53,6 +54,7 @@ class Stepping(StepAnswers):
         self._logs: dict[int, StepCounts] = {}
         self._before: tuple[StepReceipt, ...] = ()  # what `settle` returns until a prefill has ended
         self._in_prefill = False
+        self._courier = Courier()
         self.recorder: Callable[[StepRead], None] | None = None
 
     @property
@@ -65,14 +67,11 @@ class Stepping(StepAnswers):
         """Whether the policy wants to see the attention of each step."""
         return self._policy is not None and self._policy.observes
 
-    def prepare(
-        self, view: LayerView, layer: CrossKVLayer, *, cached: bool, warn: Callable[[str], None]
-    ) -> None:
+    def prepare(self, context: DecisionContext, *, cached: bool, warn: Callable[[str], None]) -> None:
         """Let the policy prepare for the steps of a layer, after its prefill decisions are applied.
 
         Args:
-            view: The layer after its attention in prefill.
-            layer: Its cache layer, pruned.
+            context: The layer after its attention in prefill, and its cache layer, pruned.
             cached: Whether there is a cache.
             warn: Gets a warning for the user.
 
@@ -82,14 +81,14 @@ class Stepping(StepAnswers):
         """
         if self._policy is None:
             return
-        policy = self._policy
+        policy, view, layer = self._policy, context.view, context.layer
         if not cached:
             raise UnsupportedCacheError(
                 f"policy {policy.spec} decides in decode steps, but the model was called without a cache "
                 "(use_cache=False, or gradient checkpointing), so no step would read one; call it with "
                 "use_cache=True"
             )
-        held = held_view(view, layer)
+        held = held_view(context)
         with torch.no_grad():
             state = ask(policy.name, held.where, lambda: policy.prepare(held))
         where = f"policy {policy.name!r} {held.where}: prepare"
@@ -100,7 +99,7 @@ class Stepping(StepAnswers):
             by_row=policy.observes,
             compiles=policy.compiles,
         )
-        off_load(policy, layer, warn)
+        off_load(policy, layer, self._courier, warn)
         self._logs[view.rank] = StepCounts(layer)
 
     def view(

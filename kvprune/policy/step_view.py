@@ -18,6 +18,7 @@ from kvprune.policy.view import LayerView
 from kvprune.policy.weights import HasWeights
 from kvprune.tokens.packing import repeat_rows
 from kvprune.tokens.precision import accumulation_dtype
+from kvprune.tokens.reindexing import among_received
 from kvprune.tokens.selection import Selection
 
 __all__ = ["HeldView", "State", "StepView", "in_order", "packed"]
@@ -42,6 +43,7 @@ class HeldView:
         valid: bool, same shape; false at padding of a ragged batch.
         columns: Number of columns so far, those of earlier images included.
         earlier: What the policy knew before this prefill; None after the first one.
+        received: The columns of this prefill that reached the layer; None for all of them.
     """
 
     layer: LayerView
@@ -51,11 +53,22 @@ class HeldView:
     valid: Tensor
     columns: int
     earlier: State | None = None
+    received: Selection | None = None
 
     @property
     def entries(self) -> int:
         """Number of entries K."""
         return self.keys.shape[-2]
+
+    @property
+    def arrived(self) -> Tensor:
+        """The column of `layer` that each entry came from, int64 ``[R, H or 1, K]``; -1 for earlier images.
+
+        Read with it what `layer` knows about its columns. It equals `slots` only for a first image all of
+        whose columns reached the layer: the first policy of a pair may have dropped some.
+        """
+        new = self.layer.columns if self.received is None else self.received.columns
+        return among_received(self.slots, self.received, self.columns - new)
 
     @property
     def where(self) -> str:

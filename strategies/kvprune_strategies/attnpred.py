@@ -124,6 +124,7 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
         """Return the number of the block of each column so far, int64 ``[R, columns]``."""
         rows = len(view.keys)
         new = blocks.column_blocks(view.layer, self.block).expand(rows, -1)
+        new = blocks.of_all_columns(new, view.received)
         if view.earlier is None:
             return new
         before = view.earlier[blocks.COLUMNS]  # a row for each row of the batch; copies hold the same

@@ -22,7 +22,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 import kvprune
 from kvprune.cache import host_memory
 from kvprune.cache.cross_layer import CrossKVLayer
-from kvprune.cache.host_memory import Fetch
+from kvprune.cache.host_memory import Courier, Fetch
 from kvprune.cache.shared_rows import SharedRows
 from kvprune.cache.step_memory import StepMemory
 from kvprune.engine.stepping import Stepping
@@ -234,7 +234,7 @@ def filled(copies=1):
         layer.update(keys.clone(), values.clone())
         layer.steps = StepMemory({}, keys.device)
         layers.append(layer)
-    layers[0].to_host()
+    layers[0].to_host(Courier())
     answer = torch.stack([torch.randperm(5, generator=random)[:2].sort().values for _ in range(2 * copies)])
     answer = Selection.full(answer[:, None], 5)
     layers[0].stage(answer, 0, torch.arange(2 * copies)[:, None, None].expand(-1, 1, 5) % 2 == 0)
@@ -302,7 +302,7 @@ def test_what_else_happens_to_a_layer_forgets_what_is_staged():
 def test_an_error_of_the_thread_is_raised_where_the_copy_is_read(monkeypatch):
     monkeypatch.setattr(host_memory, "_in_background", lambda device: True)
     sides = torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 1)
-    fetch = Fetch(sides, torch.tensor([5]), (1, 1, 1), torch.device("cpu"))
+    fetch = Fetch(sides, torch.tensor([5]), (1, 1, 1), torch.device("cpu"), Courier())
     with pytest.raises((IndexError, RuntimeError), match=r"out of range|index"):
         fetch.result()
 

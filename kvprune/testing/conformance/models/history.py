@@ -16,12 +16,12 @@ from torch import Tensor
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
 from kvprune.session.compression import Compression
+from kvprune.testing.conformance.common.budgets import takes_steps
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.models.decoding import require_close
 from kvprune.testing.conformance.models.forward_calls import called, encoded, forward
 from kvprune.testing.conformance.models.moments import break_off, count_calls
 from kvprune.testing.conformance.models.scenario import Scenario
-from kvprune.testing.conformance.models.stepping import takes_steps
 from kvprune.tokens.selection import Selection
 
 __all__ = ["check_encoder_outputs", "check_history", "check_views_in_runs"]
