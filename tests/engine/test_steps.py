@@ -169,7 +169,7 @@ def test_a_fixed_choice_is_checked_once_and_its_places_are_computed_once(monkeyp
         return answer
 
     monkeypatch.setattr("kvprune.adapters.encoder_decoder.stepped", watched)
-    monkeypatch.setattr("kvprune.engine.stepping._at_hand", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr("kvprune.engine.step_answers._at_hand", lambda tensor: False)  # as on a GPU
     with kvprune.compress(model_of("Whisper"), Fixed(keep_ratio=0.3)):
         generate(model_of("Whisper"), inputs_of("Whisper"), steps=4)
     views = {"view", "expand"}
@@ -213,7 +213,7 @@ def test_no_step_reads_a_number_from_the_device(family, policy, monkeypatch):
 
     where = "mllama.adapter" if family == "Mllama" else "encoder_decoder"
     monkeypatch.setattr(f"kvprune.adapters.{where}.stepped", watched)
-    monkeypatch.setattr("kvprune.engine.stepping._at_hand", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr("kvprune.engine.step_answers._at_hand", lambda tensor: False)  # as on a GPU
     for beams in (1, 2):
         with kvprune.compress(model_of(family), policy):
             generate(model_of(family), inputs_of(family), num_beams=beams)
