@@ -96,6 +96,16 @@ class Then(FeaturePolicy, DecodePolicy):
         return self.takes_steps and self._stepping.compiles
 
     @property
+    def foresees(self) -> bool:  # type: ignore[override]
+        """Whether the second policy knows what a step reads before the step begins."""
+        return self.takes_steps and self._stepping.foresees
+
+    @property
+    def offloads(self) -> bool:
+        """Whether what the first policy left lies in host memory while the model decodes."""
+        return self.takes_steps and self._stepping.offloads
+
+    @property
     def _stepping(self) -> DecodePolicy:
         """The second policy, of which only one that decides in decode steps is asked there."""
         assert isinstance(self.second, DecodePolicy)
