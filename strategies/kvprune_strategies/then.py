@@ -97,12 +97,12 @@ class Then(FeaturePolicy, DecodePolicy):
 
     @property
     def foresees(self) -> bool:  # type: ignore[override]
-        """Whether the second policy knows what a step reads before it begins."""
+        """Whether the second policy knows what a step reads before the step begins."""
         return self.takes_steps and self._stepping.foresees
 
     @property
     def offloads(self) -> bool:
-        """Whether the second policy keeps entries in host memory."""
+        """Whether what the first policy left lies in host memory while the model decodes."""
         return self.takes_steps and self._stepping.offloads
 
     @property

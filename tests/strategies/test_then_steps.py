@@ -15,7 +15,7 @@ from test_then import QUICK
 from transformers import CompileConfig
 
 import kvprune
-from kvprune import CrossKVPolicy, Decision, FeaturePolicy, PolicySpec
+from kvprune import CrossKVPolicy, Decision, DecodePolicy, FeaturePolicy, PolicySpec
 from kvprune.errors import PolicyOptionError, UnsupportedCacheError
 from kvprune.session.registry import find_adapter
 from kvprune.testing import masked_oracle, mllama_inputs, recheck
@@ -44,10 +44,17 @@ def test_a_pair_is_read_and_written(second):
     assert kvprune.get_policy(PolicySpec.from_json(policy.spec.to_json())) == policy
     assert policy.takes_steps
     assert policy.observes == policy.second.observes
-    assert policy.compiles == policy.second.compiles
+    for what in ("compiles", "foresees", "offloads"):
+        assert getattr(policy, what) == getattr(policy.second, what)
     assert policy.exact_budget is None
     assert policy.requested == {"first keep_ratio": 0.6, "second keep_ratio": 0.4}
     assert not kvprune.get_policy(f"{FIRST} then h2o").takes_steps
+
+
+def test_a_pair_passes_on_all_that_a_decode_policy_may_say():
+    """An attribute that is added there and not here would be ignored without a word."""
+    said = {name for name in vars(DecodePolicy) if not name.startswith("_")} - {"moment"}
+    assert said <= vars(Then).keys()
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -140,6 +147,19 @@ def test_decoding_compiles_into_one_graph(family):
         assert run.report.steps == own.report.steps
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_what_the_first_left_can_lie_in_host_memory(family):
+    """Off-load says the same as without, and is no silent no-op in a pair."""
+    here = recorded(model_of(family), inputs_of(family), pair(SECONDS[2]), num_beams=2)
+    away = recorded(model_of(family), inputs_of(family), pair(f"{SECONDS[2]},offload=true"), num_beams=2)
+    assert torch.equal(away[0], here[0])
+    assert torch.equal(away[1], here[1])
+    for one, other in zip(here[2].step_reads, away[2].step_reads, strict=True):
+        assert torch.equal(one.columns, other.columns)
+    for receipt in away[2].report.steps:
+        assert receipt.bytes_on_host == receipt.bytes_held > 0
 
 
 def test_receipts_tell_held_from_read():
