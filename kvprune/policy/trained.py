@@ -87,14 +87,14 @@ class TrainedPolicy(CrossKVPolicy):
 
     @property
     def weights_file(self) -> WeightsFile | None:
-        """What the file of the weights says about itself; None if they are fresh.
+        """What the file of the weights says about itself; None if they are fresh, or if it may be gone.
 
         Raises:
             WeightsError: If there is no such file, it is not readable, or was trained for another policy, or
                 with other options.
         """
         path = self.weights_path
-        if path is None:
+        if path is None or (self.digest and not _READS_FILES.get()):
             return None
         if not path.exists():
             raise WeightsError(self._not_found(path))
