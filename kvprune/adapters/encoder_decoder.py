@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -110,6 +111,7 @@ class EncoderDecoderAdapter(Texts):
         told = Overrides(self.attention, self.states, self.mask, names, self.scaled_by_width)
         found = find_sites(model, self.family, told)
         self._found, self._sites = found, tuple(found.values())
+        self._running_generation = torch.compiler.disable(running_generation)
         self._text: Mapping[int, TextSite] = {}
         self._decoder: Any = find_decoder(model, self.family, tuple(found))
         # Of each layer that attends to encoder states: its rank among them, and the module.
@@ -174,7 +176,7 @@ class EncoderDecoderAdapter(Texts):
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
         require_inputs(named)
-        generation = running_generation(self._decoder)
+        generation = self._running_generation(self._decoder)
         encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kvprune.adapters.probes import Probe
@@ -69,11 +68,12 @@ class Generation:
             )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def running_generation(model: nn.Module) -> Generation:
     """Return what the innermost `generate` of a model, or of a model that contains it, says.
 
-    `Generation()` if the model was called by hand.
+    `Generation()` if the model was called by hand. What torch.compile may trace calls it through
+    `torch.compiler.disable`, which is applied where there is a model: as a decorator here, it would load the
+    compiler whenever kvprune is imported, and that takes seconds.
     """
     code = _code()
     for frame in callers():

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
 from kvprune.adapters.base import Site
@@ -105,6 +104,7 @@ class MllamaAdapter(Describing):
         self._inner = cast(Any, model if hasattr(model, "language_model") else model.get_submodule("model"))
         self._text = cast(Any, self._inner.language_model)
         self._sites = tuple(find_sites(self._text, self.family).values())
+        self._running_generation = torch.compiler.disable(running_generation)
         # Of each cross-attention layer (3, 8, 13, ... in Llama-3.2-11B-Vision): its rank, and the module.
         self._by_layer = {site.layer_idx: (rank, site) for rank, site in enumerate(self._sites)}
 
@@ -156,7 +156,7 @@ class MllamaAdapter(Describing):
 
     def _begin(self, call: _Call, named: dict[str, Any], batch: int, length: int) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
-        generation = running_generation(self.model)
+        generation = self._running_generation(self.model)
         generation.require_whole_prompt(self.family)
         source, new_units = arriving_tiles(named, batch, call.mask.patches)
         rows = call.mask.rows
@@ -196,6 +196,8 @@ class MllamaAdapter(Describing):
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache that later calls read."""
         if self._text.training and any(layer.gradient_checkpointing for layer in self._text.layers):
+            from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
             if "__call__" in GradientCheckpointingLayer.__dict__:
                 raise UnsupportedModelError(
                     f"gradient checkpointing in transformers {transformers.__version__} runs the hooks of a "
