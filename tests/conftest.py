@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from undrawn import leave_out_figures
 
 torch.set_num_threads(1)
 gc.disable()  # until all tests are collected: see `pytest_collection_finish`
@@ -34,6 +35,12 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave the figures of comparisons out of this test."""
+    leave_out_figures(monkeypatch)
 
 
 _numbers = itertools.count()

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -32,7 +33,6 @@ from kvprune.adapters.generation import (
     CANDIDATES,
     probe_generation,
     prompt_first,
-    running_generation,
 )
 from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
 from kvprune.adapters.probes import Probe, probe_cache
@@ -175,7 +175,7 @@ class EncoderDecoderAdapter(Texts):
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
         require_inputs(named)
-        generation = running_generation(self._decoder)
+        generation = self._generation_of(self._decoder, is_traced=torch.compiler.is_compiling())
         encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kvprune.adapters.probes import Probe
@@ -69,22 +68,18 @@ class Generation:
             )
 
 
-def running_generation(model: nn.Module) -> Generation:
+def running_generation(model: nn.Module, *, is_traced: bool = False) -> Generation:
     """Return what the innermost `generate` of a model, or of a model that contains it, says.
 
     `Generation()` if the model was called by hand.
 
+    Args:
+        model: The model, or a part of it.
+        is_traced: Whether torch.compile traces the caller, which begins a prefill.
+
     Raises:
-        UnsupportedModelError: If torch.compile traces the caller, which begins a prefill.
+        UnsupportedModelError: If the caller is traced.
     """
-    found: Generation = _running_generation(model, is_traced=torch.compiler.is_compiling())
-    return found
-
-
-@torch.compiler.disable(  # type: ignore[untyped-decorator]  # runs even if the caller is traced
-    reason="kvprune: a policy decides in this call by what it measures; compile decode steps alone"
-)
-def _running_generation(model: nn.Module, *, is_traced: bool) -> Generation:
     if is_traced:
         raise UnsupportedModelError(
             f"torch.compile traces a call of {type(model).__name__} that brings encoder states. There a "

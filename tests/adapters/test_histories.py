@@ -61,8 +61,15 @@ def leaf_calls(model, inputs):
 
 
 @families
-@pytest.mark.parametrize("reread", [False, True], ids=["once", "reread"])
-@pytest.mark.parametrize("spec", [ONWARD, "trim:keep_ratio=0.3"])
+@pytest.mark.parametrize(
+    ("spec", "reread"),
+    [
+        pytest.param(ONWARD, True, id="onward-reread"),
+        pytest.param("trim:keep_ratio=0.3", False, id="trim-once"),
+        pytest.param(ONWARD, False, id="onward-once", marks=pytest.mark.slow),
+        pytest.param("trim:keep_ratio=0.3", True, id="trim-reread", marks=pytest.mark.slow),
+    ],
+)
 def test_after_each_of_20_random_interrupts_the_next_answer_is_that_of_a_fresh_block(adapter, spec, reread):
     """The interrupt comes in the encoder, in the prefill, while it is read again, or in a decode step."""
     model, inputs = adapter.example(torch.float64)

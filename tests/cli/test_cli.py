@@ -201,7 +201,7 @@ def test_compare_prints_table_notes_and_folder(compared: list[str]) -> None:
     assert f"Everything is in {compared[2]}" in out
 
 
-def test_compare_json_is_all_of_standard_output(compared: list[str]) -> None:
+def test_compare_json_is_all_of_standard_output(compared: list[str], undrawn: None) -> None:
     out = kvprune_command(*compared, "--json")
     assert json.loads(out) == json.loads((Path(compared[2]) / "summary.json").read_text())
 

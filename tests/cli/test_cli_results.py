@@ -34,7 +34,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Path:
     """The current folder, with two results folders in it."""
     shutil.copytree(compared, tmp_path / "first")
     shutil.copytree(compared, tmp_path / "second")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from comparison_helpers import SMALL_POLICIES, SMALL_RATIOS, answer, example, small_settings
 from PIL import Image
+from undrawn import leave_out_figures
 
 from kvprune.comparison import compare
 from kvprune.comparison.plan.grid import Configuration, expand
@@ -18,6 +19,11 @@ from kvprune.comparison.statistics.summary import Summary, summarise
 from kvprune.comparison.storage.timings import Lap
 
 Rows = list[Any]
+
+
+@pytest.fixture(autouse=True)
+def without_figures(undrawn: None) -> None:
+    """Tests that look at figures draw them by hand, or in a fixture of their module."""
 
 
 @pytest.fixture
@@ -65,7 +71,9 @@ def summary(configurations: tuple[Configuration, ...]) -> Summary:
 def finished_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small comparison with timings; tests copy it before they change anything."""
     folder = tmp_path_factory.mktemp("session") / "results"
-    compare(SMALL_POLICIES, SMALL_RATIOS, small_settings(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_figures(patch)
+        compare(SMALL_POLICIES, SMALL_RATIOS, small_settings(folder))
     return folder
 
 

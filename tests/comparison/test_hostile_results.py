@@ -21,7 +21,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvprune.comparison import compare, verify
-from kvprune.comparison.display import plot
 from kvprune.comparison.execution.generation import Generator
 from kvprune.errors import KVPruneError, ResultsError
 
@@ -58,7 +57,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise WouldComputeError("something is left to compute")
 
     monkeypatch.setattr(Generator, "load", load)
-    monkeypatch.setattr(plot, "render", lambda _: b"a picture")
     monkeypatch.setattr("kvprune.comparison.storage.manifest.model_digest", lambda *_: "sha256:fixed")
 
 

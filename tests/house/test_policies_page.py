@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import policies_table
 import pytest
+from command_line import kvprune_command
 
 from kvprune.session import registry
 
@@ -69,7 +68,7 @@ def test_a_page_without_markers_is_not_written(missing):
         policies_table.replaced(policies_table.DOCUMENT.read_text("utf-8").replace(missing, ""))
 
 
-def test_measurements_are_read_from_what_the_commands_write(tmp_path: Path):
+def test_measurements_are_read_from_what_the_commands_write(tmp_path: Path, undrawn: None):
     memory = {
         "date": "2026-01-02",
         "machine": "abacus",
@@ -83,9 +82,9 @@ def test_measurements_are_read_from_what_the_commands_write(tmp_path: Path):
     assert policies_table.from_memory(tmp_path / "memory.json")["policies"] == {
         "trim": {"bfloat16": 3.0, "float32": 1.0}
     }
-    command = [sys.executable, "-m", "kvprune", "compare", "--all", "--limit", "1", "--tasks", "read"]
+    command = ["compare", "--all", "--limit", "1", "--tasks", "read", "--max-new-tokens", "1"]
     command += ["--keep-ratios", "0.25", "--repetitions", "0", "--output", str(tmp_path / "out")]
-    subprocess.run([*command, "--max-new-tokens", "1"], check=True, capture_output=True)
+    kvprune_command(*command)
     found = policies_table.from_results(tmp_path / "out")
     assert {"full", "lossless", "trim", "norm", "random", "uniform"} <= set(found["policies"])
     assert (found["examples"], found["reread"]) == (1, True)

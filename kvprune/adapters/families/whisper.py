@@ -92,6 +92,7 @@ class WhisperAdapter(EncoderDecoderAdapter):
         self.around(self.model, ONE_WINDOW, tried_once)
         self.around(self.model, REPEATS_INPUTS, with_sequences)
         self._windows = Windows(self.model)
+        self._current_window = torch.compiler.disable(Windows.current)
         self._returned: Any = None  # a cache that generate returns, from the end of its window on
 
     def _without_unequal_cache(self, process: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +134,7 @@ class WhisperAdapter(EncoderDecoderAdapter):
     def _begin(self, call: Any, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill, and say which window it reads."""
         self._returned = None
-        self.manager.history.window = self._windows.current()
+        self.manager.history.window = self._current_window(self._windows)
         super()._begin(call, named, states)
 
     def require_reconstruction(self) -> None:

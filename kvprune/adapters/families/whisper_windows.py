@@ -14,7 +14,6 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import nn
 
 from kvprune.adapters.attachment import Attachment
@@ -65,13 +64,13 @@ class Windows:
         self._model = model
         self._generation: weakref.ref[Any] | None = None  # options of the latest call of generate
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def current(self) -> Window | None:
         """Return what the prefill that begins now reads; None if no ``generate`` of the model is running.
 
         ``generate`` passes none of it on, but it is still running while the model is called, so its local
         variables are read. Where a call runs inside another one, the outer one counts: drafts of
-        self-speculation belong to the window that they are for.
+        self-speculation belong to the window that they are for. What torch.compile may trace calls it through
+        `torch.compiler.disable`; see `running_generation`.
         """
         code, found = _code(), None
         for frame in callers():

@@ -22,12 +22,11 @@ from typing import Any, ClassVar, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
 from kvprune.adapters.base import Site
 from kvprune.adapters.call import Call
-from kvprune.adapters.generation import CANDIDATES, prompt_first, running_generation
+from kvprune.adapters.generation import CANDIDATES, prompt_first
 from kvprune.adapters.inspection import find_sites
 from kvprune.adapters.mllama import guide
 from kvprune.adapters.mllama.captures import capture_class_attention, capture_text, tile_layout
@@ -160,7 +159,7 @@ class MllamaAdapter(Describing):
 
     def _begin(self, call: _Call, named: dict[str, Any], batch: int, length: int) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
-        generation = running_generation(self.model)
+        generation = self._generation_of(self.model, is_traced=torch.compiler.is_compiling())
         generation.require_whole_prompt(self.family)
         source, new_units = arriving_tiles(named, batch, call.mask.patches)
         rows = call.mask.rows
@@ -193,13 +192,14 @@ class MllamaAdapter(Describing):
         )
         self._hook_layers(call, cached=cached)
         if {"text", "text_cache"} & policy.needs:
-            mask = named.get("attention_mask")
-            layers = self.layer_indices
+            mask, layers = named.get("attention_mask"), self.layer_indices
             capture_text(self, call.manager, self._text, layers, mask, copies=copies, cached=cached)
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache that later calls read."""
         if self._text.training and any(layer.gradient_checkpointing for layer in self._text.layers):
+            from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
             if "__call__" in GradientCheckpointingLayer.__dict__:
                 raise UnsupportedModelError(
                     f"gradient checkpointing in transformers {transformers.__version__} runs the hooks of a "
