@@ -34,7 +34,7 @@ from kvprune.adapters.arguments import cache_of, named_arguments, with_states
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.call import Call
 from kvprune.adapters.declaration import Declaration
-from kvprune.adapters.generation import running_generation
+from kvprune.adapters.generation import WHY_EAGER, running_generation
 from kvprune.adapters.reconstruction import Reconstructing
 from kvprune.adapters.rereading import Rereading, last_row, require_rereadable
 from kvprune.adapters.sites import Site
@@ -47,8 +47,6 @@ __all__ = ["ModelAdapter", "Site"]
 
 _RETURN_NO_WEIGHTS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Implementations of attention that return no weights, so that decoding needs no hook for them."""
-
-_MEASURES = "kvprune: a policy decides in this call by what it measures; compile decode steps alone"
 
 
 class ModelAdapter(Attachment, Declaration, Reconstructing):
@@ -67,7 +65,7 @@ class ModelAdapter(Attachment, Declaration, Reconstructing):
         self._noted = threading.local()  # arguments of the call in each thread, if there is re-reading
         self._spreads_weights = False
         # Made here: as a decorator, it would load the compiler whenever kvprune is imported, for seconds.
-        self._generation_of = torch.compiler.disable(running_generation, reason=_MEASURES)
+        self._generation_of = torch.compiler.disable(running_generation, reason=WHY_EAGER)
 
     @property
     def manager(self) -> CrossKVManager:

@@ -20,6 +20,7 @@ from kvprune.errors import UnsupportedModelError
 
 __all__ = [
     "CANDIDATES",
+    "WHY_EAGER",
     "Generation",
     "callers",
     "probe_generation",
@@ -29,6 +30,9 @@ __all__ = [
 
 CANDIDATES = "_get_candidate_generator"
 """Method of ``GenerationMixin`` that assisted decoding calls once, before it asks for draft tokens."""
+
+WHY_EAGER = "kvprune: a policy decides in this call by what it measures; compile decode steps alone"
+"""Why `running_generation` is called outside of compiled code."""
 
 _READ = "self", "generation_config", "input_ids"
 """Local variables of ``GenerationMixin.generate`` that are read."""
