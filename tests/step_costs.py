@@ -1,9 +1,10 @@
 """What a decode step costs under policies that decide in it, relative to policies that decide in prefill.
 
 `python tests/step_costs.py --model FOLDER` measures Whisper; without a model, a random Mllama whose layers
-have the dimensions of Llama-3.2-11B-Vision. Each policy makes equally many tokens for each row, of one
-recording window. Policies take turns within each repetition, so each ratio is one of times that were taken
-side by side.
+have the dimensions of Llama-3.2-11B-Vision. `--sound FILE` gives Whisper a recording instead of noise, and
+`--tiny FAMILY` measures a tiny model of the tests. With `--contrast`, contrasts take the place of policies.
+Each policy makes equally many tokens for each row, of one recording window. Policies take turns within each
+repetition, so each ratio is one of times that were taken side by side.
 """
 
 from __future__ import annotations
@@ -49,7 +50,23 @@ def policies(ratio: float) -> Mapping[str, Any]:
         "prefill": Keeps(keep_ratio=ratio),
         "fixed": Fixed(keep_ratio=ratio),
         "quest": kvprune.get_policy(f"quest:keep_ratio={ratio}"),
+        "attnpred": kvprune.get_policy(f"attnpred:keep_ratio={ratio},predictor=ema"),
+        "off-load": kvprune.get_policy(f"attnpred:keep_ratio={ratio},predictor=ema,offload=true"),
         "full": kvprune.get_policy("full"),
+    }
+
+
+def contrasts(model: Any, ratio: float) -> Mapping[str, Any]:
+    """Return what is measured with ``--contrast``, by name; ratios are to the full cache."""
+
+    def against(policy: str, rule: str) -> Callable[[], Any]:
+        return lambda: kvprune.contrast(model, f"{policy}:keep_ratio={ratio}", rule)
+
+    return {
+        "full": kvprune.get_policy("full"),
+        "divprune, mint": against("divprune", "mint"),
+        "snapkv, mod": against("snapkv", "mod"),
+        "quest, mod": against("quest", "mod"),
     }
 
 
@@ -111,19 +128,42 @@ def wide_inputs(device: str, rows: int = 1) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def whisper(folder: str) -> tuple[Any, dict[str, Tensor]]:
-    """Return Whisper, and features of noise."""
-    from transformers import WhisperForConditionalGeneration
+def whisper(folder: str, sound: str | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """Return Whisper, and features of a recording, or else of noise."""
+    from transformers import AutoFeatureExtractor, WhisperForConditionalGeneration
+
+    from kvprune.comparison.data.audio import read_audio, resampled
 
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    features = torch.randn(1, model.config.num_mel_bins, 3000, generator=torch.Generator().manual_seed(0))
+    if sound is None:
+        random = torch.Generator().manual_seed(0)
+        features = torch.randn(1, model.config.num_mel_bins, 3000, generator=random)
+    else:
+        extractor = AutoFeatureExtractor.from_pretrained(folder)
+        samples = resampled(read_audio(Path(sound)), extractor.sampling_rate)
+        features = extractor(
+            samples, sampling_rate=extractor.sampling_rate, return_tensors="pt"
+        ).input_features
     prompt = torch.tensor([[50258, 50259, 50359, 50363]])  # English, without timestamps
     return model, {"input_features": features, "decoder_input_ids": prompt}
 
 
-def measure(model: Any, inputs: Mapping[str, Tensor], named: Mapping[str, Any], repetitions: int) -> Any:
-    """Return seconds per token by name, one for each repetition; policies take turns."""
+def tiny(family: str) -> tuple[Any, dict[str, Tensor]]:
+    """Return a tiny model of the tests, and one sample for it."""
+    from families import inputs_of, model_of
 
+    return model_of(family, torch.float32), inputs_of(family, "one", torch.float32)
+
+
+def measure(model: Any, inputs: Mapping[str, Tensor], named: Mapping[str, Any], repetitions: int) -> Any:
+    """Return seconds per token by name, one for each repetition; policies take turns.
+
+    Args:
+        model: The model.
+        inputs: What it generates from.
+        named: Policies, or functions that return a block to generate in.
+        repetitions: Turns that are measured.
+    """
     from transformers import GenerationMixin
 
     # On a CPU that others use as well, the time of one thread says more.
@@ -138,7 +178,8 @@ def measure(model: Any, inputs: Mapping[str, Tensor], named: Mapping[str, Any], 
             calls.append(clock())
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-        with kvprune.compress(model, policy), torch.no_grad():
+        block = policy() if callable(policy) else kvprune.compress(model, policy)
+        with block, torch.no_grad():
             GenerationMixin.generate(  # Whisper's own reads on where a time stamp ends a window
                 model,
                 **inputs,
@@ -149,9 +190,10 @@ def measure(model: Any, inputs: Mapping[str, Tensor], named: Mapping[str, Any], 
                 stopping_criteria=[note],
             )
             _wait(model)
+            ended = clock()
         if len(calls) != 1 + TOKENS:  # each call makes one token for every row
             raise RuntimeError(f"{policy} made {len(calls)} tokens, expected {1 + TOKENS}")
-        return (clock() - calls[0]) / TOKENS
+        return (ended - calls[0]) / TOKENS
 
     found: dict[str, list[float]] = {name: [] for name in named}
     for repetition in range(repetitions + 1):
@@ -181,26 +223,32 @@ def main(say: Callable[[str], None] = print) -> None:
     """Print milliseconds per token and ratios."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--model", help="folder of a Whisper model")
+    options.add_argument("--sound", help="a recording (WAV or FLAC) for that model")
+    options.add_argument("--tiny", choices=("BART", "Whisper", "Mllama"), help="a tiny model instead")
+    options.add_argument("--contrast", action="store_true")
     options.add_argument("--device", default="cpu")
     options.add_argument("--ratio", type=float, default=0.1)
     options.add_argument("--repetitions", type=int, default=9)
     given = options.parse_args()
     torch.set_num_threads(1)
     if given.model:
-        model, inputs = whisper(given.model)
+        model, inputs = whisper(given.model, given.sound)
+    elif given.tiny:
+        model, inputs = tiny(given.tiny)
     else:
         model, inputs = wide_mllama(given.device), wide_inputs(given.device)
     model = model.to(given.device)
     inputs = {name: tensor.to(given.device) for name, tensor in inputs.items()}
-    found = measure(model, inputs, policies(given.ratio), given.repetitions)
-    shares = {to: ratios(found, to) for to in ("prefill", "full")}
+    named = contrasts(model, given.ratio) if given.contrast else policies(given.ratio)
+    found = measure(model, inputs, named, given.repetitions)
+    shares = {to: ratios(found, to) for to in ("prefill", "full") if to in named}
     for name, times in found.items():
         cells = [
             f"x{middle:.3f} [{low:.3f}, {high:.3f}] of {to}"
             for to in shares
             for middle, low, high in [shares[to][name]]
         ]
-        say(f"{name:<8} {1000 * statistics.median(times):8.3f} ms per token  {'  '.join(cells)}")
+        say(f"{name:<14} {1000 * statistics.median(times):8.3f} ms per token  {'  '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from kvprune.adapters.aside import HooksAside
 from kvprune.cache.reader import Reader
 from kvprune.errors import CompressionStateError
 
@@ -29,15 +30,26 @@ class _Hook:
         attachment: Owns the hook.
         hook: The function to call.
         thread: If given, calls from other threads are ignored.
+        watches: Whether it also runs while its attachment waits; it changes nothing.
     """
 
-    def __init__(self, attachment: Attachment, hook: Callable[..., Any], thread: int | None = None) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        hook: Callable[..., Any],
+        thread: int | None = None,
+        *,
+        watches: bool = False,
+    ) -> None:
         self.attachment = attachment
         self.hook = hook
         self.thread = thread
+        self.watches = watches
 
     def __call__(self, *call: Any) -> Any:
-        if self.attachment.is_paused or self._is_foreign():
+        attachment = self.attachment
+        stopped = attachment.in_pause if self.watches else attachment.is_paused
+        if stopped or self._is_foreign():
             return None
         return self.hook(*call)
 
@@ -89,6 +101,39 @@ class _Method:
         return _Method, (self.module, self.name)
 
 
+class _Paused(AbstractContextManager[None]):
+    """The block of `Attachment.paused`: a class, because a generator takes longer, and each token enters."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    def __enter__(self) -> None:
+        self._before = self._attachment._paused_by
+        self._attachment._paused_by = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._attachment._paused_by = self._before
+
+
+class _Resumed(_Paused):
+    """The block of `Attachment.resumed`."""
+
+    def __enter__(self) -> None:
+        attachment = self._attachment
+        with attachment._lock:
+            if attachment._resumed_by is not None:
+                raise CompressionStateError(
+                    f"{attachment.label} runs in another thread; use a lock around calls of "
+                    f"{type(attachment.model).__name__}, or a copy of the model for each thread"
+                )
+            attachment._resumed_by = threading.get_ident()
+        attachment._aside.put_back()
+
+    def __exit__(self, *error: object) -> None:
+        self._attachment._aside.take()
+        self._attachment._resumed_by = None
+
+
 class Attachment:
     """Hooks and attributes on the modules of one model, until `detach`.
 
@@ -115,11 +160,13 @@ class Attachment:
         self._paused_by: int | None = None  # identity of a thread
         self._waits = False
         self._resumed_by: int | None = None  # identity of a thread
+        self._aside = HooksAside()
 
     def detach(self) -> None:
         """Remove all hooks and restore all attributes; does nothing if nothing is attached."""
         self._caller = None
         self._waits = False
+        self._aside = HooksAside()
         self.reader.release()
         self.reader = Reader()
         self.end_of_call()
@@ -136,40 +183,39 @@ class Attachment:
         me = threading.get_ident()
         return self._paused_by == me or (self._waits and self._resumed_by != me)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    @property
+    def in_pause(self) -> bool:
+        """Whether this thread is in a block of `paused` now."""
+        return self._paused_by == threading.get_ident()
+
+    def paused(self) -> AbstractContextManager[None]:
         """Pause all hooks in a block: the model runs as if nothing were attached, and others may attach.
 
         Only for this thread; others are refused, as in the middle of any call.
         """
-        before, self._paused_by = self._paused_by, threading.get_ident()
-        try:
-            yield
-        finally:
-            self._paused_by = before
+        return _Paused(self)
 
     def wait(self) -> None:
-        """From now on, hooks do nothing in any thread, but in a block of `resumed`."""
-        self._waits = True
+        """From now on, hooks do nothing in any thread, but in a block of `resumed`.
 
-    @contextmanager
-    def resumed(self) -> Iterator[None]:
+        Modules that nobody else has hooked are called without them: torch calls a module with hooks by a
+        slower way, whatever these do.
+        """
+        self._waits = True
+        self._aside = HooksAside(self._handles, self._may_leave)
+        self._aside.take()
+
+    def _may_leave(self, hook: object) -> bool:
+        """Whether nothing is missed if a hook is not there while this attachment waits."""
+        return isinstance(hook, _Hook) and hook.attachment is self and not hook.watches
+
+    def resumed(self) -> AbstractContextManager[None]:
         """Let the hooks of an attachment that waits run in a block, in this thread.
 
         Raises:
-            CompressionStateError: If another thread is in such a block.
+            CompressionStateError: When the block is entered, if another thread is in such a block.
         """
-        with self._lock:
-            if self._resumed_by is not None:
-                raise CompressionStateError(
-                    f"{self.label} runs in another thread; use a lock around calls of "
-                    f"{type(self.model).__name__}, or a copy of the model for each thread"
-                )
-            self._resumed_by = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._resumed_by = None
+        return _Resumed(self)
 
     def open_call(self) -> None:
         """Start a forward call of the model: every adapter calls this first, and `close_call` at the end.
@@ -234,6 +280,7 @@ class Attachment:
         for_one_call: bool = False,
         always: bool = False,
         first: bool = False,
+        watches: bool = False,
     ) -> None:
         """Run ``hook(module, args, kwargs, output)`` after a module, until `detach` or `close_call`.
 
@@ -243,11 +290,15 @@ class Attachment:
             for_one_call: Whether `close_call` removes it.
             always: Run it even if the module raised an ``Exception``.
             first: Run it before the hooks that the module has by now, so that they see what it returns.
+            watches: Run it also while this attachment waits; it only notes what it sees.
         """
         handles, thread = self._kind(for_one_call)
         handles.append(
             module.register_forward_hook(
-                _Hook(self, hook, thread), with_kwargs=True, always_call=always, prepend=first
+                _Hook(self, hook, thread, watches=watches),
+                with_kwargs=True,
+                always_call=always,
+                prepend=first,
             )
         )
 

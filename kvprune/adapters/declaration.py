@@ -11,6 +11,8 @@ from torch import Tensor
 from kvprune.adapters.probes import Probe
 from kvprune.errors import IncompatibleTransformersError, UnsupportedModelError
 from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.nesting import parts
+from kvprune.text import shown
 
 __all__ = ["Declaration"]
 
@@ -52,15 +54,21 @@ class Declaration(ABC):
         """Raise if a policy needs something that this adapter does not provide.
 
         Raises:
-            UnsupportedModelError: Names the policy, the family, and what is missing.
+            UnsupportedModelError: Names the policy, or the one among its options that has this need; the
+                family, and what is missing.
         """
-        if missing := policy.needs - cls.provides:
-            reasons = "".join(f", because {cls.lacks[name]}" for name in sorted(missing & cls.lacks.keys()))
-            raise UnsupportedModelError(
-                f"policy {policy.name!r} needs {_listed(missing)}, which the {cls.family} adapter does not "
-                f"provide{reasons} (it provides {_listed(cls.provides) or 'nothing'}); "
-                "use another policy, or another model"
-            )
+        lacking = policy.needs - cls.provides
+        for part in reversed(list(parts(policy)) if lacking else ()):  # inner ones first: they need it
+            if missing := part.needs & lacking:
+                inside = "" if part is policy else f" in {shown(str(policy.spec))}"
+                reasons = "".join(
+                    f", because {cls.lacks[name]}" for name in sorted(missing & cls.lacks.keys())
+                )
+                raise UnsupportedModelError(
+                    f"policy {part.name!r}{inside} needs {_listed(missing)}, which the {cls.family} adapter "
+                    f"does not provide{reasons} (it provides {_listed(cls.provides) or 'nothing'}); "
+                    "use another policy, or another model"
+                )
 
     @classmethod
     def require_rereading(cls) -> None:

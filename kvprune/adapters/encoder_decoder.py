@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -29,12 +28,7 @@ from kvprune.adapters.call import Call
 from kvprune.adapters.columns.mask import ColumnMask
 from kvprune.adapters.columns.texts import Texts
 from kvprune.adapters.columns.visibility import column_visibility, require_inputs, rows_of_text
-from kvprune.adapters.generation import (
-    CANDIDATES,
-    probe_generation,
-    prompt_first,
-    running_generation,
-)
+from kvprune.adapters.generation import CANDIDATES, GenerationReader, probe_generation, prompt_first
 from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
 from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
@@ -89,6 +83,7 @@ class EncoderDecoderAdapter(Texts):
     provides = ModelAdapter.provides | {"guidance"}
     lacks: ClassVar[Mapping[str, str]] = {
         "grid": "its columns are no patches of a picture",
+        "question": "its prompt is not read without the encoder (quecc goes without it: query=none)",
         "text_cache": "only the text cache of Mllama can be pruned",
         "class_attention": "only the vision encoder of Mllama shows it",
         "reconstruction": "no text is known that its decoder could repeat",
@@ -111,7 +106,7 @@ class EncoderDecoderAdapter(Texts):
         told = Overrides(self.attention, self.states, self.mask, names, self.scaled_by_width)
         found = find_sites(model, self.family, told)
         self._found, self._sites = found, tuple(found.values())
-        self._running_generation = torch.compiler.disable(running_generation)
+        self._running_generation = GenerationReader()
         self._text: Mapping[int, TextSite] = {}
         self._decoder: Any = find_decoder(model, self.family, tuple(found))
         # Of each layer that attends to encoder states: its rank among them, and the module.
@@ -324,7 +319,7 @@ class EncoderDecoderAdapter(Texts):
 
         Returns:
             None, also with an answer. Each family makes logits of the decoder's states in its own way, in the
-            outer model (BART adds a bias, T5Gemma caps them), and nobody needs them here.
+            outer model (BART adds a bias, T5Gemma caps them); `kvprune.training` runs it whole for them.
         """
         if prompt.states is None:
             raise GuideError(

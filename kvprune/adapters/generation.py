@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvprune.adapters.probes import Probe
@@ -21,6 +22,7 @@ from kvprune.errors import UnsupportedModelError
 __all__ = [
     "CANDIDATES",
     "Generation",
+    "GenerationReader",
     "callers",
     "probe_generation",
     "prompt_first",
@@ -68,13 +70,43 @@ class Generation:
             )
 
 
-def running_generation(model: nn.Module) -> Generation:
+class GenerationReader:
+    """Calls `running_generation` also where torch.compile traces the caller.
+
+    Made where there is a model: `torch.compiler.disable` as a decorator below would load the compiler
+    whenever kvprune is imported, and that takes seconds.
+    """
+
+    def __init__(self) -> None:
+        self._read: Callable[..., Generation] = torch.compiler.disable(
+            running_generation,
+            reason="kvprune: a policy decides in this call by what it measures; compile decode steps alone",
+        )
+
+    def __call__(self, model: nn.Module) -> Generation:
+        """Return what `running_generation` does, or raise its error if torch.compile traces the caller."""
+        return self._read(model, is_traced=torch.compiler.is_compiling())
+
+
+def running_generation(model: nn.Module, *, is_traced: bool = False) -> Generation:
     """Return what the innermost `generate` of a model, or of a model that contains it, says.
 
-    `Generation()` if the model was called by hand. What torch.compile may trace calls it through
-    `torch.compiler.disable`, which is applied where there is a model: as a decorator here, it would load the
-    compiler whenever kvprune is imported, and that takes seconds.
+    `Generation()` if the model was called by hand.
+
+    Args:
+        model: The model that is being called.
+        is_traced: Whether torch.compile traces the caller, which begins a prefill.
+
+    Raises:
+        UnsupportedModelError: If torch.compile traces the caller.
     """
+    if is_traced:
+        raise UnsupportedModelError(
+            f"torch.compile traces a call of {type(model).__name__} that brings encoder states. There a "
+            "policy decides by what it measures, which cannot be compiled. Leave out torch.compile: "
+            'generate(..., cache_implementation="static", compile_config=CompileConfig()) compiles decode '
+            'steps alone; or wrap the call in torch.compiler.set_stance("force_eager")'
+        )
     code = _code()
     for frame in callers():
         if frame.f_code is not code or not _contains(frame.f_locals.get("self"), model):

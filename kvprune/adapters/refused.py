@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import re
 from dataclasses import dataclass
+
+from torch import nn
 
 __all__ = ["REFUSED", "Refused", "why_refused"]
 
@@ -98,4 +102,9 @@ def why_refused(model: object) -> str:
         for group in REFUSED:
             if re.fullmatch(group.classes, base.__name__):
                 return group.reason
+    if isinstance(model, str | os.PathLike):
+        return "that is the name of a model; load it with transformers first, and pass the loaded model"
+    inner = None if isinstance(model, nn.Module) else inspect.getattr_static(model, "model", None)
+    if isinstance(inner, nn.Module):  # a pipeline, a trainer
+        return f"that is no model, but holds a {type(inner).__name__}; pass its attribute model (pipe.model)"
     return ""

@@ -8,6 +8,7 @@ module and says it in one way. `kvprune.adapters.inspection` finds the modules.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from kvprune.adapters.one_mask import OneMask
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
 
-__all__ = ["Projection", "Site", "by_query_head", "has_projections"]
+__all__ = ["Projection", "Site", "by_query_head", "geometry_of", "has_projections"]
 
 _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -52,6 +53,12 @@ class Projection:
         """H * D, the number of output features."""
         features = getattr(self.module, "out_features", None) or getattr(self.module, "nf", None)
         return int(features or self.module.weight.shape[0]) // self.parts
+
+    @property
+    def inputs(self) -> int | None:
+        """The number of input features; None if the layer does not tell."""
+        features = getattr(self.module, "in_features", None) or getattr(self.module, "nx", None)
+        return features if isinstance(features, int) else None
 
     def of(self, output: Tensor) -> Tensor:
         """Return the queries, keys or values in what the layer has returned."""
@@ -180,6 +187,23 @@ class Site:
             return mask
         mask = mask.expand(-1, -1, rows, -1)
         return mask if mask.shape[1] == 1 else OneMask(mask)
+
+
+def geometry_of(sites: Sequence[Site]) -> dict[str, int]:
+    """Return what modules say about a model, by the names of `View.geometry`; without what they do not tell.
+
+    What weights are trained for is known before anything runs.
+    """
+    found: dict[str, set[int | None]] = {
+        "kv_heads": {site.kv_heads for site in sites},
+        "head_width": {site.head_width for site in sites},
+        "heads": {site.heads for site in sites},
+        "feature_width": {site.key.inputs for site in sites},
+        "question_width": {site.query.inputs for site in sites},
+    }
+    alike = {name: next(iter(numbers)) for name, numbers in found.items() if len(numbers) == 1}
+    known = {name: number for name, number in alike.items() if number is not None}
+    return {"cross_layers": len(sites), **known}
 
 
 def by_query_head(by_head: Tensor, heads: int) -> Tensor:

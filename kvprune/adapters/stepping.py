@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvprune.adapters.arguments import with_cache
+from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.call import Call
 from kvprune.adapters.columns.mask import ColumnMask
 from kvprune.adapters.one_mask import by_head
@@ -22,11 +23,43 @@ from kvprune.cache.contents import Contents
 from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.engine.step_counts import Readable
 from kvprune.errors import UnsupportedModelError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
 
-__all__ = ["follow_text", "stepped"]
+__all__ = ["follow_text", "require_steps", "stepped"]
+
+
+def require_steps(adapter: ModelAdapter, policy: CrossKVPolicy) -> None:
+    """Raise if a policy decides in decode steps in which a model's rows cannot read different entries.
+
+    Raises:
+        UnsupportedModelError: Names the policy and the module.
+    """
+    if not isinstance(policy, DecodePolicy) or not policy.takes_steps:
+        return
+    try:
+        sites = adapter.sites
+    except UnsupportedModelError:  # an adapter of others need not say where the model attends
+        return
+    for site in sites:
+        _require_mask_by_row(site, policy)
+
+
+def _require_mask_by_row(site: Site, policy: CrossKVPolicy) -> None:
+    """Raise if a module takes one mask for all rows of a call, as one does that attends with several streams.
+
+    Raises:
+        UnsupportedModelError: Names the policy and the module.
+    """
+    if site.mask_by_head:
+        raise UnsupportedModelError(
+            f"policy {policy.spec} chooses in decode steps what each row reads, but "
+            f"{type(site.module).__name__} attends with the rows of several streams in one step and "
+            "takes one mask for all of them; use a policy that decides in prefill"
+        )
 
 
 def stepped(
@@ -54,12 +87,8 @@ def stepped(
     steps, hidden, given = call.manager.steps, named["hidden_states"], named.get(site.mask)
     mask = by_head(given)
     text_rows = hidden.shape[1]
-    if text_rows > 1 and site.mask_by_head:
-        raise UnsupportedModelError(
-            f"{type(site.module).__name__} attends with {text_rows} rows in one step and takes one mask for "
-            f"all of them, but policy {steps.policy.spec} chooses what each row reads; use a policy that "
-            "decides in prefill"
-        )
+    if text_rows > 1:
+        _require_mask_by_row(site, steps.policy)
     readable = _readable(call, layer, mask, site, hidden)
     step = steps.view(
         rank,
@@ -87,6 +116,7 @@ def stepped(
         with torch.no_grad():
             attention = _attention(step, keys, by_head(passed), site)  # [N, Hq, n]
             steps.observe(layer, step, _at_entries(attention, selection, step.entries))
+    steps.foresee(layer, step, text_rows)
     return with_cache({**named, site.mask: passed}, one_layer(keys, values))
 
 

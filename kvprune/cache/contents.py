@@ -1,4 +1,4 @@
-"""The data of a cross-attention cache layer: its entries, their columns, and their size in bytes.
+"""The data of a cross-attention cache layer: its entries, their columns, where they lie, and their size.
 
 `CrossKVLayer` adds the operations on them.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from kvprune.cache.host_memory import Courier, Fetch, HostMemory, Staged
 from kvprune.cache.pools import Pool
 from kvprune.cache.reader import Reader
 from kvprune.cache.shared_rows import SharedRows
@@ -74,6 +75,7 @@ class HeldEntries(DynamicLayer):
         bias: ``[R, H or 1, K]``, added to the attention logits of each entry; None for no bias.
         ragged: Whether some entries may be invalid; known on the host, without a device transfer.
         shared_rows: Which rows of the batch are held once.
+        host: Set while `keys` and `values` lie in host memory, and not on the layer's `device`.
         reader: Cuts masks to what is held. Once it is released, modules cannot read `keys` and `values` of
             a pruned layer.
     """
@@ -92,6 +94,7 @@ class HeldEntries(DynamicLayer):
         self.bias: Tensor | None = None
         self.ragged = False
         self.shared_rows = SharedRows()
+        self.host: HostMemory | None = None
 
     # Optional in the base class; here they are read only after they are filled.
     @property
@@ -124,11 +127,21 @@ class HeldEntries(DynamicLayer):
             return
         # The frame that reads the property: attention is computed in a method of a module.
         if isinstance(sys._getframe(2).f_locals.get("self"), nn.Module):
+            if self.host is not None:
+                why = "lies in host memory, and outside the block nobody copies it to the device"
+            else:
+                why = (
+                    f"was pruned under a compression that has ended: {self.width} of {self.columns} columns "
+                    "are held, and outside the block no mask is cut to them"
+                )
             raise UnsupportedCacheError(
-                f"this cache was pruned under a compression that has ended: {self.width} of {self.columns} "
-                "columns are held, and outside the block no mask is cut to them; continue inside the block "
-                "of kvprune.compress, or inside a new one"
+                f"this cache {why}; continue inside the block of kvprune.compress, or inside a new one"
             )
+
+    @property
+    def place(self) -> torch.device:
+        """The device on which the layer decodes; `keys` and `values` may lie in host memory meanwhile."""
+        return self._keys.device if self.host is None else self.host.device
 
     @property
     def is_filled(self) -> bool:
@@ -165,14 +178,67 @@ class HeldEntries(DynamicLayer):
 
     @property
     def is_readable(self) -> bool:
-        """Whether attention can read `keys` and `values` directly: nothing quantized, no shared rows."""
-        return self.copies == 1 and not self.pools
+        """Whether attention can read `keys` and `values` directly: neither quantized, shared nor far away."""
+        return self.copies == 1 and not self.pools and self.host is None
+
+    def places(self, entries: Tensor) -> Tensor:
+        """Return where entries of each row of the batch are among all of the layer, int64 ``[B * Hkv * n]``.
+
+        Args:
+            entries: int64 ``[B, H or 1, n]``, which of the K entries.
+        """
+        batch, heads, width = entries.shape[0], self._keys.shape[1], self.width
+        first = torch.arange(0, batch * heads * width, width, device=entries.device).view(batch, heads, 1)
+        if self.copies > 1:
+            each = heads * width
+            first = first // each // self.copies * each + first % each
+        return (first + entries).flatten()
+
+    def to_host(self, courier: Courier) -> None:
+        """Move keys and values to host memory, until the next prefill; decode steps read copies.
+
+        Waits for the device.
+
+        Args:
+            courier: Makes the copies.
+
+        Raises:
+            UnsupportedCacheError: If entries are quantized, or gradients would flow through them.
+        """
+        if self.pools or self._keys.requires_grad or self._values.requires_grad:
+            why = "are quantized" if self.pools else "carry gradients (call the model under torch.no_grad())"
+            raise UnsupportedCacheError(
+                f"entries of this layer {why}, and cannot be kept in host memory; leave out offload"
+            )
+        self.host = HostMemory(self._keys.device, courier)
+        self._keys, self._values = self.host.home(self._keys), self.host.home(self._values)
+
+    def from_host(self) -> None:
+        """Move keys and values back to the device, if they lie in host memory."""
+        if self.host is not None:
+            self._keys, self._values = self.host.abroad(self._keys), self.host.abroad(self._values)
+            self.host = None
+
+    def fetched(self, entries: Tensor) -> Fetch:
+        """Begin to copy entries from host memory to the device, where ``[B, Hkv, n, D]`` arrive.
+
+        Args:
+            entries: int64 ``[B, H or 1, n]``, which of the K entries of each row of the batch.
+        """
+        assert self.host is not None
+        shape = entries.shape[0], self._keys.shape[1], entries.shape[-1]
+        return self.host.fetch((self._keys, self._values), self.places(entries), shape)
+
+    def stage(self, answer: Selection, number: int, readable: Tensor | None) -> None:
+        """Begin to copy what the next decode step reads from host memory to the device; see `Staged`."""
+        assert self.host is not None
+        self.host.staged = Staged(answer, number, readable, self.fetched(answer.indices))
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Return `slots` and `valid`, ``[R, H or 1, K]`` each, even while all columns are held."""
         if self.slots is not None and self.valid is not None:
             return self.slots, self.valid
-        everything = Selection.all(self._keys.shape[0], self.columns, self._keys.device)
+        everything = Selection.all(self._keys.shape[0], self.columns, self.place)
         return everything.indices, everything.valid
 
     def held_columns(self) -> Tensor:

@@ -47,7 +47,7 @@ class CrossKVLayer(HeldEntries):
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether decoding can be compiled: it changes no shapes and reads nothing from the device."""
-        return self.steps is None or self.steps.compiles
+        return self.steps is None or (self.steps.compiles and self.host is None)
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> Self:
@@ -70,6 +70,7 @@ class CrossKVLayer(HeldEntries):
             columns: Number of new columns, including dropped ones.
             shared_rows: Equal rows of the batch, to be held once; used only while the layer is empty.
         """
+        self.from_host()
         if not self.is_filled:
             self.shared_rows = shared_rows or SharedRows()
         self._arrival = Arrival(received, columns, self._contents_after(received, columns))
@@ -156,8 +157,13 @@ class CrossKVLayer(HeldEntries):
                 shared, because they may keep different entries.
 
         Raises:
-            UnsupportedCacheError: If entries are quantized.
+            UnsupportedCacheError: If entries are quantized, or lie in host memory.
         """
+        if self.host is not None:
+            raise UnsupportedCacheError(
+                "a policy drops entries in a decode step, but those of this layer lie in host memory "
+                "(offload); what it drops in prefill is freed as always"
+            )
         self.separate()
         after = evicted(self, kept)
         self._hold(after.keys, after.values)
@@ -166,8 +172,11 @@ class CrossKVLayer(HeldEntries):
     def assembled(self) -> tuple[Tensor, Tensor]:
         """Return keys and values in the layer's own dtype for held rows, ``[R, Hkv, K, D]``.
 
-        A copy if some entries are quantized, which the layer does not keep. Needs no device transfer.
+        A copy if some entries are quantized, or all lie in host memory, which the layer does not keep. The
+        host does not wait for the device.
         """
+        if self.host is not None:
+            return self.host.abroad(self._keys), self.host.abroad(self._values)
         if not self.pools:
             return self._keys, self._values
         read = [pool.dequantize() for pool in self.pools]
@@ -185,19 +194,6 @@ class CrossKVLayer(HeldEntries):
         keys, values = self.assembled()
         return self._spread(keys), self._spread(values)
 
-    def places(self, entries: Tensor) -> Tensor:
-        """Return where entries of each row of the batch are among all of the layer, int64 ``[B * Hkv * n]``.
-
-        Args:
-            entries: int64 ``[B, H or 1, n]``, which of the K entries.
-        """
-        batch, heads, width = entries.shape[0], self._keys.shape[1], self.width
-        first = torch.arange(0, batch * heads * width, width, device=entries.device).view(batch, heads, 1)
-        if self.copies > 1:
-            each = heads * width
-            first = first // each // self.copies * each + first % each
-        return (first + entries).flatten()
-
     def read(self, places: Tensor, flat: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return some entries of each row of the batch in the layer's own dtype, ``[B, Hkv, n, D]``, copied.
 
@@ -205,6 +201,8 @@ class CrossKVLayer(HeldEntries):
             places: int64 ``[B, H or 1, n]``, which of the K entries.
             flat: What `places` returns for them, if the caller has it.
         """
+        if self.host is not None:
+            return self.fetched(places).result()
         keys, values = self.assembled()
         if not keys.is_contiguous() or not values.is_contiguous():
             return gather_entries(self._spread(keys), places), gather_entries(self._spread(values), places)
@@ -234,6 +232,8 @@ class CrossKVLayer(HeldEntries):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove nothing that is held: these are encoder tokens, and cropping removes text tokens."""
+        if self.host is not None:
+            self.host.staged = None  # for a step of another number
         if self.steps is not None:
             self.steps.take_back(abs(tokens_to_remove))
 
@@ -242,7 +242,7 @@ class CrossKVLayer(HeldEntries):
         self.is_initialized = False  # older releases would zero tensors that copies of this layer share
         super().reset()
         self.columns, self.slots, self.valid, self.ragged, self._arrival = 0, None, None, False, None
-        self.bias = self.steps = None
+        self.bias = self.steps = self.host = None
         self.pools, self._stands_in = (), True
         self.shared_rows = SharedRows()
 
@@ -252,13 +252,18 @@ class CrossKVLayer(HeldEntries):
             return
         if not self.shared_rows.unchanged_by(beam_idx):
             self.batch_select_indices(beam_idx)
-        elif self.steps is not None and self.steps.by_row:
+            return
+        if self.steps is not None and self.steps.by_row:
             self.steps.select(beam_idx)
+        if self.host is not None:
+            self.host.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch; the repeated rows share what is held."""
         if self.is_filled:
             self.shared_rows = SharedRows(self.copies * repeats)
+            if self.host is not None:
+                self.host.staged = None
             if self.steps is not None and self.steps.by_row:
                 self.steps.repeat(repeats)
 
@@ -270,12 +275,15 @@ class CrossKVLayer(HeldEntries):
             self._over_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
             if self.steps is not None:
                 self.steps.select(indices if self.steps.by_row else rows)
+            if self.host is not None:
+                self.host.select(indices)
             self.shared_rows = SharedRows()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """Move what is held to a device, and keys and values to a dtype."""
         if not self.is_filled:
             return
+        self.from_host()
         self._over_rows(lambda tensor: tensor.to(device) if device is not None else tensor)
         if self.steps is not None and device is not None:
             self.steps.to(device)
@@ -296,6 +304,8 @@ class CrossKVLayer(HeldEntries):
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
         """Apply an operation on rows or dtype to `keys` and `values`, or to their placeholders."""
         self._keys, self._values = move(self._keys), move(self._values)
+        if self.host is not None:
+            self._keys, self._values = self.host.home(self._keys), self.host.home(self._values)
         if self._stands_in:  # make them views of one number again
             self._hold(self._keys[..., :0, :], self._values[..., :0, :])
 

@@ -32,11 +32,13 @@ class SharedRows:
         """
         if self.copies == 1:
             return False
-        if self._asked is None or self._asked[0] is not beam_idx or self._asked[1] != beam_idx._version:
+        # A tensor that was made in inference mode does not say whether it has changed since.
+        known = self._asked is not None and self._asked[0] is beam_idx and not beam_idx.is_inference()
+        if self._asked is None or not known or self._asked[1] != beam_idx._version:
             places = torch.arange(len(beam_idx), device=beam_idx.device)
             # Each row must come from the same group of copies.
             self._answer = torch.equal(beam_idx // self.copies, places // self.copies)
-            self._asked = beam_idx, beam_idx._version
+            self._asked = beam_idx, 0 if beam_idx.is_inference() else beam_idx._version
         return self._answer
 
 

@@ -74,7 +74,8 @@ class StepMemory:
 
     def advance(self, rows: int) -> None:
         """Count a step of that many text rows."""
-        if torch.compiler.is_compiling():  # a graph reads it at the same address in each step
+        # A graph reads the number at the same address in each step; other policies read that of the host.
+        if self.compiles and torch.compiler.is_compiling():
             self.in_graphs.add_(rows)
         else:
             self.taken_eagerly += rows

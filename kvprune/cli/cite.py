@@ -10,6 +10,7 @@ import typer
 
 from kvprune.cli.common import Debug, load_quietly, one_line_errors
 from kvprune.cli.facts import Facts, known_facts, known_rules
+from kvprune.cli.policies import is_spec, names_in
 from kvprune.errors import CitationError
 from kvprune.text import REFERENCE, printable
 
@@ -30,7 +31,8 @@ _OWN = """\
 
 def cite(
     names: Annotated[
-        list[str], typer.Argument(help="Names of policies or rules, or kvprune for the framework itself.")
+        list[str],
+        typer.Argument(help="Names of policies or rules, specs, or kvprune for the framework itself."),
     ],
     debug: Debug = False,
 ) -> None:
@@ -38,8 +40,23 @@ def cite(
     with one_line_errors(debug):
         wanted = dict.fromkeys(names)
         known = known_facts()[0] if {*wanted} - {FRAMEWORK} else {}
-        entries = [own_bibtex() if name == FRAMEWORK else _bibtex(name, known) for name in wanted]
+        entries = [
+            own_bibtex() if one == FRAMEWORK else _bibtex(one, known)
+            for name in wanted
+            for one in _citable(name, known)
+        ]
         print(printable("\n\n".join(dict.fromkeys(entries)), newlines=True))
+
+
+def _citable(name: str, known: Mapping[str, Facts]) -> list[str]:
+    """Return the name, or for a spec the names of its policies that have a paper, or of all if none has."""
+    if not is_spec(name):
+        return [name]
+    rule = name.partition(":")[0]
+    if rule not in known and rule in {one.name for one in known_rules()}:
+        return [rule]
+    names = names_in(name, load_quietly())
+    return [one for one in names if one not in known or known[one].bibtex.strip()] or names
 
 
 def own_bibtex() -> str:

@@ -51,7 +51,8 @@ Every = Annotated[
     typer.Option(
         "--all",
         help="Add every built-in policy that takes a keep_ratio (with reach=onward if it has that option) to "
-        "the default ones and those of --policy, and rank all of them within each budget.",
+        "the default ones and those of --policy, and rank all of them within each budget. Says which other "
+        "ones are left out.",
     ),
 ]
 KeepRatios = Annotated[str, typer.Option(help="Fractions of visible tokens kept, separated by commas.")]

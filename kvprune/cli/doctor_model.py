@@ -192,15 +192,19 @@ def _policies(adapter: ModelAdapter, found: Registry) -> Iterator[Check]:
     """Say which installed policies run on the model with default options, and why others are refused."""
     from kvprune.session.compression import Compression
 
-    fit, refused = [], []
+    fit, refused, weights = [], [], {}
     for name in found.policies:
         try:
-            Compression(adapter, found.get_policy(name), 0)
+            run = Compression(adapter, found.get_policy(name), 0)
             fit.append(name)
+            weights[name] = "; ".join(run.report.weights)
         except KVPruneError as error:
             refused.append((name, str(error)))
     section = f"policies, {len(fit)} of {len(found.policies)} with their default options"
     yield Check(section=section, name="run", ok=bool(fit), detail=", ".join(fit) or "none", remedy=_PAGE)
+    for name, told in weights.items():
+        if told:
+            yield Check(section=section, name=f"{name} runs with", ok=None, detail=told)
     for name, reason in refused:
         yield Check(section=section, name=f"{name} is refused", ok=None, detail=reason)
 

@@ -16,9 +16,9 @@ from kvprune.errors import PluginError
 from kvprune.text import REFERENCE, docstring, error_line, printable
 
 if TYPE_CHECKING:
-    from kvprune.session.registry import PolicyEntry, RuleEntry
+    from kvprune.session.registry import PolicyEntry, Registry, RuleEntry
 
-__all__ = ["list_policies", "read_docstrings", "show"]
+__all__ = ["is_spec", "list_policies", "names_in", "read_docstrings", "show"]
 
 _LONGEST_CLAIM = 400
 _LONGEST = 20_000
@@ -45,7 +45,12 @@ def list_policies(debug: Debug = False) -> None:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="Name of a policy or a rule, as `kvprune list` prints it.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a policy or a rule, as `kvprune list` prints it; or a spec of policies."
+        ),
+    ],
     debug: Debug = False,
 ) -> None:
     """Explain a policy.
@@ -53,19 +58,46 @@ def show(
     Prints what the policy does, its options, where it comes from and what it costs.
     """
     with one_line_errors(debug):
+        from kvprune.session.rules import get_rule
+
         installed = load_quietly()
-        if name in installed.rules and name not in installed.policies:
-            _describe_rule(installed.rules[name])
+        rule = name.partition(":")[0]
+        if rule in installed.rules and rule not in installed.policies:
+            get_rule(name)  # raises if its options are wrong
+            _describe_rule(installed.rules[rule])
             return
-        entry = installed.entry(name)
-        try:
-            _describe(entry)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # the class is foreign code and may raise anything
-            raise PluginError(
-                f"policy {name!r} of plugin {entry.plugin!r} cannot be described: {error_line(error)}"
-            ) from error
+        names = names_in(name, installed)
+        if len(names) > 1:
+            print(f"{printable(str(installed.get_policy(name).spec))} is made of {', '.join(names)}\n")
+        for number, one in enumerate(names):
+            entry = installed.entry(one)
+            print("\n" * bool(number), end="")
+            try:
+                _describe(entry)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # the class is foreign code and may raise anything
+                raise PluginError(
+                    f"policy {one!r} of plugin {entry.plugin!r} cannot be described: {error_line(error)}"
+                ) from error
+
+
+def is_spec(text: str) -> bool:
+    """Whether a text says more than a name: no name has one of these characters."""
+    return any(mark in text for mark in (":", " ", "("))
+
+
+def names_in(text: str, installed: Registry) -> list[str]:
+    """Return the names of all policies in a spec, each once; a text without options is a name.
+
+    Raises:
+        KVPruneError: If it is a spec of no usable policy.
+    """
+    from kvprune.policy.nesting import parts
+
+    if not is_spec(text):
+        return [text]
+    return list(dict.fromkeys(part.name for part in parts(installed.get_policy(text))))
 
 
 def _describe(entry: PolicyEntry) -> None:

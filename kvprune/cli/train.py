@@ -25,17 +25,25 @@ def train(
     policy: Annotated[str, typer.Argument(help="Spec of the policy, without weights, such as quecc:k=4.")],
     out: Annotated[Path, typer.Option(help="File to write the weights to; it ends in .safetensors.")],
     model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of the model. Default: the demo's.")
+        str | None,
+        typer.Option(
+            help="Hub id or folder of the model. Default: the demo's, or Whisper base for recordings."
+        ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON-lines file of questions, as `kvprune compare` reads. Default: the demo's."),
+        typer.Option(
+            help="JSON-lines file of questions or recordings, as for `kvprune compare`. Default: the demo's."
+        ),
     ] = None,
     validation: Annotated[
         Path | None, typer.Option(help="Another such file, to validate with. Default: a part of --data.")
     ] = None,
     held_out: Annotated[
-        float, typer.Option(help="Share of the pictures of --data to validate with, without --validation.")
+        float,
+        typer.Option(
+            help="Share of the pictures or recordings of --data to validate with, without --validation."
+        ),
     ] = 0.1,
     answers: Annotated[
         str,
@@ -45,7 +53,7 @@ def train(
     ] = "full",
     pictures: Annotated[int, typer.Option(help="Pictures of the demo to draw.")] = 1000,
     steps: Annotated[int, typer.Option(help="Number of steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Questions in each step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Questions or recordings in each step.")] = 64,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
     attention: Annotated[
         float, typer.Option(help="Weight of the distance of cross-attention outputs in the loss.")
@@ -55,7 +63,9 @@ def train(
         int,
         typer.Option(help="Validations without a better one that end the training; 0: it never ends early."),
     ] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of pictures, questions and their order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of pictures, and of the order of questions or recordings.")
+    ] = 0,
     device: Annotated[
         str | None, typer.Option(help="Device, such as cpu or cuda. Default: cuda if available, else cpu.")
     ] = None,

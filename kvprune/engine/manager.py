@@ -237,7 +237,7 @@ class CrossKVManager:
             follows_text=follows_text,
         )
         before = None if layer.slots is None else attended_selection(layer, received, prefill.first_new)
-        context = DecisionContext(view, layer, layer.width - view.columns, before, replaced)
+        context = DecisionContext(view, layer, layer.width - view.columns, before, replaced, received)
         with torch.no_grad(), Stopwatch(view.device) as watch:
             if isinstance(policy, PrefillPolicy):
                 answer = self._calls.observe(policy, view)
@@ -336,7 +336,7 @@ class CrossKVManager:
             self.report.warn(decision.note)
         apply(self.policy, prefill, context, decision, self.report.warn)
         prefill.record.note_decision(view.layer_idx, layer, watches, visible=prefill.visibility.decode)
-        self.steps.prepare(view, layer, cached=prefill.cached)
+        self.steps.prepare(context, cached=prefill.cached, warn=self.report.warn)
 
     def _running(self) -> Prefill:
         if self._prefill is None:

@@ -152,6 +152,7 @@ class DecisionContext:
         first: The first new entry of the layer; entries before it belong to earlier images.
         attended: Columns that the layer attended to; None for all columns.
         replaced: New tokens that the layer received in the place of columns; None for the encoder's own.
+        received: The new columns that the layer received; None for all of them.
     """
 
     view: LayerView
@@ -159,6 +160,7 @@ class DecisionContext:
     first: int
     attended: Selection | None
     replaced: Replacement | None
+    received: Selection | None
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,10 @@ class StepReceipt:
         bytes_of_bookkeeping: Bytes of column numbers and validity flags.
         bytes_of_state: Bytes of what the policy knows about the layer between steps, in addition.
         rejected: Steps of rejected drafts.
+        bytes_on_host: How much of `bytes_held` lies in host memory while the layer decodes (`offload` of
+            `attnpred`); all or nothing.
+        bytes_staged: Bytes of the largest copy of chosen entries that was on the device, in addition to
+            `bytes_held`. A step that reads everything copies all of one layer while this attends.
     """
 
     layer_idx: int
@@ -103,6 +107,8 @@ class StepReceipt:
     bytes_of_bookkeeping: int
     bytes_of_state: int
     rejected: int = 0
+    bytes_on_host: int = 0
+    bytes_staged: int = 0
 
     @property
     def any_steps(self) -> bool:

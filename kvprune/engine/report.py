@@ -201,6 +201,7 @@ class CompressionReport(ReportFacts):
             "seconds": self.seconds,
             "guide": None if self.guide is None else self.guide.to_dict(),
             "warnings": list(self.warnings),
+            "weights": list(self.weights),
             "read_fraction": _or_none(self.read_fraction),
             "read_of_visible": _or_none(self.read_of_visible),
             "layers": [asdict(layer) for layer in self.layers],

@@ -47,6 +47,7 @@ class ReportFacts(Totals):
         unit: What one column of the cache is, for readers.
         seconds_per_column: Seconds of sound that one column adds; None if columns are no sound, or it is
             unknown.
+        weights: A sentence about each of the policy's trained weights: on which model they learned.
         loaded: File of the saved cache that this compression began with; None if it began with none.
     """
 
@@ -66,6 +67,7 @@ class ReportFacts(Totals):
     text_kept_fraction: float | None = None
     unit: Unit = Unit("token")
     seconds_per_column: float | None = None
+    weights: tuple[str, ...] = ()
     loaded: str | None = None
     _kept_sum: float = field(default=0.0, repr=False)
     _kept_samples: int = field(default=0, repr=False)

@@ -49,6 +49,7 @@ def report_text(report: ReportFacts) -> str:
         lines.append(
             f"the last token of {_count(report.rereads, 'prompt')} was read again from the pruned cache"
         )
+    lines += report.weights
     lines.append(f"deciding took {report.seconds:.3g} s")
     if report.guide is not None:
         lines.append(str(report.guide))
@@ -62,10 +63,13 @@ def _on_steps(report: ReportFacts) -> str:
     steps = _count(max(layer.steps for layer in report.steps), "step")
     rejected = max(layer.rejected for layer in report.steps)
     drafts = f" and {_count(rejected, 'rejected draft')}" if rejected else ""
+    host = sum(layer.bytes_on_host for layer in report.steps) / _MIB
+    staged = sum(layer.bytes_staged for layer in report.steps) / _MIB
+    away = f"; {host:.2f} MiB lie in host memory, with copies of at most {staged:.2f} MiB" if host else ""
     return (
         f"a decode step reads {report.read_fraction:.1%} of what is held ({read:.2f} MiB, mean over "
         f"{steps}{drafts}), and frees only what the policy "
-        f"drops; the policy's state takes {state:.3f} MiB"
+        f"drops; the policy's state takes {state:.3f} MiB{away}"
     )
 
 

@@ -7,10 +7,11 @@ from typing import TypeVar
 
 import torch
 
+from kvprune.engine.prefill import DecisionContext
 from kvprune.errors import KVPruneError, PolicyFailedError
-from kvprune.policy.step_view import StepView
+from kvprune.policy.step_view import HeldView, StepView
 
-__all__ = ["ask"]
+__all__ = ["ask", "held_view"]
 
 _Answer = TypeVar("_Answer")
 
@@ -45,3 +46,24 @@ def ask(name: str, where: str, question: Callable[[], _Answer], step: StepView |
             "own tensors and is read-only: work on a copy"
         )
     return answer
+
+
+def held_view(context: DecisionContext) -> HeldView:
+    """Return what a layer holds after a prefill.
+
+    Args:
+        context: The layer after its attention, and its cache layer, pruned.
+    """
+    layer = context.layer
+    keys, values = layer.assembled()
+    slots, valid = layer.entries()
+    return HeldView(
+        layer=context.view,
+        keys=keys,
+        values=values,
+        slots=slots,
+        valid=valid,
+        columns=layer.columns,
+        earlier=None if layer.steps is None else dict(layer.steps.tensors),
+        received=context.received,
+    )

@@ -69,13 +69,14 @@ class StepCounts:
         steps: Steps.
         flaws: bool ``[2, 4]``, which flaws answers of ``attend`` and of ``observe`` had.
         checked: The latest answer that was checked, and what was made of it.
+        bytes_staged: Bytes of the largest copy of chosen entries, if the layer lies in host memory.
     """
 
     def __init__(self, layer: CrossKVLayer) -> None:
-        device = layer.keys.device
+        device = layer.place
         self.read: int | Tensor = 0
         self.held: int | Tensor = 0
-        self.rows = self.steps = 0
+        self.rows = self.steps = self.bytes_staged = 0
         self.in_graphs = torch.zeros(4, dtype=torch.int64, device=device)  # the same, of compiled steps
         self.flaws = torch.zeros(2, len(FLAWS), dtype=torch.bool, device=device)
         self.checked: CheckedAnswer | None = None
@@ -91,6 +92,7 @@ class StepCounts:
         self.width, self.bytes_held = layer.width, layer.bytes_held
         self.bytes_of_bookkeeping = layer.bytes_of_bookkeeping
         self.bytes_of_state = 0 if layer.steps is None else layer.steps.nbytes
+        self.bytes_on_host = 0 if layer.host is None else self.bytes_held
 
     def count(self, read: int | Tensor, held: int | Tensor, rows: int, text_rows: int) -> None:
         """Count a step that reads so many of the entries held, both summed over its rows and KV heads."""
@@ -120,6 +122,8 @@ class StepCounts:
             bytes_held=self.bytes_held,
             bytes_of_bookkeeping=self.bytes_of_bookkeeping,
             bytes_of_state=self.bytes_of_state,
+            bytes_on_host=self.bytes_on_host,
+            bytes_staged=self.bytes_staged,
         )
 
 
@@ -193,7 +197,7 @@ class Readable:
     def _made(self) -> Tensor:
         batch, text_rows, width = self._shape
         if self.unrestricted:
-            one = torch.ones(1, 1, 1, dtype=torch.bool, device=self._layer.keys.device)
+            one = torch.ones(1, 1, 1, dtype=torch.bool, device=self._layer.place)
             return one.expand(batch * text_rows, 1, width)
         found = None
         if self._held is not None:

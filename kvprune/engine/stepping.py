@@ -14,30 +14,26 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.cross_layer import CrossKVLayer
+from kvprune.cache.host_memory import Courier
 from kvprune.cache.step_memory import StepMemory
+from kvprune.engine.foresight import foreseen, mask_has_changed, next_step, off_load, shown, unseen
+from kvprune.engine.prefill import DecisionContext
 from kvprune.engine.receipts import StepReceipt
-from kvprune.engine.step_calls import ask
-from kvprune.engine.step_counts import (
-    CheckedAnswer,
-    Readable,
-    StepCounts,
-    StepRead,
-    count_entries,
-    recorded,
-)
-from kvprune.errors import PolicyFailedError, SelectionError, UnsupportedCacheError
+from kvprune.engine.step_answers import StepAnswers
+from kvprune.engine.step_calls import ask, held_view
+from kvprune.engine.step_counts import Readable, StepCounts, StepRead, count_entries, recorded
+from kvprune.errors import PolicyFailedError, UnsupportedCacheError
 from kvprune.policy import step_checks as checks
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.held_weights import HeldWeights
-from kvprune.policy.step_view import HeldView, StepView
-from kvprune.policy.view import LayerView
+from kvprune.policy.step_view import StepView
 from kvprune.tokens.selection import Selection
 
 __all__ = ["Stepping"]
 
 
-class Stepping:
+class Stepping(StepAnswers):
     """Calls one policy in the decode steps of one model.
 
     Args:
@@ -53,12 +49,12 @@ class Stepping:
         self, policy: CrossKVPolicy, layer_indices: Sequence[int], held: HeldWeights | None = None
     ) -> None:
         takes = isinstance(policy, DecodePolicy) and policy.takes_steps
-        self._policy = policy if takes and isinstance(policy, DecodePolicy) else None
-        self._layer_indices = tuple(layer_indices)
+        super().__init__(policy if takes and isinstance(policy, DecodePolicy) else None, layer_indices)
         self._held = held or HeldWeights()
         self._logs: dict[int, StepCounts] = {}
         self._before: tuple[StepReceipt, ...] = ()  # what `settle` returns until a prefill has ended
         self._in_prefill = False
+        self._courier = Courier()
         self.recorder: Callable[[StepRead], None] | None = None
 
     @property
@@ -71,54 +67,39 @@ class Stepping:
         """Whether the policy wants to see the attention of each step."""
         return self._policy is not None and self._policy.observes
 
-    @property
-    def policy(self) -> DecodePolicy:
-        """The policy, if it decides in decode steps."""
-        assert self._policy is not None
-        return self._policy
-
-    def prepare(self, view: LayerView, layer: CrossKVLayer, *, cached: bool) -> None:
+    def prepare(self, context: DecisionContext, *, cached: bool, warn: Callable[[str], None]) -> None:
         """Let the policy prepare for the steps of a layer, after its prefill decisions are applied.
 
         Args:
-            view: The layer after its attention in prefill.
-            layer: Its cache layer, pruned.
+            context: The layer after its attention in prefill, and its cache layer, pruned.
             cached: Whether there is a cache.
+            warn: Gets a warning for the user.
 
         Raises:
-            UnsupportedCacheError: If there is none, so that no step would follow.
+            UnsupportedCacheError: If there is none, so that no step would follow; or see `off_load`.
             PolicyFailedError: If the policy raises, or returns no state.
         """
         if self._policy is None:
             return
-        policy = self._policy
+        policy, view, layer = self._policy, context.view, context.layer
         if not cached:
             raise UnsupportedCacheError(
                 f"policy {policy.spec} decides in decode steps, but the model was called without a cache "
                 "(use_cache=False, or gradient checkpointing), so no step would read one; call it with "
                 "use_cache=True"
             )
-        keys, values = layer.assembled()
-        slots, valid = layer.entries()
-        held = HeldView(
-            layer=view,
-            keys=keys,
-            values=values,
-            slots=slots,
-            valid=valid,
-            columns=layer.columns,
-            earlier=None if layer.steps is None else dict(layer.steps.tensors),
-        )
+        held = held_view(context)
         with torch.no_grad():
             state = ask(policy.name, held.where, lambda: policy.prepare(held))
         where = f"policy {policy.name!r} {held.where}: prepare"
         layer.steps = StepMemory(
-            checks.check_state(state, len(keys), where),
-            keys.device,
+            checks.check_state(state, len(held.keys), where),
+            layer.place,
             copies=layer.copies,
             by_row=policy.observes,
             compiles=policy.compiles,
         )
+        off_load(policy, layer, self._courier, warn)
         self._logs[view.rank] = StepCounts(layer)
 
     def view(
@@ -159,7 +140,7 @@ class Stepping:
                 "once (assisted decoding, or a later turn of text); give it one token at a time, or use a "
                 "policy that observes no steps"
             )
-        keys, values = layer.assembled()
+        keys, values = shown(layer)
         copies = layer.copies * text_rows
         return StepView(
             queries_of=lambda: queries_of().transpose(1, 2).flatten(0, 1),  # [N, Hq, D]
@@ -178,6 +159,7 @@ class Stepping:
             copies=copies,
             unrestricted=readable.unrestricted,
             held=self._held,
+            on=None if layer.host is None else layer.place,
         )
 
     def attend(
@@ -196,20 +178,51 @@ class Stepping:
                 not on the CPU, and raised later.
             PolicyFailedError: If the policy raises an error of its own.
         """
-        policy, log, memory = self.policy, self._log(step.rank, layer), layer.steps
+        log, memory = self._log(step.rank, layer), layer.steps
         assert memory is not None
-        state = memory.of_text_rows(layer.copies, text_rows)
         with torch.no_grad():
-            answer = ask(policy.name, step.where, lambda: policy.attend(step, state), step)
+            answer = self._answer(layer, step, text_rows)
             read = held = readable.count(log.heads)
             if answer is not None:
-                answer = self._checked(answer, step, log, 0)
                 read = count_entries(answer.valid, log.heads, full=answer.is_known_full)
             log.count(read, held, step.text_rows, text_rows)
             memory.advance(text_rows)
             if self.recorder is not None:
                 self.recorder(recorded(layer, step, answer, text_rows))
         return answer
+
+    def _answer(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:
+        """Return which entries a step reads, as foreseen or as the policy says now."""
+        staged = foreseen(layer, step, text_rows)
+        if staged is None:
+            return self._asked(layer, step, text_rows)
+        if (changed := mask_has_changed(staged, step)) is not None:
+            log = self._log(step.rank, layer)
+            self._note(log, step.rank, log.flaws[0, checks.MOVED], changed)
+        return staged.answer
+
+    def _asked(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> Selection | None:
+        """Ask the policy which entries a step reads, and check the answer."""
+        policy, memory, seen = self.policy, layer.steps, unseen(step, layer)
+        assert memory is not None
+        state = memory.of_text_rows(layer.copies, text_rows)
+        answer = ask(policy.name, step.where, lambda: policy.attend(seen, state), seen)
+        return None if answer is None else self._checked(answer, seen, self._log(step.rank, layer), 0)
+
+    def foresee(self, layer: CrossKVLayer, step: StepView, text_rows: int) -> None:
+        """After a step, choose what the next one reads, and begin to fetch it from host memory.
+
+        Does nothing for layers that lie on the device. What reads everything is fetched in the step itself:
+        otherwise the device would hold all layers at once.
+        """
+        if layer.host is None or layer.steps is None:
+            return
+        with torch.no_grad():
+            answer = self._asked(layer, next_step(step, layer), 1) if text_rows == 1 else None
+            if answer is not None:
+                layer.stage(answer, layer.steps.taken_eagerly, None if step.unrestricted else step.readable)
+        log = self._log(step.rank, layer)
+        log.bytes_staged = max(log.bytes_staged, layer.host.bytes_staged)
 
     def observe(self, layer: CrossKVLayer, step: StepView, attention: Tensor) -> None:
         """Show the policy the attention of a step, keep its new state, and free what it drops.
@@ -283,64 +296,13 @@ class Stepping:
         """Count from now on: a prefill has ended. One that was broken off leaves the counts before it."""
         self._in_prefill = False
 
-    def _checked(self, answer: object, step: StepView, log: StepCounts, asked: int) -> Selection:
-        """Check an answer of ``attend`` (0) or ``observe`` (1)."""
-        where = f"policy {self.policy.name!r} {step.where}: {('attend', 'observe')[asked]}"
-        selection = checks.check_places(answer, step, where)
-        if step.has_made(selection):
-            self._note(log, step.rank, log.flaws[asked, checks.UNDEFINED], step.has_undefined_scores())
-            if step.has_limited(selection):
-                self._note(log, step.rank, log.flaws[asked, checks.EMPTY], ~selection.valid[..., 0].all())
-            return selection
-        eager = not torch.compiler.is_compiling()
-        if eager and log.checked is not None and log.checked.is_of(selection):
-            if not step.unrestricted:  # the mask of this step may hide what that of another one has not
-                hidden = checks.reads_hidden(log.checked.safe, step)
-                self._note(log, step.rank, log.flaws[asked, checks.HIDDEN], hidden)
-            return log.checked.safe
-        places = selection.indices.clamp(0, step.entries - 1)
-        if selection.is_known_full:
-            safe = Selection.full(places, step.entries)
-        else:
-            safe = Selection.trusted(places, selection.valid, step.entries)
-        found = checks.flaws(selection, step)
-        self._note(log, step.rank, log.flaws[asked, : len(found)], found)
-        if not eager:
-            return safe
-        if _at_hand(found) and selection.valid.all():
-            safe = Selection.full(places, step.entries)
-        log.checked = CheckedAnswer(selection, safe)
-        return safe
-
-    def _note(self, log: StepCounts, rank: int, flags: Tensor, found: Tensor) -> None:
-        """Add flaws to those of a layer; raise at once if the values are at hand."""
-        if torch.compiler.is_compiling() or not _at_hand(found):
-            flags.logical_or_(found)
-        elif found.any():
-            flags.logical_or_(found)
-            self._raise(log, rank)
-
     def read(self, rank: int, layer: CrossKVLayer, answer: Selection) -> tuple[Tensor, Tensor]:
         """Return the entries that `attend` has answered, ``[B, Hkv, n, D]`` each, copied."""
+        if layer.host is not None and (there := layer.host.take(answer)) is not None:
+            return there
         known = None if torch.compiler.is_compiling() else self._log(rank, layer).checked
         if known is None or known.safe is not answer:
             return layer.read(answer.indices)
         if known.read_at is None or known.read_at[0] != layer.copies:
             known.read_at = layer.copies, layer.places(answer.indices)
         return layer.read(answer.indices, known.read_at[1])
-
-    def _raise(self, log: StepCounts, rank: int) -> None:
-        found = log.flaws.tolist()
-        for asked, method in enumerate(("attend", "observe")):
-            for flaw, text in zip(found[asked], checks.FLAWS, strict=True):
-                if flaw:
-                    log.flaws.zero_()
-                    raise SelectionError(
-                        f"policy {self.policy.name!r} in a decode step at layer "
-                        f"{self._layer_indices[rank]}: {method}: {text}"
-                    )
-
-
-def _at_hand(tensor: Tensor) -> bool:
-    """Whether reading the values of a tensor waits for no device."""
-    return tensor.device.type == "cpu"

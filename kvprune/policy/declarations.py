@@ -12,6 +12,7 @@ from typing import get_args
 
 from kvprune.errors import KVPruneError, PolicyFailedError
 from kvprune.policy.base import CrossKVPolicy, Need
+from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.nesting import parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.text import error_line, shown, suggestion
@@ -32,7 +33,8 @@ def require_declarations(policy: CrossKVPolicy) -> None:
     """
     for part in reversed(list(parts(policy))):  # inner ones first: their errors would be the outer one's
         named = f"policy {shown(_class_name(part), 80)}"
-        for what, (is_right, right) in _DECLARED.items():
+        declared = _DECLARED | _OF_STEPS if isinstance(part, DecodePolicy) else _DECLARED
+        for what, (is_right, right) in declared.items():
             try:
                 value = getattr(part, what)
                 fits = is_right(value)
@@ -45,6 +47,12 @@ def require_declarations(policy: CrossKVPolicy) -> None:
             if not fits:
                 hint = _hint(value) if what == "needs" else ""
                 raise PolicyFailedError(f"{named} has the {what} {shown(value)}; expected {right}{hint}")
+        if isinstance(part, DecodePolicy) and part.offloads and not part.foresees:
+            raise PolicyFailedError(
+                f"{named} has offloads = True, but its class does not say foresees = True: each step would "
+                "wait for all that it may read; off-load a policy that chooses from its state alone, such as "
+                "attnpred"
+            )
 
 
 def _class_name(policy: CrossKVPolicy) -> str:
@@ -76,7 +84,7 @@ def _is_requested(value: object) -> bool:
     )
 
 
-_DECLARED: Mapping[str, tuple[Callable[[object], bool], str]] = {
+_DECLARED: dict[str, tuple[Callable[[object], bool], str]] = {
     "name": (lambda value: isinstance(value, str), "text"),
     "spec": (lambda value: isinstance(value, PolicySpec), "a kvprune.PolicySpec"),
     "needs": (_is_needs, f"a frozenset of some of {', '.join(map(repr, NEEDS))}"),
@@ -88,3 +96,8 @@ _DECLARED: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "ranks_tokens": (lambda value: isinstance(value, bool), "True or False"),
 }
 """What is read of each policy, whether a value is right, and what would be."""
+
+_OF_STEPS: dict[str, tuple[Callable[[object], bool], str]] = {
+    name: (lambda value: isinstance(value, bool), "True or False") for name in ("foresees", "offloads")
+}
+"""The same, of policies that decide in decode steps."""

@@ -37,10 +37,13 @@ class DecodePolicy(CrossKVPolicy):
     Class attributes:
         compiles: Whether ``attend`` and ``observe`` can be traced into one graph. Decoding of models under
             another policy is not compiled by ``generate``.
+        foresees: Whether ``attend`` needs neither queries, keys nor values: whether it knows what a step
+            reads before the step begins, from the state alone. Only then may `offloads` be true.
     """
 
     moment: ClassVar[str] = "step"
     compiles: ClassVar[bool] = False
+    foresees: ClassVar[bool] = False
 
     @property
     def takes_steps(self) -> bool:
@@ -51,6 +54,15 @@ class DecodePolicy(CrossKVPolicy):
     def observes(self) -> bool:
         """Whether the policy wants to see the attention of each step: whether it overrides ``observe``."""
         return type(self).observe is not DecodePolicy.observe
+
+    @property
+    def offloads(self) -> bool:
+        """Whether what a layer holds lies in host memory while it decodes (off-load with prefetch).
+
+        Then ``attend`` is asked right after the step before, what it chooses is copied to the device while
+        the model computes something else, and the device holds nothing more of the cache.
+        """
+        return False
 
     def select(self, view: LayerView) -> Decision:
         """Keep everything that decoding can see."""

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kvprune.errors import WeightsError
 from kvprune.policy.captured import Captured
-from kvprune.policy.weights import FRESH, HasWeights, read_tensors, read_weights
+from kvprune.policy.weights import FRESH, SUFFIX, HasWeights, WeightsFile, read_tensors, read_weights
 from kvprune.text import shown
 
-__all__ = ["HeldWeights", "Weighted"]
+__all__ = ["HeldWeights", "Weighted", "require_fit"]
 
 
 class HeldWeights:
@@ -139,6 +139,33 @@ class Weighted:
         return self.held.of(policy, self.device, self.geometry)
 
 
+def require_fit(policy: HasWeights, geometry: Mapping[str, int]) -> None:
+    """Raise unless the weights of a policy were trained for a model like this, as far as that is known.
+
+    Args:
+        policy: The policy.
+        geometry: What is known about the model, by the names of `View.geometry`.
+
+    Raises:
+        WeightsError: Says for which model they were trained, and how to train others.
+    """
+    if policy.weights_path is not None:
+        _require_geometry(policy, read_weights(policy.weights_path), geometry)
+
+
+def _require_geometry(policy: HasWeights, file: WeightsFile, geometry: Mapping[str, int]) -> None:
+    for key in policy.trained_for:
+        if key in geometry and file.geometry.get(key) != geometry[key]:
+            options = ",".join(f"{name}={getattr(policy, name)}" for name in policy.trained_options)
+            spec = f"{policy.name}:{options}" if options else policy.name
+            raise WeightsError(
+                f"the weights {shown(str(file.path))} of policy {policy.name!r} were trained for a model of "
+                f"{key} {file.geometry.get(key, 'unknown')} ({file.trained_on}), but this model has "
+                f"{geometry[key]}; train them for it (kvprune train {spec} --model MODEL --data "
+                f"QUESTIONS.jsonl --out FILE{SUFFIX}), or take weights={FRESH}, which is untrained"
+            )
+
+
 def _checked(
     policy: HasWeights, path: Path, initial: Mapping[str, Tensor], geometry: Mapping[str, int]
 ) -> Mapping[str, Tensor]:
@@ -154,13 +181,7 @@ def _checked(
             f"{where} have changed: their digest is {file.digest}, but the policy was made with "
             f"{policy.digest}; make the policy again"
         )
-    for key in policy.trained_for:
-        if file.geometry.get(key) != geometry[key]:
-            raise WeightsError(
-                f"{where} were trained for a model of {key} {file.geometry.get(key, 'unknown')}, but this "
-                f"model has {geometry[key]}; train them for it with `kvprune train`, or take "
-                f"weights={FRESH}, which is untrained"
-            )
+    _require_geometry(policy, file, geometry)
     stat = path.stat()
     tensors = read_tensors(path, stat.st_mtime_ns, stat.st_size)[1]
     for name in sorted({*tensors, *initial}):

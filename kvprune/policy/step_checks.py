@@ -13,7 +13,17 @@ from kvprune.policy.step_view import State, StepView
 from kvprune.text import shown
 from kvprune.tokens.selection import Selection
 
-__all__ = ["EMPTY", "FLAWS", "HIDDEN", "UNDEFINED", "check_places", "check_state", "flaws", "reads_hidden"]
+__all__ = [
+    "EMPTY",
+    "FLAWS",
+    "HIDDEN",
+    "MOVED",
+    "UNDEFINED",
+    "check_places",
+    "check_state",
+    "flaws",
+    "reads_hidden",
+]
 
 FLAWS = (
     "KV03: it selects nothing for some row and head; each row reads at least one entry",
@@ -21,11 +31,14 @@ FLAWS = (
     "step.readable",
     "KV01: its entries are not strictly increasing, with valid ones first; step.best orders them",
     "step.best got NaN as the score of an entry that the row may read; scores are numbers or infinite",
+    "the row may read other entries in this step than in the step before, but these were fetched already; "
+    "leave out offload, or give each step the same mask over encoder tokens",
 )
 """What can be wrong with the values of a selection, in the order of `flaws`, and with those of scores."""
 
-EMPTY, HIDDEN, UNDEFINED = 0, 1, 3
-"""The flaws that may need a look of their own: of a limit, of another mask than before, of scores."""
+EMPTY, HIDDEN, UNDEFINED, MOVED = 0, 1, 3, 4
+"""The flaws that may need a look of their own: of a limit, of another mask than before, of scores, and of a
+mask that changes after entries were fetched."""
 
 
 def check_state(state: object, rows: int, where: str, before: State | None = None) -> State:
@@ -93,9 +106,9 @@ def check_places(selection: object, step: StepView, where: str, columns: str = "
         raise SelectionError(
             f"KV01: {where} selects by {places.dtype} and {valid.dtype}, expected int64 and bool"
         )
-    if places.device != step.keys.device:
+    if places.device != step.device:
         raise SelectionError(
-            f"KV01: {where} selects on {places.device}, but the entries are on {step.keys.device}"
+            f"KV01: {where} selects on {places.device}, but the entries are on {step.device}"
         )
     if selection.merge is not None or selection.bits is not None:
         raise SelectionError(f"KV01: {where} merges or quantizes, which only a prefill can; select entries")

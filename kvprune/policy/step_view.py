@@ -18,6 +18,7 @@ from kvprune.policy.view import LayerView
 from kvprune.policy.weights import HasWeights
 from kvprune.tokens.packing import repeat_rows
 from kvprune.tokens.precision import accumulation_dtype
+from kvprune.tokens.reindexing import among_received
 from kvprune.tokens.selection import Selection
 
 __all__ = ["HeldView", "State", "StepView", "in_order", "packed"]
@@ -42,6 +43,7 @@ class HeldView:
         valid: bool, same shape; false at padding of a ragged batch.
         columns: Number of columns so far, those of earlier images included.
         earlier: What the policy knew before this prefill; None after the first one.
+        received: The columns of this prefill that reached the layer; None for all of them.
     """
 
     layer: LayerView
@@ -51,11 +53,22 @@ class HeldView:
     valid: Tensor
     columns: int
     earlier: State | None = None
+    received: Selection | None = None
 
     @property
     def entries(self) -> int:
         """Number of entries K."""
         return self.keys.shape[-2]
+
+    @property
+    def arrived(self) -> Tensor:
+        """The column of `layer` that each entry came from, int64 ``[R, H or 1, K]``; -1 for earlier images.
+
+        Read with it what `layer` knows about its columns. It equals `slots` only for a first image all of
+        whose columns reached the layer: the first policy of a pair may have dropped some.
+        """
+        new = self.layer.columns if self.received is None else self.received.columns
+        return among_received(self.slots, self.received, self.columns - new)
 
     @property
     def where(self) -> str:
@@ -93,6 +106,8 @@ class StepView:
         unrestricted: Whether each text row may attend to every entry, as far as the host knows: there is
             neither padding nor a mask.
         held: The weights that the run holds.
+        on: Where the step runs, if keys and values are not there (`DecodePolicy.offloads`): then these are
+            tensors on the device "meta", which have shapes and no numbers. None: where the keys are.
     """
 
     queries_of: Callable[[], Tensor]
@@ -111,10 +126,16 @@ class StepView:
     copies: int = 1
     unrestricted: bool = False
     held: HeldWeights = field(default_factory=HeldWeights, repr=False)
+    on: torch.device | None = None
     _made: list[Selection] = field(default_factory=list, repr=False)
     _limited: list[Selection] = field(default_factory=list, repr=False)
     _highest: list[Tensor] = field(default_factory=list, repr=False)
     _queries: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step runs, and selections belong."""
+        return self.keys.device if self.on is None else self.on
 
     @property
     def entries(self) -> int:
@@ -149,7 +170,7 @@ class StepView:
     @property
     def rows(self) -> Tensor:
         """The held row that each text row attends to, int64 ``[N]``."""
-        return torch.arange(self.text_rows, device=self.keys.device) // self.copies
+        return torch.arange(self.text_rows, device=self.device) // self.copies
 
     @property
     def slots(self) -> Tensor:
@@ -176,7 +197,7 @@ class StepView:
             WeightsError: If they do not fit the policy or the model.
         """
         known = {"cross_layers": self.num_layers, "kv_heads": self.heads, "head_width": self.keys.shape[-1]}
-        return self.held.of(policy, self.keys.device, known)
+        return self.held.of(policy, self.device, known)
 
     def of_rows(self, held: Tensor) -> Tensor:
         """Return what is held, ``[R, ...]``, for each text row, ``[N, ...]``; a view where it can be."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import typing
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +19,14 @@ from torch import Tensor
 from kvprune.errors import WeightsError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.weights import DIGEST_DIGITS, FRESH, SUFFIX, WeightsFile, read_weights
-from kvprune.text import shown
+from kvprune.text import printable, shown
 
-__all__ = ["TrainedPolicy"]
+__all__ = ["TrainedPolicy", "files_may_be_gone"]
+
+_READS_FILES = ContextVar("kvprune_reads_files_of_weights", default=True)
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+"""How names of files end that other programs keep weights in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +87,17 @@ class TrainedPolicy(CrossKVPolicy):
 
     @property
     def weights_file(self) -> WeightsFile | None:
-        """What the file of the weights says about itself; None if they are fresh.
+        """What the file of the weights says about itself; None if they are fresh, or if it may be gone.
 
         Raises:
             WeightsError: If there is no such file, it is not readable, or was trained for another policy, or
                 with other options.
         """
         path = self.weights_path
-        if path is None:
+        if path is None or (self.digest and not _READS_FILES.get()):
             return None
-        if not self.weights.endswith(SUFFIX) and not path.is_file():
-            files = path.parent.glob(f"{self.name}-*{SUFFIX}")
-            names = sorted(one.stem.removeprefix(f"{self.name}-") for one in files)
-            raise WeightsError(
-                f"policy {self.name!r} comes with no weights {shown(self.weights)}: there is no file "
-                f"{shown(path.name)} (there are {', '.join(names) or 'none'}); name a file ({SUFFIX}), or "
-                f"{FRESH}, which is untrained"
-            )
+        if not path.exists():
+            raise WeightsError(self._not_found(path))
         file = read_weights(path)
         if file.policy != self.name:
             raise WeightsError(
@@ -111,8 +113,44 @@ class TrainedPolicy(CrossKVPolicy):
                 )
         return file
 
+    @property
+    def shipped(self) -> Mapping[str, WeightsFile]:
+        """The weights that come with the policy and fit its options, by the names that ``weights`` takes."""
+        if self.weights.endswith(SUFFIX):
+            return {}
+        before, _, behind = self.weights_name.partition(self.weights)
+        found = {}
+        for path in sorted(_folder(type(self)).glob(f"{before}*{behind}{SUFFIX}")):
+            file = read_weights(path)
+            if all(file.options.get(name) == getattr(self, name) for name in self.trained_options):
+                found[path.name.removeprefix(before).removesuffix(f"{behind}{SUFFIX}")] = file
+        return found
+
+    def _not_found(self, path: Path) -> str:
+        """Return what is wrong with the name of weights that are nowhere, and what would be right."""
+        folder, named = _folder(type(self)), Path(self.weights)
+        right = (
+            f"train some (docs/train.md), or take {FRESH}, which is untrained, or weights that come with it: "
+        )
+        right += _listed(folder, f"{self.name}-*{SUFFIX}")
+        if self.weights.endswith(SUFFIX):
+            told = f"there is no file of weights {shown(self.weights)} for policy {self.name!r}"
+            return f"{told}{'' if path.is_absolute() else f' in {shown(os.getcwd())}'}; {right}"
+        if len(named.parts) > 1 or named.suffix.lower() in (*_PICKLES, SUFFIX):
+            return (
+                f"the weights {shown(self.weights)} of policy {self.name!r} are no file that ends in "
+                f"{SUFFIX}; kvprune reads the safetensors format only, because other formats can run code "
+                f"when they are read; {right}"
+            )
+        return (
+            f"policy {self.name!r} comes with no weights {shown(self.weights)}: there is no file "
+            f"{shown(path.name)}; {right}"
+        )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.digest and not _READS_FILES.get():
+            return
         file = self.weights_file
         found = "" if file is None else file.digest
         if self.digest and file is None:
@@ -128,6 +166,31 @@ class TrainedPolicy(CrossKVPolicy):
                 "is another one, or has changed since"
             )
         object.__setattr__(self, "digest", found)
+
+
+@contextmanager
+def files_may_be_gone() -> Iterator[None]:
+    """Make policies inside the block whatever became of the files of weights whose digest they state.
+
+    Such a policy says what pruned a cache. Whoever asks for its weights is told what became of their file.
+    """
+    token = _READS_FILES.set(False)
+    try:
+        yield
+    finally:
+        _READS_FILES.reset(token)
+
+
+def _listed(folder: Path, pattern: str) -> str:
+    """Return the files of weights in a folder with the options that each was trained with, for a message."""
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            options = ", ".join(f"{name}={value}" for name, value in read_weights(path).options.items())
+        except WeightsError:
+            options = "damaged"
+        found.append(f"{path.name} ({options})" if options else path.name)
+    return printable(", ".join(found) or "none", 1000)
 
 
 def _folder(cls: type[TrainedPolicy]) -> Path:

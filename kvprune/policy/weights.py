@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import WeightsError
-from kvprune.text import shown
+from kvprune.text import printable, shown
 
 __all__ = [
     "DIGEST_DIGITS",
@@ -90,6 +90,24 @@ class WeightsFile:
     geometry: Mapping[str, int]
     options: Mapping[str, Any]
     training: Mapping[str, Any]
+
+    @property
+    def model_digest(self) -> str | None:
+        """What identifies the model that it was trained on, as `kvprune train` writes it; None if unknown."""
+        settings = self.training.get("settings")
+        found = settings.get("model_digest") if isinstance(settings, dict) else None
+        return found if isinstance(found, str) else None
+
+    @property
+    def trained_on(self) -> str:
+        """The model that it was trained on, for readers."""
+        settings = self.training.get("settings")
+        for told in (self.training, settings if isinstance(settings, dict) else {}):
+            if isinstance(name := told.get("model"), str):
+                return printable(name, 80)
+        if self.model_digest:
+            return f"a model with the digest {printable(self.model_digest[:19], 80)}"
+        return "a model that it does not name"
 
 
 def read_weights(path: Path) -> WeightsFile:
@@ -173,7 +191,10 @@ def read_tensors(path: Path, changed: int, size: int) -> tuple[WeightsFile, Mapp
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, ValueError, KeyError) as error:
-        raise WeightsError(f"{where} is not in the safetensors format: {str(error)[:200]}") from error
+        raise WeightsError(
+            f"{where} is damaged, or is not in the safetensors format ({str(error)[:200]}); copy or train "
+            "it again"
+        ) from error
     parts: dict[str, Any] = {}
     for name in ("geometry", "options", "training"):
         try:

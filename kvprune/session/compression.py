@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from kvprune.adapters.attachment import compressing
 from kvprune.adapters.base import ModelAdapter
 from kvprune.adapters.compiled import compiled_part
+from kvprune.adapters.stepping import require_steps
 from kvprune.engine.guidance import Guidance
 from kvprune.engine.kept import KeptSelections
 from kvprune.engine.manager import CrossKVManager
@@ -28,8 +29,9 @@ from kvprune.session.binding import bound_guide
 from kvprune.session.guide import Guide
 from kvprune.session.reconstruction import BoundReconstruction
 from kvprune.session.registry import load
-from kvprune.session.saved_cache import SavedCache
+from kvprune.session.saved_cache import SavedCache, require_loaded
 from kvprune.session.saving import save_cache
+from kvprune.session.trained_weights import require_weights, weights_facts
 from kvprune.text import shown
 from kvprune.tokens.replacement import Replacement
 from kvprune.tokens.selection import Selection
@@ -75,7 +77,8 @@ def compress(
         GuideError: If the guide cannot guide this model, or the policy does not use a guide.
         PolicyFailedError: If the policy cannot say what it needs or requests, or says something impossible.
         SpecError, UnknownPolicyError, PolicyOptionError, PluginError: If the spec names no usable policy.
-        SavedCacheError: If a cache was loaded for another model, or has another seed.
+        SavedCacheError: If a cache was loaded for another model, or has another seed; or for its path.
+        WeightsError: If the policy's weights were trained for a model of another geometry.
 
     Example:
         >>> with kvprune.compress(model, "trim:keep_ratio=0.25") as run:  # doctest: +SKIP
@@ -84,6 +87,7 @@ def compress(
     """
     registry = load()
     adapter = registry.adapter_for(model)
+    require_loaded(policy)
     saved = policy if isinstance(policy, SavedCache) else None
     if saved is not None:
         saved.require(model, seed)
@@ -115,6 +119,9 @@ class Compression:
     ) -> None:
         require_declarations(policy)
         adapter.require_needs(policy)
+        require_steps(adapter, policy)
+        if saved is None:  # what was pruned already asks no weights, unless another image arrives
+            require_weights(adapter, policy)
         if not isinstance(reread, bool):
             raise CompressionStateError(f"reread is True or False, got {shown(reread)}")
         if reread:
@@ -127,6 +134,7 @@ class Compression:
         self._manager = CrossKVManager(policy, seed, adapter.layer_indices, guides, rereads=reread)
         report = self._manager.report
         report.unit, report.seconds_per_column = adapter.column_unit, adapter.column_seconds
+        report.weights = weights_facts(policy)
         if saved is not None:
             saved.begin(self._manager)
         self._seed = seed
@@ -329,5 +337,6 @@ def _compiled(model: nn.Module) -> str:
         return ""
     return (
         f". Code was compiled from this model ({part}), and compiled code skips what is attached later: "
-        "compile it inside the block, call torch._dynamo.reset() before the block, or call the model itself"
+        "call torch._dynamo.reset() before the block, or the model itself; in the block, let generate "
+        "compile decode steps (compile_config)"
     )

@@ -184,12 +184,8 @@ class ContrastProcessor:
         named = self._adapter.second_call(with_cache(call.arguments, self._cache), call.encoding)
         named["return_dict"] = True
         named |= {name: False for name in _COSTLY if name in named}
-        with (
-            self._adapter.resumed(),
-            self._recorder.paused(),
-            torch.no_grad(),
-            Stopwatch(call.device) as watch,
-        ):
+        # Without gradients, as all that generate does.
+        with self._adapter.resumed(), self._recorder.paused(), Stopwatch(call.device) as watch:
             output = call.module(**named)
         returned = returned_cache(output)
         self._cache = self._cache if returned is None else returned

@@ -105,7 +105,13 @@ class Registry:
                     f"plugin {plugin.name!r} of {plugin.distribution} is broken: {plugin.problem}"
                 ) from plugin.error
         names = ", ".join(self.policies) or "none"
-        message = f"unknown policy {shown(name)}{suggestion(name, self.policies)} (installed: {names})"
+        close = suggestion(name, [*self.policies, *self.rules])
+        if isinstance(name, str) and name in self.rules:
+            close = (
+                f": it is a rule of kvprune.contrast(model, POLICY, {name!r}); in kvprune compare, write "
+                f"POLICY:contrast={name}, such as trim:contrast={name}"
+            )
+        message = f"unknown policy {shown(name)}{close} (installed: {names})"
         message += self._broken_names()
         if not self.policies:
             message += (
@@ -155,6 +161,11 @@ class Registry:
     def _build(self, entry: PolicyEntry, spec: PolicySpec) -> CrossKVPolicy:
         """Build a policy from the options of a spec; the author's code runs here and may raise anything."""
         where, text = f"policy {spec.name!r} of plugin {entry.plugin!r}", shown(str(spec))
+        if "contrast" in spec.options and "contrast" not in entry.cls.option_types():
+            raise PolicyOptionError(
+                f"{text} names a rule of contrast, which is no option of policy {spec.name!r}: specs of "
+                "kvprune compare may say so; elsewhere, call kvprune.contrast(model, POLICY, RULE)"
+            )
         try:
             classes = {name: other.cls for name, other in self.policies.items()}
             options = entry.cls.with_preset(spec.options)

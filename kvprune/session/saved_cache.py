@@ -25,14 +25,18 @@ from kvprune.cache.stored import StoredLayer, fresh_layer, restored_layer
 from kvprune.cache.text_layer import TextKVLayer
 from kvprune.engine.loaded import digests, restore, selections_of
 from kvprune.engine.manager import CrossKVManager
-from kvprune.errors import SavedCacheError
+from kvprune.errors import SavedCacheError, WeightsError
 from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.nesting import parts
 from kvprune.policy.spec import PolicySpec
-from kvprune.session.registry import load
+from kvprune.policy.trained import TrainedPolicy, files_may_be_gone
+from kvprune.policy.weights import SUFFIX
+from kvprune.session.registry import Registry, load
 from kvprune.text import shown
 from kvprune.tokens.selection import Selection
 
-__all__ = ["SavedCache", "load_cache"]
+__all__ = ["SavedCache", "load_cache", "require_loaded"]
 
 
 class SavedCache:
@@ -185,7 +189,8 @@ class SavedCache:
             ids, mask = tokens.get("input_ids"), tokens.get("attention_mask")
         if ids is None and self.is_encoder_decoder:
             return None, mask
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.shape[1]:
+        whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex())
+        if not (isinstance(ids, Tensor) and whole and ids.ndim == 2 and ids.shape[1]):
             raise SavedCacheError(
                 "a question is the tokens after the prompt that was saved, [Q, n], or what a tokenizer "
                 f"returns with return_tensors='pt'; got {shown(tokens)}"
@@ -254,18 +259,60 @@ def load_cache(
     try:
         require_same_model(adapter, header["model"], str(file))
         spec = PolicySpec.from_dict(header["policy"])
+        if policy is not None and not isinstance(policy, CrossKVPolicy):
+            raise SavedCacheError(
+                f"policy is the policy object that pruned {file}, got {shown(policy)}; leave it out for "
+                f"{spec}, unless no installed plugin provides that"
+            )
         if policy is not None and policy.spec != spec:
             raise SavedCacheError(
                 f"{file} was pruned by {spec}, but policy is {policy.spec}; pass that policy"
             )
-        return SavedCache(
-            file, adapter, registry.get_policy(spec if policy is None else policy), header, tensors
-        )
+        if policy is None:
+            policy = _policy_of(registry, spec, file)
+        return SavedCache(file, adapter, policy, header, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SavedCacheError(
             f"{file} was not written by run.save of this version ({type(error).__name__}: {error}); save it "
             "again"
         ) from error
+
+
+def require_loaded(policy: object) -> None:
+    """Raise if the path of a file is given where a policy or a loaded cache belongs.
+
+    Raises:
+        SavedCacheError: Says how to load it.
+    """
+    named = isinstance(policy, str) and policy.endswith(SUFFIX) and "=" not in policy
+    if named or isinstance(policy, os.PathLike):
+        raise SavedCacheError(
+            f"{shown(str(policy))} is the path of a file; load a saved cache with kvprune.load_cache(path, "
+            "model), and pass what that returns"
+        )
+
+
+def _policy_of(registry: Registry, spec: PolicySpec, path: Path) -> CrossKVPolicy:
+    """Return the policy that pruned a cache.
+
+    What is pruned already needs no trained weights, so their file may be gone, unless the policy decides in
+    decode steps. If another image arrives, the policy says what became of the file.
+
+    Raises:
+        SavedCacheError: If decode steps need weights that are gone, or have changed.
+    """
+    with files_may_be_gone():
+        policy = registry.get_policy(spec)
+    for part in parts(policy):
+        if isinstance(part, TrainedPolicy) and isinstance(part, DecodePolicy) and part.takes_steps:
+            try:
+                registry.get_policy(part.spec)
+            except WeightsError as error:
+                raise SavedCacheError(
+                    f"{path} was pruned by {spec}, which needs its weights in each decode step; put the file "
+                    f"with the digest {part.digest} back to {shown(str(part.weights_path))} ({error})"
+                ) from error
+    return policy
 
 
 def _layer(

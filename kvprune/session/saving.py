@@ -45,6 +45,11 @@ def save_cache(
     layers = _require_own(adapter, manager, flat)
     pair = isinstance(cache, EncoderDecoderCache)
     first = layers[adapter.layer_indices[0]]
+    if first.host is not None:
+        raise SavedCacheError(
+            f"policy {manager.policy.spec} keeps this cache in host memory, and a file would not say so; "
+            "read the prompt without offload, and save that cache, which is the same"
+        )
     rows, entries = first.keys.shape[0] * first.copies, None
     stored = {index: stored_layer(layer, index) for index, layer in layers.items()}
     if pair:

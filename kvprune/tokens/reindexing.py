@@ -12,7 +12,7 @@ from torch import Tensor
 from kvprune.tokens.merging import Merge
 from kvprune.tokens.selection import Selection
 
-__all__ = ["among_entries", "anchors", "compose", "of_columns", "positions"]
+__all__ = ["among_entries", "among_received", "anchors", "compose", "of_columns", "positions"]
 
 
 def positions(selection: Selection) -> Tensor:
@@ -62,6 +62,29 @@ def compose(received: Selection | None, onward: Selection) -> Selection:
         total = total * first.weights
     merge = Merge(torch.where(earlier < 0, -1, into.gather(-1, passed)), total)
     return Selection.trusted(indices, onward.valid.clone(), columns, merge)
+
+
+def among_received(slots: Tensor, received: Selection | None, first: int) -> Tensor:
+    """Return the place of each entry's column among those that a layer received, int64; -1 for earlier ones.
+
+    Needs no device transfer.
+
+    Args:
+        slots: int64 ``[R, H or 1, K]``, columns of the unpruned cache, each of which the layer received.
+        received: The new columns that the layer received, ``[R, 1, n]`` out of the new ones; None for all.
+        first: The first new column.
+
+    Example:
+        >>> received = Selection.from_mask(torch.tensor([[[True, False, True, True]]]))
+        >>> among_received(torch.tensor([[[1, 10, 13]]]), received, first=10).tolist()
+        [[[-1, 0, 2]]]
+    """
+    new = slots - first
+    if received is None:
+        return new.clamp(min=-1)
+    known = received.indices.to(slots.device).expand(-1, slots.shape[1], -1)  # increasing; padding repeats
+    found = torch.searchsorted(known.contiguous(), new.contiguous())
+    return torch.where(new < 0, -1, found.clamp(max=known.shape[-1] - 1))
 
 
 def among_entries(selection: Selection, kept: Tensor, first: int) -> Merge | None:

@@ -11,19 +11,24 @@ from kvprune.adapters.base import ModelAdapter
 from kvprune.comparison.data.examples import kind_of, read_examples
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.execution.questions import PictureGenerator
+from kvprune.comparison.execution.speech import SpeechGenerator
 from kvprune.comparison.plan.devices import resolve_device
 from kvprune.comparison.storage import sources
 from kvprune.comparison.storage.identity import model_digest
+from kvprune.demo import SPEECH_MODEL
 from kvprune.errors import TrainingError
+from kvprune.policy.base import CrossKVPolicy
+from kvprune.policy.moments import FeaturePolicy
 from kvprune.policy.spec import PolicySpec
 from kvprune.policy.trained import TrainedPolicy
 from kvprune.policy.weights import FRESH
-from kvprune.session.registry import find_adapter, get_policy
+from kvprune.session.registry import find_adapter, get_policy, load
 from kvprune.text import shown
 from kvprune.training.curve import draw_curve
 from kvprune.training.file_lessons import FileLessons, split
 from kvprune.training.lessons import Lessons
 from kvprune.training.recipe import Recipe
+from kvprune.training.speech_lessons import SpeechLessons
 from kvprune.training.train import Files, Trained, train
 
 __all__ = ["Asked", "learn"]
@@ -55,8 +60,8 @@ class Asked:
             raise TrainingError(f"answers are those of full or of data, got {shown(self.answers)}")
         if self.batch < 1 or self.pictures < 1:
             raise TrainingError(
-                f"a lesson has at least one question and the demo one picture, got {self.batch} and "
-                f"{self.pictures}"
+                "a lesson has at least one question or recording, and the demo at least one picture, got "
+                f"{self.batch} and {self.pictures}"
             )
         if self.data is None and (self.model is not None or self.validation is not None):
             given = "--model" if self.model is not None else "--validation"
@@ -77,8 +82,11 @@ def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, d
     """
     policy, files = trainable(asked.policy), Files(asked.out)
     files.require_new()  # before anything is loaded
-    generator = PictureGenerator.load(
-        asked.model,
+    hears = asked.data is not None and kind_of(asked.data) == "speech"
+    kind: type[Generator] = SpeechGenerator if hears else PictureGenerator
+    model = SPEECH_MODEL if asked.model is None and hears else asked.model
+    generator = kind.load(
+        model,
         device=resolve_device(asked.device),
         dtype=asked.dtype,
         attn_implementation=None,
@@ -86,8 +94,9 @@ def learn(asked: Asked, recipe: Recipe, on_progress: OnProgress = lambda what, d
         trust_remote_code=asked.trust_remote_code,
     )
     adapter = find_adapter(generator.model)(generator.model)
+    adapter.require_needs(policy)
     lessons = _lessons(asked, generator, adapter, on_progress)
-    about = {"model_digest": model_digest(sources.weights(asked.model))}
+    about = {"model_digest": model_digest(sources.weights(model))}
 
     told = "training"
 
@@ -107,7 +116,8 @@ def trainable(spec: str) -> TrainedPolicy:
     """Return the policy of a spec, with fresh weights.
 
     Raises:
-        TrainingError: If it has no weights, or the spec names some.
+        TrainingError: If it has no weights, does not decide before the first cross-attention layer, or the
+            spec names weights.
         KVPruneError: If there is no such policy.
     """
     parsed = PolicySpec.parse(spec)
@@ -116,22 +126,25 @@ def trainable(spec: str) -> TrainedPolicy:
         raise TrainingError(
             f"the spec {shown(spec)} names {' and '.join(named)}, but training starts afresh; leave that out"
         )
-    cls = (
-        type(get_policy(PolicySpec(parsed.name, {"weights": FRESH}))) if _takes_weights(parsed.name) else None
-    )
-    if cls is None or not issubclass(cls, TrainedPolicy):
+    installed = load()
+    cls = installed.policy_class(parsed.name)
+    if not _learns(cls):
+        learn = (name for name, entry in installed.policies.items() if _learns(entry.cls))
+        why = (
+            "has weights, but decides after the first cross-attention layer, and kvprune train trains "
+            f"policies that decide before it; kvprune show {parsed.name} says how its weights are made"
+            if issubclass(cls, TrainedPolicy)
+            else "has no weights to train"
+        )
         raise TrainingError(
-            f"policy {shown(parsed.name)} has no weights to train; kvprune show NAME says which options it "
-            "has"
+            f"policy {shown(parsed.name)} {why} (kvprune train can train: {', '.join(learn) or 'none'})"
         )
     made = get_policy(replace(parsed, options={**parsed.options, "weights": FRESH}))
     return cast(TrainedPolicy, made)
 
 
-def _takes_weights(name: str) -> bool:
-    from kvprune.session.registry import load
-
-    return issubclass(load().policy_class(name), TrainedPolicy)
+def _learns(cls: type[CrossKVPolicy]) -> bool:
+    return issubclass(cls, TrainedPolicy) and issubclass(cls, FeaturePolicy)
 
 
 def _own(policy: TrainedPolicy) -> dict[str, Any]:
@@ -151,16 +164,14 @@ def _lessons(asked: Asked, generator: Generator, adapter: ModelAdapter, on_progr
             batch=asked.batch,
             on_progress=lambda done, total: on_progress("drawing pictures", done, total),
         )
-    if kind_of(asked.data) != "pictures":
-        raise TrainingError(
-            f"{shown(str(asked.data))} holds recordings; kvprune train learns from questions about pictures"
-        )
     examples = read_examples(asked.data)
     if asked.validation is None:
         learning, held = split(examples, asked.held_out, asked.seed)
     else:
         learning, held = examples, read_examples(asked.validation)
-    return FileLessons(
+    doing = "listening" if generator.kind == "speech" else "answering"
+    lessons = SpeechLessons if generator.kind == "speech" else FileLessons
+    return lessons(
         generator,
         adapter,
         learning,
@@ -168,5 +179,5 @@ def _lessons(asked: Asked, generator: Generator, adapter: ModelAdapter, on_progr
         seed=asked.seed,
         batch=asked.batch,
         answers=cast(Literal["full", "data"], asked.answers),
-        on_progress=lambda done, total: on_progress("answering", done, total),
+        on_progress=lambda done, total: on_progress(doing, done, total),
     )

@@ -6,7 +6,7 @@ policy. The loss compares what it predicts for the tokens of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.adapters.base import ModelAdapter
-from kvprune.engine.guidance import Prompt
+from kvprune.adapters.base import ModelAdapter, Site
 from kvprune.errors import TrainingError
 from kvprune.policy.base import Need
 from kvprune.policy.held_weights import HeldWeights
@@ -24,9 +23,10 @@ from kvprune.policy.trained import TrainedPolicy
 from kvprune.policy.view import FeatureView
 from kvprune.session.compression import Compression
 from kvprune.tokens.decision import Decision
-from kvprune.training.lessons import Everything, Lesson
+from kvprune.training.lessons import Everything, FullReading, Lesson
+from kvprune.training.predictions import predictions
 
-__all__ = ["Distillation", "Measures"]
+__all__ = ["Distillation", "Measures", "read_in_full"]
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,20 @@ class Distillation:
         prompt = lesson.prompt
         with torch.no_grad():
             question = self.adapter.question(prompt.arguments) if "question" in self.policy.needs else None
-            with Compression(self.adapter, Everything(), 0), self._outputs(lesson) as full_outputs:
-                full = self._predict(prompt, lesson)  # [R, n, V]
+        full = lesson.full or read_in_full(self.adapter, lesson, outputs=bool(self.attention))
         object.__setattr__(self._learning, "lent", (self._held, question))
+        sites = self.adapter.sites if self.attention else ()
         try:
-            with Compression(self.adapter, self._learning, 0), self._outputs(lesson) as outputs:
-                pruned = self._predict(prompt, lesson)  # [R, n, V]
+            with Compression(self.adapter, self._learning, 0), _outputs(sites, lesson) as outputs:
+                pruned = predictions(self.adapter, prompt, lesson.answer, lesson.written)  # [R, n, V]
         finally:
             object.__setattr__(self._learning, "lent", None)
-        target, found = full.float().log_softmax(-1), pruned.float().log_softmax(-1)
+        target, found = full.logits.float().log_softmax(-1), pruned.float().log_softmax(-1)
         written = lesson.written
         by_token = (target.exp() * (target - found)).sum(-1)  # [R, n]
         divergence = by_token[written].mean()
         loss = divergence
-        for theirs, ours in zip(full_outputs, outputs, strict=True):
+        for theirs, ours in zip(full.outputs if sites else (), outputs, strict=True):
             theirs, ours = theirs.float()[written], ours.float()[written]
             distance = (ours - theirs).square().mean() / theirs.square().mean().clamp(min=1e-12)
             loss = loss + self.attention / len(outputs) * distance
@@ -112,32 +112,40 @@ class Distillation:
         )
         return Measures(divergence.detach(), loss, right, right_full)
 
-    def _predict(self, prompt: Prompt, lesson: Lesson) -> Tensor:
-        logits = self.adapter.replay(prompt, lesson.answer, lesson.written)
-        if logits is None:
-            raise TrainingError(
-                f"the adapter for {self.adapter.family} does not return what the model predicts for an "
-                "answer, "
-                "so nothing can be distilled; train on a model such as Llama-3.2-Vision"
-            )
-        return logits
 
-    @contextmanager
-    def _outputs(self, lesson: Lesson) -> Iterator[list[Tensor]]:
-        """Collect what each cross-attention returns for the rows that predict the answer, ``[R, n, C]``."""
-        found: list[Tensor] = []
+def read_in_full(adapter: ModelAdapter, lesson: Lesson, *, outputs: bool) -> FullReading:
+    """Read a lesson with all encoder tokens, without a gradient.
 
-        def keep(module: Any, args: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            found.append(states[:, -lesson.answer.shape[1] :])
+    Args:
+        adapter: Of the model, not attached.
+        lesson: The lesson.
+        outputs: Whether to note what each cross-attention returns, too.
 
-        sites = self.adapter.sites if self.attention else ()
-        handles = [site.module.register_forward_hook(keep) for site in sites]
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
+    Raises:
+        TrainingError: If the family predicts no answers.
+        KVPruneError: Whatever the adapter raises.
+    """
+    sites = adapter.sites if outputs else ()
+    with torch.no_grad(), Compression(adapter, Everything(), 0), _outputs(sites, lesson) as found:
+        logits = predictions(adapter, lesson.prompt, lesson.answer, lesson.written)  # [R, n, V]
+    return FullReading(logits, tuple(found))
+
+
+@contextmanager
+def _outputs(sites: Sequence[Site], lesson: Lesson) -> Iterator[list[Tensor]]:
+    """Collect what each cross-attention returns for the rows that predict the answer, ``[R, n, C]``."""
+    found: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        found.append(states[:, -lesson.answer.shape[1] :])
+
+    handles = [site.module.register_forward_hook(keep) for site in sites]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Lessons from a file of questions about pictures, the same kind of file that `kvprune compare` reads."""
+"""Lessons from a file of questions about pictures, the same kind of file that `kvprune compare` reads.
+
+`kvprune.training.speech_lessons` has those from a file of recordings.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal
 import torch
 
 from kvprune.adapters.base import ModelAdapter
-from kvprune.comparison.data.examples import Example
+from kvprune.comparison.data.examples import Example, Kind
 from kvprune.comparison.execution.generation import Generator
 from kvprune.comparison.storage.addresses import digest
 from kvprune.errors import TrainingError
@@ -21,30 +24,34 @@ __all__ = ["FileLessons", "require_apart", "split"]
 _SHOWN = 3
 """How many examples a message names."""
 
+_FILES: Mapping[Kind, tuple[str, str]] = {"pictures": ("picture", "show"), "speech": ("recording", "hold")}
+"""What the files of examples of each kind are, and what an example does with its file."""
+
 
 def split(
     examples: Sequence[Example], fraction: float, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Return examples to learn from and examples for validation, with no picture in both.
+    """Return examples to learn from and examples for validation, with no picture or recording in both.
 
     Args:
-        examples: All examples.
-        fraction: Of the pictures, for validation; at least one picture.
+        examples: All examples, of one kind.
+        fraction: Of the pictures or recordings, for validation; at least one.
         seed: Another seed takes others.
 
     Raises:
-        TrainingError: If the fraction is not between 0 and 1, or all examples are about one picture.
+        TrainingError: If the fraction is not between 0 and 1, or all examples are about one file.
     """
+    what = _FILES[examples[0].kind][0] if examples else "file"
     if not 0 < fraction < 1:
-        raise TrainingError(f"the share of pictures for validation is between 0 and 1, got {fraction!r}")
-    pictures = sorted({example.file_sha256 for example in examples})
-    if len(pictures) < 2:
+        raise TrainingError(f"the share of {what}s for validation is between 0 and 1, got {fraction!r}")
+    files = sorted({example.file_sha256 for example in examples})
+    if len(files) < 2:
         raise TrainingError(
-            f"all {len(examples)} examples are about one picture, so none is left for validation; give more "
+            f"all {len(examples)} examples are about one {what}, so none is left for validation; give more "
             "examples, or others with --validation"
         )
-    random.Random(seed).shuffle(pictures)
-    held = set(pictures[: min(max(1, round(fraction * len(pictures))), len(pictures) - 1)])
+    random.Random(seed).shuffle(files)
+    held = set(files[: min(max(1, round(fraction * len(files))), len(files) - 1)])
     return (
         tuple(example for example in examples if example.file_sha256 not in held),
         tuple(example for example in examples if example.file_sha256 in held),
@@ -52,7 +59,7 @@ def split(
 
 
 def require_apart(learning: Sequence[Example], validation: Sequence[Example]) -> None:
-    """Raise unless no example of validation is about a picture that is learned from.
+    """Raise unless no example of validation is about a picture or a recording that is learned from.
 
     Raises:
         TrainingError: If one is, or there are no examples of either kind; names some.
@@ -60,6 +67,13 @@ def require_apart(learning: Sequence[Example], validation: Sequence[Example]) ->
     for examples, what in ((learning, "learn from"), (validation, "validate with")):
         if not examples:
             raise TrainingError(f"there are no examples to {what}")
+    kinds = {example.kind for example in (*learning, *validation)}
+    if len(kinds) > 1:
+        raise TrainingError(
+            "examples to learn from and to validate with must be of one kind, got "
+            f"{learning[0].kind} and {validation[0].kind}"
+        )
+    what, verb = _FILES[learning[0].kind]
     known = {example.file_sha256: example.id for example in learning}
     leaks = [
         (example.id, known[example.file_sha256]) for example in validation if example.file_sha256 in known
@@ -68,9 +82,9 @@ def require_apart(learning: Sequence[Example], validation: Sequence[Example]) ->
         named = ", ".join(f"{shown(one, 60)} and {shown(other, 60)}" for one, other in leaks[:_SHOWN])
         more = f" and {len(leaks) - _SHOWN} more" if len(leaks) > _SHOWN else ""
         raise TrainingError(
-            f"validation must show pictures that nobody learns from, but {len(leaks)} of its examples show "
-            "one "
-            f"that an example to learn from shows: {named}{more}; leave them out of one of the files"
+            f"validation must {verb} {what}s that nobody learns from, but {len(leaks)} of its examples "
+            f"{verb} one that an example to learn from {verb}s: {named}{more}; leave them out of one of the "
+            "files"
         )
 
 
@@ -89,7 +103,7 @@ class FileLessons(Lessons):
         on_progress: Called with the number of examples whose answers are known, and all.
 
     Raises:
-        TrainingError: If a picture is in both, there are no examples, or an answer has no token.
+        TrainingError: If a file is in both, there are no examples, or an answer has no token.
     """
 
     def __init__(
@@ -149,16 +163,19 @@ class FileLessons(Lessons):
         with torch.no_grad(), prompt_of(self._adapter) as prompts:
             self._generator.model(**inputs)
         (prompt,) = prompts
-        answers = [self._answers[example.id] for example in examples]
+        answers = [self._answers[example.digest] for example in examples]
         return Lesson(prompt, *answer_tensors(answers, prompt.text.device))
 
     def _answered(self, on_progress: Callable[[int, int], None]) -> Mapping[str, list[int]]:
-        """Return the tokens of the answer to each example, with the token that ends it."""
+        """Return the tokens of the answer to each example, with the token that ends it, by its digest.
+
+        Not by its id: examples to learn from and for validation may come of two files that both count from 0.
+        """
         examples = (*self._learning, *self._validation)
         if self._kind == "data":
             tokenizer = self._generator.processor.tokenizer
             return {
-                example.id: [
+                example.digest: [
                     *tokenizer(example.answers[0], add_special_tokens=False).input_ids,
                     tokenizer.eos_token_id,
                 ]
@@ -168,6 +185,6 @@ class FileLessons(Lessons):
         for part in self._parts(examples):
             new = self._generator.generate(self._generator.encode(part))  # [B, n]
             for example, row, length in zip(part, new.tolist(), self._generator.lengths(new), strict=True):
-                found[example.id] = row[: length + 1]
+                found[example.digest] = row[: length + 1]
             on_progress(len(found), len(examples))
         return found

@@ -18,7 +18,20 @@ from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.view import LayerView
 from kvprune.tokens.decision import Decision
 
-__all__ = ["Everything", "Lesson", "Lessons", "answer_tensors", "prompt_of"]
+__all__ = ["Everything", "FullReading", "Lesson", "Lessons", "answer_tensors", "prompt_of"]
+
+
+@dataclass(frozen=True)
+class FullReading:
+    """What a model makes of prompts with answers if it has all of its encoder tokens.
+
+    Attributes:
+        logits: ``[R, n, V]`` of the rows that predict the answers, up to a constant in each row.
+        outputs: What each cross-attention returns for these rows, ``[R, n, C]``; empty if nobody asked.
+    """
+
+    logits: Tensor
+    outputs: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,14 @@ class Lesson:
         prompt: The prompts, with the features of the encoder.
         answer: int64 ``[R, n]``, the tokens of the answers, the one that ends them included.
         written: bool ``[R, n]``, which of them belong to the answer; the rest is padding.
+        full: What the model makes of them with all tokens, cross-attention outputs included; None if it was
+            not kept, and is computed each time.
     """
 
     prompt: Prompt
     answer: Tensor
     written: Tensor
+    full: FullReading | None = None
 
 
 class Lessons(Protocol):

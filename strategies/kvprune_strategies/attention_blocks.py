@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvprune import HeldView, LayerView, scoring
+from kvprune import HeldView, LayerView, Selection, scoring
 
 ENTRY, MEMBERS, COLUMNS = "block", "members", "columns"
 """Names of the tensors that say which entries and columns form a block."""
@@ -37,6 +37,20 @@ def column_blocks(view: LayerView, size: int) -> Tensor:
     number = (begins | ((place - start) % size == 0)).cumsum(-1) - 1
     classes = None if layout is None else layout.class_tokens
     return number if classes is None else torch.where(classes.to(number.device), -1 - number, number)
+
+
+def of_all_columns(numbers: Tensor, received: Selection | None) -> Tensor:
+    """Return the numbers of all columns, of which a layer has received some; 0 at the others.
+
+    Args:
+        numbers: int64 ``[R, n]``, from `column_blocks`.
+        received: ``[R, 1, n]`` out of all columns; None for all.
+    """
+    if received is None:
+        return numbers
+    # Padding repeats a column, so it is written to an extra one, which is cut off.
+    at = torch.where(received.valid, received.indices, received.columns)[:, 0].to(numbers.device)
+    return numbers.new_zeros(len(numbers), received.columns + 1).scatter(-1, at, numbers)[:, :-1]
 
 
 def entry_blocks(numbers: Tensor, valid: Tensor, size: int) -> dict[str, Tensor]:
@@ -150,8 +164,7 @@ def _seen_entries(view: HeldView, sample: int, rows: Tensor) -> Tensor:
     Entries of an earlier image are those that decoding sees, and so does the whole last turn.
     """
     visibility = view.layer.visibility
-    offset = view.columns - view.layer.columns
-    columns = view.slots[sample] - offset  # [H or 1, K]
+    columns = view.arrived[sample]  # [H or 1, K], -1 at entries of an earlier image
     units = visibility.units.expand(visibility.batch, -1)[sample]  # [S]
     text_rows = view.layer.queries.shape[2]
     by_unit = visibility.rows[sample].expand(text_rows, -1)[rows]  # [rows, U]

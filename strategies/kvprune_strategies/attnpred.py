@@ -47,6 +47,9 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
             nothing, such as Whisper's four tokens, do not say what to expect.
         block: Entries of a block.
         decay: For "ema", how much a row counts relative to the next one, in (0, 1).
+        offload: Whether the cache lies in host memory while the model decodes. After each step, the blocks of
+            the next one are chosen, and copied to the device while it computes something else. What is read
+            and generated stays the same (docs/decode-policies.md says what waits).
         weights: Of the network, for "cnn": "demo" or "whisper-base", for the embedded model and
             openai/whisper-base; or a file. They are made for one ``history`` and one ``block``, and work with
             any number of heads, layers and blocks. ``python tests/train_attnpred.py`` trains others.
@@ -58,10 +61,12 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
     first: int = 0
     block: int = 8
     decay: float = 0.7
+    offload: bool = False
 
     name = "attnpred"
     version = 1
     needs = frozenset({"queries"})
+    foresees: ClassVar[bool] = True  # what a step reads follows from the history
     trained_options: ClassVar[tuple[str, ...]] = ("history", "block")
     on_any_model = MappingProxyType({})  # the weights that come with it fit any model
 
@@ -84,6 +89,11 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
     def exact_budget(self) -> Budget | None:
         """None: the budget says what a step reads, and the cache keeps everything."""
         return None
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the cache lies in host memory, and steps read copies that were made ahead."""
+        return self.offload
 
     @property
     def weights_path(self) -> Path | None:
@@ -114,6 +124,7 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
         """Return the number of the block of each column so far, int64 ``[R, columns]``."""
         rows = len(view.keys)
         new = blocks.column_blocks(view.layer, self.block).expand(rows, -1)
+        new = blocks.of_all_columns(new, view.received)
         if view.earlier is None:
             return new
         before = view.earlier[blocks.COLUMNS]  # a row for each row of the batch; copies hold the same
@@ -164,6 +175,8 @@ class AttnPred(TrainedPolicy, BudgetPolicy, DecodePolicy):
     of 64, and a block 8 tokens instead of 16, because prompts and rows of pictures are short. The published
     weights were trained on self-attention of other models; these were trained here, on cross-attention, with
     the squared error of the next row. Some rows of their histories are made as sparse as a step leaves them.
+    Off-load with prefetch is in the paper and not in the code. Here it is offload=true: no entry stays on the
+    device, and steps that read everything copy one layer at a time, when it attends.
     """
     differs = (
         "class tokens are read always, instead of the first and last 64; a step that corrects the history "

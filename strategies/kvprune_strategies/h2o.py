@@ -80,15 +80,15 @@ class H2O(ScoringPolicy, DecodePolicy):
                 "take a later one; use steps=0, or start with an empty cache"
             )
         mass = scoring.by_kv_head(view.layer.attention_mass(), view.keys.shape[1])  # [R, Hkv, S]
-        slots = view.slots.expand(-1, mass.shape[1], -1)  # [R, Hkv, K]
+        columns = view.arrived.expand(-1, mass.shape[1], -1)  # [R, Hkv, K]
         counts = view.valid[:, 0].sum(-1)  # [R]
         limit = torch.tensor(self.budget.resolve_all(counts.tolist()), device=counts.device)
         rows = scoring.row_counts(view.layer.visibility).to(mass)[:, None].expand_as(mass)
-        first = torch.arange(view.entries, device=slots.device)  # which of the prompt's entries each one is
+        first = torch.arange(view.entries, device=columns.device)  # which of the prompt's entries each one is
         return {
-            "mass": mass.gather(-1, slots),
-            "rows": rows.gather(-1, slots),
-            "entry": first.expand_as(slots),
+            "mass": mass.gather(-1, columns),
+            "rows": rows.gather(-1, columns),
+            "entry": first.expand_as(columns),
             "limit": limit,
             "count": counts,
         }

@@ -35,21 +35,33 @@ class QueCC(TrainedPolicy, FeaturePolicy):
 
     The question is what the model itself makes of the prompt without the picture, which takes a second pass
     of its text layers over the prompt. Families without such a pass (encoder-decoder models, such as Whisper)
-    can use ``query=none``, with weights of their own.
+    can use ``query=none``, with weights of their own. Whisper's prompt asks nothing: it names language and
+    task. So what is left of the method there is a trained compressor of k frames to one token.
+
+    Weights that come with kvprune: "demo", for the embedded model, with k of 2, 4 and 8, and with k=4 for
+    ``query=none``; "whisper-base", for Whisper base, with k=10 for ``query=none``. ``kvprune train`` makes
+    others.
 
     Args:
         k: Patches along the side of a cell, or frames in a cell where tokens lie on a line. It is the budget:
             about one token in k * k is left, or in k.
         query: "prompt": the question is added to the patches. "none": it is not, and one compression of a
             picture serves all questions.
+        width: Channels inside the compressor: a small number makes small files of weights, and adds less to
+            the mean. None is that of the weights; fresh ones are as wide as the features, at most 1024.
     """
 
     k: int = 2
     query: Literal["prompt", "none"] = "prompt"
+    width: int | None = None
 
     name = "quecc"
     version = 1
-    trained_options = ("k", "query")
+
+    @property
+    def trained_options(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Cell size and query; the width, too, unless it is that of the weights."""
+        return ("k", "query") if self.width is None else ("k", "query", "width")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -70,12 +82,19 @@ class QueCC(TrainedPolicy, FeaturePolicy):
     def __post_init__(self) -> None:
         if isinstance(self.k, int) and self.k < 1:
             raise PolicyOptionError(f"k of policy {self.name!r} counts patches, at least 1, got {self.k!r}")
+        if isinstance(self.width, int) and self.width < 1:
+            raise PolicyOptionError(
+                f"width of policy {self.name!r} counts channels, at least 1, got {self.width!r}"
+            )
         super().__post_init__()
+        file = self.weights_file
+        if self.width is None and file is not None:
+            object.__setattr__(self, "width", file.options.get("width"))
 
     def initial(self, geometry: Mapping[str, int]) -> Mapping[str, Tensor]:
         """Return the untrained compressor; its gamma is 0."""
         features = geometry["feature_width"]
-        inside = min(features, _WIDEST)
+        inside = min(features, _WIDEST) if self.width is None else self.width
         random = torch.Generator().manual_seed(0)
         made: dict[str, Tensor] = {"gamma": torch.zeros(1), "input.weight": torch.ones(features)}
         made["input.bias"] = torch.zeros(features)

@@ -243,3 +243,16 @@ def why_specifically(name: str) -> str:
     """Return the reason for a class of that name, unless it is one that any class ending so has."""
     reason = why_refused(type(name, (), {})())
     return "" if reason in {group.reason for group in REFUSED if group.classes.startswith(".*")} else reason
+
+
+def test_a_pipeline_is_refused_with_the_model_that_it_holds() -> None:
+    pipe = transformers.AudioClassificationPipeline.__new__(transformers.AudioClassificationPipeline)
+    pipe.model = torch.nn.Linear(1, 1)
+    right = r"Pipeline: that is no model, but holds a Linear; pass its attribute model \(pipe\.model\)"
+    with pytest.raises(UnsupportedModelError, match=right):
+        kvprune.compress(pipe, "trim")
+
+
+def test_the_name_of_a_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="name of a model; load it with transformers first"):
+        kvprune.compress("openai/whisper-base", "trim")  # type: ignore[arg-type]

@@ -119,6 +119,21 @@ def test_errors_are_one_line_with_code_2() -> None:
     assert err.count("\n") == 1
 
 
+def test_show_and_cite_take_specs() -> None:
+    pair = "divprune:keep_ratio=0.5 then h2o:keep_ratio=0.2"
+    out = kvprune_command("show", pair)
+    assert out.startswith(f"{pair} is made of then, divprune, h2o\n")
+    for name in ("then", "divprune", "h2o"):
+        assert kvprune_command("show", name) in out
+    assert kvprune_command("show", "trim:keep_ratio=0.5") == kvprune_command("show", "trim")
+    assert kvprune_command("show", "mint:alpha=2") == kvprune_command("show", "mint")
+    assert kvprune_command("cite", pair) == kvprune_command("cite", "divprune", "h2o")
+    assert kvprune_command("cite", "mint:alpha=2") == kvprune_command("cite", "mint")
+    for command in ("show", "cite"):
+        assert "'trim' has no option 'keep'" in kvprune_command(command, "trim:keep=1", code=2)
+        assert "did you mean 'mint'?" in kvprune_command(command, "mintt", code=2)
+
+
 def test_debug_shows_the_traceback() -> None:
     result = runner.invoke(app, ["show", "nrom", "--debug"])
     assert isinstance(result.exception, kvprune.errors.UnknownPolicyError)

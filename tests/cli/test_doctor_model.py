@@ -14,6 +14,7 @@ from generation import bart, generate, mllama, whisper
 from typer.testing import CliRunner
 
 import kvprune
+import kvprune.demo
 from kvprune.adapters.tiny.families import TINY_FAMILIES
 from kvprune.adapters.tiny.models import example_bart, example_mllama, example_whisper
 from kvprune.cli import app
@@ -76,6 +77,18 @@ def test_a_supported_model_is_described(tmp_path: Path) -> None:
     assert "trim" in policies[3].split(", ")
     assert "visionzip" not in policies[3].split(", ")
     assert int(policies[1]) == len(policies[3].split(", ")) < int(policies[2]) == len(kvprune.list_policies())
+
+
+def test_weights_are_named_and_those_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    found = rows(saved(tmp_path, mllama().config, "MllamaForConditionalGeneration"))
+    assert "quecc" not in found["run"].split(", ")
+    assert "(embedded demo), but this model has" in found["quecc is refused"]
+    assert "(kvprune train quecc:k=2,query=prompt --model MODEL " in found["quecc is refused"]
+    told = "weights demo of attnpred (digest d2fa269a4adc): trained on the embedded model"
+    assert found["attnpred runs with"].startswith(told)
+    embedded = rows(str(kvprune.demo.model_path()))
+    assert "quecc" in embedded["run"].split(", ")
+    assert embedded["quecc runs with"].endswith("trained on embedded demo")
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)

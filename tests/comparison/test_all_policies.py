@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,13 +39,11 @@ def with_needy(distribution: str) -> registry.Registry:
     return dataclasses.replace(installed, policies={**installed.policies, "needy": entry})
 
 
-def test_every_built_in_policy_with_a_keep_ratio_is_there_once() -> None:
+def test_every_built_in_policy_is_there_once_or_left_out_by_name() -> None:
     found = every_policy()
-    installed = registry.load()
-    takes = {
-        name for name in installed.policies if "keep_ratio" in installed.policy_class(name).option_types()
-    }
-    assert {spec.partition(":")[0] for spec in found.specs} | set(found.left_out) == takes
+    everywhere = {"full", "lossless"}  # one is always compared, the other by default
+    there = [spec.partition(":")[0] for spec in found.specs]
+    assert sorted([*there, *found.left_out, *everywhere]) == kvprune.list_policies()
     assert len(found.specs) == len(set(found.specs))
     assert {"trim", "norm:reach=onward", "random:reach=onward", "uniform:reach=onward"} <= set(found.specs)
     for spec in found.specs:
@@ -62,11 +61,27 @@ def test_policies_that_need_an_option_are_left_out_by_name() -> None:
     assert found.specs == every_policy().specs
 
 
-def test_references_are_left_out_by_name() -> None:
-    found = every_policy()
-    assert found.left_out == {
-        "answer-attention": "is a reference, not a method: it reads the full cache's answer"
+def test_what_is_left_out_is_named_with_what_to_write_instead() -> None:
+    assert every_policy().left_out == {
+        "answer-attention": "is a reference, not a method: it reads the full cache's answer",
+        "quecc": "has no keep_ratio; add it with a budget of its own, such as --policy quecc:k=2 "
+        "(its weights demo fit one model; docs/train.md)",
+        "then": "has no keep_ratio; add it with a budget of its own, such as --policy "
+        "'divprune:keep_ratio=0.5 then h2o:keep_ratio=0.5'",
     }
+
+
+def test_what_is_left_out_can_be_added_as_it_says() -> None:
+    for reason in every_policy().left_out.values():
+        for spec in re.findall(r"--policy ('[^']+'|\S+)", reason):
+            (_, one) = expand([spec.strip("'")], DEFAULT_KEEP_RATIOS)
+            assert one.policy.name in ("quecc", "then")
+
+
+def test_the_command_names_what_it_leaves_out(asked: dict[str, Any], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["compare", "--all", "--output", str(tmp_path / "out")])
+    for name, reason in every_policy().left_out.items():
+        assert f"left out: {name} {reason}" in done.stderr
 
 
 def test_policies_of_others_are_not_meant() -> None:
@@ -124,6 +139,7 @@ def test_policies_that_the_models_family_refuses_are_left_out_and_named(tmp_path
     why = "needs class_attention, which the Whisper adapter does not provide"
     gone = {name: reason for name, reason in found.left_out.items() if name not in every.left_out}
     assert gone == {"prumerge": why, "visionzip": why}
+    assert found.left_out["quecc"] == "needs question, which the Whisper adapter does not provide"
     assert set(every.specs) - set(found.specs) == {"prumerge", "visionzip"}
 
 

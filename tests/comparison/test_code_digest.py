@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
+import importlib
+import inspect
+import itertools
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +23,11 @@ from kvprune.comparison.storage import code_digest as module
 from kvprune.comparison.storage.answer_lines import current
 from kvprune.comparison.storage.code_digest import CODE, code_digest, covered_files, find_part
 from kvprune.comparison.storage.growth import grow
+from kvprune.comparison.storage.helper_modules import helper_files
 from kvprune.comparison.storage.identity import policy_identities
 from kvprune.comparison.storage.recorded_grid import RecordedGrid
 from kvprune.comparison.storage.results_folder import ResultsFolder
+from kvprune.policy import CrossKVPolicy
 
 PACKAGE = Path(kvprune.__file__).parent
 PAGE = (Path(__file__).parents[2] / "docs" / "results-folder.md").read_text("utf-8")
@@ -179,3 +187,74 @@ def test_a_policy_has_the_digest_of_the_classes_it_extends(
     after = digests()
     assert before[:2] == after[:2], "policies that do not extend it"
     assert before[2] != after[2]
+
+
+HELPED = {
+    "__init__.py": "from .policy import Own\nfrom .unused import x\n",
+    "policy.py": "from mine import helper\nfrom mine.inner import deep\n"
+    + BASE_POLICY.replace("Base", "Own"),
+    "helper.py": "from . import further as other\nimport json\n",
+    "further.py": "x = 1\n",
+    "inner/__init__.py": "import mine.unused\nx = 1\n",
+    "inner/deep.py": "def late():\n    from ..lazy import y\n",
+    "lazy.py": "raise SystemExit('whoever imports this is wrong')\n",
+    "unused.py": "x = 1\n",
+}
+COVERED = ["further.py", "helper.py", "deep.py", "lazy.py"]
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package with a policy and modules that it imports, first on the path."""
+    for name, text in HELPED.items():
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "mine"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        del sys.modules[name]
+
+
+def source_of(policy: CrossKVPolicy) -> str:
+    (one,) = policy_identities([dataclasses.replace(expand([], [1.0])[0], policy=policy)])
+    return one["source_sha256"]
+
+
+def test_a_policy_has_the_digest_of_the_modules_of_its_package_that_it_imports(mine: Path) -> None:
+    policy = importlib.import_module("mine.policy").Own(keep_ratio=0.5)
+    assert [path.name for path in helper_files("mine.policy", mine / "policy.py")] == COVERED
+    found = [source_of(policy)]
+    assert found[0] == source_of(policy)
+    for name in HELPED:
+        edit(mine / name)
+        found.append(source_of(policy))
+    changed = [name for name, (old, new) in zip(HELPED, itertools.pairwise(found), strict=True) if old != new]
+    assert changed == ["policy.py", "helper.py", "further.py", "inner/deep.py", "lazy.py"]
+
+
+def test_the_digest_does_not_depend_on_where_a_package_lies(mine: Path, tmp_path: Path) -> None:
+    there = shutil.copytree(mine, tmp_path / "elsewhere" / "mine")
+    names = [path.relative_to(mine) for path in helper_files("mine.policy", mine / "policy.py")]
+    again = helper_files("mine.policy", there / "policy.py")
+    assert [path.relative_to(there) for path in again] == names
+    assert helper_files("other.name.policy", mine / "policy.py") == []
+
+
+def test_helpers_of_the_built_in_policies_are_covered() -> None:
+    covered = {
+        name: [path.stem for path in helper_files(cls.__module__, Path(inspect.getsourcefile(cls)))]
+        for name in kvprune.list_policies()
+        for cls in [type(kvprune.get_policy(name))]
+    }
+    assert covered["attnpred"] == ["attention_blocks", "attention_predictors"]
+    assert (covered["quecc"], covered["vatp"], covered["norm"]) == (["cells"], ["first_tokens"], [])
+
+
+def test_a_policy_in_one_file_has_the_digest_of_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lonely_policy.py").write_text(BASE_POLICY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    policy = importlib.import_module("lonely_policy").Base(keep_ratio=0.5)
+    assert source_of(policy) == hashlib.sha256(BASE_POLICY.encode()).hexdigest()

@@ -83,7 +83,7 @@ def test_compressing_needs_at_most_96_mib_at_11b_dimensions_beside_its_weights(d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_choosing_in_steps_needs_at_most_4_mib_at_11b_dimensions(dtype):
     policy = kvprune.get_policy("quest:keep_ratio=0.1")
-    layer = make_problem(policy, dtype=dtype)
+    layer = make_problem(policy, dtype=dtype).layer
     slots = torch.arange(layer.columns).expand(layer.batch, 1, -1)
     valid = torch.ones_like(slots, dtype=torch.bool)
     held = HeldView(

@@ -71,7 +71,7 @@ def test_every_declared_family(name):
     model = tiny.model(name, torch.float64, "sdpa" if tiny.sdpa else "eager")
     inputs = tiny.batch(torch.float64, tiny.pads)
     if name == "ProphetNetForConditionalGeneration":  # several streams read in one step, with one mask
-        with pytest.raises(UnsupportedModelError, match="3 rows in one step and takes one mask"):
+        with pytest.raises(UnsupportedModelError, match="several streams in one step and takes one mask"):
             recorded(model, inputs, ReadsLogits(count=2))
         return
     for policy in (ReadsLogits(count=2), Remembers(least=3)):
@@ -169,7 +169,7 @@ def test_a_fixed_choice_is_checked_once_and_its_places_are_computed_once(monkeyp
         return answer
 
     monkeypatch.setattr("kvprune.adapters.encoder_decoder.stepped", watched)
-    monkeypatch.setattr("kvprune.engine.stepping._at_hand", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr("kvprune.engine.step_answers._at_hand", lambda tensor: False)  # as on a GPU
     with kvprune.compress(model_of("Whisper"), Fixed(keep_ratio=0.3)):
         generate(model_of("Whisper"), inputs_of("Whisper"), steps=4)
     views = {"view", "expand"}
@@ -213,7 +213,7 @@ def test_no_step_reads_a_number_from_the_device(family, policy, monkeypatch):
 
     where = "mllama.adapter" if family == "Mllama" else "encoder_decoder"
     monkeypatch.setattr(f"kvprune.adapters.{where}.stepped", watched)
-    monkeypatch.setattr("kvprune.engine.stepping._at_hand", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr("kvprune.engine.step_answers._at_hand", lambda tensor: False)  # as on a GPU
     for beams in (1, 2):
         with kvprune.compress(model_of(family), policy):
             generate(model_of(family), inputs_of(family), num_beams=beams)

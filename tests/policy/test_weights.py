@@ -1,6 +1,7 @@
 """Weights of policies: names, digests, what fits, and what is refused."""
 
 import dataclasses
+import os
 import pickle
 import re
 import threading
@@ -92,11 +93,10 @@ def test_weights_reach_a_run_also_of_a_policy_in_a_policy(tmp_path):
     for one, other in zip(*kept, strict=True):
         assert torch.equal(one, other)
     other = write(tmp_path / "v.safetensors", width=width + 1)
-    with (
-        kvprune.compress(model, Learned(weights=str(other.path))),
-        pytest.raises(WeightsError, match=rf"of head_width {width + 1}, but this model has {width}"),
-    ):
-        model(**inputs, use_cache=True)
+    with pytest.raises(WeightsError, match=rf"of head_width {width + 1} .*, but this model has {width}"):
+        kvprune.compress(model, Learned(weights=str(other.path)))
+    with pytest.raises(WeightsError, match=rf"of head_width {width + 1} .*, but this model has 4"):
+        make_view(SEE).weights(Learned(weights=str(other.path)))
 
 
 def test_short_names_are_files_beside_the_module():
@@ -119,6 +119,13 @@ def test_the_digest_must_match(tmp_path):
         Learned.from_options(policy.spec.options)
 
 
+def test_weights_that_nobody_shipped_are_refused_with_those_that_were():
+    with pytest.raises(
+        WeightsError, match=r"no file 'quecc-demo-k3.*quecc-demo-k2\.safetensors \(k=2, query="
+    ):
+        kvprune.get_policy("quecc:k=3")
+
+
 def test_a_run_that_has_read_them_does_not_notice_a_change(tmp_path):
     file = write(tmp_path / "w.safetensors")
     policy, held = Learned(weights=str(file.path)), HeldWeights()
@@ -128,11 +135,23 @@ def test_a_run_that_has_read_them_does_not_notice_a_change(tmp_path):
 
 
 def test_files_that_are_refused(tmp_path):
-    with pytest.raises(WeightsError, match="there is no file of weights"):
-        Learned(weights=str(tmp_path / "none.safetensors"))
+    right = "; train some .*, or take fresh, which is untrained, or weights that come with it: none$"
+    with pytest.raises(
+        WeightsError, match=rf"no file of weights '{tmp_path}/w.*' for policy 'learned'{right}"
+    ):
+        Learned(weights=str(tmp_path / "w.safetensors"))
+    with pytest.raises(
+        WeightsError, match=rf"'w.safetensors' for policy 'learned' in '{os.getcwd()}'{right}"
+    ):
+        Learned(weights="w.safetensors")
+    for other in (str(tmp_path / "v.pt"), "v.pt", "v.SAFETENSORS", "some/demo"):
+        with pytest.raises(
+            WeightsError, match=rf"'{other}' of .* reads the safetensors format only.*{right}"
+        ):
+            Learned(weights=other)
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"\x80\x04not a tensor")
-    with pytest.raises(WeightsError, match="not in the safetensors format"):
+    with pytest.raises(WeightsError, match=r"not in the safetensors format \(.*\); copy or train it again"):
         Learned(weights=str(bad))
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()

@@ -129,7 +129,7 @@ def test_the_report_is_what_was_measured():
     assert data["seed"] == 7
     assert data["kept_per_sample"][2] is None
     assert [layer["layer_idx"] for layer in data["layers"]] == [1, 3, 5]
-    assert "kept 55.0% of visible tokens" in str(report)
+    assert "kept 55.0% of visible image tokens" in str(report)
 
 
 def test_selections_say_what_prefill_and_decode_used():

@@ -44,6 +44,9 @@ def opposite(full, pruned, decided):
 THRESHOLD = 0.02
 """So that branches agree in some rows."""
 
+KVZIP = "kvzip:keep_ratio=0.3,max_new_tokens=4"
+"""Repeats the text that the encoder has read in the first branch, or describes its picture."""
+
 RULES = {"mint": mint, f"mod:threshold={THRESHOLD}": mod}
 OPPOSITE = "mint:alpha=0.5,beta=0,expert=full"
 
@@ -140,6 +143,7 @@ def under_both(model, inputs, spec, **options):
         "guided:keep_ratio=0.3",
         "quest:keep_ratio=0.3,page=2",
         "h2o:keep_ratio=0.3,steps=3",
+        KVZIP,
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,6 +159,18 @@ def test_the_second_branch_is_the_compressed_model(family, spec):
 def test_other_families_have_the_same_second_branch(kind, beams):
     model, inputs = kind.example(torch.float64)
     alone, second = under_both(model, inputs, "trim:keep_ratio=0.3", num_beams=beams)
+    assert torch.equal(alone.sequences, second.sequences)
+
+
+@pytest.mark.parametrize("family", ["Mllama", "BART"])
+def test_a_reconstruction_of_beams_is_that_of_the_compressed_model(family):
+    alone, second = under_both(model_of(family), prompted(family), KVZIP, num_beams=2)
+    assert torch.equal(alone.sequences, second.sequences)
+
+
+def test_the_second_branch_knows_where_patches_lie():
+    model, inputs = BlipAdapter.example(torch.float64)
+    alone, second = under_both(model, inputs, "snapkv:keep_ratio=0.3,pool=2d")
     assert torch.equal(alone.sequences, second.sequences)
 
 

@@ -237,6 +237,17 @@ def test_an_unknown_name_suggests_the_closest_and_lists_all(wrong, right):
         kvprune.get_policy(wrong)
 
 
+def test_a_rule_of_contrast_is_no_policy_and_the_error_says_where_it_belongs():
+    with pytest.raises(
+        UnknownPolicyError, match=r"'mint': it is a rule of kvprune.contrast\(.*trim:contrast=mint"
+    ):
+        kvprune.get_policy("mint")
+    with pytest.raises(
+        PolicyOptionError, match=r"'trim:contrast=mint' .*; elsewhere, call kvprune.contrast\("
+    ):
+        kvprune.get_policy("trim:contrast=mint")
+
+
 def test_an_unknown_name_is_a_kvprune_error_and_no_key_error():
     with pytest.raises(KVPruneError, match="'zzz'") as caught:
         kvprune.get_policy("zzz:a=1")

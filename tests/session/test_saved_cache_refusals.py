@@ -313,3 +313,21 @@ def test_whoever_reads_the_encoders_output_is_told_that_it_is_absent(tmp_path):
         pytest.raises(SavedCacheError, match=r"not in a saved cache, but .* reads"),
     ):
         model.generate(**arguments)
+
+
+def test_a_path_is_no_cache_and_no_policy(file):
+    for path in (file, str(file)):
+        with pytest.raises(SavedCacheError, match=r"is the path of a file; load .*kvprune.load_cache\(path"):
+            kvprune.compress(mllama(), path)
+
+
+def test_a_spec_is_no_policy_of_a_cache(file):
+    with pytest.raises(
+        SavedCacheError, match=rf"policy object that pruned .*, got 'trim'; leave it out for {SPEC}"
+    ):
+        kvprune.load_cache(file, mllama(), policy="trim")
+
+
+def test_questions_are_whole_numbers(file):
+    with pytest.raises(SavedCacheError, match="a question is the tokens after the prompt"):
+        kvprune.load_cache(file, mllama()).inputs(questions(3).float())

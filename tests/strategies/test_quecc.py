@@ -253,19 +253,53 @@ def test_refusals(tmp_path):
     save_weights(path, fresh, fresh.initial(geometry), geometry, {})
     with pytest.raises(WeightsError, match="trained with k=2, but the policy 'quecc' has k=3"):
         QueCC(weights=str(path), k=3)
-    with (
-        kvprune.compress(mllama(), QueCC(weights=str(path))),
-        pytest.raises(WeightsError, match="trained for a model of feature_width 8"),
-    ):
-        generate(mllama(), mllama_inputs(["1tt"]), steps=1)
+    with pytest.raises(WeightsError, match="trained for a model of feature_width 8"):
+        kvprune.compress(mllama(), QueCC(weights=str(path)))
+
+
+def test_a_narrow_compressor_is_as_wide_as_its_weights_say(tmp_path):
+    geometry, path = {"feature_width": C, "question_width": W}, tmp_path / "w.safetensors"
+    narrow = QueCC(weights="fresh", width=2)
+    assert narrow.initial(geometry)["out.weight"].shape == (C, 2)
+    view, weights = tiled_view(), drawn(narrow)
+    save_weights(path, narrow, weights, geometry, {})
+    policy = QueCC(weights=str(path))
+    assert policy.width == 2
+    assert policy == QueCC(weights=str(path), width=2) == kvprune.get_policy(str(policy.spec))
+    new = chosen(policy, view, weights).features
+    assert new.shape == chosen(QueCC(weights="fresh"), view).features.shape
+    with pytest.raises(WeightsError, match="trained with width=2, but the policy 'quecc' has width=4"):
+        QueCC(weights=str(path), width=4)
+    with pytest.raises(PolicyOptionError, match="width of policy 'quecc' counts channels, at least 1"):
+        QueCC(weights="fresh", width=0)
+    wide = QueCC(weights="fresh")  # as weights were made before there was a width
+    save_weights(path, wide, wide.initial(geometry), geometry, {})
+    assert QueCC(weights=str(path)).width is None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["quecc", "quecc:k=4", "quecc:k=8", "quecc:k=4,query=none", "quecc:weights=whisper-base,k=10,query=none"],
+)
+def test_weights_that_come_with_it_fit_its_docstring(spec):
+    policy = kvprune.get_policy(spec)
+    assert policy.digest
+    assert policy.weights in QueCC.__doc__
+    assert policy.weights_file.geometry["feature_width"] == {"demo": 96, "whisper-base": 512}[policy.weights]
+    assert policy.width == (96 if policy.weights == "whisper-base" else None)
+    folder = policy.weights_path.parent
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 2_000_000
 
 
 def test_families_without_a_text_only_pass_are_refused():
     from kvprune.testing.problems import ModelProblem
 
     problem = ModelProblem(model="bart", layouts=("ttttt",), dtype="float32")
-    with pytest.raises(UnsupportedModelError, match="needs 'question'"):
+    with pytest.raises(UnsupportedModelError, match=r"needs 'question'.*query=none"):
         kvprune.compress(problem.make_model(), QueCC(weights="fresh"))
+    pair = "quecc:weights=fresh then h2o:keep_ratio=0.5"
+    with pytest.raises(UnsupportedModelError, match=f"policy 'quecc' in '{pair}' needs 'question', which"):
+        kvprune.compress(problem.make_model(), pair)
     with kvprune.compress(problem.make_model(), QueCC(weights="fresh", query="none")) as run:
         pass
     assert run.policy.query == "none"

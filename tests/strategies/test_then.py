@@ -83,19 +83,20 @@ def test_the_name_alone_is_the_default_pair():
             "'aircache' decides only when all layers have attended",
         ),
         (
-            "divprune then quest",
+            "quest then divprune",
             PolicyOptionError,
-            "'quest' decides in decode steps, which is not possible in a",
+            "'first' of policy 'then' must be policy that decides before the first cross-attention layer, "
+            r"got 'quest' \(installed: divprune, guided",
         ),
         (
-            "meanpool then attnpred",
+            "h2o:steps=4 then quest",
             PolicyOptionError,
-            "'attnpred' decides in decode steps, which is not possible",
+            "must be policy that decides before the first cross-attention layer",
         ),
         (
-            "divprune then h2o:steps=4",
+            "divprune then adakv:scorer=h2o(steps=2)",
             PolicyOptionError,
-            "'h2o' decides in decode steps, which is not possible",
+            r"'h2o\(steps=2\)' also decides in decode steps, which would be ignored",
         ),
         ("divprune then answer-attention", PolicyOptionError, "'answer-attention' has seen the answer"),
         ("divprune then full", PolicyOptionError, "'full' keeps all that there is"),

@@ -309,7 +309,7 @@ class CacheMachine(RuleBasedStateMachine):
         tiles = self.columns // PATCHES
         seen = torch.arange(tiles) % 2 == 0  # every other tile
         rows = seen.expand(self.batch, 1, tiles)
-        mask = TileMask(rows, PATCHES, torch.float32)
+        mask = TileMask(rows, PATCHES, torch.float32, layers=1)
         site: Any = SimpleNamespace(fit_mask=lambda mask, rows: by_query_head(mask, HEADS))
         for layer, plain in zip(self.layers, self.plain, strict=True):
             bias = mask.over(layer.contents, site)

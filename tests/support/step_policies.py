@@ -123,7 +123,7 @@ class Fixed(kvprune.DecodePolicy):
         count = kvprune.Budget(keep_ratio=self.keep_ratio).resolve(view.entries)
         seen = view.layer.visibility.decode  # [R, S]
         seen = (seen | ~seen.any(-1, keepdim=True))[:, None].expand(-1, view.slots.shape[1], -1)
-        seen = view.valid & seen.gather(-1, view.slots)  # [R, H or 1, K]
+        seen = view.valid & seen.gather(-1, view.arrived)  # [R, H or 1, K]
         lengths = view.keys.double().norm(dim=-1).masked_fill(~seen, -1)  # [R, Hkv, K]
         best = lengths.topk(count, dim=-1)
         chosen = in_order(best.indices, best.values >= 0, view.entries)

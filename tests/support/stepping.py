@@ -23,18 +23,23 @@ def recorded(model: Any, inputs: dict[str, Any], policy: Any, **options: Any) ->
     settings = {name: options.pop(name) for name in ("seed", "reread") if name in options}
     with kvprune.compress(model, policy, **settings) as run:
         run.record_steps()
+        run.record_replacements()
         sequences, logits, _ = generate(model, inputs, **options)
     return sequences, logits, run
 
 
 def against_oracle(model: Any, inputs: dict[str, Any], policy: Any, **options: Any) -> float:
-    """Return the largest difference in logits to the untouched model that masks what each step skips."""
+    """Return the largest difference in logits to the untouched model that masks what each step skips.
+
+    Where the policy makes new tokens, the untouched model is fed these.
+    """
     sequences, logits, run = recorded(model, inputs, policy, **options)
     reread = options.pop("reread", False)
     torch.manual_seed(0)
     with ExitStack() as stack:
         adapter, kept = find_adapter(model), (run.selections, run.prefill_selections)
-        stack.enter_context(masked_oracle(model, *kept, adapter=adapter, reread=reread))
+        fed = {"reread": reread, "replacements": run.replacements}
+        stack.enter_context(masked_oracle(model, *kept, adapter=adapter, **fed))
         stack.enter_context(masked_steps(adapter(model).sites, run.step_reads))
         expected_sequences, expected, _ = generate(model, inputs, **options)
     assert not logits.isnan().any()

@@ -14,7 +14,12 @@ from generation import difference_to_oracle, generate
 from surface_table import refused, works
 
 import kvprune
-from kvprune.errors import CompressionStateError, PolicyNeverRanError, UnsupportedCacheError
+from kvprune.errors import (
+    CompressionStateError,
+    PolicyNeverRanError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
 from kvprune.testing import masked_oracle, tiny_bart, tiny_mllama, tiny_whisper
 
 AREA = "Compositions"
@@ -197,7 +202,27 @@ def test_cache_outside_its_block(family):
         assert other.layers[1].keys.shape[-2] == held  # anybody may look
 
 
-@refused(AREA, "a model that was compiled before the block", "compile it inside the block", ("BART",))
+@refused(AREA, "a prompt in compiled code", "let `generate` compile decode steps (compile_config)", ("BART",))
+def test_compiled_prompt(family):
+    model = tiny_bart(1, dtype=torch.float64)
+    for part in (model.model.encoder, model.model.decoder):
+        part.layers = part.layers[:1]  # compiling takes long
+    call = {"input_ids": inputs_of(family)["input_ids"], "decoder_input_ids": torch.tensor([[2]] * 3)}
+    for spec in ("trim:keep_ratio=0.3", "quest"):
+        torch._dynamo.reset()
+        with kvprune.compress(model, spec) as run, torch.no_grad():
+            model.model.decoder.compile(backend="eager")
+            with pytest.raises(
+                UnsupportedModelError, match=r"cannot be compiled.*compile_config=CompileConfig"
+            ):
+                model(**call)
+            with torch.compiler.set_stance("force_eager"):
+                model(**call)
+            assert run.report.prefills == 1
+        model.model.decoder._compiled_call_impl = None
+
+
+@refused(AREA, "a model that was compiled before the block", "call the model itself", ("BART",))
 def test_compiled_before(family):
     torch._dynamo.reset()
     model = tiny_bart(1, dtype=torch.float64)

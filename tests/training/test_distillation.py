@@ -149,7 +149,8 @@ def test_validation_shares_no_picture_with_what_is_learned():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "trim"}, "'trim' has no weights to train"),
+        ({"policy": "trim"}, r"'trim' has no weights to train \(kvprune train can train: quecc\)"),
+        ({"policy": "attnpred"}, r"'attnpred' has weights, but decides after .*how.*\(.*can train: quecc\)"),
         ({"policy": "quecc:weights=demo"}, "names weights, but training starts afresh"),
         ({"out": "w.bin"}, "ends in .safetensors"),
         ({"out": "nowhere/w.safetensors"}, "there is no folder"),

@@ -164,7 +164,7 @@ class Columns(ModelAdapter):
     def watch_encoder(self) -> None:
         """Note each call of the encoder from now on, if `layout` needs it."""
         if type(self).note is not Columns.note and self.encoder is not None:
-            self.after(self.encoder, self._note_call)
+            self.after(self.encoder, self._note_call, watches=True)
 
     def detach(self) -> None:
         """Undo `attach`, and forget what the encoder was given."""

@@ -27,7 +27,7 @@ class Texts(Columns):
     def watch_text(self) -> None:
         """Note the token ids of each call of the encoder from now on."""
         if self.encoder is not None:
-            self.after(self.encoder, self._note_text)
+            self.after(self.encoder, self._note_text, watches=True)
 
     def detach(self) -> None:
         """Undo `attach`, and forget the texts."""

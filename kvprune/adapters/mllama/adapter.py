@@ -26,16 +26,12 @@ from torch import Tensor, nn
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
 from kvprune.adapters.base import Site
 from kvprune.adapters.call import Call
-from kvprune.adapters.generation import (
-    CANDIDATES,
-    prompt_first,
-    running_generation,
-)
+from kvprune.adapters.generation import CANDIDATES, GenerationReader, prompt_first
 from kvprune.adapters.inspection import find_sites
 from kvprune.adapters.mllama import guide
 from kvprune.adapters.mllama.captures import capture_class_attention, capture_text, tile_layout
 from kvprune.adapters.mllama.description import Describing
-from kvprune.adapters.mllama.probes import mllama_probes
+from kvprune.adapters.mllama.probes import checkpointing_repeats_hooks, mllama_probes
 from kvprune.adapters.mllama.question import capture_question, read_question
 from kvprune.adapters.mllama.tile_mask import TileMask
 from kvprune.adapters.mllama.visibility import (
@@ -57,6 +53,7 @@ from kvprune.cache.shared_rows import SharedRows, may_share
 from kvprune.engine.guidance import Prompt
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import UnsupportedCacheError, UnsupportedModelError
+from kvprune.tokens.layout import IMAGE_TOKEN
 from kvprune.tokens.randomness import fingerprint
 from kvprune.tokens.visibility import Visibility
 
@@ -94,6 +91,7 @@ class MllamaAdapter(Describing):
         ("text", "text_cache", "guidance", "reconstruction", "class_attention", "grid", "question")
     )
     rereads = True
+    column_unit = IMAGE_TOKEN
     class_attention_layer: ClassVar[tuple[str, int]] = ("global_transformer", -1)
 
     _call: _Call | None  # the current call of the inner model
@@ -104,9 +102,10 @@ class MllamaAdapter(Describing):
         self._inner = cast(Any, model if hasattr(model, "language_model") else model.get_submodule("model"))
         self._text = cast(Any, self._inner.language_model)
         self._sites = tuple(find_sites(self._text, self.family).values())
-        self._running_generation = torch.compiler.disable(running_generation)
+        self._running_generation = GenerationReader()
         # Of each cross-attention layer (3, 8, 13, ... in Llama-3.2-11B-Vision): its rank, and the module.
         self._by_layer = {site.layer_idx: (rank, site) for rank, site in enumerate(self._sites)}
+        self._masks: TileMask | None = None  # of the latest decode step
 
     @property
     def sites(self) -> Sequence[Site]:
@@ -128,14 +127,18 @@ class MllamaAdapter(Describing):
                 self.before(site.module, self._before_step)
         self.around(self.model, CANDIDATES, prompt_first)
 
+    def detach(self) -> None:
+        """Undo `attach`, and forget the latest masks."""
+        super().detach()
+        self._masks = None
+
     def _before_inner(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.begin_call()
         self.spread_weights(self._text.config)
         named = named_arguments(module, args, kwargs)
-        mask, cache = named.get("cross_attention_mask"), cache_of(named)
-        tokens = tokens_of(named)
+        mask, cache, tokens = named.get("cross_attention_mask"), cache_of(named), tokens_of(named)
         if tokens is None:
             return args, kwargs  # the model itself raises an error
         batch, length = tokens.shape[:2]
@@ -143,9 +146,10 @@ class MllamaAdapter(Describing):
         named = {**named, "attention_mask": text_mask}
         rows = None if mask is None else tiles_of_rows(mask, length, cache)
         # The dtype of one weight: asking the model for its dtype walks over all of them.
-        dtype = self._text.embed_tokens.weight.dtype
-        mask_by_tile = TileMask(rows, self._inner.vision_model.num_patches, dtype)
-        self._call = _Call(self.manager, self.reader, mask_by_tile)
+        dtype, patches = self._text.embed_tokens.weight.dtype, self._inner.vision_model.num_patches
+        masks = TileMask.after(self._masks, rows, patches, dtype, len(self._sites))
+        self._masks = masks if length == 1 else None
+        self._call = _Call(self.manager, self.reader, masks)
         self._call.returns_weights = self.spreads_weights
         if named.get("pixel_values") is not None or named.get("cross_attention_states") is not None:
             if cache is not None:
@@ -196,9 +200,7 @@ class MllamaAdapter(Describing):
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache that later calls read."""
         if self._text.training and any(layer.gradient_checkpointing for layer in self._text.layers):
-            from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
-
-            if "__call__" in GradientCheckpointingLayer.__dict__:
+            if checkpointing_repeats_hooks():
                 raise UnsupportedModelError(
                     f"gradient checkpointing in transformers {transformers.__version__} runs the hooks of a "
                     "layer again in backward, after the selection was discarded; use 5.23.0 or newer, or "
@@ -301,6 +303,7 @@ class MllamaAdapter(Describing):
         """Return the arguments with projected image features instead of pixels."""
         if named.get("pixel_values") is None:
             return dict(named)  # decoding, or no image, or the caller has run the vision tower
+        self.keep_pixels(named["pixel_values"])
         states = encoding.reshape(-1, *encoding.shape[-2:])  # [B * images * tiles, patches, C]
         return {**named, "pixel_values": None, "cross_attention_states": states}
 

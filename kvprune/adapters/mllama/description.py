@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvprune.adapters.base import ModelAdapter
+from kvprune.adapters.prompts import distinct_rows
 from kvprune.adapters.reconstruction import Context, Writing, require_generating
 from kvprune.engine.guidance import Prompt
 from kvprune.errors import GuideError
@@ -26,6 +28,24 @@ _IMAGE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 class Describing(ModelAdapter):
     """The part of the adapter that reconstructs pictures."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._pixels: Tensor | None = None
+
+    def detach(self) -> None:
+        """Undo `attach`, and forget the pictures."""
+        super().detach()
+        self._pixels = None
+
+    def keep_pixels(self, pixels: Tensor) -> None:
+        """Keep the pictures ``[B, images, tiles, channels, height, width]`` of a call that brings none.
+
+        It brings what the encoder has made of them. A description is written from the pictures themselves,
+        because ``generate`` takes no encoder states. `context` forgets them.
+        """
+        if "reconstruction" in self.manager.policy.needs:
+            self._pixels = pixels
+
     def require_reconstruction(self) -> None:
         """Raise unless the model can write a description."""
         require_generating(self.model, self.family)
@@ -33,6 +53,10 @@ class Describing(ModelAdapter):
     def context(self, prompt: Prompt, request: Reconstruction) -> Context:
         """Return the prompt of a description; the model must write it."""
         config: Any = self.model.config
+        pixels, self._pixels = self._pixels, None
+        if pixels is not None:
+            rows = distinct_rows(pixels, len(pixels) // len(prompt.text))
+            prompt = replace(prompt, arguments={**prompt.arguments, "pixel_values": rows})
         return Context(
             describing(config, prompt, request.prompt_ids), note="" if request.prompt_ids else _UNPROMPTED
         )

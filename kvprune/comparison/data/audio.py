@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvprune.errors import DataError
+from kvprune.session.packages import load_speech_package
 from kvprune.text import printable
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def read_audio(path: Path) -> Recording:
             empty, longer than `LONGEST_SECONDS`, or holds samples that are not finite.
         ModuleNotFoundError: If the package soundfile is missing.
     """
-    soundfile = _soundfile()
+    soundfile = load_speech_package("soundfile")
     content = _content(path)
     kind = _container(path, content)
     try:
@@ -115,10 +116,7 @@ def resampled(recording: Recording, rate: int) -> NDArray[numpy.float32]:
     """
     if rate == recording.rate:
         return recording.samples
-    try:
-        import soxr
-    except ModuleNotFoundError as error:
-        raise _missing("soxr") from error
+    soxr = load_speech_package("soxr")
     samples: NDArray[numpy.float32] = soxr.resample(recording.samples, recording.rate, rate)
     return samples
 
@@ -243,20 +241,6 @@ def _one_channel(path: Path, data: Any) -> Any:
     if largest > _LARGEST_SAMPLE:
         raise DataError(f"{_named(path)} holds samples up to {largest:.3g}; full scale is 1")
     return numpy.ascontiguousarray(data.mean(axis=1, dtype="float64").astype("float32"))
-
-
-def _soundfile() -> Any:
-    try:
-        import soundfile
-    except ModuleNotFoundError as error:
-        raise _missing("soundfile") from error
-    return soundfile
-
-
-def _missing(module: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f'recordings need {module}, which is not installed: pip install "kvprune[speech]"', name=module
-    )
 
 
 def _named(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from kvprune.session.packages import load_package
 
 __all__ = ["require"]
 
@@ -19,9 +19,4 @@ def require(*modules: str, extra: str = "demo", who: str = "this") -> None:
         ModuleNotFoundError: If a module cannot be imported; names it and the command that installs it.
     """
     for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f'{who} needs {module}, which is not installed: pip install "kvprune[{extra}]"', name=module
-            ) from error
+        load_package(module, extra=extra, who=f"{who} needs {module}")

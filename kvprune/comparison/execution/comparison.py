@@ -9,6 +9,7 @@ from kvprune.comparison.display.difference_notes import plan_note
 from kvprune.comparison.display.figures import figures
 from kvprune.comparison.execution.claim import claim, find_data
 from kvprune.comparison.execution.run import Run
+from kvprune.comparison.execution.weights_notes import weights_notes
 from kvprune.comparison.plan.grid import DEFAULT_KEEP_RATIOS, DEFAULT_POLICIES, expand
 from kvprune.comparison.plan.settings import Progress, Settings
 from kvprune.comparison.statistics.summary import Summary
@@ -42,8 +43,9 @@ def compare(
         settings: Model, data and everything else; the embedded demo by default.
         on_progress: Called before the first and after each unit of work.
         on_note: Called with each sentence that a user should read; before anything is computed: which
-            answers in the folder no longer count and why, what the folder has beyond this call, and which
-            differences its number of examples can show; after answering, what was reused of the encoder.
+            answers in the folder no longer count and why, what the folder has beyond this call, which
+            weights were trained on another model, and which differences its number of examples can show;
+            after answering, what was reused of the encoder.
 
     Raises:
         KVPruneError: If something is wrong with a policy, the data, the folder or the model; the class tells
@@ -56,6 +58,8 @@ def compare(
     wanted, data = expand(policies, keep_ratios), find_data(settings)
     with ResultsFolder(settings.output) as folder:
         claimed = claim(folder, wanted, data, settings, on_note)
+        for note in weights_notes(claimed):
+            on_note(note)
         run = Run(folder, claimed, on_progress)
         if not run.is_answered:
             on_note(plan_note(len(claimed.examples), claimed.examples[0].kind))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprune.comparison.plan.grid import Configuration
+from kvprune.comparison.storage.helper_modules import helper_files
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.nesting import parts
 
@@ -46,7 +47,8 @@ def policy_identities(
     """Return for each configuration all that identifies its policy, as JSON values.
 
     The digest of its source covers the file that defines the policy, the files of the classes that it
-    extends, and the same for each policy among its options, and for the rule of a contrast.
+    extends, the modules of their packages that these import (`helper_files`), and the same for each policy
+    among its options, and for the rule of a contrast.
 
     Args:
         configurations: What is compared.
@@ -107,14 +109,17 @@ def _commit_of(model: str) -> str:
 
 
 def _source_digest(cls: type) -> str:
-    """Return the digest of the file that defines a policy, and of the files of its bases outside kvprune.
+    """Return the digest of the files that define a policy: an edited one is never taken for what it was.
 
-    An edited policy is therefore never taken for what it was. kvprune's own bases are in `code_digest`.
+    These are its own file, those of its bases outside kvprune, and the helper modules of their packages that
+    they import. kvprune's own bases and rules are in `code_digest`.
     """
     try:
-        bases = [base for base in cls.__mro__[1:] if _is_foreign(base)]
-        paths = dict.fromkeys(inspect.getsourcefile(one) for one in (cls, *bases))
-        digests = [hashlib.sha256(Path(path or "").read_bytes()).hexdigest() for path in paths]
+        classes = [cls, *(base for base in cls.__mro__[1:] if _is_foreign(base))]
+        paths = dict.fromkeys(Path(inspect.getsourcefile(one) or "") for one in classes)
+        for one in filter(_is_foreign, classes):
+            paths |= dict.fromkeys(helper_files(one.__module__, Path(inspect.getsourcefile(one) or "")))
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     except (OSError, TypeError):
         return "unavailable"
     return digests[0] if len(digests) == 1 else _joint_digest(digests)

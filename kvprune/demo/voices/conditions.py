@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprune.demo.voices.synthesisers import Sound, load_package
+from kvprune.demo.voices.synthesisers import Sound
 from kvprune.errors import SynthesisError
+from kvprune.session.packages import load_speech_package
 
 __all__ = ["CONDITIONS", "RATE", "Recipe", "decibels", "pink_noise", "prepared", "speech_power"]
 
@@ -130,5 +131,5 @@ def decibels(power: float) -> float:
 def _resampled(sound: Sound) -> Samples:
     if sound.rate == RATE:
         return sound.samples
-    soxr = load_package("soxr")
+    soxr = load_speech_package("soxr")
     return np.asarray(soxr.resample(sound.samples, sound.rate, RATE), dtype=np.float64)

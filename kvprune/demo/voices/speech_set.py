@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from kvprune.demo.voices.conditions import CONDITIONS, RATE, Recipe, prepared
 from kvprune.demo.voices.sentences import FEWEST_WORDS, MOST_WORDS, sentences, vocabulary_digest
 from kvprune.demo.voices.speech_folder import AGAIN, SpeechFolder, named
-from kvprune.demo.voices.synthesisers import SYNTHESISERS, Synthesiser, load_package
+from kvprune.demo.voices.synthesisers import SYNTHESISERS, Synthesiser
 from kvprune.errors import DataError, SynthesisError
+from kvprune.session.packages import load_speech_package
 from kvprune.text import printable
 
 __all__ = ["Planned", "plan", "write_speech_set"]
@@ -174,7 +175,7 @@ def _row(folder: Path, one: Planned, seed: int, recipe: Recipe, known: str | Non
 
 def _recording(one: Planned, seed: int, recipe: Recipe) -> bytes:
     """Return the FLAC of a recording."""
-    soundfile = load_package("soundfile")
+    soundfile = load_speech_package("soundfile")
     spoken = one.synthesiser.speak(one.text, one.voice)
     try:
         samples = prepared(spoken, recipe, one.facts, _rng("noise", seed, one.number))
@@ -192,7 +193,7 @@ def _recording(one: Planned, seed: int, recipe: Recipe) -> bytes:
 
 def _samples(path: Path, content: bytes) -> int:
     """Return the number of samples of a recording after a check that it is whole."""
-    soundfile = load_package("soundfile")
+    soundfile = load_speech_package("soundfile")
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             found = (file.format, file.subtype, file.samplerate, file.channels)
@@ -222,7 +223,7 @@ def _check_voices_differ(synthesisers: Sequence[Synthesiser]) -> None:
 
 def _origin(seed: int, synthesisers: Sequence[Synthesiser], recipe: Recipe) -> dict[str, Any]:
     """Return all that the recordings depend on, as the manifest holds it."""
-    soundfile, soxr = load_package("soundfile"), load_package("soxr")
+    soundfile, soxr = load_speech_package("soundfile"), load_speech_package("soxr")
     return {
         "seed": seed,
         "synthesisers": {

@@ -7,7 +7,6 @@ voice is looked up in the program's own list before anything is spoken.
 
 from __future__ import annotations
 
-import importlib
 import re
 import shutil
 import subprocess
@@ -15,15 +14,16 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvprune.errors import SynthesisError
+from kvprune.session.packages import load_speech_package
 from kvprune.text import printable
 
-__all__ = ["SYNTHESISERS", "EspeakNg", "Flite", "Sound", "Synthesiser", "load_package"]
+__all__ = ["SYNTHESISERS", "EspeakNg", "Flite", "Sound", "Synthesiser"]
 
 _LONGEST_WAIT = 60.0
 """Seconds that a program may take for one sentence; it needs less than a tenth of a second."""
@@ -141,27 +141,9 @@ class EspeakNg:
 SYNTHESISERS: tuple[Synthesiser, ...] = (Flite(), EspeakNg())
 
 
-def load_package(name: Literal["soundfile", "soxr"]) -> Any:
-    """Return a module that recordings need.
-
-    Raises:
-        ModuleNotFoundError: If it is missing; the message says how to install it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'recordings need {name}, which is not installed: pip install "kvprune[speech]"{_DEBIAN[name]}',
-            name=name,
-        ) from error
-
-
-_DEBIAN = {"soundfile": " (Debian: apt install python3-soundfile)", "soxr": ""}
-
-
 def _spoken(synthesiser: Synthesiser, text: str, voice: str, arguments: Sequence[str]) -> Sound:
     """Run a program that writes a WAV file; the file's name comes last among the arguments."""
-    soundfile = load_package("soundfile")
+    soundfile = load_speech_package("soundfile")
     said = f"{synthesiser.name} with voice {voice!r} and text {text!r}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spoken.wav"

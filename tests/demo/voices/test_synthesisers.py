@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kvprune.demo.voices import synthesisers
-from kvprune.demo.voices.synthesisers import SYNTHESISERS, EspeakNg, Flite, load_package
+from kvprune.demo.voices.synthesisers import SYNTHESISERS, EspeakNg, Flite
 from kvprune.errors import SynthesisError
+from kvprune.session.packages import load_speech_package
 
 FLITE = """
 if "-lv" in given:
@@ -166,7 +167,7 @@ def test_a_missing_package(monkeypatch, name, debian):
     with pytest.raises(
         ModuleNotFoundError, match=rf'{name}.*pip install "kvprune\[speech\]".*{debian}'
     ) as caught:
-        load_package(name)
+        load_speech_package(name)
     assert caught.value.name == name
 
 

@@ -13,9 +13,19 @@ from fractions import Fraction
 from kvprune.errors import KVPruneError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import ScoringPolicy
+from kvprune.policy.decode import DecodePolicy
 from kvprune.policy.spec import OptionValue
 
-__all__ = ["KEEP_RATIOS", "allowance", "keeping_all", "stated_budget", "variants", "widening"]
+__all__ = [
+    "KEEP_RATIOS",
+    "allowance",
+    "keeping_all",
+    "reading_all",
+    "stated_budget",
+    "takes_steps",
+    "variants",
+    "widening",
+]
 
 KEEP_RATIOS = (0.01, 0.07, 0.1, 0.3, 1.0)
 """Budgets to check. In floats, 0.07 * 100 is 7.000000000000001 and (1 - 0.9) * 10 is 0.9999999999999998."""
@@ -45,6 +55,27 @@ def keeping_all(policy: CrossKVPolicy) -> CrossKVPolicy | None:
         return None
     text = {"text_keep": 1.0} if "text_keep" in type(policy).option_types() else {}
     return _with(policy, keep_ratio=1.0, keep_tokens=None, **text)
+
+
+def takes_steps(policy: object) -> bool:
+    """Whether this is a policy that decides in decode steps."""
+    return isinstance(policy, DecodePolicy) and policy.takes_steps
+
+
+def reading_all(policy: CrossKVPolicy) -> CrossKVPolicy | None:
+    """Return the policy with ``keep_ratio=1.0`` in decode steps; None if it has no such option.
+
+    If it has no keep_ratio itself, the policy among its options that decides in decode steps gets it.
+    """
+    own = keeping_all(policy)
+    if own is not None:
+        return own
+    for option in dataclasses.fields(policy):
+        part = getattr(policy, option.name)
+        inner = reading_all(part) if takes_steps(part) else None
+        if inner is not None:
+            return dataclasses.replace(policy, **{option.name: inner})
+    return None
 
 
 def widening(policy: CrossKVPolicy) -> list[CrossKVPolicy]:

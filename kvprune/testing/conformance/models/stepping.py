@@ -5,6 +5,7 @@ Each check is a function of a policy and a `Scenario`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -13,24 +14,18 @@ from torch import Tensor
 
 from kvprune.engine.step_counts import StepRead
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.decode import DecodePolicy
-from kvprune.testing.conformance.common.budgets import keeping_all
+from kvprune.testing.conformance.common.budgets import keeping_all, reading_all, takes_steps
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.models.decoding import require_close
 from kvprune.testing.conformance.models.forward_calls import alone, forward
 from kvprune.testing.conformance.models.scenario import Generated, Scenario
 
-__all__ = ["check_reads_everything", "check_steps_alone", "takes_steps"]
-
-
-def takes_steps(policy: CrossKVPolicy) -> bool:
-    """Whether a policy decides in decode steps."""
-    return isinstance(policy, DecodePolicy) and policy.takes_steps
+__all__ = ["check_reads_everything", "check_steps_alone"]
 
 
 def check_reads_everything(policy: CrossKVPolicy, scenario: Scenario) -> None:
-    """KV16: with a budget of everything, each step reads all that is held, and equals the untouched model."""
-    unlimited = keeping_all(policy)
+    """KV16: with a budget of everything, each step reads all that is held, as if it were not asked."""
+    unlimited = reading_all(policy)
     if unlimited is None or not takes_steps(unlimited):
         return
     run, generated = scenario.run(unlimited)
@@ -42,9 +37,19 @@ def check_reads_everything(policy: CrossKVPolicy, scenario: Scenario) -> None:
                 f"{unlimited.spec} to read all that layer {read.layer_idx} holds in each step",
                 f"{int(missed.sum())} entries that no step read",
             )
-    if scenario.all_visible:
-        what = f"{unlimited.spec} to decode like the untouched model"
-        require_close(what, generated, scenario.stock, scenario)
+    what = f"{unlimited.spec} to decode like "
+    if keeping_all(policy) is None or not scenario.all_visible:
+        _, unasked = scenario.run(_without_steps(unlimited))
+        require_close(what + "the same policy that is asked in no step", generated, unasked, scenario)
+    else:
+        require_close(what + "the untouched model", generated, scenario.stock, scenario)
+
+
+def _without_steps(policy: CrossKVPolicy) -> CrossKVPolicy:
+    """Return a copy of a policy that decides the same in prefill, and nothing in decode steps."""
+    made, cls = copy.copy(policy), type(policy)
+    object.__setattr__(made, "__class__", type(cls.__name__, (cls,), {"takes_steps": False}))
+    return made
 
 
 def check_steps_alone(policy: CrossKVPolicy, scenario: Scenario) -> None:

@@ -9,7 +9,13 @@ import torch
 
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import BudgetPolicy
-from kvprune.testing.conformance.common.budgets import keeping_all, stated_budget, widening
+from kvprune.testing.conformance.common.budgets import (
+    keeping_all,
+    reading_all,
+    stated_budget,
+    takes_steps,
+    widening,
+)
 from kvprune.testing.conformance.layers import (
     answers,
     budget,
@@ -31,7 +37,6 @@ from kvprune.testing.conformance.models import (
 )
 from kvprune.testing.conformance.models.merging import check_mass
 from kvprune.testing.conformance.models.scenario import Scenario
-from kvprune.testing.conformance.models.stepping import takes_steps
 from kvprune.testing.conformance.policies.corner_cases import LAYER_CORNERS
 from kvprune.testing.problems import LayerProblem
 
@@ -115,7 +120,7 @@ def _no_steps(policy: CrossKVPolicy) -> str:
 
 
 def _not_reading_all(policy: CrossKVPolicy) -> str:
-    return _no_steps(policy) or ("" if keeping_all(policy) else f"{policy.spec} has no keep_ratio")
+    return _no_steps(policy) or ("" if reading_all(policy) else f"{policy.spec} has no keep_ratio")
 
 
 def _one_device() -> str:
@@ -205,7 +210,7 @@ INVARIANTS = (
         (),
         (stepping.check_reads_everything,),
         _not_reading_all,
-        keeping_all,
+        reading_all,
     ),
     Invariant(
         "KV17",
