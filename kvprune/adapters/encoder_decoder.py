@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -28,7 +29,11 @@ from kvprune.adapters.call import Call
 from kvprune.adapters.columns.mask import ColumnMask
 from kvprune.adapters.columns.texts import Texts
 from kvprune.adapters.columns.visibility import column_visibility, require_inputs, rows_of_text
-from kvprune.adapters.generation import CANDIDATES, GenerationReader, probe_generation, prompt_first
+from kvprune.adapters.generation import (
+    CANDIDATES,
+    probe_generation,
+    prompt_first,
+)
 from kvprune.adapters.inspection import Overrides, find_decoder, find_sites
 from kvprune.adapters.probes import Probe, probe_cache
 from kvprune.adapters.prompts import decoder_prompt, with_answer
@@ -106,7 +111,6 @@ class EncoderDecoderAdapter(Texts):
         told = Overrides(self.attention, self.states, self.mask, names, self.scaled_by_width)
         found = find_sites(model, self.family, told)
         self._found, self._sites = found, tuple(found.values())
-        self._running_generation = GenerationReader()
         self._text: Mapping[int, TextSite] = {}
         self._decoder: Any = find_decoder(model, self.family, tuple(found))
         # Of each layer that attends to encoder states: its rank among them, and the module.
@@ -171,7 +175,7 @@ class EncoderDecoderAdapter(Texts):
     def _begin(self, call: _Call, named: dict[str, Any], states: Tensor) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
         require_inputs(named)
-        generation = self._running_generation(self._decoder)
+        generation = self._generation_of(self._decoder, is_traced=torch.compiler.is_compiling())
         encoder_mask, columns = named.get("encoder_attention_mask"), states.shape[1]
         cut = encoder_mask is not None and encoder_mask.shape[-1] != columns
         generation.require_whole_prompt(self.family, is_mask_cut=cut)

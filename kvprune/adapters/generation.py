@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kvprune.adapters.probes import Probe
@@ -21,8 +20,8 @@ from kvprune.errors import UnsupportedModelError
 
 __all__ = [
     "CANDIDATES",
+    "WHY_EAGER",
     "Generation",
-    "GenerationReader",
     "callers",
     "probe_generation",
     "prompt_first",
@@ -31,6 +30,9 @@ __all__ = [
 
 CANDIDATES = "_get_candidate_generator"
 """Method of ``GenerationMixin`` that assisted decoding calls once, before it asks for draft tokens."""
+
+WHY_EAGER = "kvprune: a policy decides in this call by what it measures; compile decode steps alone"
+"""Why `running_generation` is called outside of compiled code."""
 
 _READ = "self", "generation_config", "input_ids"
 """Local variables of ``GenerationMixin.generate`` that are read."""
@@ -70,35 +72,17 @@ class Generation:
             )
 
 
-class GenerationReader:
-    """Calls `running_generation` also where torch.compile traces the caller.
-
-    Made where there is a model: `torch.compiler.disable` as a decorator below would load the compiler
-    whenever kvprune is imported, and that takes seconds.
-    """
-
-    def __init__(self) -> None:
-        self._read: Callable[..., Generation] = torch.compiler.disable(
-            running_generation,
-            reason="kvprune: a policy decides in this call by what it measures; compile decode steps alone",
-        )
-
-    def __call__(self, model: nn.Module) -> Generation:
-        """Return what `running_generation` does, or raise its error if torch.compile traces the caller."""
-        return self._read(model, is_traced=torch.compiler.is_compiling())
-
-
 def running_generation(model: nn.Module, *, is_traced: bool = False) -> Generation:
     """Return what the innermost `generate` of a model, or of a model that contains it, says.
 
     `Generation()` if the model was called by hand.
 
     Args:
-        model: The model that is being called.
+        model: The model, or a part of it.
         is_traced: Whether torch.compile traces the caller, which begins a prefill.
 
     Raises:
-        UnsupportedModelError: If torch.compile traces the caller.
+        UnsupportedModelError: If the caller is traced.
     """
     if is_traced:
         raise UnsupportedModelError(

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from kvprune.adapters.arguments import cache_of, has_cache, named_arguments, tokens_of, with_cache
 from kvprune.adapters.base import Site
 from kvprune.adapters.call import Call
-from kvprune.adapters.generation import CANDIDATES, GenerationReader, prompt_first
+from kvprune.adapters.generation import CANDIDATES, prompt_first
 from kvprune.adapters.inspection import find_sites
 from kvprune.adapters.mllama import guide
 from kvprune.adapters.mllama.captures import capture_class_attention, capture_text, tile_layout
 from kvprune.adapters.mllama.description import Describing
-from kvprune.adapters.mllama.probes import checkpointing_repeats_hooks, mllama_probes
+from kvprune.adapters.mllama.probes import mllama_probes
 from kvprune.adapters.mllama.question import capture_question, read_question
 from kvprune.adapters.mllama.tile_mask import TileMask
 from kvprune.adapters.mllama.visibility import (
@@ -102,7 +102,6 @@ class MllamaAdapter(Describing):
         self._inner = cast(Any, model if hasattr(model, "language_model") else model.get_submodule("model"))
         self._text = cast(Any, self._inner.language_model)
         self._sites = tuple(find_sites(self._text, self.family).values())
-        self._running_generation = GenerationReader()
         # Of each cross-attention layer (3, 8, 13, ... in Llama-3.2-11B-Vision): its rank, and the module.
         self._by_layer = {site.layer_idx: (rank, site) for rank, site in enumerate(self._sites)}
         self._masks: TileMask | None = None  # of the latest decode step
@@ -160,7 +159,7 @@ class MllamaAdapter(Describing):
 
     def _begin(self, call: _Call, named: dict[str, Any], batch: int, length: int) -> None:
         """Begin a prefill: tell the manager which columns arrive, and which text rows may attend them."""
-        generation = self._running_generation(self.model)
+        generation = self._generation_of(self.model, is_traced=torch.compiler.is_compiling())
         generation.require_whole_prompt(self.family)
         source, new_units = arriving_tiles(named, batch, call.mask.patches)
         rows = call.mask.rows
@@ -193,14 +192,15 @@ class MllamaAdapter(Describing):
         )
         self._hook_layers(call, cached=cached)
         if {"text", "text_cache"} & policy.needs:
-            mask = named.get("attention_mask")
-            layers = self.layer_indices
+            mask, layers = named.get("attention_mask"), self.layer_indices
             capture_text(self, call.manager, self._text, layers, mask, copies=copies, cached=cached)
 
     def _is_cached(self, named: dict[str, Any]) -> bool:
         """Whether the call has a cache that later calls read."""
         if self._text.training and any(layer.gradient_checkpointing for layer in self._text.layers):
-            if checkpointing_repeats_hooks():
+            from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
+            if "__call__" in GradientCheckpointingLayer.__dict__:
                 raise UnsupportedModelError(
                     f"gradient checkpointing in transformers {transformers.__version__} runs the hooks of a "
                     "layer again in backward, after the selection was discarded; use 5.23.0 or newer, or "

@@ -6,14 +6,7 @@ from kvprune.adapters.arguments import CACHE
 from kvprune.adapters.generation import probe_generation
 from kvprune.adapters.probes import Probe, probe_cache, probe_signatures
 
-__all__ = ["checkpointing_repeats_hooks", "mllama_probes"]
-
-
-def checkpointing_repeats_hooks() -> bool:
-    """Whether gradient checkpointing runs the hooks of a layer again in backward: before release 5.23."""
-    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
-
-    return "__call__" in GradientCheckpointingLayer.__dict__
+__all__ = ["mllama_probes"]
 
 
 def mllama_probes() -> list[Probe]:
