@@ -21,9 +21,16 @@ from kvprune.comparison.storage.timings import Lap
 Rows = list[Any]
 
 
+@pytest.fixture
+def drawn() -> None:
+    """Comparisons of this test draw their figures."""
+
+
 @pytest.fixture(autouse=True)
-def without_figures(undrawn: None) -> None:
-    """Tests that look at figures draw them by hand, or in a fixture of their module."""
+def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave figures out, unless a test asks for `drawn`; fixtures of modules draw them."""
+    if "drawn" not in request.fixturenames:
+        leave_out_figures(monkeypatch)
 
 
 @pytest.fixture

@@ -318,12 +318,12 @@ def run_machine(examples: int) -> int:
 
 
 def test_whatever_happens_nothing_is_computed_twice_or_mixed() -> None:
-    assert run_machine(30) > 20
+    assert run_machine(40) > 10
 
 
 @pytest.mark.slow
 def test_whatever_happens_nothing_is_computed_twice_or_mixed_in_more_runs() -> None:
-    assert run_machine(100) > 100
+    assert run_machine(100) > 50
 
 
 def test_an_answer_of_other_ingredients_would_be_noticed(tmp_path: Path) -> None:

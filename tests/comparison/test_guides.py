@@ -201,7 +201,7 @@ def test_the_guide_is_part_of_the_identity_of_its_rows_and_of_no_other(
 
 
 def test_a_finished_folder_is_summarised_without_loading_anything(
-    folder: Path, guide: Path, no_model: None, tmp_path: Path
+    folder: Path, guide: Path, no_model: None, tmp_path: Path, drawn: None
 ) -> None:
     before = contents(folder)
     run(folder, guide=str(guide))

@@ -165,7 +165,7 @@ def test_intervals_go_where_a_terminal_is_narrow(finished: tuple[Path, StudyTabl
 
 @pytest.mark.usefixtures("no_model")
 def test_a_finished_study_is_only_summarised_again(
-    finished: tuple[Path, StudyTable], tmp_path: Path, benchmarks: Path
+    finished: tuple[Path, StudyTable], tmp_path: Path, benchmarks: Path, drawn: None
 ) -> None:
     output = shutil.copytree(finished[0], tmp_path / "out")
     before = contents(output)
