@@ -147,7 +147,7 @@ class MllamaAdapter(Describing):
         # The dtype of one weight: asking the model for its dtype walks over all of them.
         dtype, patches = self._text.embed_tokens.weight.dtype, self._inner.vision_model.num_patches
         masks = TileMask.after(self._masks, rows, patches, dtype, len(self._sites))
-        self._masks = masks if length == 1 else None
+        self._masks = masks if length == 1 and not torch.compiler.is_compiling() else None
         self._call = _Call(self.manager, self.reader, masks)
         self._call.returns_weights = self.spreads_weights
         if named.get("pixel_values") is not None or named.get("cross_attention_states") is not None:
