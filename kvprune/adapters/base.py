@@ -34,6 +34,7 @@ from kvprune.adapters.arguments import cache_of, named_arguments, with_states
 from kvprune.adapters.attachment import Attachment
 from kvprune.adapters.call import Call
 from kvprune.adapters.declaration import Declaration
+from kvprune.adapters.generation import WHY_EAGER, running_generation
 from kvprune.adapters.reconstruction import Reconstructing
 from kvprune.adapters.rereading import Rereading, last_row, require_rereadable
 from kvprune.adapters.sites import Site
@@ -63,6 +64,8 @@ class ModelAdapter(Attachment, Declaration, Reconstructing):
         self._reread: Rereading | None = None  # while it runs
         self._noted = threading.local()  # arguments of the call in each thread, if there is re-reading
         self._spreads_weights = False
+        # Made here: as a decorator, it would load the compiler whenever kvprune is imported, for seconds.
+        self._generation_of = torch.compiler.disable(running_generation, reason=WHY_EAGER)
 
     @property
     def manager(self) -> CrossKVManager:
