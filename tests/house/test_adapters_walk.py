@@ -19,6 +19,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     return Walk(tmp_path_factory.mktemp("adapters-walk"), STEPS)
 
 
+@pytest.mark.slow  # each step starts a process; CI runs it in its second stage
 @pytest.mark.parametrize("step", as_parameters(STEPS))
 def test_each_command_of_the_walk_does_what_the_page_says(walk: Walk, step: Step) -> None:
     require_printed(step, walk.reach(step))
