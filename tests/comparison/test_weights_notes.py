@@ -26,12 +26,17 @@ def said(specs: list[str], model: str | None, digest: str = "sha256:1") -> list[
     return list(weights_notes(claimed))
 
 
-@pytest.mark.parametrize("model", ["openai/whisper-base", "a/folder/whisper-base"])
+@pytest.mark.parametrize("model", ["openai/whisper-base", "a/folder/whisper-base", "Whisper_Base"])
 def test_weights_that_learned_on_another_model_are_named_once_with_those_that_fit(model: str) -> None:
     (note,) = said(["attnpred", "trim"], model)
     assert note.startswith(ON_ANOTHER.format("demo", "d2fa269a4adc", "the embedded model"))
     assert note.endswith("(attnpred also comes with weights=whisper-base, trained on whisper-base)")
     assert said(["attnpred:weights=whisper-base"], model) == []
+
+
+def test_a_name_alone_is_no_proof() -> None:
+    (note,) = said(["attnpred:weights=whisper-base"], "a/folder/mine")
+    assert note.startswith("Careful, perhaps trained on another model: weights whisper-base of attnpred")
 
 
 def test_weights_of_the_demo_are_right_for_the_demo() -> None:

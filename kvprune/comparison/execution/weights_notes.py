@@ -25,8 +25,14 @@ def weights_notes(claimed: Claimed) -> Iterator[str]:
         for part, fact in zip(trained_parts(one.policy), weights_facts(one.policy), strict=True):
             file = part.weights_file
             if file is not None and not _learned_on_this(file, claimed):
-                found[f"Careful, trained on another model: {fact}"] = None
+                sure = "" if _is_sure(file, claimed) else "perhaps "
+                found[f"Careful, {sure}trained on another model: {fact}"] = None
     yield from found
+
+
+def _is_sure(file: WeightsFile, claimed: Claimed) -> bool:
+    """Whether weights that seem to be those of another model are: a name alone may be that of any folder."""
+    return file.model_digest is not None or claimed.settings.model is None or file.trained_on in _EMBEDDED
 
 
 def _learned_on_this(file: WeightsFile, claimed: Claimed) -> bool:
@@ -34,4 +40,10 @@ def _learned_on_this(file: WeightsFile, claimed: Claimed) -> bool:
     model = claimed.settings.model
     if file.model_digest is not None and file.model_digest == claimed.grid.context["model_digest"]:
         return True
-    return file.trained_on in (_EMBEDDED if model is None else (model, Path(model).name))
+    names = _EMBEDDED if model is None else (model, Path(model).name)
+    return _plain(file.trained_on) in map(_plain, names)
+
+
+def _plain(name: str) -> str:
+    """Return a name without what folders often write otherwise, as in "whisper_base" for "whisper-base"."""
+    return name.lower().replace("_", "-")
