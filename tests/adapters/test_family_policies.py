@@ -32,7 +32,7 @@ from kvprune.testing.oracle_steps import masked_steps
 
 STEPS = 3
 POLICIES = [name for name, entry in load().policies.items() if entry.plugin == "builtin"]
-STREAMS = "takes one mask for all of them, but policy .* chooses what each row reads"
+STREAMS = "policy .* chooses in decode steps what each row reads, but .* takes one mask for all of them"
 REFUSALS = {
     "aircache": "needs 'text', which the .* adapter does not provide",
     "prumerge": "needs 'class_attention', which the .* adapter does not provide",
