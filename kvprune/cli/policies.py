@@ -74,7 +74,7 @@ def show(
             print("\n" * bool(number), end="")
             try:
                 _describe(entry)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, BrokenPipeError):  # such as of `kvprune show NAME | head`
                 raise
             except BaseException as error:  # the class is foreign code and may raise anything
                 raise PluginError(

@@ -279,3 +279,15 @@ def test_defaults_are_those_of_the_library() -> None:
         assert str(defaults[name]) == str(getattr(settings, name)), name
     help_texts = {parameter.name: parameter.help for parameter in command.params}
     assert str(sources.DEFAULT_LIMIT) in help_texts["limit"]
+
+
+def test_a_reader_that_has_seen_enough_ends_show_without_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def closed(entry: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("kvprune.cli.policies._describe", closed)
+    result = runner.invoke(app, ["show", "trim"])
+    assert "cannot be described" not in result.output
+    assert result.exit_code == 1
