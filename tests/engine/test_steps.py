@@ -98,10 +98,19 @@ def test_what_beams_remember_follows_them():
         assert own <= {tuple(row) for row in last[layer].flatten(1).tolist()}
 
 
+READS_ALL = ReadsAll()
+
+
 @pytest.mark.parametrize(
-    "policy", [ReadsAll(), ReadsLogits(), Fixed(keep_ratio=0.3), QUEST], ids=lambda policy: str(policy.spec)
+    ("family", "policy"),
+    [
+        pytest.param(
+            family, policy, id=f"{family}-{policy.spec}", marks=[pytest.mark.slow] * (policy is READS_ALL)
+        )
+        for family in ("Mllama", "BART")
+        for policy in (READS_ALL, ReadsLogits(), Fixed(keep_ratio=0.3), QUEST)
+    ],
 )
-@pytest.mark.parametrize("family", ["Mllama", "BART"])
 def test_decoding_compiles_into_one_graph(family, policy):
     """Nothing in a step reads a value from the device: fullgraph would refuse it."""
     if OLD and family == "Mllama":
