@@ -24,7 +24,7 @@ from kvprune.cache.cross_layer import CrossKVLayer
 from kvprune.engine.step_counts import Readable
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import takes_steps
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.precision import accumulation_dtype
 from kvprune.tokens.selection import Selection
@@ -38,7 +38,7 @@ def require_steps(adapter: ModelAdapter, policy: CrossKVPolicy) -> None:
     Raises:
         UnsupportedModelError: Names the policy and the module.
     """
-    if not isinstance(policy, DecodePolicy) or not policy.takes_steps:
+    if not takes_steps(policy):
         return
     try:
         sites = adapter.sites

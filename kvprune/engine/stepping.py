@@ -25,7 +25,7 @@ from kvprune.engine.step_counts import Readable, StepCounts, StepRead, count_ent
 from kvprune.errors import PolicyFailedError, UnsupportedCacheError
 from kvprune.policy import step_checks as checks
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import takes_steps
 from kvprune.policy.held_weights import HeldWeights
 from kvprune.policy.step_view import StepView
 from kvprune.tokens.selection import Selection
@@ -48,8 +48,7 @@ class Stepping(StepAnswers):
     def __init__(
         self, policy: CrossKVPolicy, layer_indices: Sequence[int], held: HeldWeights | None = None
     ) -> None:
-        takes = isinstance(policy, DecodePolicy) and policy.takes_steps
-        super().__init__(policy if takes and isinstance(policy, DecodePolicy) else None, layer_indices)
+        super().__init__(policy if takes_steps(policy) else None, layer_indices)
         self._held = held or HeldWeights()
         self._logs: dict[int, StepCounts] = {}
         self._before: tuple[StepReceipt, ...] = ()  # what `settle` returns until a prefill has ended

@@ -42,6 +42,7 @@ from kvprune.policy.checks import (
 )
 from kvprune.policy.decode import (
     DecodePolicy,
+    takes_steps,
 )
 from kvprune.policy.moments import (
     FeaturePolicy,
@@ -113,5 +114,6 @@ __all__ = [
     "onward_decision",
     "require_scorer",
     "save_weights",
+    "takes_steps",
     "uniform",
 ]

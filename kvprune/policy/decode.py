@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from kvprune.policy.view import LayerView
 from kvprune.tokens.decision import Decision
 from kvprune.tokens.selection import Selection
 
-__all__ = ["DecodePolicy"]
+__all__ = ["DecodePolicy", "takes_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +105,8 @@ class DecodePolicy(CrossKVPolicy):
             out of K, all others being freed. None frees nothing.
         """
         return state, None
+
+
+def takes_steps(policy: object) -> TypeGuard[DecodePolicy]:
+    """Whether this is a policy that decides in decode steps, with the options that it has."""
+    return isinstance(policy, DecodePolicy) and policy.takes_steps

@@ -13,7 +13,7 @@ from typing import get_args
 from kvprune.errors import PolicyOptionError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import ScoringPolicy
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import takes_steps
 from kvprune.policy.options import describe_type, policy_types
 from kvprune.policy.spec import OptionValue, PolicySpec, written
 from kvprune.text import shown
@@ -40,7 +40,7 @@ def require_scorer(outer: str, scorer: ScoringPolicy) -> None:
     if not isinstance(scorer, ScoringPolicy):
         raise PolicyOptionError(f"policy {outer!r} needs a policy that ranks tokens, got {shown(scorer)}")
     spec = scorer.nested_spec
-    if isinstance(scorer, DecodePolicy) and scorer.takes_steps:
+    if takes_steps(scorer):
         raise PolicyOptionError(
             f"policy {outer!r} decides when the prompt has been read; the scorer {shown(written(spec))} also "
             "decides in decode steps, which would be ignored; use it alone, or a scorer that takes no steps"

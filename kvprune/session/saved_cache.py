@@ -27,7 +27,7 @@ from kvprune.engine.loaded import digests, restore, selections_of
 from kvprune.engine.manager import CrossKVManager
 from kvprune.errors import SavedCacheError, WeightsError
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import takes_steps
 from kvprune.policy.nesting import parts
 from kvprune.policy.spec import PolicySpec
 from kvprune.policy.trained import TrainedPolicy, files_may_be_gone
@@ -304,7 +304,7 @@ def _policy_of(registry: Registry, spec: PolicySpec, path: Path) -> CrossKVPolic
     with files_may_be_gone():
         policy = registry.get_policy(spec)
     for part in parts(policy):
-        if isinstance(part, TrainedPolicy) and isinstance(part, DecodePolicy) and part.takes_steps:
+        if takes_steps(part) and isinstance(part, TrainedPolicy):
             try:
                 registry.get_policy(part.spec)
             except WeightsError as error:

@@ -21,7 +21,7 @@ from kvprune import (
     StepView,
 )
 from kvprune.errors import PolicyOptionError
-from kvprune.policy import Need, PrefillPolicy, State, TextView
+from kvprune.policy import Need, PrefillPolicy, State, TextView, takes_steps
 from kvprune_strategies.divprune import DivPrune
 from kvprune_strategies.h2o import H2O
 
@@ -83,7 +83,7 @@ class Then(FeaturePolicy, DecodePolicy):
     @property
     def takes_steps(self) -> bool:
         """Whether the second policy decides in decode steps."""
-        return _takes_steps(self.second)
+        return takes_steps(self.second)
 
     @property
     def observes(self) -> bool:
@@ -167,7 +167,7 @@ def _why_not_first(policy: FeaturePolicy) -> str:
         return "is such a pair itself, and only two policies may follow each other"
     if policy.reads_answer:
         return "has seen the answer"
-    if _takes_steps(policy):
+    if takes_steps(policy):
         return "also decides in decode steps, which only the second one may"
     if "text_cache" in policy.needs:
         return "also prunes the text, which only the second one may"
@@ -187,8 +187,3 @@ def _why_not_second(policy: CrossKVPolicy) -> str:
     if policy.keeps_invisible:
         return "keeps all that there is, so nothing would follow"
     return ""
-
-
-def _takes_steps(policy: CrossKVPolicy) -> bool:
-    """Whether a policy decides in decode steps."""
-    return isinstance(policy, DecodePolicy) and policy.takes_steps

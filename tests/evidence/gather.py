@@ -25,7 +25,7 @@ from kvprune.comparison.statistics.summary import Summary
 from kvprune.comparison.storage.differences import differences, in_one_sentence
 from kvprune.comparison.storage.stored_run import StoredRun, read_run
 from kvprune.errors import ResultsError
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import takes_steps
 from kvprune.policy.spec import PolicySpec
 from kvprune.session import registry
 
@@ -138,7 +138,7 @@ def reads_prompt(configuration: Configuration) -> bool:
 
 def chooses_in_steps(configuration: Configuration) -> bool:
     """Whether a policy chooses in each decode step what is read, and so sees the answer as it grows."""
-    return isinstance(configuration.policy, DecodePolicy) and configuration.policy.takes_steps
+    return takes_steps(configuration.policy)
 
 
 def _ingredients(run: StoredRun) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.captured import Captured
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import DecodePolicy, takes_steps
 from kvprune.policy.moments import FeaturePolicy, PrefillPolicy
 from kvprune.policy.text_view import TextView
 from kvprune.policy.view import FeatureView, LayerView
@@ -92,7 +92,7 @@ def make_problem(
         return [_layer(policy, size, rank, dtype, device, seed) for rank in range(size.layers)]
     if not isinstance(policy, FeaturePolicy):
         layer = _layer(policy, size, 0, dtype, device, seed)
-        if not (isinstance(policy, DecodePolicy) and policy.takes_steps):
+        if not takes_steps(policy):
             return layer
         return StepProblem(
             layer=layer, queries=_draw((1, size.query_heads, size.width), dtype, device, seed, 9)

@@ -13,7 +13,7 @@ from fractions import Fraction
 from kvprune.errors import KVPruneError
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import ScoringPolicy
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import takes_steps
 from kvprune.policy.spec import OptionValue
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "keeping_all",
     "reading_all",
     "stated_budget",
-    "takes_steps",
     "variants",
     "widening",
 ]
@@ -55,11 +54,6 @@ def keeping_all(policy: CrossKVPolicy) -> CrossKVPolicy | None:
         return None
     text = {"text_keep": 1.0} if "text_keep" in type(policy).option_types() else {}
     return _with(policy, keep_ratio=1.0, keep_tokens=None, **text)
-
-
-def takes_steps(policy: object) -> bool:
-    """Whether this is a policy that decides in decode steps."""
-    return isinstance(policy, DecodePolicy) and policy.takes_steps
 
 
 def reading_all(policy: CrossKVPolicy) -> CrossKVPolicy | None:

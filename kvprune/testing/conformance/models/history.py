@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import DecodePolicy, takes_steps
 from kvprune.session.compression import Compression
-from kvprune.testing.conformance.common.budgets import takes_steps
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.models.decoding import require_close
 from kvprune.testing.conformance.models.forward_calls import called, encoded, forward

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.policy.decode import DecodePolicy
+from kvprune.policy.decode import takes_steps
 from kvprune.session.compression import Compression
 from kvprune.testing.conformance.common.results import NotApplicable, Violation
 from kvprune.testing.conformance.models.decoding import require_close
@@ -89,7 +89,7 @@ def _require_same_decisions(policy: CrossKVPolicy, run: Compression, plain: Comp
     for name in ("selections", "prefill_selections", "text_selections"):
         if getattr(run, name) != getattr(plain, name):
             raise Violation(f"the same {name} with re-reading as without", "others")
-    frees = isinstance(policy, DecodePolicy) and policy.takes_steps and policy.observes
+    frees = takes_steps(policy) and policy.observes
     held = () if frees else ("bytes_held",)
     for name in (*held, "kept_per_sample", "text_bytes_held", "prefills"):
         got, wanted = getattr(run.report, name), getattr(plain.report, name)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvprune.engine.step_counts import StepRead
 from kvprune.policy.base import CrossKVPolicy
-from kvprune.testing.conformance.common.budgets import keeping_all, reading_all, takes_steps
+from kvprune.policy.decode import takes_steps
+from kvprune.testing.conformance.common.budgets import keeping_all, reading_all
 from kvprune.testing.conformance.common.results import Violation
 from kvprune.testing.conformance.models.decoding import require_close
 from kvprune.testing.conformance.models.forward_calls import alone, forward

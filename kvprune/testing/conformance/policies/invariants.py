@@ -9,11 +9,11 @@ import torch
 
 from kvprune.policy.base import CrossKVPolicy
 from kvprune.policy.budgeted import BudgetPolicy
+from kvprune.policy.decode import takes_steps
 from kvprune.testing.conformance.common.budgets import (
     keeping_all,
     reading_all,
     stated_budget,
-    takes_steps,
     widening,
 )
 from kvprune.testing.conformance.layers import (
