@@ -14,8 +14,7 @@ import torch
 from families import MODELS, inputs_of, model_of
 from generation import generate, mllama, tiny_bart
 from step_policies import Fixed
-from stepping import recorded
-from test_step_turns import two_images
+from stepping import recorded, two_images
 from test_steps import copied
 from transformers import DynamicCache, EncoderDecoderCache
 

@@ -9,10 +9,9 @@ from generation import generate
 from step_costs import wide_inputs, wide_mllama
 from stepping import recorded
 from test_offload import SPECS, WAYS, Rotates, both, require_same
-from test_step_gpu import on_gpu
+from test_step_gpu import on_gpu, steps_that_may_not_wait
 
 import kvprune
-from kvprune.adapters.stepping import stepped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,19 +54,7 @@ def test_the_cache_lies_in_pinned_host_memory(family):
 @pytest.mark.parametrize("family", MODELS)
 def test_no_step_waits_for_the_device(family, monkeypatch):
     """As torch sees it; a step waits for the thread, which waits for what the step before has chosen."""
-    calls = []
-
-    def watched(*args):
-        calls.append(args)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return stepped(*args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    where = "mllama.adapter" if family == "Mllama" else "encoder_decoder"
-    monkeypatch.setattr(f"kvprune.adapters.{where}.stepped", watched)
-    model, inputs = on_gpu(family)
+    calls, (model, inputs) = steps_that_may_not_wait(family, monkeypatch), on_gpu(family)
     with kvprune.compress(model, f"{SPECS[0]},offload=true"):
         generate(model, inputs)
     assert len(calls) == 3 * 5  # layers and steps

@@ -44,6 +44,23 @@ def on_gpu(family):
     return copy.deepcopy(model_of(family)).cuda(), inputs
 
 
+def steps_that_may_not_wait(family, monkeypatch):
+    """Let each decode step of a layer raise if it waits for the device; return their arguments."""
+    calls = []
+
+    def watched(*args):
+        calls.append(args)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return stepped(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    where = "mllama.adapter" if family == "Mllama" else "encoder_decoder"
+    monkeypatch.setattr(f"kvprune.adapters.{where}.stepped", watched)
+    return calls
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("policy", STEPPING, ids=lambda policy: str(policy.spec))
@@ -66,19 +83,7 @@ def test_steps_read_what_they_read_on_the_cpu(family, policy):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("policy", STEPPING, ids=lambda policy: str(policy.spec))
 def test_no_step_waits_for_the_device(family, policy, monkeypatch):
-    calls = []
-
-    def watched(*args):
-        calls.append(args)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return stepped(*args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    where = "mllama.adapter" if family == "Mllama" else "encoder_decoder"
-    monkeypatch.setattr(f"kvprune.adapters.{where}.stepped", watched)
-    model, inputs = on_gpu(family)
+    calls, (model, inputs) = steps_that_may_not_wait(family, monkeypatch), on_gpu(family)
     for beams in (1, 2):
         with kvprune.compress(model, policy):
             generate(model, inputs, num_beams=beams)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from generation import generate, mllama
 from step_policies import Hashes, ReadsAll, ReadsLogits
+from stepping import later_image_like_the_oracle, two_images
 from test_steps import copied
 
 import kvprune
@@ -17,31 +18,11 @@ from kvprune.testing.oracle_steps import masked_steps
 QUEST = "quest:keep_ratio=0.4,page=2"
 
 
-def two_images():
-    """The calls of two turns, each of which brings an image."""
-    whole = mllama_inputs(("tt4ttt1tt", "tt2ttt4tt"), dtype=torch.float64)
-    of_images = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-    first = {name: tensor[:, :1] if name in of_images else tensor[:, :6] for name, tensor in whole.items()}
-    first["cross_attention_mask"] = first["cross_attention_mask"][:, :, :1]
-    return first, {name: tensor[:, 1:] if name in of_images else tensor for name, tensor in whole.items()}
-
-
 @pytest.mark.parametrize(
     "policy", [ReadsAll(), ReadsAll(by="selection"), ReadsLogits(), Hashes(), QUEST], ids=str
 )
 def test_a_later_image_equals_the_oracle(policy):
-    model, (first, second) = mllama(torch.float64), two_images()
-    with kvprune.compress(model, policy) as run, torch.no_grad():
-        run.record_steps()
-        cache = model(**first, use_cache=True).past_key_values
-        turn_1 = run.selections, run.prefill_selections
-        _, logits, _ = generate(model, second, past_key_values=cache)
-    with masked_oracle(model, *turn_1), torch.no_grad():
-        cache = model(**first, use_cache=True).past_key_values
-    sites = find_adapter(model)(model).sites
-    with masked_oracle(model, run.selections, run.prefill_selections), masked_steps(sites, run.step_reads):
-        _, expected, _ = generate(model, second, past_key_values=cache)
-    assert (logits - expected).abs().max() <= 1e-6
+    run = later_image_like_the_oracle(policy)
     assert [receipt.steps for receipt in run.report.steps] == [5, 5, 5]  # since the second image
 
 

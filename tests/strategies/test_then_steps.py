@@ -10,18 +10,16 @@ from families import MODELS, OLD, inputs_of, model_of
 from generation import generate, mllama, tiny_bart, tiny_mllama
 from kvprune_strategies import Then
 from step_policies import Fixed, Hashes, ReadsAll, Remembers
-from stepping import against_oracle, recorded
+from stepping import against_oracle, later_image_like_the_oracle, recorded, two_images
 from test_then import QUICK
 from transformers import CompileConfig
 
 import kvprune
 from kvprune import CrossKVPolicy, Decision, DecodePolicy, FeaturePolicy, PolicySpec
 from kvprune.errors import PolicyOptionError, UnsupportedCacheError
-from kvprune.session.registry import find_adapter
-from kvprune.testing import masked_oracle, mllama_inputs, recheck
+from kvprune.testing import mllama_inputs, recheck
 from kvprune.testing.conformance import INVARIANTS
 from kvprune.testing.conformance.policies.runner import Runner
-from kvprune.testing.oracle_steps import masked_steps
 
 FIRST = "divprune:keep_ratio=0.6"
 SECONDS = (
@@ -210,15 +208,6 @@ class Looks(ReadsAll):
         return {"seen": torch.ones(len(view.keys))}
 
 
-def two_images():
-    """The calls of two turns, each of which brings an image."""
-    whole = mllama_inputs(("tt4ttt1tt", "tt2ttt4tt"), dtype=torch.float64)
-    of_images = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-    first = {name: tensor[:, :1] if name in of_images else tensor[:, :6] for name, tensor in whole.items()}
-    first["cross_attention_mask"] = first["cross_attention_mask"][:, :, :1]
-    return first, {name: tensor[:, 1:] if name in of_images else tensor for name, tensor in whole.items()}
-
-
 @pytest.mark.parametrize("first", ["divprune:keep_ratio=0.6", "topv:keep_ratio=0.3", "divprune:keep_ratio=1"])
 def test_places_of_entries_among_the_columns_that_arrived(first):
     for family in MODELS:
@@ -233,18 +222,7 @@ def test_places_of_entries_among_the_columns_that_arrived(first):
 
 @pytest.mark.parametrize("second", [SECONDS[0], SECONDS[2], Hashes()], ids=str)
 def test_a_later_image_equals_the_oracle(second):
-    model, (first, later) = mllama(torch.float64), two_images()
-    with kvprune.compress(model, then(FIRST, second)) as run, torch.no_grad():
-        run.record_steps()
-        cache = model(**first, use_cache=True).past_key_values
-        turn_1 = run.selections, run.prefill_selections
-        _, logits, _ = generate(model, later, past_key_values=cache)
-    with masked_oracle(model, *turn_1), torch.no_grad():
-        cache = model(**first, use_cache=True).past_key_values
-    sites = find_adapter(model)(model).sites
-    with masked_oracle(model, run.selections, run.prefill_selections), masked_steps(sites, run.step_reads):
-        _, expected, _ = generate(model, later, past_key_values=cache)
-    assert (logits - expected).abs().max() <= 1e-6
+    run = later_image_like_the_oracle(then(FIRST, second))
     assert 0 < run.report.read_fraction < 0.7
 
 
